@@ -1,0 +1,85 @@
+"""Access to what is compiled: the C++/CUDA extension ``bestrq2._C`` and the Triton kernels, both imported lazily."""
+
+import os
+import sys
+from functools import cache
+from importlib import import_module, metadata
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from types import ModuleType
+
+import torch  # loads the OpenMP runtime whose thread pool the extension shares; must come before bestrq2._C
+
+from bestrq2.version import __version__
+
+__all__ = ["extension", "extension_obstacle", "triton_interpreted", "triton_obstacle"]
+
+
+def _import_installed() -> ModuleType:
+    """Import the extension of the *installed* bestrq2 of the same version.
+
+    `python -m bestrq2.train` inside a clone imports the clone's Python files, while `pip install .` put the compiled
+    extension into site-packages; without this, that user would silently get the slow path.
+    """
+    distribution = metadata.distribution("bestrq2")
+    if distribution.version == __version__:
+        for file in distribution.files or ():
+            if file.parts[0] == "bestrq2" and file.name.startswith("_C."):
+                spec = spec_from_file_location("bestrq2._C", str(file.locate()))
+                if spec and spec.loader:
+                    module = module_from_spec(spec)
+                    spec.loader.exec_module(module)
+                    sys.modules["bestrq2._C"] = module
+                    return module
+    raise ModuleNotFoundError("no installed extension of this version", name="bestrq2._C")
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        try:
+            return import_module("bestrq2._C"), None
+        except ModuleNotFoundError as error:
+            if error.name != "bestrq2._C":
+                raise
+            return _import_installed(), None
+    except (ModuleNotFoundError, metadata.PackageNotFoundError):
+        return None, "the C++ extension is not built (a C++ compiler was missing when bestrq2 was installed)"
+    except ImportError as error:
+        return None, f"the C++ extension does not load: {error}"
+
+
+def extension() -> ModuleType:
+    """Return ``bestrq2._C``; only call it when :func:`extension_obstacle` returned None."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def extension_obstacle(*, cuda: bool = False) -> str | None:
+    """Why the extension (with ``cuda``: its CUDA part) cannot be used here, or None."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    if cuda and not module.has_cuda:
+        return "the C++ extension was built without CUDA (no nvcc when bestrq2 was installed)"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1``), as the tests do without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on tensors of ``device``, or None."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and triton_interpreted()):
+        return None
+    return f"Triton needs CUDA tensors (or TRITON_INTERPRET=1 for CPU tensors), got {device.type!r}"

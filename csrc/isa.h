@@ -1,0 +1,17 @@
+// Run-time choice of instruction set. Each <op>_kernel.cpp is compiled once per set into its own namespace.
+#pragma once
+
+namespace bestrq2 {
+
+enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The best set that this processor and this build support, or the one that BESTRQ2_ISA (portable | avx2 | avx512) asks
+// for when it is supported. Decided once per process.
+Isa best_isa();
+
+// Force a set (tests compare all of them); returns false when processor or build lacks it.
+bool force_isa(Isa isa);
+
+const char* isa_name(Isa isa);
+
+}  // namespace bestrq2

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``bestrq2.kernels``. Importing this package does not import triton."""

@@ -1,0 +1,118 @@
+"""Build and install bestrq2: the Python layer, the Triton kernels and, where a compiler exists, the C++/CUDA extension.
+
+``pip install .`` configures ``CMakeLists.txt`` with ninja and needs neither torch nor a GPU at build time.
+Without a C++ compiler (or with ``BESTRQ2_EXTENSION=0``) the package still installs and runs its reference path.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "bestrq2/version.py").read_text()).group(1)
+
+EXTRAS = {
+    "parquet": ["pyarrow>=15"],
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "hypothesis>=6.100",
+        "scipy>=1.11",
+        "pyarrow>=15",
+        "triton>=3.6; platform_system == 'Linux'",
+    ],
+}
+EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.11", "mypy>=1.15", "clang-format>=18", "types-PyYAML", "types-tqdm"]
+
+
+class CMakeBuild(build_ext):
+    """Run CMake for the one extension; a failure leaves a working pure-Python install and says so in one line."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if os.environ.get("BESTRQ2_EXTENSION", "1") == "0":
+            self.warn_reference_only("BESTRQ2_EXTENSION=0")
+            return
+        build_dir = Path(self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        import pybind11
+
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build_dir),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DBESTRQ2_OUTPUT_DIR={target.parent}",
+            f"-DBESTRQ2_OUTPUT_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+            f"-DBESTRQ2_CUDA={os.environ.get('BESTRQ2_CUDA', 'AUTO')}",
+        ]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("BESTRQ2_EXTENSION") == "required":
+                raise
+            self.warn_reference_only(str(error))
+
+    def warn_reference_only(self, reason):
+        print(
+            f"bestrq2: installed WITHOUT the C++ extension ({reason}); the slower PyTorch reference path is used.",
+            file=sys.stderr,
+        )
+
+    def copy_extensions_to_source(self):
+        # CMake already wrote into the source tree for in-place builds; a skipped build leaves nothing to copy.
+        for ext in self.extensions:
+            if Path(self.get_ext_fullpath(ext.name)).exists():
+                continue
+
+
+def packages():
+    own = find_packages(include=["bestrq2", "bestrq2.*"])
+    # The folder kernels/ installs as bestrq2.kernels: a top-level "kernels" would shadow Hugging Face's package.
+    found = ["bestrq2.kernels", *(f"bestrq2.kernels.{p}" for p in find_packages("kernels"))]
+    return own + found
+
+
+setup(
+    name="bestrq2",
+    version=VERSION,
+    description="BEST-RQ-2 pretraining of audio encoders, with fused and exact quantize, masked cross-entropy and chunked attention.",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=packages(),
+    package_dir={"bestrq2": "bestrq2", "bestrq2.kernels": "kernels"},
+    package_data={
+        "bestrq2": ["py.typed"],
+        "bestrq2.recipes": ["*.yaml"],
+        "bestrq2.data": ["tiny/*"],
+        "bestrq2.kernels": ["configs/*.json", "configs/*/*.json", "README.md"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "soundfile>=0.12.1",
+        "soxr>=0.4",
+        "safetensors>=0.4.5",
+        "omegaconf>=2.3",
+        "tqdm>=4.66",
+        "tensorboard>=2.15",
+        "matplotlib>=3.8",
+    ],
+    extras_require=EXTRAS,
+    ext_modules=[Extension("bestrq2._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

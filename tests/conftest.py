@@ -1,0 +1,50 @@
+"""Shared fixtures: seeds, the device under test, and uninitialised memory that fails loudly."""
+
+import functools
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device the tests run on: cpu (default) or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch):
+    """Fill every torch.empty with NaN (or a huge integer), so that reading memory nobody wrote fails a test."""
+
+    def poisoned(allocate):
+        @functools.wraps(allocate)
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.device.type != "meta" and not torch.compiler.is_compiling():
+                if tensor.is_floating_point() or tensor.is_complex():
+                    tensor.fill_(float("nan"))
+                elif tensor.dtype in (torch.int32, torch.int64):
+                    tensor.fill_(torch.iinfo(tensor.dtype).max)
+            return tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
