@@ -11,7 +11,9 @@ import torch  # loads the OpenMP runtime whose thread pool the extension shares;
 
 from bestrq2.version import __version__
 
-__all__ = ["extension", "extension_obstacle", "triton_interpreted", "triton_obstacle"]
+from .dispatch import BACKENDS
+
+__all__ = ["available_backends", "extension", "extension_obstacle", "triton_interpreted", "triton_obstacle"]
 
 
 def _import_installed() -> ModuleType:
@@ -83,3 +85,18 @@ def triton_obstacle(device: torch.device) -> str | None:
     if device.type == "cuda" or (device.type == "cpu" and triton_interpreted()):
         return None
     return f"Triton needs CUDA tensors (or TRITON_INTERPRET=1 for CPU tensors), got {device.type!r}"
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that this machine can run, fastest first; ``"reference"`` always can.
+
+    One operation may lack one of them, or a call may not suit it: asking for it then says why.
+    """
+    cuda = torch.cuda.is_available()
+    usable = {
+        "triton": triton_obstacle(torch.device("cuda" if cuda else "cpu")) is None,
+        "cuda": cuda and extension_obstacle(cuda=True) is None,
+        "cpu": extension_obstacle() is None,
+        "reference": True,
+    }
+    return tuple(name for name in BACKENDS if usable[name])

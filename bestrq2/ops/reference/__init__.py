@@ -1,5 +1,9 @@
 """The specification of every operation in plain PyTorch, one short file each.
 
-They run on any device in any floating dtype (float64 for ground truth), are differentiable by autograd, and are what the
-kernels, tests and benchmarks are compared with.
+They run on any device in any floating dtype (float64 for ground truth), are differentiable by autograd, and are what
+the kernels, tests and benchmarks are compared with.
 """
+
+from .quantize import quantize
+
+__all__ = ["quantize"]
