@@ -1,0 +1,80 @@
+"""From audio files to training batches: ``collect`` finds them, ``CropDataset`` cuts them, ``batches`` delivers them.
+
+    files, report = collect("recordings/", min_seconds=1.0)
+    dataset = CropDataset(files, crop_seconds=10.0, seed=0)
+    for batch in batches(dataset, batch_size=16, num_steps=1000, workers=4):
+        batch.waveform, batch.lengths  # (B, S) float32, (B,) int64
+
+Which sample comes when is a pure function of (seed, global sample index), so training resumes anywhere at once and
+sees the same audio with any number of workers and ranks.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Lazy, so that `python -m bestrq2.data.manifest` does not import itself twice.
+_HOME = {
+    "AudioError": "audio",
+    "AudioFile": "manifest",
+    "AudioInfo": "audio",
+    "Batch": "batch",
+    "CropDataset": "dataset",
+    "DataError": "dataset",
+    "ManifestError": "manifest",
+    "Sample": "dataset",
+    "SampleOrder": "order",
+    "Skip": "audio",
+    "SkipReport": "scan",
+    "audio_info": "audio",
+    "batches": "batch",
+    "collate": "batch",
+    "collect": "scan",
+    "discover_folder": "manifest",
+    "iterate_clips": "clips",
+    "load_audio": "audio",
+    "read_manifest": "manifest",
+    "scan": "scan",
+    "tiny_dataset": "scan",
+    "write_manifest": "manifest",
+}
+
+if TYPE_CHECKING:
+    from .audio import AudioError, AudioInfo, Skip, audio_info, load_audio
+    from .batch import Batch, batches, collate
+    from .clips import iterate_clips
+    from .dataset import CropDataset, DataError, Sample
+    from .manifest import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
+    from .order import SampleOrder
+    from .scan import SkipReport, collect, scan, tiny_dataset
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "AudioError",
+    "AudioFile",
+    "AudioInfo",
+    "Batch",
+    "CropDataset",
+    "DataError",
+    "ManifestError",
+    "Sample",
+    "SampleOrder",
+    "Skip",
+    "SkipReport",
+    "audio_info",
+    "batches",
+    "collate",
+    "collect",
+    "discover_folder",
+    "iterate_clips",
+    "load_audio",
+    "read_manifest",
+    "scan",
+    "tiny_dataset",
+    "write_manifest",
+]

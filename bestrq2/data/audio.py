@@ -1,0 +1,349 @@
+"""One audio file in, one mono float32 waveform out; every fault of a file becomes an :class:`AudioError`."""
+
+import contextlib
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd, isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from bestrq2.data.containers import missing_fraction, mp3_counts_frames
+
+__all__ = [
+    "EXTENSIONS",
+    "REASONS",
+    "AudioDigest",
+    "AudioError",
+    "AudioInfo",
+    "DataError",
+    "Skip",
+    "audio_digest",
+    "audio_info",
+    "is_audio",
+    "load_audio",
+]
+
+EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})
+REASONS = (
+    "missing",  # no such file
+    "not readable",  # permissions, an I/O error, a directory or device
+    "empty file",  # zero bytes
+    "not decodable",  # not audio, or damaged before its first sample
+    "truncated",  # more than 1 % of what the file promises is not there
+    "no samples",  # a valid file without audio, or none in the span asked for
+    "not finite",  # NaN or infinite samples
+    "out of range",  # samples beyond any integer format: squares of them overflow float32
+    "too short",  # less than the caller's minimum
+    "silent",  # found by a check: no sample above SILENCE
+    "duplicate",  # found by a check: decodes to the same samples as an earlier file
+)
+SILENCE = 1e-4  # -80 dB of full scale, three steps of a 16-bit file
+TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a real cut is larger
+LARGEST_SAMPLE = 2.0**31
+SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
+_LOSSY = ("VORBIS", "OPUS", "MPEG")
+_EXACT_SECONDS = 60.0
+_PREROLL_SECONDS = 1.0
+_MARGIN = 400  # samples at the lower of the two rates; soxr's HQ filter is shorter than 200
+_BLOCK = 1 << 18  # samples of all channels decoded at once
+_UNKNOWN = 1 << 60  # libsndfile gives 2^63 - 1 frames for a stream that does not say
+
+
+def is_audio(path: str | os.PathLike[str]) -> bool:
+    """Whether the extension is one that :func:`load_audio` is meant for."""
+    return Path(path).suffix.lower() in EXTENSIONS
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A file (or a part of one) that was left out: ``reason`` is one of ``REASONS``, ``detail`` may be empty."""
+
+    path: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class AudioError(Exception):
+    """A file that cannot be used. ``path``, ``reason`` (one of ``REASONS``) and ``detail`` say which and why."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, detail: str = "") -> None:
+        if reason not in REASONS:
+            raise ValueError(f"reason must be one of {REASONS}, got {reason!r}")
+        self.skip = Skip(os.fspath(path), reason, detail)
+        super().__init__(str(self.skip))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AudioError, (self.path, self.reason, self.detail)
+
+    @property
+    def path(self) -> str:
+        return self.skip.path
+
+    @property
+    def reason(self) -> str:
+        return self.skip.reason
+
+    @property
+    def detail(self) -> str:
+        return self.skip.detail
+
+
+class DataError(RuntimeError):
+    """A source of audio that gives nothing to work with; the message says what was found and why it was left out."""
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a header says: ``sampling_rate`` in Hz, ``num_samples`` per channel, ``duration`` in seconds."""
+
+    sampling_rate: int
+    num_samples: int
+    channels: int
+
+    @property
+    def duration(self) -> float:
+        return self.num_samples / self.sampling_rate
+
+
+def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
+    """Read the header of an audio file; only a stream that states no length is decoded to count its samples.
+
+    The length of an MP3 without a Xing, Info or VBRI tag is an estimate from its first frame.
+
+    Raises:
+        AudioError: missing, not readable, empty file, not decodable, no samples, or truncated as far as the container
+            tells: the audio chunk of WAV and AIFF and the tag of MP3 promise over 1 % more bytes than there are.
+            A cut FLAC is only found by decoding it. A cut Ogg is a shorter Ogg.
+    """
+    with _open(path) as file:
+        num_samples = file.frames
+        if num_samples >= _UNKNOWN:
+            num_samples = sum(len(block) for block in _blocks(file, os.fspath(path), None))
+        if num_samples <= 0:
+            raise AudioError(path, "no samples")
+        return AudioInfo(file.samplerate, num_samples, file.channels)
+
+
+def load_audio(
+    path: str | os.PathLike[str],
+    sampling_rate: int = 16000,
+    *,
+    start: float = 0.0,
+    duration: float | None = None,
+) -> np.ndarray:
+    """Decode (a part of) an audio file to mono float32 at ``sampling_rate``.
+
+    Channels are averaged. Integer formats are divided by their full scale (int16 by 32768); nothing is clipped or
+    normalised. Other rates are resampled by soxr's HQ filter.
+
+    A part is what ``load_audio(path, sampling_rate)[round(start * sampling_rate):][:round(duration * sampling_rate)]``
+    would be, but only the needed samples and the filter's margin are decoded, on the same resampling grid. It is equal
+    to 1e-6 for WAV, AIFF and FLAC at any position, and for Ogg, Opus and MP3 in their first 60 seconds, where decoding
+    from the beginning is as cheap. Beyond, lossy formats are entered by seeking, with one second of pre-roll for the
+    decoder's state; libsndfile then lands some milliseconds off now and then in Vorbis.
+
+    Args:
+        path: file of any format libsndfile reads.
+        sampling_rate: of the result, in Hz.
+        start: first instant, in seconds from the beginning of the file.
+        duration: length in seconds; None for the rest of the file. A part that crosses the end is shorter.
+
+    Returns:
+        (S,) float32, finite, S >= 1.
+
+    Raises:
+        AudioError: for every fault of the file; see ``REASONS``. "truncated" is raised if the header or the decoder
+            shows that over 1 % of the promised samples are missing; with ``duration``, a decoder that stops early is
+            only noticed if it stops inside the part.
+        ValueError: an argument out of range.
+    """
+    if sampling_rate <= 0:
+        raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
+    if not (isfinite(start) and start >= 0):
+        raise ValueError(f"start must be a time in seconds >= 0, got {start}")
+    if duration is not None and not (isfinite(duration) and duration > 0):
+        raise ValueError(f"duration must be positive seconds or None, got {duration}")
+    name = os.fspath(path)
+    with _open(name) as file:
+        # Blocks of p input samples are blocks of q output samples, so whole blocks keep the resampling grid.
+        common = gcd(file.samplerate, sampling_rate)
+        p, q = file.samplerate // common, sampling_rate // common
+        margin = 0 if p == q else -(-_MARGIN * max(p, q) // (q * p))  # blocks
+        first = round(start * sampling_rate)
+        last = None if duration is None else first + max(1, round(duration * sampling_rate))
+        block = max(0, first // q - margin)
+        stop = None if last is None else (-(-last // q) + margin) * p
+        samples = _read(file, name, block * p, stop)
+        if p != q and samples.size:
+            samples = soxr.resample(samples, file.samplerate, sampling_rate, quality="HQ")
+        offset = first - block * q
+        waveform = samples[offset : None if last is None else offset + last - first]
+        if waveform.size == 0:
+            raise AudioError(name, "no samples", f"nothing from {start:.3f} s on" if start else "")
+    return np.ascontiguousarray(waveform, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class AudioDigest:
+    """What full decoding shows: real length, largest magnitude over time after the mono mix, hash of the samples."""
+
+    info: AudioInfo
+    peak: float
+    sha256: str
+
+
+def audio_digest(path: str | os.PathLike[str]) -> AudioDigest:
+    """Decode a whole file in bounded memory. Equal hashes mean equal mono samples at an equal rate in any container.
+
+    Raises:
+        AudioError: as :func:`load_audio`.
+    """
+    with _open(path) as file:
+        digest = hashlib.sha256(str(file.samplerate).encode())
+        num_samples, peak = 0, 0.0
+        for block in _blocks(file, os.fspath(path), None):
+            digest.update(block.tobytes())
+            num_samples += len(block)
+            peak = max(peak, float(np.abs(block).max()))
+        if num_samples == 0:
+            raise AudioError(path, "no samples")
+        return AudioDigest(AudioInfo(file.samplerate, num_samples, file.channels), peak, digest.hexdigest())
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
+    """Open a file, check what its header promises, and turn every foreign exception into an AudioError."""
+    name = os.fspath(path)
+    try:
+        status = os.stat(name)
+        # Opening a pipe or a device could block for ever.
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise AudioError(name, "not readable", kind)
+        if status.st_size == 0:
+            raise AudioError(name, "empty file")
+        missing = missing_fraction(name)
+        with soundfile.SoundFile(name) as file:
+            low, high = SAMPLING_RATES
+            if not low <= file.samplerate <= high:
+                raise AudioError(name, "not decodable", f"sampling rate {file.samplerate} Hz")
+            if missing > TRUNCATED_ABOVE:
+                raise AudioError(name, "truncated", f"{100 * missing:.1f} % of the audio bytes are missing")
+            yield file
+    except AudioError:
+        raise
+    except FileNotFoundError as error:
+        raise AudioError(name, "missing") from error
+    except OSError as error:
+        raise AudioError(name, "not readable", error.strerror or str(error)) from error
+    except soundfile.LibsndfileError as error:
+        if not os.access(name, os.R_OK):
+            raise AudioError(name, "not readable", "permission denied") from error
+        raise AudioError(name, "not decodable", error.error_string.strip()) from error
+    except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+        raise AudioError(name, "not decodable", str(error)) from error
+
+
+def _read(file: soundfile.SoundFile, path: str, start: int, stop: int | None) -> np.ndarray:
+    """Decode samples [start, stop) of an open file as mono float32; fewer where the file ends."""
+    at = 0
+    if start:
+        lossy = file.subtype.startswith(_LOSSY)
+        if not lossy and file.frames < _UNKNOWN:
+            at = min(start, file.frames)
+            file.seek(at)
+        elif lossy and start > _EXACT_SECONDS * file.samplerate and file.frames < _UNKNOWN:
+            at = min(start - int(_PREROLL_SECONDS * file.samplerate), file.frames)
+            with _quiet_seek(file):
+                file.seek(at)
+                file.read(min(start - at, 8192), dtype="float32")
+                at = file.tell()
+    skip = start - at
+    blocks = []
+    for block in _blocks(file, path, None if stop is None else stop - at):
+        blocks.append(block[skip:])
+        skip = max(0, skip - len(block))
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _blocks(file: soundfile.SoundFile, path: str, count: int | None) -> Iterator[np.ndarray]:
+    """Decode up to ``count`` samples from the present position in bounded blocks, checked and mixed to mono."""
+    position = file.tell()
+    promised = file.frames if file.frames < _UNKNOWN else None
+    wanted = promised if count is None else (position + count if promised is None else min(position + count, promised))
+    size = max(1, _BLOCK // file.channels)
+    failure = None
+    while failure is None and (wanted is None or position < wanted):
+        ask = size if wanted is None else min(size, wanted - position)
+        # NaN tells what the decoder wrote before it failed: soundfile raises without the count.
+        buffer = np.full((ask, file.channels), np.nan, np.float32)
+        try:
+            got = len(file.read(out=buffer))
+        except soundfile.LibsndfileError as error:
+            failure = error.error_string.strip()
+            unwritten = np.isnan(buffer).any(axis=1)
+            got = int(unwritten.argmax()) if unwritten.any() else ask
+        if got == 0:
+            break
+        position += got
+        yield _mono(buffer[:got], path)
+    if promised is None:
+        # A stream without a stated length ends by an error in some decoders; it has no promise to break.
+        if failure and not position:
+            raise AudioError(path, "not decodable", failure)
+        return
+    if wanted is not None and wanted - position > TRUNCATED_ABOVE * promised:
+        if not position and failure:
+            raise AudioError(path, "not decodable", failure)
+        if failure or not file.subtype.startswith("MPEG") or mp3_counts_frames(path):
+            detail = f"{position} of {promised} samples" + (f": {failure}" if failure else "")
+            raise AudioError(path, "truncated", detail)
+
+
+def _mono(block: np.ndarray, path: str) -> np.ndarray:
+    """Average (N, channels) to (N,), after checking that every sample can be used."""
+    peak = max(float(block.max()), -float(block.min()))
+    if not peak <= LARGEST_SAMPLE:  # also true for NaN
+        bad = int(block.size - np.isfinite(block).sum())
+        if bad:
+            raise AudioError(path, "not finite", f"{bad} NaN or infinite of {block.size} samples decoded together")
+        raise AudioError(path, "out of range", f"a sample of magnitude {peak:.3g}")
+    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+
+
+_stderr_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quiet_seek(file: soundfile.SoundFile) -> Iterator[None]:
+    """Silence libmpg123 while it finds its way: on every seek in a healthy MP3 it prints an error about bit counts.
+
+    It writes to file descriptor 2 itself and libsndfile offers no switch, so the descriptor points to the null device
+    for these milliseconds. Only for MP3.
+    """
+    if not file.subtype.startswith("MPEG"):
+        yield
+        return
+    with _stderr_lock, open(os.devnull, "wb") as null:
+        try:
+            saved = os.dup(2)
+        except OSError:  # a daemon without standard error
+            yield
+            return
+        try:
+            os.dup2(null.fileno(), 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

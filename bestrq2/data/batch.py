@@ -1,0 +1,197 @@
+"""Batches of training samples: batch k of a run is a pure function of (dataset, batch size, k)."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from multiprocessing import get_all_start_methods, get_context
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bestrq2.data.audio import DataError, Skip
+from bestrq2.data.dataset import Sample
+
+__all__ = ["Batch", "batches", "collate"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded with zeros to the longest: ``waveform`` (B, S) float32, ``lengths`` and ``index`` (B,) int64.
+
+    ``lengths`` counts the samples before the padding and stays on the CPU; ``index`` is the global sample index (CPU);
+    ``skips`` are the files that could not be read on the way.
+    """
+
+    waveform: Tensor
+    lengths: Tensor
+    index: Tensor
+    skips: list[Skip] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.waveform.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with its waveform on ``device``."""
+        return replace(self, waveform=self.waveform.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch with its waveform in page-locked memory, from where a copy to a GPU can run alongside."""
+        return replace(self, waveform=self.waveform.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples into one zero-padded batch, in the given order.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("a batch needs at least one sample")
+    lengths = [len(sample.waveform) for sample in samples]
+    waveform = np.zeros((len(samples), max(lengths)), np.float32)
+    for row, sample in zip(waveform, samples):
+        row[: len(sample.waveform)] = sample.waveform
+    return Batch(
+        waveform=torch.from_numpy(waveform),
+        lengths=torch.tensor(lengths),
+        index=torch.tensor([sample.index for sample in samples]),
+        skips=[skip for sample in samples for skip in sample.skips],
+    )
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    prefetch: int = 4,
+    start_method: str | None = None,
+) -> Iterator[Batch]:
+    """Deliver the batches of steps ``start_step`` ... ``start_step + num_steps - 1``.
+
+    Step k of all ranks together holds the samples with global index k * batch_size ... (k + 1) * batch_size - 1, and
+    rank r its contiguous share, so the audio of a step depends neither on ``workers`` nor on ``world_size``, and a run
+    may resume at any step with other values of both. Epochs pass without a pause.
+
+    Args:
+        dataset: a map from global index to :class:`Sample`, such as ``CropDataset``; picklable if ``workers`` > 0.
+        batch_size: samples of a step over all ranks; a multiple of ``world_size``.
+        start_step: first step.
+        num_steps: None for no end.
+        workers: processes that decode ahead; 0 decodes in this one, when asked. Each uses one thread.
+        rank, world_size: this process's place among those that share every step.
+        pin_memory: deliver waveforms in page-locked memory (only useful with a GPU).
+        prefetch: batches each worker prepares ahead.
+        start_method: of the workers: "forkserver" (default where it exists), "spawn" or "fork". The default never
+            copies a process in which CUDA or threads are active; a script that calls this must be guarded by
+            ``if __name__ == "__main__":``.
+
+    Raises:
+        ValueError: an argument out of range.
+        DataError: a sample could not be made, or a worker was killed.
+    """
+    if batch_size < 1 or world_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch_size must be a positive multiple of world_size, got {batch_size} and {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
+    if start_step < 0 or workers < 0 or prefetch < 1 or (num_steps is not None and num_steps < 0):
+        raise ValueError(
+            "start_step, num_steps and workers must be >= 0 and prefetch >= 1, "
+            f"got {start_step}, {num_steps}, {workers}, {prefetch}"
+        )
+    steps = _Steps(batch_size, start_step, num_steps, rank, world_size)
+    # Checked above at the call, not at the first batch: that is why the generator is another function.
+    return _deliver(dataset, steps, workers, pin_memory, prefetch, start_method)
+
+
+def _deliver(
+    dataset: Dataset, steps: "_Steps", workers: int, pin_memory: bool, prefetch: int, start_method: str | None
+) -> Iterator[Batch]:
+    options: dict[str, Any] = {}
+    if workers:
+        method = start_method or ("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+        context = get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(["bestrq2.data.batch"])  # torch is imported once, not in every worker
+        options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "worker_init_fn": _start_worker}
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_sampler=steps,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate_or_fail,
+        generator=torch.Generator(),  # otherwise the loader would draw from the global generator of the training
+        **options,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise DataError(
+                "a data worker died: most often the machine ran out of memory or shared memory (/dev/shm), or the "
+                f"decoder crashed on a file; workers=0 decodes in the main process and shows which. ({error})"
+            ) from error
+        raise
+
+
+class _Steps:
+    """The batch sampler: this rank's share of the global sample indices, step by step."""
+
+    def __init__(self, batch_size: int, start_step: int, num_steps: int | None, rank: int, world_size: int) -> None:
+        self.batch_size, self.start_step, self.num_steps = batch_size, start_step, num_steps
+        self.share = batch_size // world_size
+        self.offset = rank * self.share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = (
+            count(self.start_step)
+            if self.num_steps is None
+            else range(self.start_step, self.start_step + self.num_steps)
+        )
+        for step in steps:
+            first = step * self.batch_size + self.offset
+            yield list(range(first, first + self.share))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way from a worker: as a value it arrives whole, without the loader's wrapping."""
+
+    error: DataError
+
+    def pin_memory(self) -> "_Failure":
+        return self
+
+
+class _Guarded(Dataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return _Failure(error)
+
+
+def _collate_or_fail(samples: list[Any]) -> Batch | _Failure:
+    failure = next((sample for sample in samples if isinstance(sample, _Failure)), None)
+    return failure if failure is not None else collate(samples)
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group: the main process ends the run and its workers, without their tracebacks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

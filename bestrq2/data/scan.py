@@ -1,0 +1,262 @@
+"""Open every header once before training: durations for the index, and a report of every file that is left out."""
+
+import argparse
+import csv
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from importlib.resources import files as package_files
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bestrq2.data.audio import EXTENSIONS, SILENCE, AudioError, DataError, Skip, audio_digest, audio_info, is_audio
+from bestrq2.data.manifest import (
+    AudioFile,
+    ManifestError,
+    discover_folder,
+    is_manifest,
+    read_manifest,
+    write_manifest,
+)
+
+__all__ = ["SkipReport", "collect", "main", "scan", "tiny_dataset"]
+
+Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+@dataclass
+class SkipReport:
+    """Files that were left out, and how many files of other kinds lay beside them (``ignored``, by extension)."""
+
+    skips: list[Skip] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.skips)
+
+    def counts(self) -> Counter[str]:
+        """Number of skips by reason."""
+        return Counter(skip.reason for skip in self.skips)
+
+    def __str__(self) -> str:
+        """One line: "3 skipped: 2 truncated, 1 missing; 5 ignored: 5 .txt"."""
+        parts = []
+        if self.skips:
+            parts.append(f"{len(self.skips)} skipped: {_count_words(self.counts())}")
+        if self.ignored:
+            parts.append(f"{sum(self.ignored.values())} ignored: {_count_words(self.ignored)}")
+        return "; ".join(parts) or "nothing skipped"
+
+    def examples(self, each: int = 3) -> list[str]:
+        """Up to ``each`` skipped files of every reason, as printable lines."""
+        seen: Counter[str] = Counter()
+        lines = []
+        for skip in self.skips:
+            seen[skip.reason] += 1
+            if seen[skip.reason] <= each:
+                lines.append(str(skip))
+        return lines
+
+
+def _count_words(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.most_common())
+
+
+def scan(
+    files: Sequence[AudioFile],
+    *,
+    min_seconds: float = 0.0,
+    check: bool = False,
+    num_threads: int | None = None,
+    progress: bool = False,
+    source: str = "the list of files",
+) -> tuple[list[AudioFile], SkipReport]:
+    """Complete the records with duration and sampling rate, and leave out what cannot be used.
+
+    A file whose duration is already known (from a manifest) is not opened unless ``check``: a large manifest is ready
+    at once, and a fault of such a file is met, skipped and reported when it is read.
+
+    Args:
+        files: in the order to keep.
+        min_seconds: shorter files are left out as "too short".
+        check: decode every file completely; also leaves out silent files (nothing above -80 dB of full scale) and
+            duplicates (the same decoded samples as an earlier file).
+        num_threads: headers opened at once; default: twice the processors, at most 16.
+        progress: show a progress bar.
+        source: what to call the origin in an error.
+
+    Returns:
+        the usable files in their given order, and the report on the others.
+
+    Raises:
+        DataError: nothing usable.
+    """
+    report = SkipReport()
+    usable: list[AudioFile] = []
+    first_with: dict[str, str] = {}  # hash of the samples -> path
+
+    def look(item: AudioFile) -> AudioFile | Skip | tuple[AudioFile, str]:
+        try:
+            if check:
+                digest = audio_digest(item.path)
+                known = replace(item, duration=digest.info.duration, sampling_rate=digest.info.sampling_rate)
+                if digest.peak <= SILENCE:
+                    return Skip(item.path, "silent", f"largest magnitude {digest.peak:.1e}")
+                return _long_enough(known, min_seconds), digest.sha256
+            if item.duration is None:
+                info = audio_info(item.path)
+                item = replace(item, duration=info.duration, sampling_rate=info.sampling_rate)
+            return _long_enough(item, min_seconds)
+        except AudioError as error:
+            return error.skip
+
+    threads = num_threads or min(16, 2 * (os.cpu_count() or 1))
+    with tqdm(total=len(files), desc="checking" if check else "scanning", unit="file", disable=not progress) as bar:
+        for result in _in_order(look, files, threads):
+            bar.update()
+            if isinstance(result, tuple):
+                result, sha256 = result
+                first = first_with.setdefault(sha256, result.path)
+                if first != result.path:
+                    result = Skip(result.path, "duplicate", f"same samples as {first}")
+            if isinstance(result, Skip):
+                report.skips.append(result)
+            else:
+                usable.append(result)
+    if not usable:
+        lines = "".join(f"\n  {line}" for line in report.examples())
+        raise DataError(f"no usable audio in {source}: found {len(files)} files, {report}{lines}")
+    return usable, report
+
+
+def _long_enough(item: AudioFile, min_seconds: float) -> AudioFile:
+    if item.duration is not None and item.duration < min_seconds:
+        raise AudioError(item.path, "too short", f"{item.duration:.3f} s, at least {min_seconds:g} s are needed")
+    return item
+
+
+def _in_order(look: Callable, files: Sequence[AudioFile], threads: int) -> Iterator:
+    if threads == 1:
+        yield from map(look, files)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        remaining = iter(files)
+        while portion := list(islice(remaining, 2048)):  # not a million futures at once
+            yield from pool.map(look, portion)
+
+
+def collect(
+    source: Source | None = None,
+    *,
+    min_seconds: float = 0.0,
+    check: bool = False,
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> tuple[list[AudioFile], SkipReport]:
+    """Find the audio a user means: a folder, a manifest, one file, several of these, or None for the packaged clips.
+
+    Arguments and result as for :func:`scan`.
+
+    Raises:
+        DataError: nothing there, or nothing usable; the message counts what was found and why it was left out.
+        ManifestError: a manifest that cannot be understood.
+    """
+    if source is None:
+        return scan(tiny_dataset(), min_seconds=min_seconds, source="the packaged clips")
+    sources = [os.fspath(part) for part in ([source] if isinstance(source, str | os.PathLike) else source)]
+    names = ", ".join(sources) or "an empty list of sources"
+    files: list[AudioFile] = []
+    ignored: Counter[str] = Counter()
+    for part in sources:
+        if os.path.isdir(part):
+            try:
+                listing = discover_folder(part)
+            except OSError as error:
+                raise DataError(f"folder {part} cannot be listed: {error.strerror or error}") from error
+            files += listing.files
+            ignored += listing.ignored
+        elif not os.path.exists(part):
+            raise DataError(f"{part} does not exist; expected a folder, a .csv or .jsonl manifest, or an audio file")
+        elif is_manifest(part):
+            try:
+                files += read_manifest(part)
+            except OSError as error:
+                raise DataError(f"manifest {part} cannot be read: {error.strerror or error}") from error
+        elif is_audio(part):
+            files.append(AudioFile(part))
+        else:
+            raise DataError(f"{part} is neither a folder, a .csv or .jsonl manifest, nor an audio file")
+    if not files:
+        beside = f"; it holds {_count_words(ignored)}" if ignored else ""
+        raise DataError(f"no audio files in {names} (looked for {' '.join(sorted(EXTENSIONS))}){beside}")
+    usable, report = scan(
+        files, min_seconds=min_seconds, check=check, num_threads=num_threads, progress=progress, source=names
+    )
+    report.ignored = ignored
+    return usable, report
+
+
+def tiny_dataset() -> list[AudioFile]:
+    """The 24 packaged clips of real audio, two seconds each at 16 kHz: 8 speech, 8 music, 8 env (the ``domain``).
+
+    CC0 and CC-BY-3.0; their authors are named in the file CREDITS beside them.
+    """
+    folder = Path(str(package_files("bestrq2.data"))) / "tiny"
+    with open(folder / "labels.csv", newline="", encoding="utf-8") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row["file"])
+    return [
+        AudioFile(str(folder / row["file"]), duration=2.0, sampling_rate=16000, domain=row["domain"], label=row["item"])
+        for row in rows
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m bestrq2.data.manifest``: build a manifest; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bestrq2.data.manifest",
+        description="List the usable audio files of a folder, with durations, in a CSV manifest for training.",
+    )
+    parser.add_argument("source", nargs="+", help="folder, audio file or manifest")
+    parser.add_argument("--out", required=True, metavar="CSV", help="manifest to write; skipped files go beside it")
+    parser.add_argument("--check", action="store_true", help="decode everything; find silent and duplicate files too")
+    parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
+    parser.add_argument("--threads", type=int, default=None, help="files opened at once")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    if out.suffix.lower() != ".csv":
+        parser.error(f"--out must end in .csv, got {out}")
+    try:
+        files, report = collect(
+            options.source,
+            min_seconds=options.min_seconds,
+            check=options.check,
+            num_threads=options.threads,
+            progress=True,
+        )
+        write_manifest(out, files)
+        skipped = out.with_suffix(".skipped.csv")
+        if report.skips:
+            with open(skipped, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                writer = csv.writer(file)
+                writer.writerow(["path", "reason", "detail"])
+                writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
+        else:
+            skipped.unlink(missing_ok=True)  # of an earlier run
+    except (DataError, ManifestError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; no manifest written", file=sys.stderr)
+        return 130
+    hours = sum(item.duration or 0.0 for item in files) / 3600
+    print(f"{out}: {len(files)} files, {hours:.2f} h; {report}")
+    for line in report.examples():
+        print(f"  {line}")
+    if report.skips:
+        print(f"all skipped files: {skipped}")
+    return 0
