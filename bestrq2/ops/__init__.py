@@ -1,8 +1,19 @@
 """The three fused operations, importable into any model: ``from bestrq2 import ops``."""
 
 from . import reference
+from .chunk_layouts import ChunkLayout
+from .chunked_attention import chunked_attention
 from .dispatch import BACKENDS, use_backend
 from .native import available_backends
 from .quantize import check_codes, quantize
 
-__all__ = ["BACKENDS", "available_backends", "check_codes", "quantize", "reference", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "ChunkLayout",
+    "available_backends",
+    "check_codes",
+    "chunked_attention",
+    "quantize",
+    "reference",
+    "use_backend",
+]

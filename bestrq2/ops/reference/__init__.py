@@ -4,6 +4,7 @@ They run on any device in any floating dtype (float64 for ground truth), are dif
 the kernels, tests and benchmarks are compared with.
 """
 
+from .chunked_attention import chunked_attention
 from .quantize import quantize
 
-__all__ = ["quantize"]
+__all__ = ["chunked_attention", "quantize"]

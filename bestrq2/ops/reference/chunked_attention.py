@@ -1,0 +1,59 @@
+"""Specification of chunked attention with relative positions: the literal definition, T x T and all."""
+
+import torch
+from torch import Tensor
+
+from ..chunk_layouts import ChunkLayout
+
+
+def chunked_attention(
+    query: Tensor,  # (B, H, Tq, d)
+    key: Tensor,  # (B, H, Tk, d)
+    value: Tensor,  # (B, H, Tk, d)
+    *,
+    chunk_size: int | None = None,
+    left_context: int | None = None,
+    right_context: int | None = 0,
+    lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    query_offset: int = 0,
+    position: Tensor | None = None,  # (H, R, d)
+    position_zero: int | None = None,
+    content_bias: Tensor | None = None,  # (H, d)
+    position_bias: Tensor | None = None,  # (H, d)
+    scale: float | None = None,
+) -> Tensor:
+    """See :func:`bestrq2.ops.chunked_attention`. Differentiable by autograd, any floating dtype, O(Tq * Tk) memory."""
+    frames, keys = query.shape[2], key.shape[2]
+    i = torch.arange(frames, device=query.device) + query_offset
+    j = torch.arange(keys, device=query.device)
+    layout = ChunkLayout(chunk_size, left_context, right_context)
+    visible = layout.mask(frames, keys, query_offset=query_offset, device=str(query.device))
+    # Padding is zeroed on entry, so that NaN in it reaches neither the output nor a gradient.
+    for padded_i, padded_j in _padding(i, j, lengths, starts):  # (B, Tq), (B, Tk)
+        query = query.masked_fill(padded_i[:, None, :, None], 0)
+        key, value = (x.masked_fill(padded_j[:, None, :, None], 0) for x in (key, value))
+        visible = visible & ~padded_i[..., :, None] & ~padded_j[..., None, :]
+    visible = visible if visible.dim() == 2 else visible[:, None]  # (Tq, Tk) or (B, 1, Tq, Tk)
+
+    with_content = query if content_bias is None else query + content_bias[:, None]
+    score = with_content @ key.transpose(-1, -2)  # (B, H, Tq, Tk)
+    if position is not None:
+        with_position = query if position_bias is None else query + position_bias[:, None]
+        by_offset = with_position @ position.transpose(-1, -2)  # (B, H, Tq, R)
+        zero = (position.shape[1] - 1) // 2 if position_zero is None else position_zero
+        row = (zero + i[:, None] - j).clamp(0, position.shape[1] - 1)  # clamped rows are invisible
+        score = score + by_offset.gather(-1, row.expand(*score.shape))
+    score = score * (query.shape[-1] ** -0.5 if scale is None else scale)
+    weights = score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
+    return weights.masked_fill(~visible, 0) @ value  # a row that sees nothing is exactly 0
+
+
+def _padding(i: Tensor, j: Tensor, lengths: Tensor | None, starts: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Which query and key positions lie outside [starts, lengths), one pair of masks per given bound."""
+    bounds = []
+    if lengths is not None:
+        bounds.append((i >= lengths[:, None], j >= lengths[:, None]))
+    if starts is not None:
+        bounds.append((i < starts[:, None], j < starts[:, None]))
+    return bounds
