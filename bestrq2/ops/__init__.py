@@ -4,6 +4,7 @@ from . import reference
 from .chunk_layouts import ChunkLayout
 from .chunked_attention import chunked_attention
 from .dispatch import BACKENDS, use_backend
+from .masked_cross_entropy import masked_cross_entropy
 from .native import available_backends
 from .quantize import check_codes, quantize
 
@@ -13,6 +14,7 @@ __all__ = [
     "available_backends",
     "check_codes",
     "chunked_attention",
+    "masked_cross_entropy",
     "quantize",
     "reference",
     "use_backend",

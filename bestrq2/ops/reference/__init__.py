@@ -5,6 +5,7 @@ the kernels, tests and benchmarks are compared with.
 """
 
 from .chunked_attention import chunked_attention
+from .masked_cross_entropy import masked_cross_entropy, masked_cross_entropy_gradients
 from .quantize import quantize
 
-__all__ = ["chunked_attention", "quantize"]
+__all__ = ["chunked_attention", "masked_cross_entropy", "masked_cross_entropy_gradients", "quantize"]

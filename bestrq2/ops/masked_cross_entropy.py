@@ -1,0 +1,354 @@
+"""Linear classifier and cross-entropy over the masked rows, without ever storing the (rows, classes) logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from .dispatch import choose_backend
+
+__all__ = ["masked_cross_entropy"]
+
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def masked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_accuracy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return ``cross_entropy(linear(hidden, weight, bias), targets)`` over the masked rows.
+
+    With ``z = linear(hidden, weight, bias)`` and, in fp32, ``lse = log sum_v exp(z_v)``, one row costs
+
+        loss = lse - (1 - label_smoothing) * z[target] - label_smoothing * mean_v(z_v) + z_loss * lse^2
+
+    (label smoothing as in ``torch.nn.functional.cross_entropy``; the z-loss keeps the normaliser near 1: Chowdhery et
+    al., PaLM, 2022, section 5, where its coefficient is 1e-4). Rows are weighted by ``mask`` and the mean divides by
+    the sum of the weights. Where nothing is masked, the loss is 0 and every gradient is 0.
+
+    Differentiable once in ``hidden``, ``weight`` and ``bias``; the gradients of ``weight`` and ``bias`` are accumulated
+    in fp32 over chunks of rows, no gradient is filtered or approximated, and the result is deterministic. Nothing is
+    computed for inputs that do not require a gradient. For ``"mean"`` and ``"sum"`` the gradients are computed along
+    with the loss and kept for the backward; for ``"none"`` the backward computes the logits once more.
+
+    Inside ``torch.autocast`` the products run in the autocast dtype like ``F.linear``; the gradients have the dtype of
+    their inputs, and that of an fp32 weight is not rounded to the autocast dtype on its way.
+
+    On a GPU the host never waits: it does not learn how many rows are masked, so the products run over all rows given.
+    Where the row indices are known, ``masked_cross_entropy(hidden[rows], weight, targets[rows])`` saves that work.
+    On a CPU the masked rows are gathered inside.
+
+    Args:
+        hidden: (..., D) rows in fp32, bf16, fp16 or fp64, of any strides.
+        weight: (V, D) one row per class, in the dtype of ``hidden`` unless inside autocast.
+        targets: (...) int64 classes in [0, V). Where a row is not masked its target is ignored, also if out of range.
+        mask: (...) bool, the rows that count, or floating row weights (0: does not count; for ``"mean"`` none may be
+            negative); None: every row. Rows that do not count may hold NaN. Not differentiable.
+        bias: (V,) added to the logits.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (the weighted loss of each row, 0 where it does not count).
+        label_smoothing: in [0, 1].
+        z_loss: coefficient of ``lse^2``, at least 0.
+        return_accuracy: also return the top-1 accuracy of the masked rows.
+        backend: ``"triton"``, ``"cpu"``, ``"reference"``; None chooses the first that can run the call.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 products): a scalar, or (...) for ``"none"``. With ``return_accuracy`` the pair
+        of loss and accuracy: the weighted share of masked rows whose largest logit (the first of equal ones) is the
+        target's, a detached scalar, 0 where nothing is masked.
+
+    Raises:
+        TypeError: for wrong dtypes.
+        ValueError: for wrong shapes, devices or options; for CPU tensors also for a masked row whose target is outside
+            [0, V) and for a negative or NaN weight of ``"mean"``, naming the first such row. GPU backends do not wait
+            for the data: there a masked row with such a target makes the loss NaN.
+        RuntimeError: if the requested backend cannot run the call.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 50, 64), torch.randn(512, 64)
+        >>> targets, mask = torch.randint(512, (2, 50)), torch.rand(2, 50) < 0.5
+        >>> loss, accuracy = masked_cross_entropy(hidden, weight, targets, mask=mask, return_accuracy=True)
+        >>> loss.shape, accuracy.shape
+        (torch.Size([]), torch.Size([]))
+    """
+    dtype = _compute_dtype(hidden)
+    _validate(hidden, weight, targets, mask, bias, reduction, label_smoothing, z_loss, dtype)
+    with_grad = torch.is_grad_enabled()
+    loss, accuracy = _MaskedCrossEntropy.apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        None if mask is None else mask.detach(),
+        reduction,
+        (dtype, float(label_smoothing), float(z_loss), backend or ""),
+        (
+            with_grad and hidden.requires_grad,
+            with_grad and weight.requires_grad,
+            with_grad and bias is not None and bias.requires_grad,
+        ),
+    )
+    return (loss, accuracy) if return_accuracy else loss
+
+
+class _MaskedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, mask, reduction, options, wanted):  # type: ignore[override]
+        rows = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
+        targets_N = targets.reshape(-1)
+        mask_N = None if mask is None else mask.reshape(-1)
+        in_forward = reduction != "none"
+        losses, accuracy, factor, *grads = torch.ops.bestrq2.masked_cross_entropy.default(
+            rows, weight, targets_N, mask_N, bias, reduction == "mean", *options[:3],
+            *(want and in_forward for want in wanted), options[3],
+        )  # fmt: skip
+        ctx.options, ctx.wanted, ctx.in_forward, ctx.shape = options, wanted, in_forward, hidden.shape
+        if in_forward:
+            ctx.save_for_backward(factor, *grads)
+            loss = losses.sum()
+        else:
+            ctx.save_for_backward(rows, weight, bias, targets_N, mask_N)
+            loss = losses.reshape(targets.shape)
+        ctx.mark_non_differentiable(accuracy)
+        return loss, accuracy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _grad_accuracy):  # type: ignore[override]
+        if ctx.in_forward:
+            factor, *grads = ctx.saved_tensors
+            scale = grad_loss * factor
+        else:
+            rows, weight, bias, targets, mask = ctx.saved_tensors
+            row_weights = grad_loss.reshape(-1)
+            if mask is not None:
+                row_weights = torch.where(mask != 0, row_weights * mask, 0)
+            _, _, scale, *grads = torch.ops.bestrq2.masked_cross_entropy.default(
+                rows, weight, targets, row_weights, bias, False, *ctx.options[:3], *ctx.wanted, ctx.options[3]
+            )
+        grad_hidden, grad_weight, grad_bias = (
+            _scaled(grad, scale) if want else None for grad, want in zip(grads, ctx.wanted)
+        )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.reshape(ctx.shape)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """``grad * scale`` in the dtype of ``grad``, in place where no second backward can read ``grad`` again."""
+    if torch.compiler.is_compiling() or _graph_is_retained():
+        return (grad * scale).to(grad.dtype)
+    # A CPU scalar can be read without waiting for anything, and it usually is 1.
+    if scale.device.type == "cpu" and scale.item() == 1.0:
+        return grad
+    return grad.mul_(scale)
+
+
+def _graph_is_retained() -> bool:
+    """Whether the backward that is running was called with ``retain_graph=True`` (True where torch does not tell)."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _validate(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    dtype: torch.dtype,
+) -> None:
+    op = "masked_cross_entropy"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"{op}: z_loss must be a finite number >= 0, got {z_loss}")
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"{op}: expected hidden (..., D) and weight (V, D), got hidden {tuple(hidden.shape)} and weight "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"{op}: weight must have at least one class and one feature, got {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"{op}: expected targets {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
+    if mask is not None:
+        if mask.shape != targets.shape:
+            raise ValueError(f"{op}: expected mask {tuple(targets.shape)}, got {tuple(mask.shape)}")
+        if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+            raise TypeError(f"{op}: mask must be bool or floating row weights, got {mask.dtype}")
+        if mask.requires_grad:
+            raise ValueError(f"{op}: row weights are not differentiable; pass mask.detach()")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: expected bias {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but hidden is on {hidden.device}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(f"{op}: {name} is a DTensor; pass local tensors (the classes are not sharded here)")
+        if name in ("hidden", "weight", "bias"):
+            if tensor.dtype not in DTYPES:
+                raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+            autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (dtype, tensor.dtype)
+            if tensor.dtype != dtype and not autocast:
+                raise TypeError(f"{op}: {name} is {tensor.dtype} but the products run in {dtype}")
+
+
+_library = torch.library.Library("bestrq2", "FRAGMENT")
+_library.define(
+    "masked_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_weights, Tensor? bias, "
+    "bool normalize, ScalarType dtype, float label_smoothing, float z_loss, "
+    "bool grad_hidden, bool grad_weight, bool grad_bias, str backend) "
+    "-> (Tensor losses, Tensor accuracy, Tensor factor, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("bestrq2::masked_cross_entropy", "CompositeExplicitAutograd", lib=_library)
+def _run(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    row_weights: Tensor | None,  # (N,) bool or floating; rows of weight 0 are not looked at
+    bias: Tensor | None,  # (V,)
+    normalize: bool,  # divide by the sum of the row weights
+    dtype: torch.dtype,
+    label_smoothing: float,
+    z_loss: float,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Weighted losses (N,), accuracy, and the wanted gradients of their sum, which times ``factor`` are the true ones.
+
+    ``factor`` is 1 unless the products run in fp16, whose range the division by many rows would leave.
+    """
+    if hidden.device.type == "cpu":
+        _check_rows(targets, row_weights, weight.shape[0], weights_may_be_negative=not normalize)
+    # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
+    chosen = choose_backend(
+        "masked_cross_entropy",
+        backend or None,
+        {
+            "triton": lambda: "not implemented",
+            "cpu": lambda: "not implemented",
+            "reference": lambda: None,
+        },
+    )
+    wanted = (grad_hidden, grad_weight, grad_bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        assert chosen == "reference"
+        return _run_reference(
+            hidden, weight, targets, row_weights, bias, normalize, dtype, label_smoothing, z_loss, wanted
+        )
+
+
+def _run_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor | None,
+    bias: Tensor | None,
+    normalize: bool,
+    dtype: torch.dtype,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.ones_like(targets, dtype=loss_dtype) if row_weights is None else row_weights.to(loss_dtype)
+    factor = torch.ones_like(weights[:0].sum())
+    total = _nonzero(weights.sum()) if normalize else factor
+    if dtype == torch.float16:
+        factor = 1 / total
+    else:
+        weights = weights / total
+    losses, accuracy, *grads = reference.masked_cross_entropy_gradients(
+        hidden.to(dtype), weight.to(dtype), targets, row_weights=weights, bias=None if bias is None else bias.to(dtype),
+        label_smoothing=label_smoothing, z_loss=z_loss, wanted=wanted,
+    )  # fmt: skip
+    sources = (hidden, weight, weight if bias is None else bias)
+    return losses * factor, accuracy, factor, *(grad.to(x.dtype) for grad, x in zip(grads, sources))
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1, total)
+
+
+def _check_rows(
+    targets: Tensor, row_weights: Tensor | None, num_classes: int, *, weights_may_be_negative: bool
+) -> None:
+    """Name the first row that cannot be computed. Only for CPU tensors, where reading a value waits for nothing."""
+    op = "masked_cross_entropy"
+    if row_weights is not None and row_weights.dtype != torch.bool and not weights_may_be_negative:
+        bad = ~(row_weights >= 0)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"{op}: row weights must be >= 0, got {row_weights[row].item()} in row {row}")
+    bad = (targets < 0) | (targets >= num_classes)
+    if row_weights is not None:
+        bad &= row_weights != 0
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{op}: target {int(targets[row])} of row {row} is outside the {num_classes} classes")
+
+
+@torch.library.register_fake("bestrq2::masked_cross_entropy", lib=_library)
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor | None,
+    bias: Tensor | None,
+    normalize: bool,
+    dtype: torch.dtype,
+    label_smoothing: float,
+    z_loss: float,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    losses = hidden.new_empty(hidden.shape[:1], dtype=loss_dtype)
+
+    def gradient(source: Tensor | None, wanted: bool) -> Any:
+        if source is None or not wanted:
+            return hidden.new_empty(0)
+        return source.new_empty(source.shape)
+
+    return (
+        losses,
+        losses.new_empty(()),
+        losses.new_empty(()),
+        gradient(hidden, grad_hidden),
+        gradient(weight, grad_weight),
+        gradient(bias, grad_bias),
+    )

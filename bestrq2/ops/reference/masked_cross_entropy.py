@@ -1,0 +1,95 @@
+"""Specification of ``masked_cross_entropy``: every product, logit and gradient in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def masked_cross_entropy(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (...) int64
+    *,
+    mask: Tensor | None = None,  # (...) bool, or float row weights
+    bias: Tensor | None = None,  # (V,)
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return ``(loss, accuracy)`` as :func:`bestrq2.ops.masked_cross_entropy` defines them; differentiable by autograd.
+
+    Computes the logits of every row and stores them, in static shapes and without a host synchronisation. The loss is
+    float32 (float64 for float64 logits).
+    """
+    num_classes = weight.shape[0]
+    selected = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0
+    valid = (targets >= 0) & (targets < num_classes)
+    # Rows that do not count may hold anything (padding, NaN, target -1): replace them before they meet arithmetic.
+    targets = torch.where(selected & valid, targets, 0)
+    hidden = torch.where(selected.unsqueeze(-1), hidden, 0)
+
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).flatten(0, -2)  # (N, V)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none", label_smoothing=label_smoothing)
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(-1).square()
+    losses = losses.reshape(targets.shape).masked_fill(selected & ~valid, float("nan"))
+    correct = (logits.detach().argmax(-1).reshape(targets.shape) == targets).to(losses.dtype)
+
+    weights = selected.to(losses.dtype) if mask is None else torch.where(selected, mask, 0).to(losses.dtype)
+    total = weights.sum()
+    total = torch.where(total == 0, 1, total)
+    losses = torch.where(selected, losses * weights, 0)
+    accuracy = (correct * weights).sum() / total
+    if reduction == "none":
+        return losses, accuracy
+    return (losses.sum() / total if reduction == "mean" else losses.sum()), accuracy
+
+
+def masked_cross_entropy_gradients(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,) int64
+    *,
+    row_weights: Tensor,  # (N,) floating, of the dtype of the loss
+    bias: Tensor | None,  # (V,)
+    label_smoothing: float,
+    z_loss: float,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor, ...]:
+    """The same in formulas, as the kernels compute it: weighted losses (N,), accuracy, and the gradients of their sum.
+
+    With probabilities ``p = exp(z - lse)`` and row weight ``w``, the gradient of a row's loss in its logits is
+
+        dz = w * (p * (1 + 2 * z_loss * lse) - (1 - label_smoothing) * onehot(target) - label_smoothing / V)
+
+    from which ``d hidden = dz @ weight``, ``d weight = dz^T @ hidden`` and ``d bias = sum of dz over rows``. Gradients
+    that are not ``wanted`` (in this order) are empty.
+    """
+    num_classes = weight.shape[0]
+    selected = row_weights != 0
+    valid = (targets >= 0) & (targets < num_classes)
+    targets = torch.where(selected & valid, targets, 0)
+    hidden = torch.where(selected.unsqueeze(-1), hidden, 0)
+
+    z = F.linear(hidden, weight, bias).to(row_weights.dtype)  # (N, V)
+    lse = z.logsumexp(-1, keepdim=True)  # (N, 1)
+    target_z = z.gather(1, targets.unsqueeze(1))  # (N, 1)
+    losses = lse - (1 - label_smoothing) * target_z - label_smoothing * z.mean(1, keepdim=True) + z_loss * lse.square()
+    losses = torch.where(selected, losses.squeeze(1) * row_weights, 0).masked_fill(selected & ~valid, float("nan"))
+    correct = (z.argmax(1) == targets).to(row_weights.dtype)
+    total = row_weights.sum()
+    accuracy = (correct * row_weights).sum() / torch.where(total == 0, 1, total)
+
+    grads = [hidden.new_empty(0) for _ in wanted]
+    if any(wanted):
+        dz = (z - lse).exp_().mul_(1 + 2 * z_loss * lse).sub_(label_smoothing / num_classes)
+        dz.scatter_add_(1, targets.unsqueeze(1), torch.full_like(target_z, label_smoothing - 1))
+        dz = torch.where(selected.unsqueeze(1), dz * row_weights.unsqueeze(1), 0)
+        dz_low = dz.to(hidden.dtype)
+        grads = [
+            dz_low @ weight if wanted[0] else grads[0],
+            dz_low.T @ hidden if wanted[1] else grads[1],
+            dz.sum(0).to(hidden.dtype) if wanted[2] else grads[2],
+        ]
+    return losses, accuracy, *grads
