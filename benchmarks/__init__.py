@@ -1,0 +1,1 @@
+"""Benchmarks of the three operations against every strong peer. Start with ``python benchmarks/run.py --quick``."""

@@ -1,0 +1,167 @@
+"""What the machine can do at best: matrix rates and memory bandwidth, from which every ``pct_of_limit`` follows.
+
+CPU: measured in the same run with the same threads. GPU: stated peaks of the data sheet for known devices (bandwidth:
+what a copy reaches where we know it), measured for others. ``python benchmarks/machine.py`` prints them.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Work:
+    """Unavoidable work of one call: ``flops`` in ``arithmetic``, ``bytes`` of memory traffic, ``elementwise`` scores.
+
+    ``elementwise`` counts values that each need at least one comparison or exponential outside the matrix units; it
+    bounds only devices that state such a rate.
+    """
+
+    flops: float
+    bytes: float
+    arithmetic: str = "float32"
+    elementwise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in FLOP/s per arithmetic, bytes/s and elementwise operations/s, with where they come from."""
+
+    device: str
+    kind: str
+    threads: int
+    flops: dict[str, float]
+    bandwidth: float
+    source: str
+    elementwise: float = float("inf")
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def limit_ms(self, work: Work) -> float:
+        """Shortest time in which this machine could do ``work``: the slowest of its resources alone."""
+        rate = self.flops[work.arithmetic]
+        return 1e3 * max(work.flops / rate, work.bytes / self.bandwidth, work.elementwise / self.elementwise)
+
+    def describe(self) -> str:
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.flops.items())
+        return f"{self.device}, {self.threads} threads: {rates}, {self.bandwidth / 1e9:,.0f} GB/s ({self.source})"
+
+
+# name pattern -> bf16/fp16 dense, fp32 outside the tensor cores, bytes/s, elementwise fp32 comparisons/s
+_KNOWN_GPUS = {
+    r"H100(?!.*PCIe)": (800e12, 67e12, 3.0e12, 14.8e12),
+    r"H200": (800e12, 67e12, 4.3e12, 14.8e12),
+    r"A100": (312e12, 19.5e12, 1.75e12, 9.7e12),
+}
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """Measure (CPU) or look up (known GPU) the rates of ``device``; about two seconds on a CPU."""
+    threads = torch.get_num_threads()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for pattern, (half, single, bandwidth, elementwise) in _KNOWN_GPUS.items():
+            if re.search(pattern, name):
+                flops = {"float32": single, "float16": half, "bfloat16": half}
+                return Machine(name, "cuda", threads, flops, bandwidth, "stated peaks", elementwise)
+    else:
+        name = _cpu_name()
+    flops = {str(dtype)[6:]: matmul_rate(dtype, device) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    return Machine(name, device.type, threads, flops, _copy_rate(device), "measured in this run")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device, seconds: float = 0.4) -> float:
+    """The fastest of the calls that fit into ``seconds`` (at least 4): other load must not lower a limit."""
+
+    def synchronise() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    call()
+    spent: list[float] = []
+    while len(spent) < 4 or sum(spent) < seconds:
+        synchronise()
+        start = time.perf_counter()
+        call()
+        synchronise()
+        spent.append(time.perf_counter() - start)
+    return min(spent)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of square matrix products, doubled in size until one takes 5 ms (a CPU without fp16 units is slow)."""
+    size, seconds = 256, 0.0
+    while seconds < 5e-3 and size < 16384:
+        size *= 2
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        seconds = _best_seconds(partial(torch.mm, a, b), device, 0.02)
+    return 2 * size**3 / min(seconds, _best_seconds(partial(torch.mm, a, b), device))
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.ones(2**26, device=device)  # 256 MB: beyond every cache
+    target = torch.ones_like(source)
+    return 2 * source.numel() * source.element_size() / _best_seconds(lambda: target.copy_(source), device)
+
+
+def environment(command: str) -> dict[str, str]:
+    """Columns that let a reader repeat a row: versions, commit (``+dirty`` with local changes), date and command."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "absent"
+
+    from bestrq2 import __version__
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "bestrq2": __version__,
+        "commit": _commit(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")
+        return git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        sys.stdout.write(describe_machine(torch.device(kind)).describe() + "\n")

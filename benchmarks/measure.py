@@ -1,0 +1,209 @@
+"""From a case and its providers to rows: peak memory, then errors, then timings interleaved over the providers.
+
+Every repeat times one forward and one backward of *each* provider in turn, so that a machine that slows down meanwhile
+slows all of them. The backward is timed by itself, on the graph of the forward just timed (never as a difference of two
+timings). Medians with 20 % and 80 % quantiles.
+
+``cache``: ``cold`` overwrites a buffer larger than every cache before each timed forward and backward. ``hot`` runs the
+forward once untimed before the timed one; the backward follows its own forward at once, as in training.
+CPU: wall clock. GPU: CUDA events, with a short device-side wait before the first event so that the launches of the
+timed call are queued before it starts; gaps that a provider causes by waiting for the GPU are in its time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import memory
+from benchmarks.common import FIELDS, Case, Provider, Skip, evaluate, first
+from benchmarks.machine import Machine
+from benchmarks.memory import Failed, short_reason
+
+Row = dict[str, Any]
+_FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass
+class Budget:
+    """How often to repeat: until ``seconds`` of timed calls per provider are spent, within the two counts.
+
+    ``repeats`` fixes the count instead.
+    """
+
+    seconds: float = 3.0
+    at_least: int = 5
+    at_most: int = 40
+    repeats: int | None = None
+
+    def wants_more(self, times: Times) -> bool:
+        done = len(times.forward)
+        if self.repeats:
+            return done < self.repeats
+        spent = sum(times.forward) + sum(times.backward)
+        return done < self.at_least or (done < self.at_most and spent < 1e3 * self.seconds)
+
+
+@dataclass
+class Times:
+    """Milliseconds of every repeat of one provider."""
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between order statistics."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+class Stopwatch:
+    """Times calls on one device and empties its caches on demand."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffer: Tensor | None = None
+
+    def flush(self) -> None:
+        if self.buffer is None:
+            self.buffer = torch.empty(_FLUSH_BYTES // 4, device=self.device)
+        self.buffer.zero_()
+
+    def milliseconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(1_000_000)  # clock cycles, about 0.5 ms: time to queue the launches of the call
+            start.record()
+            result = call()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end), result
+        begin = time.perf_counter()
+        result = call()
+        return 1e3 * (time.perf_counter() - begin), result
+
+
+def time_calls(
+    case: Case, calls: dict[str, Callable[[], Any]], cache: str, budget: Budget
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Time prepared, warm calls round-robin. Returns the times and, for calls that failed meanwhile, the reason."""
+    if cache not in ("hot", "cold"):
+        raise ValueError(f"cache is 'hot' or 'cold', got {cache!r}")
+    watch = Stopwatch(case.device)
+    times = {name: Times() for name in calls}
+    failed: dict[str, str] = {}
+    while active := [name for name in calls if name not in failed and budget.wants_more(times[name])]:
+        for name in active:
+            try:
+                if cache == "cold":
+                    watch.flush()
+                else:
+                    calls[name]()
+                forward, output = watch.milliseconds(calls[name])
+                times[name].forward.append(forward)
+                if case.differentiable:
+                    output = first(output)
+                    if cache == "cold":
+                        watch.flush()
+                    backward, _ = watch.milliseconds(partial(case.backward, output))
+                    times[name].backward.append(backward)
+                output = _ = None  # free this provider's results before the next one allocates
+            except Exception as error:
+                failed[name] = short_reason(error)
+    return times, failed
+
+
+def measure(
+    module: str,
+    case: Case,
+    providers: Sequence[Provider],
+    machine: Machine,
+    environment: dict[str, str],
+    *,
+    baseline: str,
+    caches: Sequence[str],
+    budget: Budget,
+    worker: memory.Worker | None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Rows of one group (operation, shape, dtype), one per provider and cache state, in the order of ``providers``.
+
+    ``worker`` measures CPU peak memory (None: leave it out). Skipped and failed providers get a row with the reason.
+    """
+    torch.compiler.reset()  # else dynamo's recompilation limit would silently send later shapes to eager mode
+    limit_ms = machine.limit_ms(case.work) + (machine.limit_ms(case.backward_work) if case.backward_work else 0.0)
+    common = {
+        **dict.fromkeys(FIELDS, ""),
+        **{"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")},
+        **{"device": machine.device, "threads": machine.threads, "limit_ms": limit_ms, "status": "ok"},
+        **environment,
+    }
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for provider in providers:
+        say(f"{case.op} {case.shape} {common['dtype']}: {provider.name}")
+        row = rows[provider.name] = {**common, "provider": provider.name, "note": provider.note}
+        try:
+            calls[provider.name] = _check(module, case, provider, row, worker)
+        except Skip as reason:
+            row.update(status="skipped", note=str(reason))
+        except Failed as reason:
+            row.update(status="failed", note=str(reason))
+        except Exception as error:
+            row.update(status="failed", note=short_reason(error))
+    say(f"{case.op} {case.shape} {common['dtype']}: timing {len(calls)} providers")
+    finished: list[Row] = []
+    for cache in caches:
+        times, failed = time_calls(case, calls, cache, budget)
+        group = [_timed(row, times.get(name), failed.get(name), cache, limit_ms) for name, row in rows.items()]
+        base = next((row["_total"] for row in group if row["provider"] == baseline and "_total" in row), None)
+        for row in group:
+            total = row.pop("_total", None)
+            row["speedup"] = base / total if base and total else ""
+        finished += group
+    return finished
+
+
+def _check(module: str, case: Case, provider: Provider, row: Row, worker: memory.Worker | None) -> Callable[[], Any]:
+    """Fill peak memory and error of a row; return the warm call."""
+    call = provider.prepare(case)
+    if worker is not None and case.device.type == "cpu":
+        row["peak_mb"] = worker.peak_bytes(module, case, provider) / 1e6
+    error, remark = case.errors(evaluate(case, call))
+    row["max_error"] = error
+    row["note"] = "; ".join(filter(None, (remark, provider.note)))
+    assert case.tolerance is not None
+    if not error <= case.tolerance:
+        row["status"] = "wrong"
+    if case.device.type == "cuda":
+        row["peak_mb"] = memory.peak_bytes(case, call) / 1e6
+    return call
+
+
+def _timed(row: Row, times: Times | None, failure: str | None, cache: str, limit_ms: float) -> Row:
+    row = dict(row)
+    if row["status"] in ("skipped", "failed"):
+        return row
+    row["cache"] = cache
+    if failure:
+        return {**row, "status": "failed", "note": failure}
+    assert times is not None
+    total = 0.0
+    for name, values in (("fwd", times.forward), ("bwd", times.backward)):
+        if values:
+            row[f"{name}_ms"] = statistics.median(values)
+            row[f"{name}_p20"], row[f"{name}_p80"] = quantile(values, 0.2), quantile(values, 0.8)
+            total += row[f"{name}_ms"]
+    row.update(repeats=len(times.forward), pct_of_limit=100 * limit_ms / total, _total=total)
+    return row

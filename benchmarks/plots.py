@@ -1,0 +1,99 @@
+"""One PNG per operation, drawn from a result file: milliseconds and peak memory of every provider at every shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from benchmarks.measure import Row
+from benchmarks.report import OURS, group_key, total_ms
+
+_OURS, _PEER, _WRONG = "#1b6ca8", "#9a9a9a", "#c0392b"
+
+
+def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """Write ``<stem>_<op>.png`` for every operation among ``rows`` that has timings; return the paths."""
+    images = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:
+            if row["op"] == op and total_ms(row) is not None:
+                groups.setdefault((*group_key(row), row["cache"]), []).append(row)
+        if groups:
+            path = stem.with_name(f"{stem.name}_{op}.png")
+            _figure(op, groups, path)
+            images.append(path)
+    return images
+
+
+def _figure(op: str, groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
+    heights = [len(group) + 1.6 for group in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups),
+        2,
+        figsize=(13, 0.36 * sum(heights) + 0.9),
+        squeeze=False,
+        height_ratios=heights,
+        width_ratios=(2, 1),
+    )
+    for (_, shape, dtype, cache), group, (time_axis, memory_axis) in zip(groups, groups.values(), axes):
+        _times(time_axis, group)
+        time_axis.set_title(f"{shape}  {dtype}  {cache}", fontsize=9, loc="left")
+        _memory(memory_axis, group)
+    axes[-1, 0].set_xlabel("ms, log scale: forward solid, backward pale; dashed: the machine's limit")
+    axes[-1, 1].set_xlabel("peak MB above inputs and results, log scale")
+    row = next(iter(groups.values()))[0]
+    figure.suptitle(
+        f"{op} on {row['device']}, {row['threads']} threads, "
+        f"torch {row['torch']}, commit {row['commit']}, {row['date'][:10]}",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _colour(row: Row) -> str:
+    if row["status"] == "wrong":
+        return _WRONG
+    return _OURS if row["provider"].startswith(OURS) else _PEER
+
+
+def _times(axis: plt.Axes, group: Sequence[Row]) -> None:
+    names = [row["provider"] for row in group]
+    totals = [total_ms(row) or 0.0 for row in group]
+    limit = group[0]["limit_ms"]
+    left = 0.5 * min([limit, *totals])
+    for place, (row, total) in enumerate(zip(group, totals)):
+        forward = row["fwd_ms"]
+        axis.barh(place, forward - left, left=left, color=_colour(row))
+        if row["bwd_ms"] != "":
+            axis.barh(place, row["bwd_ms"], left=forward, color=_colour(row), alpha=0.45)
+        wrong = f"  WRONG, error {row['max_error']:.1e}" if row["status"] == "wrong" else ""
+        axis.text(total * 1.05, place, f"{total:.3g}{wrong}", va="center", fontsize=7)
+    axis.axvline(limit, color="black", linestyle="--", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlim(left, 6 * max(totals))
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.tick_params(axis="x", labelsize=7)
+
+
+def _memory(axis: plt.Axes, group: Sequence[Row]) -> None:
+    smallest = 0.5  # MB, the resolution of the measurement
+    measured = [(place, row) for place, row in enumerate(group) if row["peak_mb"] != ""]
+    for place, row in measured:
+        value = max(smallest, row["peak_mb"])
+        axis.barh(place, value - 0.5 * smallest, left=0.5 * smallest, color=_colour(row))
+        axis.text(value * 1.1, place, f"{row['peak_mb']:.3g}", va="center", fontsize=7)
+    axis.set_xscale("log")
+    axis.set_xlim(0.5 * smallest, 8 * max([1.0, *(row["peak_mb"] for _, row in measured)]))
+    axis.set_ylim(len(group) - 0.5, -0.5)
+    axis.set_yticks([])
+    axis.tick_params(axis="x", labelsize=7)
