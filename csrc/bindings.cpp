@@ -6,8 +6,27 @@
 #include <string>
 
 #include "isa.h"
+#include "parallel.h"
+#include "quantize.h"
 
 namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+bestrq2::Float float_type(const std::string& name) {
+  if (name == "float32") return bestrq2::Float::f32;
+  if (name == "bfloat16") return bestrq2::Float::bf16;
+  if (name == "float16") return bestrq2::Float::f16;
+  if (name == "float64") return bestrq2::Float::f64;
+  throw std::invalid_argument("expected float32, bfloat16, float16 or float64, got " + name);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU and CUDA kernels of bestrq2; call them through bestrq2.ops.";
@@ -22,4 +41,25 @@ PYBIND11_MODULE(_C, m) {
       if (name == bestrq2::isa_name(isa)) return bestrq2::force_isa(isa);
     throw std::invalid_argument("unknown instruction set '" + name + "': expected portable, avx2 or avx512");
   });
+  m.def("thread_pool", [] { return std::string(bestrq2::thread_pool()); });
+  m.def(
+      "quantize",
+      [](std::uintptr_t x, const std::string& x_type, std::int64_t rows, std::int64_t features, std::int64_t row_stride,
+         std::int64_t feature_stride, std::uintptr_t mask, std::uintptr_t projection, bool shared_projection,
+         std::uintptr_t codebook, bool shared_codebook, std::int64_t books, std::int64_t dims, std::int64_t codes,
+         bool layer_norm, std::uintptr_t out, int threads) {
+        bestrq2::Quantize q{};
+        q.x = at<const void>(x), q.x_type = float_type(x_type), q.mask = at<const bool>(mask);
+        q.rows = rows, q.features = features, q.row_stride = row_stride, q.feature_stride = feature_stride;
+        q.projection = at<const double>(projection), q.shared_projection = shared_projection;
+        q.codebook = at<const float>(codebook), q.shared_codebook = shared_codebook;
+        q.books = books, q.dims = dims, q.codes = codes, q.layer_norm = layer_norm;
+        q.out = at<std::int64_t>(out), q.threads = threads;
+        const py::gil_scoped_release release;
+        return bestrq2::quantize(q);
+      },
+      py::kw_only(), py::arg("x"), py::arg("x_type"), py::arg("rows"), py::arg("features"), py::arg("row_stride"),
+      py::arg("feature_stride"), py::arg("mask"), py::arg("projection"), py::arg("shared_projection"),
+      py::arg("codebook"), py::arg("shared_codebook"), py::arg("books"), py::arg("dims"), py::arg("codes"),
+      py::arg("layer_norm"), py::arg("out"), py::arg("threads"));
 }

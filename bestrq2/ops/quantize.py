@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 from .dispatch import choose_backend
+from .reference.quantize import not_finite
 
 __all__ = ["check_codes", "quantize"]
 
@@ -140,8 +141,50 @@ _library.define(
 @torch.library.impl("bestrq2::quantize", "CompositeExplicitAutograd", lib=_library)
 def _run(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str, backend: str) -> Tensor:
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
-    choose_backend("quantize", backend or None, {"reference": lambda: None})
+    obstacles = {
+        "cpu": lambda: _cpu_obstacle(x),
+        "reference": lambda: None,
+    }
+    if choose_backend("quantize", backend or None, obstacles) == "cpu":
+        return _run_cpu(x, projection, codebook, mask, normalize)
     return reference.quantize(x, projection, codebook, normalize=normalize, mask=mask)
+
+
+def _cpu_obstacle(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"it needs CPU tensors, got {x.device.type!r}"
+    return native.extension_obstacle()
+
+
+def _run_cpu(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str) -> Tensor:
+    books = _books(projection, codebook)
+    rows = x.reshape(-1, x.shape[-1])
+    projection = projection.double().contiguous()  # products and sums of the projection are done in float64
+    codebook = codebook.float().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    codes = torch.empty(len(rows), books or 1, dtype=torch.int64)
+    bad = native.extension().quantize(
+        x=rows.data_ptr(),
+        x_type=str(rows.dtype).removeprefix("torch."),
+        rows=rows.shape[0],
+        features=rows.shape[1],
+        row_stride=rows.stride(0),
+        feature_stride=rows.stride(1),
+        mask=0 if mask is None else mask.data_ptr(),
+        projection=projection.data_ptr(),
+        shared_projection=projection.dim() == 2,
+        codebook=codebook.data_ptr(),
+        shared_codebook=codebook.dim() == 2,
+        books=books or 1,
+        dims=codebook.shape[-1],
+        codes=codebook.shape[-2],
+        layer_norm=normalize == "layer_norm",
+        out=codes.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise ValueError(not_finite(x, bad))
+    return codes.reshape(x.shape[:-1] if books is None else (*x.shape[:-1], books))
 
 
 @torch.library.register_fake("bestrq2::quantize", lib=_library)

@@ -1,0 +1,102 @@
+#include "quantize.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+#include "quantize_kernel.h"
+
+namespace bestrq2 {
+namespace {
+
+constexpr int64_t kChunk = 192;  // rows a thread takes at a time: enough to reuse a panel of codes from the L2 cache
+constexpr int64_t kLine = 64;
+
+const QuantizeKernel& kernel() {
+#ifdef BESTRQ2_X86
+  if (best_isa() == Isa::avx512) return avx512::quantize_kernel;
+  if (best_isa() == Isa::avx2) return avx2::quantize_kernel;
+#endif
+  return portable::quantize_kernel;
+}
+
+struct Free {
+  void operator()(void* pointer) const { std::free(pointer); }
+};
+
+template <class T>
+std::unique_ptr<T[], Free> aligned(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + kLine - 1) / kLine * kLine;
+  auto* pointer = static_cast<T*>(std::aligned_alloc(kLine, std::max<size_t>(bytes, kLine)));
+  if (pointer == nullptr) throw std::bad_alloc();
+  return std::unique_ptr<T[], Free>(pointer);
+}
+
+template <class T>
+void require_finite(const T* values, int64_t count, const char* name) {
+  int bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= !(values[i] - values[i] == 0);
+  if (bad) throw std::invalid_argument(std::string("quantize: ") + name + " must be finite");
+}
+
+}  // namespace
+
+int64_t quantize(const Quantize& q) {
+  const QuantizeKernel& k = kernel();
+  const int64_t projections = q.shared_projection ? 1 : q.books, codebooks = q.shared_codebook ? 1 : q.books;
+  require_finite(q.projection, projections * q.features * q.dims, "projection");
+
+  const int64_t codebook_size = k.codebook_size(q.codes, q.dims);
+  const int64_t projection_size = k.projection_size(q.features, q.dims);
+  auto packed_codebooks = aligned<float>(codebooks * codebook_size);
+  auto packed_projections = aligned<double>(projections * projection_size);
+  parallel_for(codebooks + projections, q.threads, [&](int64_t i, int) {
+    if (i < codebooks) {
+      const float* codebook = q.codebook + i * q.codes * q.dims;
+      require_finite(codebook, q.codes * q.dims, "codebook");
+      k.pack_codebook(codebook, q.codes, q.dims, packed_codebooks.get() + i * codebook_size);
+    } else {
+      i -= codebooks;
+      k.pack_projection(q.projection + i * q.features * q.dims, q.features, q.dims,
+                        packed_projections.get() + i * projection_size);
+    }
+  });
+
+  std::vector<int64_t> selected;
+  int64_t count = q.rows;
+  if (q.mask != nullptr) {
+    std::fill(q.out, q.out + q.rows * q.books, int64_t{-1});
+    for (int64_t row = 0; row < q.rows; ++row)
+      if (q.mask[row]) selected.push_back(row);
+    count = static_cast<int64_t>(selected.size());
+  }
+  if (count == 0) return -1;
+
+  // Short inputs are divided evenly among the threads.
+  const int threads = std::max(q.threads, 1);
+  const int64_t chunk = std::min(kChunk, (count + threads - 1) / threads);
+  const int64_t chunks = (count + chunk - 1) / chunk;
+  const int64_t scratch_size = (k.scratch_size(q, chunk) + kLine - 1) / kLine * kLine;
+  auto scratch = aligned<char>(scratch_size * threads);
+  std::atomic<int64_t> first_bad{q.rows};
+  parallel_for(chunks, threads, [&](int64_t i, int thread) {
+    const int64_t begin = i * chunk;
+    const int64_t bad = k.run(q, packed_codebooks.get(), packed_projections.get(),
+                              q.mask != nullptr ? selected.data() + begin : nullptr, begin,
+                              std::min(chunk, count - begin), scratch.get() + thread * scratch_size);
+    if (bad < 0) return;
+    int64_t known = first_bad.load();
+    while (bad < known && !first_bad.compare_exchange_weak(known, bad)) {
+    }
+  });
+  return first_bad.load() < q.rows ? first_bad.load() : -1;
+}
+
+}  // namespace bestrq2

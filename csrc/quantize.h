@@ -1,0 +1,28 @@
+// Random projection and nearest code on the CPU: codes[n, g] = argmax_v <norm(x[n]) P[g], C[g, v]>.
+#pragma once
+
+#include <cstdint>
+
+namespace bestrq2 {
+
+enum class Float { f32, bf16, f16, f64 };
+
+struct Quantize {
+  const void* x;  // (rows, features), any strides, in elements
+  Float x_type;
+  int64_t rows, features, row_stride, feature_stride;
+  const bool* mask;          // (rows) contiguous, or null: every row
+  const double* projection;  // (books or 1, features, dims) contiguous
+  const float* codebook;     // (books or 1, codes, dims) contiguous
+  bool shared_projection, shared_codebook;
+  int64_t books, dims, codes;
+  bool layer_norm;
+  int64_t* out;  // (rows, books) contiguous
+  int threads;
+};
+
+// Fills q.out; rows that the mask leaves out get -1. Returns the first selected row that holds NaN or inf, else -1.
+// Throws std::invalid_argument if projection or codebook is not finite.
+int64_t quantize(const Quantize& q);
+
+}  // namespace bestrq2

@@ -1,0 +1,37 @@
+// What csrc/quantize.cpp asks of each instruction set. Implemented by quantize_kernel.cpp, compiled once per set.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "quantize.h"
+
+namespace bestrq2 {
+
+struct QuantizeKernel {
+  // Sizes of the repacked codebook (float) and projection (double) of one book.
+  int64_t (*codebook_size)(int64_t codes, int64_t dims);
+  int64_t (*projection_size)(int64_t features, int64_t dims);
+  void (*pack_codebook)(const float* codebook, int64_t codes, int64_t dims, float* packed);
+  void (*pack_projection)(const double* projection, int64_t features, int64_t dims, double* packed);
+  // Bytes of 64-byte aligned scratch for chunks of `count` rows.
+  int64_t (*scratch_size)(const Quantize& q, int64_t count);
+  // Codes of the `count` rows listed in `rows` (null: first, first + 1, ...). `codebooks` and `projections` are the
+  // packed books. Returns the first row that is not finite, or -1.
+  int64_t (*run)(const Quantize& q, const float* codebooks, const double* projections, const int64_t* rows,
+                 int64_t first, int64_t count, void* scratch);
+};
+
+namespace portable {
+extern const QuantizeKernel quantize_kernel;
+}
+#ifdef BESTRQ2_X86
+namespace avx2 {
+extern const QuantizeKernel quantize_kernel;
+}
+namespace avx512 {
+extern const QuantizeKernel quantize_kernel;
+}
+#endif
+
+}  // namespace bestrq2
