@@ -31,7 +31,7 @@ def assert_no_worse_than_torch(
 
 
 def assert_term_matters(name: str, gold: Tensor, without: Tensor, dtype: torch.dtype, *, times: float = 5.0) -> None:
-    """Require that dropping a term moves the result by more than ``times`` the rounding of ``dtype``: the test can fail."""
+    """Require that dropping a term moves the result by more than ``times`` the rounding of ``dtype``."""
     moved = relative_error(without, gold)
     tolerance = 4.0 * torch.finfo(dtype).eps
     print(f"{name}: dropping it moves the result by {moved:.2e} = {moved / tolerance:.0f} tolerances")

@@ -1,0 +1,190 @@
+"""Checkpoints: a folder of safetensors and one JSON file, written atomically, verified by checksum when read.
+
+``step-00001000/`` holds ``model.safetensors`` (weights and buffers, quantizer included), ``training.safetensors``
+(optimizer moments and counters) and ``state.json`` (step, configuration, versions, SHA-256 of the other two). Nothing
+in it is executable, and reading never unpickles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+FORMAT = "bestrq2-checkpoint-1"
+PREFIX = "step-"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that could not be written or read; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk.
+
+    Attributes:
+        folder: where it is.
+        step: completed training steps.
+        config: the resolved configuration as nested dictionaries.
+        extra: further JSON state of the trainer.
+    """
+
+    folder: Path
+    step: int
+    config: dict[str, Any]
+    extra: dict[str, Any]
+
+    def weights(self) -> dict[str, Tensor]:
+        return _load_tensors(self.folder / WEIGHTS)
+
+    def training_state(self) -> dict[str, Tensor]:
+        return _load_tensors(self.folder / TRAINING)
+
+
+def save_checkpoint(
+    parent: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+    config: dict[str, Any],
+    extra: dict[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write ``parent/step-XXXXXXXX`` so that a crash at any moment leaves either all of it or none of it.
+
+    Everything goes to a hidden folder, is flushed to disk, and is then renamed. Older checkpoints beyond ``keep_last``
+    are deleted only afterwards.
+
+    Raises:
+        CheckpointError: if the disk is full or the folder cannot be written. Nothing partial remains, and the earlier
+            checkpoints are untouched.
+    """
+    final = parent / f"{PREFIX}{step:08d}"
+    partial = parent / f".writing-{final.name}"
+    tensors = {WEIGHTS: weights, TRAINING: training}
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        checksums = {}
+        for name, group in tensors.items():
+            save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / name)
+            _flush(partial / name)
+            checksums[name] = _sha256(partial / name)
+        state = {"format": FORMAT, "step": step, "sha256": checksums, "config": config, **extra}
+        (partial / STATE).write_text(json.dumps(state, indent=1))
+        _flush(partial / STATE)
+        _flush(partial)
+        if final.exists():  # a resumed run reaches a step again: same content, but possibly the damaged copy
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(parent).free if parent.exists() else 0
+        raise CheckpointError(
+            f"could not save the checkpoint of step {step} to {final}: {error} "
+            f"({needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free). Earlier checkpoints are untouched."
+        ) from error
+    for old in list_checkpoints(parent)[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(p for p in parent.glob(f"{PREFIX}*") if p.is_dir())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint and verify the checksum of every file.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or of another format, naming it.
+    """
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {found!r}")
+    for name, expected in state.pop("sha256").items():
+        try:
+            actual = _sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: cannot be read: {error}") from error
+        if actual != expected:
+            raise CheckpointError(f"{folder / name}: damaged (checksum {actual[:12]}, expected {expected[:12]})")
+    state.pop("format")
+    return Checkpoint(folder, state.pop("step"), state.pop("config"), state)
+
+
+def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and one message for each newer one that was passed over."""
+    problems: list[str] = []
+    for folder in reversed(list_checkpoints(parent)):
+        try:
+            return read_checkpoint(folder), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that a user means by a path: a ``step-*`` folder, a run folder, or its ``checkpoints`` folder.
+
+    Raises:
+        CheckpointError: if there is none that is intact.
+    """
+    if (path / STATE).exists():
+        return read_checkpoint(path)
+    problems: list[str] = []
+    for parent in _parents(path):
+        found, messages = newest_intact(parent)
+        problems += messages
+        if found:
+            return found
+    detail = f": {'; '.join(problems)}" if problems else " (expected a run folder or a step-* folder with state.json)"
+    raise CheckpointError(f"{path}: no intact checkpoint{detail}")
+
+
+def _parents(path: Path) -> Iterator[Path]:
+    if (path / "checkpoints").is_dir():
+        yield path / "checkpoints"
+    if path.is_dir():
+        yield path
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,279 @@
+"""The configuration of a run: typed sections, YAML recipes, ``key=value`` overrides, and the model they describe.
+
+Unknown keys, wrong types and impossible values are errors that name the key. The resolved configuration is saved in the
+run folder and in every checkpoint; :func:`build_model` rebuilds the model from it alone.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what was expected."""
+
+
+@dataclass
+class FrontEndConfig:
+    sampling_rate: int = 16000
+    n_fft: int = 2048
+    win_length: int = 2048
+    hop_length: int = 625
+    num_mels: int = 128
+    f_min: float = 0.0
+    f_max: float | None = None
+    normalize: str = "none"  # none (published) | global: (dB - mean) / std
+    mean: float | None = None  # of "global"; None: measured on the first clips of the training data
+    std: float | None = None
+
+
+@dataclass
+class TransformerConfig:
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int | None = None
+    norm: str = "layer_norm"
+    feed_forward: str = "gelu"
+    bias: bool = True
+    qk_norm: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+
+@dataclass
+class EncoderConfig(TransformerConfig):
+    patch_height: int = 16
+    patch_width: int = 16
+    position: str = "sincos"  # sincos | rope
+    drop_path: float = 0.1
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class PredictorConfig(TransformerConfig):
+    depth: int = 4
+
+
+@dataclass
+class TargetsConfig:
+    codebook_size: int = 8192
+    codebook_dim: int = 16
+    num_codebooks: int = 1
+    normalize: str = "none"  # none (published) | global | patch | utterance
+    mean: float | None = None  # of "global"; None: measured on the first clips of the training data
+    std: float | None = None
+    seed: int = 21072023
+
+
+@dataclass
+class MaskingConfig:
+    ratio: list[float] = field(default_factory=lambda: [0.4, 0.6])
+    shared_per_batch: bool = False
+
+
+@dataclass
+class ModelConfig:
+    name: str = "best_rq2"  # best_rq2: two-step | best_rq: one-stage
+    front_end: FrontEndConfig = field(default_factory=FrontEndConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+
+@dataclass
+class DataConfig:
+    source: str | None = None  # folder or CSV/JSONL manifest; None: the 24 clips inside the package
+    crop_seconds: float = 10.0
+    min_seconds: float | None = None  # None: one patch
+    join_short: bool = False  # fill a crop with following clips of the same folder
+    workers: int = 2
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-4
+    final_ratio: float = 0.001  # learning rate at the last step, as a share of the peak
+    warmup: float = 0.05  # share of all steps
+    weight_decay: float = 0.05
+    decay_all: bool = True  # published: on every parameter; false: not on norms, biases and tokens
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = None  # published: no clipping
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 200000
+    batch_size: int = 256
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    precision: str = "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16
+    compile: bool = False  # torch.compile of the encoder and predictor blocks
+    log_every: int = 50
+    save_every: int = 5000
+    keep_last: int = 3
+    max_bad_steps: int = 20  # consecutive non-finite steps before giving up
+
+
+@dataclass
+class Config:
+    recipe: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package, for ``--config``."""
+    return sorted(p.name[:-5] for p in resources.files("bestrq2.recipes").iterdir() if p.name.endswith(".yaml"))
+
+
+def _known_keys(schema: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for entry in fields(schema):
+        value = getattr(schema, entry.name)
+        name = prefix + entry.name
+        keys += [name, *_known_keys(value, name + ".")] if is_dataclass(value) else [name]
+    return keys
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, DictConfig):
+        return [prefix.rstrip(".")]
+    return [leaf for key in node for leaf in _leaves(node._get_node(key), f"{prefix}{key!s}.")] or [prefix.rstrip(".")]
+
+
+def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
+    known = _known_keys(Config())
+    for key in _leaves(layer):
+        if key and key not in known:
+            close = get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key.split(".")[-1])][:1]
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known sections: {', '.join(_sections())}"
+            raise ConfigError(f"{origin}: unknown configuration key {key!r}{hint}")
+    try:
+        return OmegaConf.merge(base, layer)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
+
+
+def _sections() -> list[str]:
+    return [entry.name for entry in fields(Config) if is_dataclass(getattr(Config(), entry.name))]
+
+
+def _read_recipe(name: str) -> tuple[DictConfig, str]:
+    """A recipe of the package by name, or a YAML file by path."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"--config {name}: no such file")
+        text, label = path.read_text(), path.stem
+    else:
+        if name not in recipe_names():
+            raise ConfigError(f"--config {name!r}: expected a YAML file or one of {', '.join(recipe_names())}")
+        text, label = resources.files("bestrq2.recipes").joinpath(f"{name}.yaml").read_text(), name
+    try:
+        loaded = OmegaConf.create(text)
+    except Exception as error:
+        raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"--config {name}: expected sections such as {', '.join(_sections())}, got a list")
+    return loaded, label
+
+
+def load_config(recipe: str, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the recipe (and the recipe it is ``based_on``), then ``key=value`` overrides.
+
+    Raises:
+        ConfigError: for an unknown recipe or key, a malformed override, a wrong type, or an impossible value.
+    """
+    layers: list[tuple[DictConfig, str]] = []
+    name: str | None = recipe
+    label = None
+    while name:
+        layer, own = _read_recipe(name)
+        label = label or own
+        if len(layers) > 8:
+            raise ConfigError(f"--config {recipe}: based_on refers to itself")
+        name = layer.pop("based_on", None)
+        layers.append((layer, f"recipe {own}"))
+    merged = OmegaConf.structured(Config)
+    for layer, origin in reversed(layers):
+        merged = _merge(merged, layer, origin)
+    merged.recipe = label
+    return _with_overrides(merged, overrides or [])
+
+
+def with_overrides(config: Config, overrides: list[str]) -> Config:
+    """A configuration with ``key=value`` overrides applied.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    return _with_overrides(OmegaConf.structured(config), overrides)
+
+
+def _with_overrides(merged: DictConfig, overrides: list[str]) -> Config:
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ConfigError(f"expected overrides as key=value, got {override!r}")
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise ConfigError(f"override {override!r}: {error}") from error
+        merged = _merge(merged, layer, f"override {override!r}")
+    return _validated(merged)
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Rebuild a saved configuration.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    return _validated(_merge(OmegaConf.structured(Config), OmegaConf.create(values), "saved configuration"))
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def config_to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _validated(merged: DictConfig) -> Config:
+    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    c = config
+    expectations = [
+        ("model.name", c.model.name in ("best_rq2", "best_rq"), c.model.name, "best_rq2 or best_rq"),
+        (
+            "model.front_end.normalize",
+            c.model.front_end.normalize in ("none", "global"),
+            c.model.front_end.normalize,
+            "none or global",
+        ),
+        ("model.masking.ratio", len(c.model.masking.ratio) == 2, c.model.masking.ratio, "two numbers [low, high]"),
+        ("data.crop_seconds", c.data.crop_seconds > 0, c.data.crop_seconds, "a positive number of seconds"),
+        ("data.workers", c.data.workers >= 0, c.data.workers, "0 or more"),
+        ("optimizer.learning_rate", c.optimizer.learning_rate > 0, c.optimizer.learning_rate, "a positive number"),
+        ("optimizer.warmup", 0 <= c.optimizer.warmup < 1, c.optimizer.warmup, "a share in [0, 1)"),
+        ("optimizer.betas", len(c.optimizer.betas) == 2, c.optimizer.betas, "two numbers"),
+        ("train.steps", c.train.steps >= 1, c.train.steps, "at least 1"),
+        ("train.batch_size", c.train.batch_size >= 1, c.train.batch_size, "at least 1"),
+        ("train.log_every", c.train.log_every >= 1, c.train.log_every, "at least 1"),
+        ("train.save_every", c.train.save_every >= 1, c.train.save_every, "at least 1"),
+        ("train.keep_last", c.train.keep_last >= 1, c.train.keep_last, "at least 1"),
+        ("train.precision", c.train.precision in ("auto", "fp32", "bf16"), c.train.precision, "auto, fp32 or bf16"),
+    ]
+    for key, fine, value, expected in expectations:
+        if not fine:
+            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+    return config

@@ -1,0 +1,69 @@
+"""How many codes the targets really use. Random targets cannot collapse during training, but can start collapsed."""
+
+import torch
+from torch import Tensor, nn
+
+LOW_PERPLEXITY_SHARE = 0.05
+
+
+class CodeUsage(nn.Module):
+    """Decayed counts of target codes: usage, perplexity and the unigram baseline, per codebook.
+
+    The *unigram baseline* is the accuracy of always predicting the commonest code: a masked accuracy that is not well
+    above it means nothing was learned.
+
+    Args:
+        num_codebooks, codebook_size: G and V.
+        decay: factor on old counts per update; 0.999 remembers about a thousand steps.
+    """
+
+    counts: Tensor
+    total: Tensor
+
+    def __init__(self, num_codebooks: int, codebook_size: int, decay: float = 0.999) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size, dtype=torch.float64))
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Add codes ``(..., G)``; ``valid (...)`` bool leaves out padding. Returns this update's counts ``(G, V)``."""
+        books, size = self.counts.shape
+        flat = codes.reshape(-1, books)
+        weight = torch.ones(flat.shape[0], device=codes.device, dtype=torch.float64)
+        if valid is not None:
+            weight = valid.reshape(-1).to(torch.float64)
+        fresh = torch.stack([torch.bincount(flat[:, g], weight, minlength=size) for g in range(books)])
+        self.add(fresh)
+        return fresh
+
+    @torch.no_grad()
+    def add(self, fresh: Tensor) -> None:
+        """Add counts ``(G, V)``, e.g. summed over ranks."""
+        self.counts.mul_(self.decay).add_(fresh)
+        self.total.mul_(self.decay).add_(fresh[0].sum())
+
+    def metrics(self) -> dict[str, float]:
+        """``codes_used`` and ``perplexity`` (means over codebooks), and ``unigram`` accuracy in 0..1."""
+        total = self.counts.sum(1, keepdim=True).clamp(min=1e-12)
+        share = self.counts / total
+        entropy = -(share * share.clamp(min=1e-300).log()).sum(1)
+        return {
+            "codes_used": (self.counts > 0).sum(1).double().mean().item(),
+            "perplexity": entropy.exp().mean().item(),
+            "unigram": share.max(1).values.mean().item(),
+        }
+
+    def advice(self) -> str | None:
+        """A warning when perplexity is under 5 % of what the codebook (or the few targets seen) could show, or None."""
+        size = self.counts.shape[1]
+        attainable = min(size, float(self.total))
+        perplexity = self.metrics()["perplexity"]
+        if attainable < 100 or perplexity >= LOW_PERPLEXITY_SHARE * attainable:
+            return None
+        return (
+            f"targets use few codes: perplexity {perplexity:.1f} of {size} codes over {float(self.total):.0f} targets "
+            f"(below {LOW_PERPLEXITY_SHARE:.0%}). The common level of the patches dominates the projection: try "
+            "targets.normalize=patch, or targets.normalize=global with statistics from `python -m bestrq2.stats`."
+        )

@@ -1,0 +1,188 @@
+"""Log-mel spectrogram, batched, on the device of the waveform, blind to padding.
+
+Formula: ``10 log10(max(1e-10, |STFT(x; hann) / sqrt(sum(hann^2))|^2 @ mel))``, the transform of the published BEST-RQ-2
+front end (torchaudio ``MelSpectrogram(normalized=True)`` then ``AmplitudeToDB``): centred frames with reflected edges,
+power 2, HTK mel scale without area normalisation.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+AMPLITUDE_FLOOR = 1e-10  # -100 dB
+# Frames are processed in groups of clips whose windowed frames take about this much memory.
+GROUP_BYTES = 256 * 2**20
+
+
+def hertz_to_mel(hertz: float) -> float:
+    """HTK mel scale: ``2595 log10(1 + f / 700)``."""
+    return 2595.0 * math.log10(1.0 + hertz / 700.0)
+
+
+def mel_filters(n_fft: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float) -> Tensor:
+    """Triangular HTK filters without area normalisation.
+
+    Computed in float32 because the published transform is: both then agree to rounding, including on filter edges.
+
+    Returns:
+        ``(n_fft // 2 + 1, num_mels)`` float32 weights.
+    """
+    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1)
+    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2)
+    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+    widths = edges[1:] - edges[:-1]
+    distance = edges[None, :] - bins[:, None]  # (bins, mels + 2)
+    rising = -distance[:, :-2] / widths[:-1]
+    falling = distance[:, 2:] / widths[1:]
+    return torch.minimum(rising, falling).clamp(min=0.0)
+
+
+class LogMel(nn.Module):
+    """Waveform to log-mel frames in dB, optionally standardised.
+
+    A clip gives the same frames alone and in any padded batch: its edges are reflected at *its own* last sample, and
+    the arithmetic runs in float64 (rounded to float32 at the end), so that the order in which a library sums a larger
+    batch cannot change a bit that a target code depends on. (Devices without float64 use float32.)
+
+    Args:
+        sampling_rate: samples per second of the input.
+        n_fft: FFT size in samples.
+        win_length: Hann window in samples, at most ``n_fft``.
+        hop_length: samples between frames.
+        num_mels: number of bands F.
+        f_min, f_max: lowest and highest filter edge in hertz; ``f_max=None`` means half the sampling rate.
+        mean, std: if given, frames become ``(dB - mean) / std``; numbers, or one per band.
+
+    Shapes:
+        waveform ``(B, S)`` floating, lengths ``(B,)`` samples (None: all S) -> frames ``(B, T, F)`` float32 with
+        ``T = 1 + S // hop_length`` (zeros behind a clip's end), frame_lengths ``(B,)`` int64 on the CPU.
+
+    Raises:
+        ValueError: for impossible settings, a waveform that is not ``(B, S)``, or lengths outside ``1..S``.
+    """
+
+    window: Tensor
+    filters: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        sampling_rate: int = 16000,
+        n_fft: int = 2048,
+        win_length: int = 2048,
+        hop_length: int = 625,
+        num_mels: int = 128,
+        f_min: float = 0.0,
+        f_max: float | None = None,
+        mean: float | Tensor = 0.0,
+        std: float | Tensor = 1.0,
+    ) -> None:
+        super().__init__()
+        f_max = sampling_rate / 2 if f_max is None else f_max
+        if not 0 < win_length <= n_fft or hop_length < 1 or num_mels < 1:
+            raise ValueError(
+                f"expected 0 < win_length <= n_fft, hop_length >= 1 and num_mels >= 1; "
+                f"got win_length={win_length}, n_fft={n_fft}, hop_length={hop_length}, num_mels={num_mels}"
+            )
+        if not 0 <= f_min < f_max <= sampling_rate / 2:
+            raise ValueError(
+                f"expected 0 <= f_min < f_max <= {sampling_rate / 2} (half the sampling rate), got {f_min} and {f_max}"
+            )
+        self.sampling_rate, self.n_fft, self.win_length, self.hop_length = sampling_rate, n_fft, win_length, hop_length
+        self.num_mels = num_mels
+        self.register_buffer("window", torch.hann_window(win_length, dtype=torch.float64), persistent=False)
+        filters = mel_filters(n_fft, num_mels, sampling_rate, f_min, f_max)
+        self.register_buffer("filters", filters.double(), persistent=False)
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).expand(num_mels).clone())
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).expand(num_mels).clone())
+        if not (self.std > 0).all():
+            raise ValueError(f"std must be positive, got {std}")
+
+    def _apply(self, fn, recurse=True):
+        # model.half() or .bfloat16() must not degrade the constants of an exact transform: only the device may change.
+        window, filters = self.window, self.filters
+        super()._apply(fn, recurse)
+        dtype = torch.float32 if self.window.device.type == "mps" else torch.float64
+        self.window = window.to(self.window.device, dtype)
+        self.filters = filters.to(self.filters.device, dtype)
+        self.mean, self.std = self.mean.float(), self.std.float()
+        return self
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a clip of ``num_samples`` samples (at least 1 sample)."""
+        return 1 + num_samples // self.hop_length
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        lengths = check_lengths(waveform, lengths)
+        frame_lengths = 1 + lengths // self.hop_length
+        num_clips, num_samples = waveform.shape
+        num_frames = self.num_frames(num_samples)
+        group = max(1, GROUP_BYTES // (8 * self.n_fft * num_frames))
+        parts = [
+            self._decibels(waveform[start : start + group], lengths[start : start + group])
+            for start in range(0, num_clips, group)
+        ]
+        decibels = torch.cat(parts) if parts else waveform.new_zeros(0, num_frames, self.num_mels, dtype=torch.float32)
+        frames = (decibels - self.mean) / self.std
+        if num_clips and int(frame_lengths.min()) < num_frames:
+            inside = torch.arange(num_frames, device=frames.device) < frame_lengths.to(frames.device)[:, None]
+            frames = frames * inside[..., None]
+        return frames, frame_lengths
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def _decibels(self, waveform: Tensor, lengths: Tensor) -> Tensor:
+        padded = reflect_edges(waveform.to(self.window.dtype), lengths, self.n_fft // 2)
+        spectrum = torch.stft(
+            padded,
+            self.n_fft,
+            self.hop_length,
+            self.win_length,
+            self.window,
+            center=False,
+            return_complex=True,
+        )
+        power = torch.view_as_real(spectrum).square().sum(-1) / self.window.square().sum()
+        mel = power.transpose(1, 2) @ self.filters
+        return (10.0 * torch.log10(mel.clamp(min=AMPLITUDE_FLOOR))).float()
+
+
+def check_lengths(waveform: Tensor, lengths: Tensor | None) -> Tensor:
+    """Validate a padded batch and return its lengths in samples as int64 on the CPU.
+
+    Raises:
+        ValueError: if ``waveform`` is not floating ``(B, S)`` or a length is outside ``1..S``.
+    """
+    if waveform.dim() != 2 or not waveform.is_floating_point():
+        raise ValueError(f"expected a floating waveform (B, S), got {waveform.dtype} {tuple(waveform.shape)}")
+    num_clips, num_samples = waveform.shape
+    if lengths is None:
+        lengths = torch.full((num_clips,), num_samples, dtype=torch.int64)
+    lengths = lengths.to("cpu", torch.int64)
+    if lengths.shape != (num_clips,):
+        raise ValueError(f"expected one length per clip, ({num_clips},), got {tuple(lengths.shape)}")
+    if num_clips and (int(lengths.min()) < 1 or int(lengths.max()) > num_samples):
+        raise ValueError(f"lengths must lie in 1..{num_samples} samples, got {lengths.tolist()}")
+    return lengths
+
+
+def reflect_edges(waveform: Tensor, lengths: Tensor, pad: int) -> Tensor:
+    """Extend every clip by ``pad`` reflected samples on both sides, at its own end rather than the batch's.
+
+    ``x0 x1 x2 | 0 0`` with length 3 and pad 2 becomes ``x2 x1 x0 x1 x2 x1 x0 | 0 0``. Reflection repeats for clips
+    shorter than ``pad``, as NumPy's ``pad(mode="reflect")`` does.
+
+    Shapes: ``(B, S)``, lengths ``(B,)`` on the CPU -> ``(B, S + 2 pad)``.
+    """
+    num_samples = waveform.shape[1]
+    if num_samples > pad and bool((lengths == num_samples).all()):
+        return torch.nn.functional.pad(waveform, (pad, pad), mode="reflect")
+    position = torch.arange(-pad, num_samples + pad, device=waveform.device)
+    length = lengths.to(waveform.device)[:, None]
+    period = (2 * (length - 1)).clamp(min=1)
+    folded = torch.remainder(position, period)
+    source = torch.minimum(folded, period - folded).clamp(max=num_samples - 1)
+    source = torch.where(length == 1, torch.zeros_like(source), source)
+    return waveform.gather(1, source) * (position < length + pad)

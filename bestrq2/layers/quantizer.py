@@ -1,0 +1,122 @@
+"""The frozen random-projection quantizer that makes the targets (BEST-RQ, Chiu et al. 2022)."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bestrq2 import ops
+
+Normalize = Literal["none", "global", "patch", "utterance"]
+
+
+class RandomProjectionQuantizer(nn.Module):
+    """Nearest code of a randomly projected patch: ``argmax_v cos(norm(x) P, c_v)``, for one or several codebooks.
+
+    P is Xavier-uniform, the codes are normally distributed and scaled to unit length. Both are persistent buffers,
+    drawn on the CPU in fp32 from the quantizer's own seed: every rank, device and resumed run has the same ones, no
+    optimizer ever sees them, and no other random state is touched.
+
+    Args:
+        patch_dim: D, values per patch.
+        codebook_size: V, codes per codebook. Published: 8192.
+        codebook_dim: d, width of a code. Published: 16.
+        num_codebooks: G independent pairs of projection and codebook.
+        normalize: what happens to a patch before P. On raw dB patches the common level dominates the projection and few
+            codes are used; see ``CodeUsage``.
+            "none": nothing (published). "global": ``(x - mean) / std`` with the statistics given.
+            "patch": layer norm of each patch. "utterance": mean and deviation of all valid values of the clip.
+        seed: of projection and codebook.
+        mean, std: statistics for "global".
+
+    Shapes:
+        patches ``(B, N, D)``, lengths ``(B,)`` valid patches, rows ``(B, M)`` int64 indices into N (None: all)
+        -> codes ``(B, M, G)`` int64. Codes of a clip do not depend on its batch: bit for bit.
+
+    Raises:
+        ValueError: for non-positive sizes or an unknown ``normalize``.
+    """
+
+    projection: Tensor
+    codebook: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        patch_dim: int,
+        codebook_size: int = 8192,
+        codebook_dim: int = 16,
+        num_codebooks: int = 1,
+        normalize: Normalize = "none",
+        seed: int = 0,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if min(patch_dim, codebook_size, codebook_dim, num_codebooks) < 1:
+            raise ValueError(
+                f"expected positive sizes, got patch_dim={patch_dim}, codebook_size={codebook_size}, "
+                f"codebook_dim={codebook_dim}, num_codebooks={num_codebooks}"
+            )
+        if normalize not in get_args(Normalize):
+            raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}; got {normalize!r}")
+        if std <= 0:
+            raise ValueError(f"std must be positive, got {std}")
+        self.normalize = normalize
+        generator = torch.Generator().manual_seed(seed)
+        bound = math.sqrt(6.0 / (patch_dim + codebook_dim))
+        projection = torch.empty(num_codebooks, patch_dim, codebook_dim).uniform_(-bound, bound, generator=generator)
+        codebook = torch.empty(num_codebooks, codebook_size, codebook_dim).normal_(generator=generator)
+        unit = nn.functional.normalize(codebook.double(), dim=-1).float()
+        self.register_buffer("projection", projection)
+        self.register_buffer("codebook", unit)
+        self.register_buffer("mean", torch.tensor(float(mean)))
+        self.register_buffer("std", torch.tensor(float(std)))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebook.shape[1]
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.codebook.shape[0]
+
+    def _apply(self, fn, recurse=True):
+        # model.half() must not change targets: the buffers move between devices but keep fp32.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, patches: Tensor, lengths: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        if self.normalize == "utterance":
+            patches = self._standardise_clips(patches, lengths)
+        if rows is not None:
+            patches = patches.gather(1, rows[..., None].expand(-1, -1, patches.shape[-1]))
+        if self.normalize == "global":
+            patches = (patches.float() - self.mean) / self.std
+        inside_op = "layer_norm" if self.normalize == "patch" else "none"
+        return ops.quantize(patches, self.projection, self.codebook, normalize=inside_op)
+
+    @staticmethod
+    def _standardise_clips(patches: Tensor, lengths: Tensor | None) -> Tensor:
+        # float64 sums: the result, rounded to float32, does not depend on how much padding the sum runs over.
+        values = patches.double()
+        inside = torch.ones(values.shape[:2], device=values.device, dtype=torch.float64)
+        if lengths is not None:
+            inside = (torch.arange(values.shape[1]) < lengths.cpu()[:, None]).to(inside)
+        count = (inside.sum(1) * values.shape[2]).clamp(min=1)[:, None, None]
+        mean = (values * inside[..., None]).sum((1, 2), keepdim=True) / count
+        variance = ((values - mean).square() * inside[..., None]).sum((1, 2), keepdim=True) / count
+        # Patches of digital silence have no spread: they become zero rows, whose code is 0.
+        return ((values - mean) / (variance + 1e-10).sqrt()).float()
+
+    def extra_repr(self) -> str:
+        books, dim, width = self.projection.shape
+        return f"{dim} -> {width}, {books} x {self.codebook_size} codes, normalize={self.normalize}"

@@ -1,0 +1,190 @@
+"""Pre-norm Transformer blocks on padded token sequences.
+
+Shape letters: B clips, N tokens, D width, H heads, d = D / H. Parameter names follow timm's ViT
+(``blocks.0.attn.qkv``).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .masking import valid_mask
+from .positions import rotate
+
+Norm = Literal["layer_norm", "rms_norm"]
+FeedForward = Literal["gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """Shape and variants of a Transformer; the defaults are those of the published BEST-RQ-2 encoder.
+
+    Attributes:
+        width, depth, heads: D, number of blocks, H.
+        hidden: width of the feed-forward layer. None: 4 D for "gelu", 8/3 D for "swiglu" (the same parameter count).
+        norm: "layer_norm" or "rms_norm", eps 1e-5.
+        feed_forward: "gelu" (exact) or "swiglu".
+        bias: biases in all linear layers of the blocks.
+        qk_norm: RMS-normalise queries and keys per head.
+        dropout: on attention output and feed-forward output.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int | None = None
+    norm: Norm = "layer_norm"
+    feed_forward: FeedForward = "gelu"
+    bias: bool = True
+    qk_norm: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(
+                f"width must be a multiple of heads and depth positive, got width={self.width}, heads={self.heads}, "
+                f"depth={self.depth}"
+            )
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {get_args(Norm)}, got {self.norm!r}")
+        if self.feed_forward not in get_args(FeedForward):
+            raise ValueError(f"feed_forward must be one of {get_args(FeedForward)}, got {self.feed_forward!r}")
+        if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1):
+            raise ValueError(f"dropout and drop_path must lie in [0, 1), got {self.dropout} and {self.drop_path}")
+
+    @property
+    def hidden_width(self) -> int:
+        if self.hidden is not None:
+            return self.hidden
+        return 4 * self.width if self.feed_forward == "gelu" else 8 * self.width // 3
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+def make_norm(kind: Norm, width: int) -> nn.Module:
+    return nn.LayerNorm(width, eps=1e-5) if kind == "layer_norm" else nn.RMSNorm(width, eps=1e-5)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through ``scaled_dot_product_attention``."""
+
+    def __init__(self, s: TransformerSettings) -> None:
+        super().__init__()
+        self.heads = s.heads
+        self.qkv = nn.Linear(s.width, 3 * s.width, bias=s.bias)
+        self.q_norm = nn.RMSNorm(s.head_dim, eps=1e-5) if s.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(s.head_dim, eps=1e-5) if s.qk_norm else nn.Identity()
+        self.proj = nn.Linear(s.width, s.width, bias=s.bias)
+
+    def forward(self, x_BND: Tensor, keys_B11N: Tensor | None, angles: Tensor | None) -> Tensor:
+        B, N, D = x_BND.shape
+        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_B11N)
+        return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1 x))`` or SwiGLU ``fc2(silu(a) * b)`` with ``a, b = fc1 x``."""
+
+    def __init__(self, s: TransformerSettings) -> None:
+        super().__init__()
+        self.gated = s.feed_forward == "swiglu"
+        self.fc1 = nn.Linear(s.width, s.hidden_width * (2 if self.gated else 1), bias=s.bias)
+        self.fc2 = nn.Linear(s.hidden_width, s.width, bias=s.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, value = self.fc1(x).chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * value)
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): drop a residual branch for whole clips, rescaling the rest."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return branch
+        keep = 1.0 - self.probability
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
+        return branch * (kept / keep).to(branch.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability:.3f}"
+
+
+class Block(nn.Module):
+    def __init__(self, s: TransformerSettings, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = make_norm(s.norm, s.width)
+        self.attn = Attention(s)
+        self.norm2 = make_norm(s.norm, s.width)
+        self.mlp = Mlp(s)
+        self.dropout = nn.Dropout(s.dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, keys: Tensor | None, angles: Tensor | None) -> Tensor:
+        x = x + self.drop_path(self.dropout(self.attn(self.norm1(x), keys, angles)))
+        return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Blocks and a final norm. Linear weights start truncated-normal with deviation 0.02, biases at zero.
+
+    Shapes:
+        x ``(B, N, D)``, lengths ``(B,)`` valid leading tokens on the CPU (None: all), angles ``(B or 1, N, d / 2)`` for
+        rotary positions -> ``(B, N, D)``. Padded tokens reach no valid one.
+    """
+
+    def __init__(self, settings: TransformerSettings, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.settings = settings
+        self.activation_checkpointing = activation_checkpointing
+        steps = max(1, settings.depth - 1)
+        self.blocks = nn.ModuleList(Block(settings, settings.drop_path * i / steps) for i in range(settings.depth))
+        self.norm = make_norm(settings.norm, settings.width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        angles: Tensor | None = None,
+        layer_outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        keys = None if lengths is None else valid_mask(lengths, x.shape[1], x.device)
+        keys = None if keys is None else keys[:, None, None, :]
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, keys, angles, use_reentrant=False)
+            else:
+                x = block(x, keys, angles)
+            if layer_outputs is not None:
+                layer_outputs.append(x)
+        return self.norm(x)
+
+    def flops(self, tokens: int) -> float:
+        """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only)."""
+        s = self.settings
+        gated = 3 if s.feed_forward == "swiglu" else 2
+        linear = 2.0 * tokens * s.width * (4 * s.width + gated * s.hidden_width)
+        return s.depth * (linear + 4.0 * tokens * tokens * s.width)

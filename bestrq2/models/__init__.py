@@ -1,0 +1,8 @@
+"""Models assembled from the layers."""
+
+from .best_rq2 import BestRQ, BestRQ2, PretrainOutput
+from .build import build_encoder, build_model
+from .loading import load
+from .vit import ViTEncoder
+
+__all__ = ["BestRQ", "BestRQ2", "PretrainOutput", "ViTEncoder", "build_encoder", "build_model", "load"]

@@ -1,0 +1,103 @@
+"""The second step: infer the codes of masked patches from the context, then be thrown away."""
+
+import torch
+from torch import Tensor, nn
+
+from bestrq2 import ops
+from bestrq2.layers.masking import MaskPlan
+from bestrq2.layers.positions import rotary_angles, sincos_2d
+from bestrq2.layers.transformer import Transformer, TransformerSettings
+
+
+class Predictor(nn.Module):
+    """A light Transformer over context and mask tokens; only the masked positions are read out.
+
+    As published, context tokens enter without a new position vector (they carry the encoder's), mask tokens are one
+    learned vector plus the position vector of their place. With rotary positions all tokens are rotated instead.
+
+    Args:
+        input_dim: width of the context.
+        settings: shape of the Transformer.
+        position: "sincos" or "rope".
+        rows: frequency rows of the patch grid.
+
+    Shapes:
+        context ``(B, Ns, input_dim)``, positions ``(N, 2)``, plan -> ``(B, Np, D)`` at ``plan.predicted``.
+    """
+
+    def __init__(self, input_dim: int, settings: TransformerSettings, position: str, rows: int) -> None:
+        super().__init__()
+        self.position, self.rows = position, rows
+        self.input_proj = nn.Linear(input_dim, settings.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))
+        self.transformer = Transformer(settings)
+        nn.init.trunc_normal_(self.input_proj.weight, std=0.02)
+        nn.init.zeros_(self.input_proj.bias)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, context: Tensor, positions: Tensor, plan: MaskPlan) -> Tensor:
+        context = self.input_proj(context)
+        masks = self.mask_token.to(context.dtype).expand(*plan.predicted.shape, -1)
+        masked_positions = positions[plan.predicted]
+        if self.position == "sincos":
+            masks = masks + sincos_2d(masked_positions, masks.shape[-1]).to(masks.dtype)
+        # The order of tokens means nothing to attention. With ragged clips each part has fillers at its own end, so the
+        # valid tokens of a clip are moved to the front before the Transformer and its masked ones found again after.
+        tokens = torch.cat((context, masks), dim=1)
+        places = torch.cat((positions[plan.seen], masked_positions), dim=1)
+        lengths = plan.seen_lengths + plan.predicted_lengths
+        ragged = bool((lengths < tokens.shape[1]).any())
+        if ragged:
+            order = self._compact_order(plan, tokens.shape[1]).to(tokens.device, non_blocking=True)
+            tokens = tokens.gather(1, order[..., None].expand_as(tokens))
+            places = places.gather(1, order[..., None].expand_as(places))
+        angles = None
+        if self.position == "rope":
+            angles = rotary_angles(places, self.transformer.settings.head_dim, self.rows)
+        hidden = self.transformer(tokens, lengths, angles)
+        if not ragged:
+            return hidden[:, plan.seen.shape[1] :]
+        start = plan.seen_lengths[:, None] + torch.arange(plan.predicted.shape[1])
+        index = start.clamp(max=tokens.shape[1] - 1).to(hidden.device, non_blocking=True)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    @staticmethod
+    def _compact_order(plan: MaskPlan, total: int) -> Tensor:
+        """Per clip: seen, then predicted, then fillers, indices into [context | masks], ``(B, total)`` on the CPU."""
+        column = torch.arange(total)
+        max_seen = plan.seen.shape[1]
+        seen, predicted = plan.seen_lengths[:, None], plan.predicted_lengths[:, None]
+        order = torch.where(column < seen, column, max_seen + column - seen)
+        return torch.where(column < seen + predicted, order, 0)
+
+
+class CodeHead(nn.Module):
+    """Linear head on masked positions and its cross-entropy, one classifier per codebook, never storing all logits.
+
+    Shapes:
+        hidden ``(B, Np, D)``, codes ``(B, Np, G)``, valid ``(B, Np)`` bool or None
+        -> loss (mean over codebooks of the mean over valid rows) and top-1 accuracy, 0-d float32.
+    """
+
+    def __init__(self, width: int, codebook_size: int, num_codebooks: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_codebooks, codebook_size, width))
+        self.bias = nn.Parameter(torch.zeros(num_codebooks, codebook_size))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, hidden: Tensor, codes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        losses, accuracies = [], []
+        for g, (weight, bias) in enumerate(zip(self.weight, self.bias)):
+            loss, accuracy = ops.masked_cross_entropy(
+                hidden, weight, codes[..., g], mask=valid, bias=bias, return_accuracy=True
+            )
+            losses.append(loss)
+            accuracies.append(accuracy)
+        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+    def predictions(self, hidden: Tensor) -> Tensor:
+        """Most likely codes ``(..., G)``, for inspection."""
+        return torch.stack([(hidden @ w.T + b).argmax(-1) for w, b in zip(self.weight, self.bias)], dim=-1)
+
+    def flops(self, rows: float) -> float:
+        return 2.0 * rows * self.weight.numel()

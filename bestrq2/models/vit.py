@@ -1,0 +1,208 @@
+"""The ViT encoder of BEST-RQ-2: patches of a log-mel spectrogram, a linear embedding, fixed positions, Transformer."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bestrq2.layers.log_mel import LogMel, check_lengths
+from bestrq2.layers.patches import Patches, extract_patches
+from bestrq2.layers.positions import published_short_clip_positions, rotary_angles, sincos_2d
+from bestrq2.layers.transformer import Transformer, TransformerSettings
+
+PositionKind = Literal["sincos", "rope"]
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of flattened patches: the published 16 x 16 convolution with stride 16, written as a product."""
+
+    def __init__(self, patch_dim: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(patch_dim, width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches)
+
+
+class ViTEncoder(nn.Module):
+    """Waveform to features, and the context encoder of pretraining.
+
+    Args:
+        front_end: log-mel transform.
+        patch_height, patch_width: bands and frames per patch; 16 x 16 (2.0) or strips of num_mels x 4 (2.1).
+        transformer: shape of the Transformer.
+        position: "sincos" (fixed 2-D vectors added to the embedding) or "rope" (rotary).
+        window_seconds: longest clip processed in one piece by :meth:`encode`; longer ones are cut into windows. Use the
+            clip length of pretraining.
+        published_positions: reproduce a fault of the published inference code: clips shorter than 16 time columns get
+            wrong sin-cos positions. Only for comparing with numbers made by that code.
+        activation_checkpointing: recompute activations in the backward pass.
+
+    Attributes:
+        sampling_rate (Hz), output_dim (D), hop_size_in_ms: of the features of :meth:`encode`.
+
+    Raises:
+        ValueError: for a patch larger than the spectrogram or an unknown ``position``.
+    """
+
+    def __init__(
+        self,
+        front_end: LogMel,
+        patch_height: int = 16,
+        patch_width: int = 16,
+        transformer: TransformerSettings | None = None,
+        position: PositionKind = "sincos",
+        window_seconds: float = 10.0,
+        published_positions: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        settings = transformer or TransformerSettings()
+        if not 1 <= patch_height <= front_end.num_mels or patch_width < 1:
+            raise ValueError(
+                f"expected 1 <= patch_height <= {front_end.num_mels} bands and patch_width >= 1 frame, "
+                f"got {patch_height} x {patch_width}"
+            )
+        if position not in get_args(PositionKind):
+            raise ValueError(f"position must be one of {get_args(PositionKind)}, got {position!r}")
+        self.front_end = front_end
+        self.patch_height, self.patch_width = patch_height, patch_width
+        self.rows = front_end.num_mels // patch_height
+        self.position = position
+        self.published_positions = published_positions
+        self.patch_embed = PatchEmbed(self.patch_dim, settings.width)
+        self.encoder = Transformer(settings, activation_checkpointing)
+        self.sampling_rate = front_end.sampling_rate
+        self.output_dim = settings.width
+        self.hop_size_in_ms = 1000.0 * self.samples_per_column / self.sampling_rate
+        self.window_columns = max(1, self.output_length(round(window_seconds * self.sampling_rate)))
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch_height * self.patch_width
+
+    @property
+    def samples_per_column(self) -> int:
+        return self.front_end.hop_length * self.patch_width
+
+    @property
+    def min_samples(self) -> int:
+        """Samples of the shortest clip with one patch; :meth:`encode` extends shorter clips with silence."""
+        return max(1, (self.patch_width - 1) * self.front_end.hop_length)
+
+    def output_length(self, samples: int) -> int:
+        """Feature frames that :meth:`encode` gives for a clip of ``samples`` samples."""
+        return self.front_end.num_frames(max(samples, self.min_samples)) // self.patch_width
+
+    def patches(self, waveform: Tensor, lengths: Tensor | None = None) -> Patches:
+        """Log-mel patches of a padded batch; no gradient.
+
+        Raises:
+            ValueError: if a clip is shorter than one patch (``min_samples``).
+        """
+        lengths = check_lengths(waveform, lengths)
+        if lengths.numel() and int(lengths.min()) < self.min_samples:
+            raise ValueError(
+                f"expected clips of at least {self.min_samples} samples (one patch), got {int(lengths.min())}"
+            )
+        with torch.no_grad():
+            frames, frame_lengths = self.front_end(waveform, lengths)
+            return extract_patches(frames, frame_lengths, self.patch_height, self.patch_width)
+
+    def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Embedding of patches ``(B, N, P)`` at grid positions ``(B or 1, N, 2)``, with sin-cos positions added."""
+        tokens = self.patch_embed(patches)
+        return self.add_positions(tokens, positions)
+
+    def add_positions(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.position != "sincos":
+            return tokens
+        return tokens + sincos_2d(positions, tokens.shape[-1]).to(tokens.dtype)
+
+    def angles(self, positions: Tensor, head_dim: int | None = None) -> Tensor | None:
+        """Rotary angles for positions ``(B or 1, N, 2)``, or None with sin-cos positions."""
+        if self.position != "rope":
+            return None
+        return rotary_angles(positions, head_dim or self.encoder.settings.head_dim, self.rows)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: Tensor | None = None,
+        layer_outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Transformer over embedded tokens.
+
+        Shapes: tokens ``(B, N, D)`` from :meth:`embed`, positions ``(B or 1, N, 2)``, lengths ``(B,)`` valid tokens on
+        the CPU -> ``(B, N, D)``.
+        """
+        return self.encoder(tokens, lengths, self.angles(positions), layer_outputs)
+
+    def encode(
+        self, waveform: Tensor, lengths: Tensor | None = None, layer: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of whole clips of any length; the same alone and in any batch.
+
+        Tokens of one time column are averaged over the frequency rows. Clips longer than the window are processed in
+        consecutive windows; the last window reaches back over the one before, so that every frame has full context.
+
+        Args:
+            waveform: ``(B, S)`` floating, at ``sampling_rate``.
+            lengths: ``(B,)`` valid samples; None: all.
+            layer: None for the final, normalised output; 0..depth-1 for the output of a block.
+
+        Returns:
+            features ``(B, T, D)`` float32 (zeros behind a clip's end) and feature_lengths ``(B,)`` int64 on the CPU,
+            T = ``output_length(S)``.
+
+        Raises:
+            ValueError: for wrong shapes or lengths, or an unknown layer.
+        """
+        lengths = check_lengths(waveform, lengths)
+        depth = self.encoder.settings.depth
+        if layer is not None and not 0 <= layer < depth:
+            raise ValueError(f"layer must lie in 0..{depth - 1}, got {layer}")
+        inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
+        waveform = torch.where(inside, waveform, 0)
+        if waveform.shape[1] < self.min_samples:
+            waveform = nn.functional.pad(waveform, (0, self.min_samples - waveform.shape[1]))
+        lengths = lengths.clamp(min=self.min_samples)
+        totals = torch.tensor([self.output_length(int(n)) for n in lengths])
+        features = waveform.new_zeros(len(totals), int(totals.max()) if len(totals) else 0, self.output_dim).float()
+        window = self.window_columns
+        for start in range(0, features.shape[1], window):
+            active = (totals > start).nonzero().flatten()
+            # A clip that ends inside this window and began earlier is read from `totals - window` columns on.
+            first = torch.minimum(torch.tensor(start), (totals[active] - window).clamp(min=0))
+            piece, piece_lengths = self._cut(waveform[active.to(waveform.device)], lengths[active], first)
+            encoded, columns = self._encode_window(piece, piece_lengths, layer)
+            for row, clip in enumerate(active.tolist()):
+                end = min(start + window, int(totals[clip]))
+                offset = start - int(first[row])
+                assert int(columns[row]) >= offset + end - start
+                features[clip, start:end] = encoded[row, offset : offset + end - start]
+        return features, totals
+
+    def _cut(self, waveform: Tensor, lengths: Tensor, first_column: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples of one window per clip, starting at its first column."""
+        begin = first_column * self.samples_per_column
+        # One window has window_columns * patch_width frames, the last of which is centred on its last hop; what follows
+        # is left in only where the clip ends, so that interior windows are all cut alike.
+        span = torch.minimum(lengths - begin, torch.tensor(self.window_columns * self.samples_per_column))
+        index = begin[:, None] + torch.arange(int(span.max()))
+        index = index.clamp(max=waveform.shape[1] - 1).to(waveform.device)
+        return waveform.gather(1, index), span
+
+    def _encode_window(self, waveform: Tensor, lengths: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+        patches = self.patches(waveform, lengths)
+        positions = patches.positions()
+        if self.published_positions:
+            positions = published_short_clip_positions(positions, patches.columns)
+        layers: list[Tensor] = []
+        tokens = self.embed(patches.values, positions[None])
+        output = self(tokens, positions[None], patches.lengths, layers if layer is not None else None)
+        if layer is not None:
+            output = layers[layer]
+        columns = output.float().unflatten(1, (patches.columns, self.rows)).mean(2)
+        return columns, patches.lengths // self.rows

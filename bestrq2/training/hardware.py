@@ -1,0 +1,91 @@
+"""Device, precision, and the matrix-product rate that utilisation is measured against."""
+
+import time
+
+import torch
+
+from bestrq2.config import ConfigError
+
+# Dense bf16 peaks in FLOP/s from the vendors' data sheets, by a part of the device name.
+GPU_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "A10": 125e12,
+    "L4": 121e12,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"`` or a torch device name.
+
+    Raises:
+        ConfigError: for an unknown or absent device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"train.device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware (on a CPU: AVX-512 BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return False
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype, or None for plain fp32.
+
+    Raises:
+        ConfigError: for bf16 on a GPU without it.
+    """
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"train.precision: bf16 is not supported by {torch.cuda.get_device_name(device)}")
+    if name == "bf16" or (name == "auto" and has_fast_bf16(device)):
+        return torch.bfloat16
+    return None
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads != 1)}"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | None) -> tuple[float, str]:
+    """FLOP/s that 100 % utilisation (MFU) means here, and where the number comes from.
+
+    A known GPU's data sheet, else the best of several matrix products of this process, which takes about half a second.
+    """
+    if device.type == "cuda" and dtype is not None:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in GPU_PEAKS.items():
+            if part in name:
+                return peak, f"{part} data sheet, dense bf16"
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype or torch.float32)
+    best = 0.0
+    deadline = time.perf_counter() + 0.4
+    while best == 0.0 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        b = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+        del b
+    return best, f"measured {str(a.dtype).removeprefix('torch.')} matrix product"

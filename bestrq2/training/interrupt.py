@@ -1,0 +1,38 @@
+"""SIGINT and SIGTERM: finish the step, save, leave. A second signal ends the process at once."""
+
+import signal
+import sys
+from types import FrameType
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal:
+    """Context manager that turns the first SIGINT or SIGTERM into ``requested``.
+
+    Attributes:
+        requested: whether a signal arrived.
+        exit_code: 128 + its number, the convention of shells.
+        name: e.g. "SIGTERM".
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.exit_code = 0
+        self.name = ""
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in HANDLED:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            sys.exit(128 + number)
+        self.requested, self.exit_code, self.name = True, 128 + number, signal.Signals(number).name
+        print(f"\n{self.name}: finishing the step and saving (again to leave at once)", file=sys.stderr)

@@ -1,0 +1,106 @@
+"""Masks: counts, padding, independence of batch composition, and the published shared form."""
+
+import pytest
+import torch
+
+from bestrq2.layers.counter_random import mix, random_keys, uniform
+from bestrq2.layers.masking import RandomMasking
+
+
+def chosen(plan, clip):
+    seen = plan.seen[clip, : plan.seen_lengths[clip]].tolist()
+    predicted = plan.predicted[clip, : plan.predicted_lengths[clip]].tolist()
+    return seen, predicted
+
+
+@pytest.mark.parametrize("lengths", [[128] * 6, [128, 40, 7, 2, 1, 128]], ids=["equal", "ragged"])
+def test_partitions_the_valid_tokens(lengths):
+    plan = RandomMasking((0.4, 0.6), seed=3).plan(torch.tensor(lengths), 11, torch.arange(6), "cpu")
+    for clip, length in enumerate(lengths):
+        seen, predicted = chosen(plan, clip)
+        assert sorted(seen + predicted) == list(range(length))
+        assert seen == sorted(seen)
+        assert predicted == sorted(predicted)
+        assert len(seen) >= 1
+        if length > 1:
+            assert len(predicted) >= 1
+        if length == 128:
+            assert 51 <= len(predicted) <= 76  # floor(128 r) for r in U(0.4, 0.6), the published range
+    assert int(plan.seen.max()) < 128
+    assert plan.realised_ratio == pytest.approx(plan.predicted_lengths.sum() / sum(lengths))
+
+
+def test_equal_clips_share_the_count_but_not_the_mask():
+    plan = RandomMasking((0.4, 0.6)).plan(torch.full((64,), 100), 0, torch.arange(64), "cpu")
+    assert plan.predicted_lengths.unique().numel() == 1
+    assert plan.predicted_valid() is None
+    assert len({tuple(row) for row in plan.predicted.tolist()}) == 64
+
+
+def test_half_of_a_small_grid():
+    plan = RandomMasking((0.5, 0.5)).plan(torch.tensor([6]), 0, torch.tensor([0]), "cpu")
+    assert plan.predicted.shape == (1, 3)
+
+
+def test_mask_of_a_clip_depends_on_its_index_alone():
+    masking = RandomMasking((0.3, 0.7), seed=5)
+    lengths = torch.tensor([50, 80, 80, 20])
+    whole = masking.plan(lengths, 7, torch.tensor([100, 101, 102, 103]), "cpu")
+    part = masking.plan(lengths[2:], 7, torch.tensor([102, 103]), "cpu")  # what a second rank would draw
+    for clip in (0, 1):
+        assert chosen(whole, clip + 2) == chosen(part, clip)
+    other = masking.plan(lengths[2:], 7, torch.tensor([104, 105]), "cpu")
+    assert chosen(other, 0) != chosen(part, 0)
+
+
+def test_steps_and_seeds_differ():
+    lengths, index = torch.tensor([200]), torch.tensor([0])
+    masks = {
+        (seed, step): tuple(RandomMasking((0.5, 0.5), seed).plan(lengths, step, index, "cpu").predicted[0].tolist())
+        for seed in range(3)
+        for step in range(3)
+    }
+    assert len(set(masks.values())) == 9
+
+
+def test_shared_per_batch_is_the_published_form():
+    masking = RandomMasking((0.4, 0.6), shared_per_batch=True)
+    plan = masking.plan(torch.full((5,), 128), 0, torch.arange(5), "cpu")
+    assert (plan.seen == plan.seen[0]).all()
+    assert (plan.predicted == plan.predicted[0]).all()
+    with pytest.raises(ValueError, match="equal length"):
+        masking.plan(torch.tensor([128, 64]), 0, torch.arange(2), "cpu")
+
+
+def test_every_token_is_masked_equally_often():
+    masking = RandomMasking((0.5, 0.5))
+    counts = torch.zeros(40)
+    for step in range(20):
+        plan = masking.plan(torch.full((200,), 40), step, torch.arange(200) + 200 * step, "cpu")
+        counts += torch.bincount(plan.predicted.flatten(), minlength=40)
+    share = counts / 4000
+    assert (share - 0.5).abs().max() < 4.5 * (0.25 / 4000) ** 0.5
+
+
+def test_keys_equal_their_integer_definition():
+    keys = random_keys(9, torch.tensor([4, -1]), 3)
+    for row, index in enumerate((4, -1)):
+        state = mix(9)
+        for column in range(3):
+            # Continue the chain by hand: the tensor form folds (seed), then index, then column.
+            assert int(keys[row, column]) == continue_chain(continue_chain(state, index), column) >> 2
+    assert len({uniform(1, step) for step in range(100)}) == 100
+
+
+def continue_chain(state: int, counter: int) -> int:
+    mask = (1 << 64) - 1
+    state = (state + 0x9E3779B97F4A7C15 + (counter & mask)) & mask
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+    return state ^ (state >> 31)
+
+
+@pytest.mark.parametrize("ratio", [(0, 0.5), (0.5, 1), (0.6, 0.4)])
+def test_rejects_bad_ratio(ratio):
+    with pytest.raises(ValueError, match="ratio"):
+        RandomMasking(ratio)
