@@ -204,7 +204,8 @@ def train(
         found = look.metrics()
         print(
             f"Targets: {found['codes_used']:.0f} of {model.quantizer.codebook_size} codes used by "
-            f"{float(look.total):.0f} patches, perplexity {found['perplexity']:.1f}, commonest code {found['unigram']:.1%}"
+            f"{float(look.total):.0f} patches, perplexity {found['perplexity']:.1f}, "
+            f"commonest code {found['unigram']:.1%}"
         )
         if (advice := look.advice()) is not None:
             print(f"warning: {advice}", file=sys.stderr)
@@ -349,8 +350,8 @@ def report_skips(run: RunFolder, batch: Batch) -> int:
 def postfix(row: dict[str, float]) -> str:
     return (
         f"loss {row['loss']:.3f}, acc {row['accuracy']:.3f} (unigram {row['unigram']:.3f}), "
-        f"ppl {row['perplexity']:.0f}, grad {row['grad_norm']:.2f}, lr {row['learning_rate']:.1e}, {row['audio_seconds_per_second']:.0f} s/s, "
-        f"wait {row['data_wait']:.0%}, mfu {row['mfu']:.1%}"
+        f"ppl {row['perplexity']:.0f}, grad {row['grad_norm']:.2f}, lr {row['learning_rate']:.1e}, "
+        f"{row['audio_seconds_per_second']:.0f} s/s, wait {row['data_wait']:.0%}, mfu {row['mfu']:.1%}"
     )
 
 

@@ -12,6 +12,8 @@ from bestrq2.layers.transformer import Transformer, TransformerSettings
 
 PositionKind = Literal["sincos", "rope"]
 
+WINDOWS_AT_ONCE = 16  # windows of long clips that encode() puts through the Transformer together
+
 
 class PatchEmbed(nn.Module):
     """Linear embedding of flattened patches: the published 16 x 16 convolution with stride 16, written as a product."""
@@ -168,33 +170,26 @@ class ViTEncoder(nn.Module):
         if waveform.shape[1] < self.min_samples:
             waveform = nn.functional.pad(waveform, (0, self.min_samples - waveform.shape[1]))
         lengths = lengths.clamp(min=self.min_samples)
-        totals = torch.tensor([self.output_length(int(n)) for n in lengths])
-        features = waveform.new_zeros(len(totals), int(totals.max()) if len(totals) else 0, self.output_dim).float()
+        totals = [self.output_length(int(samples)) for samples in lengths]
+        features = waveform.new_zeros(len(totals), max(totals, default=0), self.output_dim, dtype=torch.float32)
         window = self.window_columns
-        for start in range(0, features.shape[1], window):
-            active = (totals > start).nonzero().flatten()
-            # A clip that ends inside this window and began earlier is read from `totals - window` columns on.
-            first = torch.minimum(torch.tensor(start), (totals[active] - window).clamp(min=0))
-            piece, piece_lengths = self._cut(waveform[active.to(waveform.device)], lengths[active], first)
-            encoded, columns = self._encode_window(piece, piece_lengths, layer)
-            for row, clip in enumerate(active.tolist()):
-                end = min(start + window, int(totals[clip]))
-                offset = start - int(first[row])
-                assert int(columns[row]) >= offset + end - start
+        windows = [(clip, start) for clip, total in enumerate(totals) for start in range(0, total, window)]
+        for group in range(0, len(windows), WINDOWS_AT_ONCE):
+            pieces, kept = [], []
+            for clip, start in windows[group : group + WINDOWS_AT_ONCE]:
+                # A last window that would be short reaches back to `total - window`.
+                first = max(0, min(start, totals[clip] - window))
+                begin = first * self.samples_per_column
+                end = min(int(lengths[clip]), begin + window * self.samples_per_column)
+                pieces.append(waveform[clip, begin:end])
+                kept.append((clip, start, min(start + window, totals[clip]), start - first))
+            piece_lengths = torch.tensor([len(piece) for piece in pieces])
+            encoded = self._encode_window(nn.utils.rnn.pad_sequence(pieces, batch_first=True), piece_lengths, layer)
+            for row, (clip, start, end, offset) in enumerate(kept):
                 features[clip, start:end] = encoded[row, offset : offset + end - start]
-        return features, totals
+        return features, torch.tensor(totals, dtype=torch.int64)
 
-    def _cut(self, waveform: Tensor, lengths: Tensor, first_column: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples of one window per clip, starting at its first column."""
-        begin = first_column * self.samples_per_column
-        # One window has window_columns * patch_width frames, the last of which is centred on its last hop; what follows
-        # is left in only where the clip ends, so that interior windows are all cut alike.
-        span = torch.minimum(lengths - begin, torch.tensor(self.window_columns * self.samples_per_column))
-        index = begin[:, None] + torch.arange(int(span.max()))
-        index = index.clamp(max=waveform.shape[1] - 1).to(waveform.device)
-        return waveform.gather(1, index), span
-
-    def _encode_window(self, waveform: Tensor, lengths: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+    def _encode_window(self, waveform: Tensor, lengths: Tensor, layer: int | None) -> Tensor:
         patches = self.patches(waveform, lengths)
         positions = patches.positions()
         if self.published_positions:
@@ -204,5 +199,4 @@ class ViTEncoder(nn.Module):
         output = self(tokens, positions[None], patches.lengths, layers if layer is not None else None)
         if layer is not None:
             output = layers[layer]
-        columns = output.float().unflatten(1, (patches.columns, self.rows)).mean(2)
-        return columns, patches.lengths // self.rows
+        return output.float().unflatten(1, (patches.columns, self.rows)).mean(2)
