@@ -24,17 +24,17 @@ _HOME = {
     "Sample": "dataset",
     "SampleOrder": "order",
     "Skip": "audio",
-    "SkipReport": "scan",
+    "SkipReport": "scanning",
     "audio_info": "audio",
     "batches": "batch",
     "collate": "batch",
-    "collect": "scan",
+    "collect": "scanning",
     "discover_folder": "manifest",
     "iterate_clips": "clips",
     "load_audio": "audio",
     "read_manifest": "manifest",
-    "scan": "scan",
-    "tiny_dataset": "scan",
+    "scan": "scanning",
+    "tiny_dataset": "scanning",
     "write_manifest": "manifest",
 }
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .dataset import CropDataset, DataError, Sample
     from .manifest import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
     from .order import SampleOrder
-    from .scan import SkipReport, collect, scan, tiny_dataset
+    from .scanning import SkipReport, collect, scan, tiny_dataset
 
 
 def __getattr__(name: str) -> Any:

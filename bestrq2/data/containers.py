@@ -23,7 +23,7 @@ def missing_fraction(path: str) -> float:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(12)
-        if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
             return _missing_in_chunk(file, size, b"data", "<I")
         if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
             return _missing_in_chunk(file, size, b"SSND", ">I")
@@ -47,6 +47,7 @@ def mp3_counts_frames(path: str) -> bool:
 def _missing_in_chunk(file: BinaryIO, size: int, name: bytes, number: str) -> float:
     """Walk the chunks of a RIFF or IFF file to the audio and compare its stated size with the bytes that follow."""
     position = 12
+    long_size = 0  # RF64 keeps the real size of its audio, past 4 GiB, in a chunk of its own
     for _ in range(1000):  # a damaged file must not keep us walking
         file.seek(position)
         header = file.read(8)
@@ -54,7 +55,11 @@ def _missing_in_chunk(file: BinaryIO, size: int, name: bytes, number: str) -> fl
             return 0.0
         (length,) = struct.unpack(number, header[4:])
         position += 8
+        if header[:4] == b"ds64":
+            long_size = int.from_bytes(file.read(16)[8:], "little")
         if header[:4] == name:
+            if length == 0xFFFFFFFF and long_size:
+                return max(0.0, 1.0 - (size - position) / long_size)
             if length == 0 or length >= _STREAMED:
                 return 0.0
             return max(0.0, 1.0 - (size - position) / length)

@@ -38,7 +38,7 @@ class CropDataset(Dataset):
     crosses file borders and every file is heard about once an epoch. A group with less audio than one
     crop gives all it has.
 
-    A file that cannot be read is replaced by one drawn from (seed, index, attempt); the sample then carries a
+    A file that cannot be read is replaced by another, drawn from (seed, index, attempt); the sample then carries a
     :class:`Skip` for it. So the result depends on (files, seed, index) alone, never on workers, ranks or earlier calls.
 
     Args:
@@ -48,7 +48,7 @@ class CropDataset(Dataset):
         seed: of the order and of every crop.
         join_short: fill up short files as described; otherwise they are returned at their own length.
         min_seconds: a file that turns out shorter when read is skipped as "too short".
-        max_attempts: unreadable files in a row for one sample until a :class:`DataError`.
+        max_attempts: different unreadable files (or groups) drawn for one sample until a :class:`DataError`.
 
     ``num_slots`` is the length of an epoch in samples, ``seconds`` the audio in the files.
     """
@@ -108,11 +108,15 @@ class CropDataset(Dataset):
     def __getitem__(self, global_index: int) -> Sample:
         epoch, slot = self.order.item(global_index)
         skips: list[Skip] = []
-        for attempt in range(self.max_attempts):
+        failed: set[int] = set()
+        for attempt in range(min(self.max_attempts, int(np.count_nonzero(self._slots)))):
             if attempt:
                 slot = mix(self.seed, _REPLACEMENT, global_index, attempt) % self.num_slots
             unit = int(np.searchsorted(self._ends, slot, side="right"))
             place = slot - int(self._ends[unit] - self._slots[unit])  # which slot of the unit
+            while unit in failed or not self._slots[unit]:  # one long broken file must not be drawn over and over
+                unit = (unit + 1) % len(self._slots)
+                place = slot % max(1, int(self._slots[unit]))
             try:
                 if unit < len(self.files):
                     waveform = self._crop(unit, place, global_index)
@@ -121,9 +125,10 @@ class CropDataset(Dataset):
                 return Sample(waveform, global_index, tuple(skips))
             except AudioError as error:
                 skips.append(error.skip)
+                failed.add(unit)
         listed = "\n  ".join(str(skip) for skip in dict.fromkeys(skips))
         raise DataError(
-            f"gave up on training sample {global_index}: {self.max_attempts} files drawn one after the other "
+            f"gave up on training sample {global_index}: {len(dict.fromkeys(skips))} files drawn one after the other "
             f"could not be read:\n  {listed}"
         )
 

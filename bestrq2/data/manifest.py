@@ -228,6 +228,6 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
 
 
 if __name__ == "__main__":
-    from bestrq2.data.scan import main
+    from bestrq2.data.scanning import main
 
     raise SystemExit(main())

@@ -1,0 +1,180 @@
+"""Batches: step k is the same audio with any workers, ranks and starting point; faults arrive as they are."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from bestrq2.data import AudioFile, CropDataset, DataError, Sample, Skip, batches, collate, collect
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    files, _ = collect()
+    absent = AudioFile("absent.wav", 2.0, 16000, "speech")
+    return CropDataset([*files, absent], crop_seconds=1.3, seed=11)
+
+
+def _assert_equal(first, second):
+    first, second = list(first), list(second)
+    assert len(first) == len(second)
+    for one, other in zip(first, second):
+        assert torch.equal(one.waveform, other.waveform)
+        assert torch.equal(one.lengths, other.lengths)
+        assert torch.equal(one.index, other.index)
+        assert one.skips == other.skips
+
+
+def test_collate_pads_with_zeros():
+    samples = [Sample(np.full(n, n, np.float32), index, (Skip("x", "missing"),)) for index, n in ((5, 3), (6, 1))]
+    batch = collate(samples)
+    assert batch.waveform.tolist() == [[3, 3, 3], [1, 0, 0]]
+    assert batch.waveform.dtype == torch.float32
+    assert batch.lengths.tolist() == [3, 1]
+    assert batch.index.tolist() == [5, 6]
+    assert batch.lengths.dtype == batch.index.dtype == torch.int64
+    assert batch.skips == [Skip("x", "missing")] * 2
+    assert len(batch) == 2
+    with pytest.raises(ValueError, match="at least one"):
+        collate([])
+
+
+def test_batch_to_moves_the_waveform_only():
+    batch = collate([Sample(np.zeros(4, np.float32), 0)])
+    moved = batch.to("meta", non_blocking=True)
+    assert moved.waveform.device.type == "meta"
+    assert moved.lengths.device.type == moved.index.device.type == "cpu"
+    assert batch.waveform.device.type == "cpu"
+
+
+def test_steps_hold_consecutive_indices_across_epochs(dataset):
+    size = 7
+    steps = list(batches(dataset, size, num_steps=2 * dataset.num_slots // size))
+    indices = torch.cat([batch.index for batch in steps])
+    assert torch.equal(indices, torch.arange(len(indices)))
+    assert len(indices) > dataset.num_slots
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_the_batches(dataset, workers):
+    expected = list(batches(dataset, 6, num_steps=9))
+    assert any(batch.skips for batch in expected)
+    _assert_equal(batches(dataset, 6, num_steps=9, workers=workers), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_at_any_step(dataset, workers):
+    whole = list(batches(dataset, 4, num_steps=15))
+    for start in (1, 6, 13):
+        _assert_equal(batches(dataset, 4, start_step=start, num_steps=15 - start, workers=workers), whole[start:])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_every_step(dataset, world_size):
+    whole = list(batches(dataset, 6, start_step=2, num_steps=5))
+    share = {"start_step": 2, "num_steps": 5, "world_size": world_size}
+    ranks = [list(batches(dataset, 6, rank=rank, **share)) for rank in range(world_size)]
+    for step, expected in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert all(len(part) == 6 // world_size for part in parts)
+        assert torch.equal(torch.cat([part.waveform for part in parts]), expected.waveform)
+        assert torch.equal(torch.cat([part.index for part in parts]), expected.index)
+        assert [skip for part in parts for skip in part.skips] == expected.skips
+
+
+def test_global_random_state_is_untouched(dataset):
+    """Else a resumed run would draw other dropout masks than the run it continues."""
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        next(batches(dataset, 2, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_endless_without_num_steps(dataset):
+    stream = batches(dataset, 2, start_step=10**6)
+    assert next(stream).index.tolist() == [2 * 10**6, 2 * 10**6 + 1]
+    assert next(stream).index.tolist() == [2 * 10**6 + 2, 2 * 10**6 + 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_errors_arrive_whole(tmp_path, workers):
+    broken = CropDataset([AudioFile(str(tmp_path / "absent.wav"), 1.0)])
+    with pytest.raises(DataError, match=r"gave up on training sample 0: 1 files .*\n.*absent.wav: missing$"):
+        next(batches(broken, 2, workers=workers))
+
+
+class _Dies(Dataset):
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Sample(np.zeros(8, np.float32), index)
+
+
+def test_killed_worker():
+    stream = batches(_Dies(), 2, workers=1, start_method="fork")  # this class cannot be imported by a fresh process
+    with pytest.raises(DataError, match="a data worker died"):
+        list(stream)
+
+
+def test_rejects_bad_arguments_at_the_call(dataset):
+    for arguments in (
+        {"batch_size": 0},
+        {"batch_size": 5, "world_size": 2},
+        {"batch_size": 4, "world_size": 2, "rank": 2},
+        {"batch_size": 4, "start_step": -1},
+        {"batch_size": 4, "workers": -1},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            batches(dataset, **arguments)
+
+
+_ENDLESS = """
+import sys
+from bestrq2.data import CropDataset, batches, collect
+if __name__ == "__main__":
+    dataset = CropDataset(collect()[0], crop_seconds=1.0)
+    try:
+        for batch in batches(dataset, 4, workers=2):
+            print(batch.index[0].item(), flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_interrupt_ends_the_run_and_its_workers(tmp_path):
+    """Ctrl-C reaches every process of the group: one clean end, no tracebacks of workers, nothing left running."""
+    (tmp_path / "endless.py").write_text(_ENDLESS)
+    paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    run = subprocess.Popen(
+        [sys.executable, str(tmp_path / "endless.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    try:
+        for _ in range(20):
+            assert run.stdout.readline()
+        os.killpg(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=30)
+        assert run.returncode == 130
+        assert errors == ""
+        for _ in range(100):
+            try:
+                os.killpg(run.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("workers are still running")
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)

@@ -1,0 +1,136 @@
+"""Folders and manifests: deterministic lists, and errors that name the line."""
+
+import json
+import os
+
+import pytest
+
+from bestrq2.data import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
+
+
+def _touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_discover_folder(tmp_path):
+    _touch(tmp_path, "b.wav", "a.FLAC", "speech/it/x y.ogg", "speech/ä.opus", "music/z.mp3", "music/q.aiff", "m.aif")
+    _touch(tmp_path, ".hidden.wav", ".cache/c.wav", "speech/.DS_Store", "notes.txt", "music/cover.JPG", "README")
+    (tmp_path / "folder.wav").mkdir()
+    _touch(tmp_path, "folder.wav/inside.wav")
+    listing = discover_folder(tmp_path)
+    assert [(os.path.relpath(item.path, tmp_path), item.domain) for item in listing.files] == [
+        ("a.FLAC", ""),
+        ("b.wav", ""),
+        ("m.aif", ""),
+        ("folder.wav/inside.wav", "folder.wav"),
+        ("music/q.aiff", "music"),
+        ("music/z.mp3", "music"),
+        ("speech/ä.opus", "speech"),
+        ("speech/it/x y.ogg", "speech"),
+    ]
+    assert listing.ignored == {".txt": 1, ".jpg": 1, "(no extension)": 1}
+    assert discover_folder(tmp_path) == listing
+
+
+def test_links_are_followed_once(tmp_path):
+    _touch(tmp_path, "real/a.wav", "elsewhere/b.wav")
+    root = tmp_path / "real"
+    (root / "loop").symlink_to(root)
+    (root / "more").symlink_to(tmp_path / "elsewhere")
+    (root / "same").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    assert [os.path.relpath(item.path, root) for item in discover_folder(root).files] == ["a.wav", "more/b.wav"]
+
+
+def test_not_a_folder(tmp_path):
+    with pytest.raises(NotADirectoryError, match="does not exist"):
+        discover_folder(tmp_path / "absent")
+    _touch(tmp_path, "a.wav")
+    with pytest.raises(NotADirectoryError, match="is not a folder"):
+        discover_folder(tmp_path / "a.wav")
+
+
+def test_groups():
+    assert AudioFile("x/y/a.wav", domain="speech").group == "speech"
+    assert AudioFile("x/y/a.wav").group == "x/y"
+
+
+def test_csv_manifest(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text(
+        '\ufeffseconds,path,domain,corpus,sr\n2.5,a.wav,speech,c,16000\n,"sub/b, c.wav",,,\n1,/abs/d.wav,env,,8000\n',
+        encoding="utf-8",
+    )
+    assert read_manifest(path) == [
+        AudioFile(str(tmp_path / "a.wav"), 2.5, 16000, "speech"),
+        AudioFile(str(tmp_path / "sub/b, c.wav")),
+        AudioFile("/abs/d.wav", 1.0, 8000, "env"),
+    ]
+
+
+def test_jsonl_manifest(tmp_path):
+    path = tmp_path / "list.jsonl"
+    rows = [{"audio_filepath": "ä.wav", "duration": 2, "label": 3, "text": "hi"}, {"path": "b.wav", "duration": None}]
+    path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    assert read_manifest(path) == [
+        AudioFile(str(tmp_path / "ä.wav"), 2.0, label="3"),
+        AudioFile(str(tmp_path / "b.wav")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.csv", "", "m.csv: the file is empty; expected a header line with a column 'path'"),
+        ("m.csv", "file_name,duration\na.wav,1\n", r"no column 'path'.*\['file_name', 'duration'\]"),
+        ("m.csv", "path,duration\n", "no rows"),
+        ("m.csv", "path,duration\na.wav,1\nb.wav,long\n", "m.csv:3: duration must be a number >= 0, got 'long'"),
+        ("m.csv", "path,duration\na.wav,-1\n", "m.csv:2: duration must be"),
+        ("m.csv", "path,duration\na.wav,nan\n", "m.csv:2: duration must be"),
+        ("m.csv", "path,duration\na.wav,1,2\n", "m.csv:2: expected 2 fields, got 3"),
+        ("m.csv", "path,duration\n,1\n", "m.csv:2: the path is empty"),
+        ("m.jsonl", '{"path": "a.wav"}\n{"path": \n', "m.jsonl:2: not JSON"),
+        ("m.jsonl", '["a.wav"]\n', "m.jsonl:1: expected a JSON object, got list"),
+        ("m.jsonl", '{"wav": "a.wav"}\n', r"m.jsonl:1: no 'path' in \['wav'\]"),
+        ("m.jsonl", '{"path": 5}\n', "m.jsonl:1: path must be text, got 5"),
+        ("m.jsonl", '{"path": "a.wav", "duration": true}\n', "duration must be a number"),
+        ("m.txt", "a.wav\n", "must end in .csv, .tsv or .jsonl, got '.txt'"),
+    ],
+)
+def test_bad_manifests_name_the_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / name)
+
+
+def test_written_manifest_reads_back(tmp_path):
+    files = [
+        AudioFile(str(tmp_path / "a, b.wav"), 1.25, 44100, "speech", "x"),
+        AudioFile(str(tmp_path / "sub" / "new\nline ü.wav"), 0.1),
+        AudioFile(os.fsdecode(os.fsencode(tmp_path) + b"/latin-\xe9.wav")),
+        AudioFile("/elsewhere/c.wav", 3.0),
+    ]
+    write_manifest(tmp_path / "m.csv", files)
+    assert read_manifest(tmp_path / "m.csv") == files
+    assert "\na, b.wav" not in (tmp_path / "m.csv").read_text(errors="surrogateescape")  # quoted
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    os.replace(tmp_path / "m.csv", moved / "m.csv")
+    assert read_manifest(moved / "m.csv")[0].path == str(moved / "a, b.wav")
+
+
+def test_failed_write_leaves_the_old_manifest(tmp_path):
+    write_manifest(tmp_path / "m.csv", [AudioFile("a.wav")])
+    before = (tmp_path / "m.csv").read_text()
+
+    def interrupted():
+        yield AudioFile("b.wav")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(tmp_path / "m.csv", interrupted())
+    assert (tmp_path / "m.csv").read_text() == before
+    assert os.listdir(tmp_path) == ["m.csv"]

@@ -1,0 +1,126 @@
+"""Scanning: nothing is left out without being counted, and nothing usable is an error that says why."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from bestrq2.data import AudioFile, DataError, collect, read_manifest, scan, tiny_dataset
+from bestrq2.data.scanning import main
+
+
+@pytest.fixture
+def mixed_folder(tmp_path, write_wav):
+    """Three usable files and one of each fault, beside files of other kinds."""
+    folder = tmp_path / "audio"
+    write_wav("audio/a.wav", 2.0)
+    same, _ = soundfile.read(folder / "a.wav", dtype="int16")
+    soundfile.write(folder / "copy.flac", same, 16000)
+    write_wav("audio/sub/b ü.wav", 1.0)
+    write_wav("audio/short.wav", 0.1)
+    (folder / "zero.ogg").touch()
+    (folder / "text.wav").write_text("hello\n" * 50)
+    cut = write_wav("audio/cut.wav", 3.0)
+    cut.write_bytes(cut.read_bytes()[:50000])
+    soundfile.write(folder / "silent.wav", np.zeros(32000), 16000)
+    soundfile.write(folder / "nan.wav", np.full(32000, np.nan, np.float32), 16000, subtype="FLOAT")
+    (folder / "notes.txt").write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_scan_counts_what_it_leaves_out(mixed_folder, threads):
+    files, report = collect(mixed_folder, min_seconds=0.5, num_threads=threads)
+    names = [item.path.removeprefix(str(mixed_folder) + "/") for item in files]
+    # Headers alone show neither silence, NaN nor copies.
+    assert names == ["a.wav", "copy.flac", "nan.wav", "silent.wav", "sub/b ü.wav"]
+    assert [item.duration for item in files] == [2.0, 2.0, 2.0, 2.0, 1.0]
+    assert {item.sampling_rate for item in files} == {16000}
+    assert report.counts() == {"too short": 1, "empty file": 1, "not decodable": 1, "truncated": 1}
+    assert report.ignored == {".txt": 1}
+    assert "4 skipped: " in str(report)
+    assert "1 ignored: 1 .txt" in str(report)
+    assert len(report) == len(report.examples()) == 4
+    assert len(files) + len(report) == 9
+
+
+def test_check_decodes_everything(mixed_folder):
+    files, report = collect(mixed_folder, min_seconds=0.5, check=True)
+    assert [item.path.removeprefix(str(mixed_folder) + "/") for item in files] == ["a.wav", "sub/b ü.wav"]
+    assert report.counts() == {
+        "too short": 1,
+        "empty file": 1,
+        "not decodable": 1,
+        "truncated": 1,
+        "silent": 1,
+        "not finite": 1,
+        "duplicate": 1,
+    }
+    (duplicate,) = [skip for skip in report.skips if skip.reason == "duplicate"]
+    assert duplicate.path.endswith("copy.flac")
+    assert duplicate.detail.endswith("a.wav")
+
+
+def test_known_durations_are_not_opened(tmp_path):
+    """A manifest of a million rows is ready at once; faults are met when a file is read."""
+    known = [AudioFile(str(tmp_path / "absent.wav"), duration=3.0), AudioFile(str(tmp_path / "b.wav"), duration=0.2)]
+    files, report = scan(known, min_seconds=0.5)
+    assert files == known[:1]
+    assert report.counts() == {"too short": 1}
+
+
+def test_nothing_usable(tmp_path, mixed_folder):
+    for name in ("a.wav", "sub/b ü.wav", "copy.flac", "silent.wav", "nan.wav", "cut.wav"):
+        (mixed_folder / name).unlink()
+    with pytest.raises(DataError, match=r"no usable audio in .*audio: found 3 files, 3 skipped: 1 [\s\S]*zero.ogg"):
+        collect(mixed_folder, min_seconds=0.5)
+    with pytest.raises(DataError, match="does not exist; expected a folder"):
+        collect(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no audio files in .*empty \(looked for .aif"):
+        collect(tmp_path / "empty")
+    (tmp_path / "empty" / "a.txt").touch()
+    with pytest.raises(DataError, match=r"it holds 1 \.txt"):
+        collect(tmp_path / "empty")
+    with pytest.raises(DataError, match="neither a folder"):
+        collect(tmp_path / "empty" / "a.txt")
+
+
+def test_sources(tmp_path, write_wav):
+    first, second = write_wav("one/a.wav", 1.0), write_wav("b.wav", 1.5)
+    (tmp_path / "m.csv").write_text("path,domain\none/a.wav,speech\n")
+    assert collect(first)[0] == [AudioFile(str(first), 1.0, 16000)]
+    assert collect(tmp_path / "m.csv")[0] == [AudioFile(str(first), 1.0, 16000, "speech")]
+    assert [item.path for item in collect([str(tmp_path / "one"), second])[0]] == [str(first), str(second)]
+    assert collect()[0] == tiny_dataset()
+
+
+def test_command_writes_a_manifest(tmp_path, mixed_folder, capsys):
+    out = mixed_folder / "manifest.csv"
+    assert main([str(mixed_folder), "--out", str(out), "--check", "--min-seconds", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 files" in printed
+    assert "7 skipped" in printed
+    files = read_manifest(out)
+    assert files == collect(mixed_folder, min_seconds=0.5, check=True)[0]
+    skipped = (mixed_folder / "manifest.skipped.csv").read_text().splitlines()
+    assert skipped[0] == "path,reason,detail"
+    assert len(skipped) == 8
+
+
+def test_command_reports_errors(tmp_path, capsys):
+    assert main([str(tmp_path / "absent"), "--out", str(tmp_path / "m.csv")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "m.csv").exists()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--out", "m.txt"])
+
+
+def test_command_line(tmp_path, write_wav):
+    write_wav("a.wav", 1.0)
+    command = [sys.executable, "-W", "error", "-m", "bestrq2.data.manifest", str(tmp_path), "--out"]
+    done = subprocess.run([*command, str(tmp_path / "m.csv")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "m.csv") == [AudioFile(str(tmp_path / "a.wav"), 1.0, 16000)]
