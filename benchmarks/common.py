@@ -75,7 +75,7 @@ __all__ = [
 FIELDS = (
     *("op", "shape", "dtype", "provider", "fwd_ms", "bwd_ms", "peak_mb", "pct_of_limit", "max_error"),
     *("speedup", "status", "note", "cache", "fwd_p20", "fwd_p80", "bwd_p20", "bwd_p80", "repeats", "limit_ms"),
-    *("device", "threads", "python", "torch", "triton", "bestrq2", "commit", "date", "command"),
+    *("device", "threads", "load", "python", "torch", "triton", "bestrq2", "commit", "date", "command"),
 )
 """Columns of every result file. README.md says what each means."""
 

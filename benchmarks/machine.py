@@ -1,18 +1,20 @@
 """What the machine can do at best: matrix rates and memory bandwidth, from which every ``pct_of_limit`` follows.
 
-CPU: measured in the same run with the same threads. GPU: stated peaks of the data sheet for known devices (bandwidth:
+CPU: measured in the same run with the same threads, again before every group of rows, the best of the run counts (other
+load must not lower a limit). GPU: stated peaks of the data sheet for known devices (bandwidth:
 what a copy reaches where we know it), measured for others. ``python benchmarks/machine.py`` prints them.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -21,6 +23,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+MEASURED = "measured in this run"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Work:
     elementwise: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Machine:
     """Rates in FLOP/s per arithmetic, bytes/s and elementwise operations/s, with where they come from."""
 
@@ -48,12 +53,25 @@ class Machine:
     bandwidth: float
     source: str
     elementwise: float = float("inf")
-    facts: dict[str, str] = field(default_factory=dict)
 
-    def limit_ms(self, work: Work) -> float:
-        """Shortest time in which this machine could do ``work``: the slowest of its resources alone."""
-        rate = self.flops[work.arithmetic]
-        return 1e3 * max(work.flops / rate, work.bytes / self.bandwidth, work.elementwise / self.elementwise)
+    def limit_ms(self, *works: Work | None) -> float:
+        """Shortest time for some works one after the other, each bound by the slowest of its resources alone."""
+        return 1e3 * sum(
+            max(
+                work.flops / self.flops[work.arithmetic],
+                work.bytes / self.bandwidth,
+                work.elementwise / self.elementwise,
+            )
+            for work in works
+            if work is not None
+        )
+
+    def measure_again(self, arithmetic: str) -> None:
+        """Raise the rates if the machine does better now; only for measured ones."""
+        if self.source == MEASURED:
+            device = torch.device(self.kind)
+            self.flops[arithmetic] = max(self.flops[arithmetic], matmul_rate(getattr(torch, arithmetic), device))
+            self.bandwidth = max(self.bandwidth, copy_rate(device))
 
     def describe(self) -> str:
         rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.flops.items())
@@ -80,7 +98,7 @@ def describe_machine(device: torch.device) -> Machine:
     else:
         name = _cpu_name()
     flops = {str(dtype)[6:]: matmul_rate(dtype, device) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-    return Machine(name, device.type, threads, flops, _copy_rate(device), "measured in this run")
+    return Machine(name, device.type, threads, flops, copy_rate(device), MEASURED)
 
 
 def _cpu_name() -> str:
@@ -121,10 +139,16 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / min(seconds, _best_seconds(partial(torch.mm, a, b), device))
 
 
-def _copy_rate(device: torch.device) -> float:
-    source = torch.ones(2**26, device=device)  # 256 MB: beyond every cache
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s, read and written, of copying 256 MB: beyond every cache."""
+    source = torch.ones(2**26, device=device)
     target = torch.ones_like(source)
     return 2 * source.numel() * source.element_size() / _best_seconds(lambda: target.copy_(source), device)
+
+
+def load() -> float:
+    """Processes that wanted a core, on average over the last minute: before a run it should be near 0."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def environment(command: str) -> dict[str, str]:

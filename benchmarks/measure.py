@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks import memory
 from benchmarks.common import FIELDS, Case, Provider, Skip, evaluate, first
-from benchmarks.machine import Machine
+from benchmarks.machine import Machine, load
 from benchmarks.memory import Failed, short_reason
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ class Budget:
 
     seconds: float = 3.0
     at_least: int = 5
-    at_most: int = 40
+    at_most: int = 100
     repeats: int | None = None
 
     def wants_more(self, times: Times) -> bool:
@@ -124,6 +124,19 @@ def time_calls(
     return times, failed
 
 
+def set_limit(rows: Sequence[Row], limit_ms: float) -> None:
+    """Fill ``limit_ms`` and ``pct_of_limit`` of a group's rows."""
+    for row in rows:
+        row["limit_ms"] = limit_ms
+        total = total_ms(row)
+        row["pct_of_limit"] = 100 * limit_ms / total if total else ""
+
+
+def total_ms(row: Row) -> float | None:
+    """Forward plus backward, each its own median; None for a row without timings."""
+    return None if row["fwd_ms"] == "" else row["fwd_ms"] + (row["bwd_ms"] or 0.0)
+
+
 def measure(
     module: str,
     case: Case,
@@ -142,11 +155,12 @@ def measure(
     ``worker`` measures CPU peak memory (None: leave it out). Skipped and failed providers get a row with the reason.
     """
     torch.compiler.reset()  # else dynamo's recompilation limit would silently send later shapes to eager mode
-    limit_ms = machine.limit_ms(case.work) + (machine.limit_ms(case.backward_work) if case.backward_work else 0.0)
+    machine.measure_again(case.work.arithmetic)
+    limit_ms = machine.limit_ms(case.work, case.backward_work)
     common = {
         **dict.fromkeys(FIELDS, ""),
         **{"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")},
-        **{"device": machine.device, "threads": machine.threads, "limit_ms": limit_ms, "status": "ok"},
+        **{"device": machine.device, "threads": machine.threads, "load": load(), "status": "ok"},
         **environment,
     }
     rows: dict[str, Row] = {}
@@ -166,11 +180,12 @@ def measure(
     finished: list[Row] = []
     for cache in caches:
         times, failed = time_calls(case, calls, cache, budget)
-        group = [_timed(row, times.get(name), failed.get(name), cache, limit_ms) for name, row in rows.items()]
-        base = next((row["_total"] for row in group if row["provider"] == baseline and "_total" in row), None)
+        group = [_timed(row, times.get(name), failed.get(name), cache) for name, row in rows.items()]
+        base = next((total_ms(row) for row in group if row["provider"] == baseline), None)
         for row in group:
-            total = row.pop("_total", None)
+            total = total_ms(row)
             row["speedup"] = base / total if base and total else ""
+        set_limit(group, limit_ms)
         finished += group
     return finished
 
@@ -191,7 +206,7 @@ def _check(module: str, case: Case, provider: Provider, row: Row, worker: memory
     return call
 
 
-def _timed(row: Row, times: Times | None, failure: str | None, cache: str, limit_ms: float) -> Row:
+def _timed(row: Row, times: Times | None, failure: str | None, cache: str) -> Row:
     row = dict(row)
     if row["status"] in ("skipped", "failed"):
         return row
@@ -199,11 +214,9 @@ def _timed(row: Row, times: Times | None, failure: str | None, cache: str, limit
     if failure:
         return {**row, "status": "failed", "note": failure}
     assert times is not None
-    total = 0.0
     for name, values in (("fwd", times.forward), ("bwd", times.backward)):
         if values:
             row[f"{name}_ms"] = statistics.median(values)
             row[f"{name}_p20"], row[f"{name}_p80"] = quantile(values, 0.2), quantile(values, 0.8)
-            total += row[f"{name}_ms"]
-    row.update(repeats=len(times.forward), pct_of_limit=100 * limit_ms / total, _total=total)
+    row["repeats"] = len(times.forward)
     return row

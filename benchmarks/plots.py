@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from benchmarks.measure import Row
-from benchmarks.report import OURS, group_key, total_ms
+from benchmarks.measure import Row, total_ms
+from benchmarks.report import OURS, group_key
 
 _OURS, _PEER, _WRONG = "#1b6ca8", "#9a9a9a", "#c0392b"
 
@@ -65,6 +65,10 @@ def _colour(row: Row) -> str:
     return _OURS if row["provider"].startswith(OURS) else _PEER
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _times(axis: plt.Axes, group: Sequence[Row]) -> None:
     names = [row["provider"] for row in group]
     totals = [total_ms(row) or 0.0 for row in group]
@@ -76,7 +80,7 @@ def _times(axis: plt.Axes, group: Sequence[Row]) -> None:
         if row["bwd_ms"] != "":
             axis.barh(place, row["bwd_ms"], left=forward, color=_colour(row), alpha=0.45)
         wrong = f"  WRONG, error {row['max_error']:.1e}" if row["status"] == "wrong" else ""
-        axis.text(total * 1.05, place, f"{total:.3g}{wrong}", va="center", fontsize=7)
+        axis.text(total * 1.05, place, f"{_short(total)}{wrong}", va="center", fontsize=7)
     axis.axvline(limit, color="black", linestyle="--", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_xlim(left, 6 * max(totals))
@@ -91,7 +95,7 @@ def _memory(axis: plt.Axes, group: Sequence[Row]) -> None:
     for place, row in measured:
         value = max(smallest, row["peak_mb"])
         axis.barh(place, value - 0.5 * smallest, left=0.5 * smallest, color=_colour(row))
-        axis.text(value * 1.1, place, f"{row['peak_mb']:.3g}", va="center", fontsize=7)
+        axis.text(value * 1.1, place, _short(row["peak_mb"]), va="center", fontsize=7)
     axis.set_xscale("log")
     axis.set_xlim(0.5 * smallest, 8 * max([1.0, *(row["peak_mb"] for _, row in measured)]))
     axis.set_ylim(len(group) - 0.5, -0.5)

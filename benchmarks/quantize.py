@@ -28,7 +28,7 @@ SHAPES = {
     "cpu": (_JUDGED, _SPEECHBRAIN, _NEMO, _MANY_BOOKS, _SMALL),
     "cuda": (_JUDGED, _SPEECHBRAIN, _NEMO, "16384x256->16x8192x16", _SMALL, "1000000x256->16x8192"),
 }
-QUICK_SHAPES = ("4096x256->16x8192", _SMALL)
+QUICK_SHAPES = ("2048x256->16x8192", _SMALL)
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 
 _BLOCK = 512 * 2**20  # bytes that a provider which would need far more may hold at once

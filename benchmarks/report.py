@@ -9,13 +9,13 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.common import FIELDS
-from benchmarks.measure import Row
+from benchmarks.measure import Row, total_ms
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "bestrq2"
 _NUMBERS = {
     *("fwd_ms", "bwd_ms", "peak_mb", "pct_of_limit", "max_error", "speedup", "limit_ms"),
-    *("fwd_p20", "fwd_p80", "bwd_p20", "bwd_p80"),
+    *("fwd_p20", "fwd_p80", "bwd_p20", "bwd_p80", "load"),
 }
 
 
@@ -83,13 +83,6 @@ def latest(rows: Iterable[Row]) -> list[Row]:
         newest.pop(key, None)
         newest[key] = row
     return list(newest.values())
-
-
-def total_ms(row: Row) -> float | None:
-    """Forward plus backward, each its own median; None for a row without timings."""
-    if row["fwd_ms"] == "":
-        return None
-    return row["fwd_ms"] + (row["bwd_ms"] or 0.0)
 
 
 def group_key(row: Row) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 import time
@@ -24,9 +25,9 @@ if not __package__:  # a script: make `benchmarks` and, in an uninstalled checko
 import torch
 
 from benchmarks import report
-from benchmarks.common import select
-from benchmarks.machine import ROOT, describe_machine, environment
-from benchmarks.measure import Budget, Row, measure
+from benchmarks.common import Work, select
+from benchmarks.machine import ROOT, describe_machine, environment, load
+from benchmarks.measure import Budget, Row, measure, set_limit
 from benchmarks.memory import Worker, obstacle
 
 OPS = ("quantize", "masked_cross_entropy", "chunked_attention")
@@ -46,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", help="shape labels; any that the operation can parse")
     parser.add_argument("--providers", nargs="+", help="only providers whose name contains one of these words")
     parser.add_argument("--cache", nargs="+", choices=("hot", "cold"), help="default: cold; on a GPU both")
-    parser.add_argument("--repeats", type=int, help="fixed number of repeats (default: until 3 s, 5 to 40)")
+    parser.add_argument("--repeats", type=int, help="fixed number of repeats (default: until 3 s, 5 to 100)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory on the CPU")
     parser.add_argument("--save", nargs="?", const="", metavar="CSV", help="append rows to CSV (default: results/...)")
@@ -67,19 +68,22 @@ def run(options: argparse.Namespace, command: str) -> list[Row]:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    busy = load()
     machine = describe_machine(device)
     facts = environment(command)
     print(f"{machine.describe()}\ntorch {facts['torch']}, commit {facts['commit']}, {facts['date']}\n", flush=True)
+    if busy > 0.25 * (os.cpu_count() or 1):
+        print(f"This machine is busy (load {busy:.1f} on {os.cpu_count()} cores): trust ratios, not milliseconds.\n")
     worker, reason = None, obstacle() if device.type == "cpu" else None
     if device.type == "cpu" and not options.no_memory:
         if reason:
             print(f"peak memory is left out: {reason}\n")
         else:
             worker = Worker(torch.get_num_threads())
-    budget = Budget(seconds=0.5, at_least=3, at_most=20) if options.quick else Budget()
+    budget = Budget(seconds=0.5, at_least=3, at_most=50) if options.quick else Budget()
     budget.repeats = options.repeats
     caches = options.cache or (("hot", "cold") if device.type == "cuda" else ("cold",))
-    rows: list[Row] = []
+    groups: list[tuple[tuple[Work | None, ...], list[Row]]] = []
     try:
         for op in options.ops or available_ops():
             module = importlib.import_module(f"benchmarks.{op}")
@@ -87,9 +91,10 @@ def run(options: argparse.Namespace, command: str) -> list[Row]:
             dtypes = options.dtype or (module.DTYPES[device.type][:1] if options.quick else module.DTYPES[device.type])
             for shape in shapes:
                 for dtype in dtypes:
+                    case = module.make_case(shape, getattr(torch, dtype), device)
                     group = measure(
                         op,
-                        module.make_case(shape, getattr(torch, dtype), device),
+                        case,
                         select(module.PROVIDERS, options.providers),
                         machine,
                         facts,
@@ -101,11 +106,13 @@ def run(options: argparse.Namespace, command: str) -> list[Row]:
                     )
                     _progress("")
                     print(report.table(group) + "\n", flush=True)
-                    rows += group
+                    groups.append(((case.work, case.backward_work), group))
     finally:
         if worker:
             worker.close()
-    return rows
+    for works, group in groups:  # by the machine's best rates, which later groups may have raised
+        set_limit(group, machine.limit_ms(*works))
+    return [row for _, group in groups for row in group]
 
 
 def _progress(text: str) -> None:
