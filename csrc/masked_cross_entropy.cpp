@@ -1,0 +1,38 @@
+#include "masked_cross_entropy.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "isa.h"
+#include "masked_cross_entropy_kernel.h"
+#include "parallel.h"
+
+namespace bestrq2 {
+namespace {
+
+constexpr int64_t kRowsPerTask = 8;  // some hundred microseconds at 8192 classes
+
+SoftmaxGradientRows kernel() {
+#ifdef BESTRQ2_X86
+  if (best_isa() == Isa::avx512) return avx512::softmax_gradient_rows;
+  if (best_isa() == Isa::avx2) return avx2::softmax_gradient_rows;
+#endif
+  return portable::softmax_gradient_rows;
+}
+
+}  // namespace
+
+void softmax_gradient(const SoftmaxGradient& chunk) {
+  const SoftmaxGradientRows rows = kernel();
+  const int threads = std::max(chunk.threads, 1);
+  std::vector<std::unique_ptr<float[]>> scratch(static_cast<size_t>(threads));
+  for (auto& buffer : scratch) buffer.reset(new float[static_cast<size_t>(chunk.classes)]);
+  const int64_t tasks = (chunk.rows + kRowsPerTask - 1) / kRowsPerTask;
+  parallel_for(tasks, threads, [&](int64_t task, int thread) {
+    const int64_t first = task * kRowsPerTask;
+    rows(chunk, first, std::min(first + kRowsPerTask, chunk.rows), scratch[static_cast<size_t>(thread)].get());
+  });
+}
+
+}  // namespace bestrq2

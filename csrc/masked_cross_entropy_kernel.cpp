@@ -1,0 +1,129 @@
+// Softmax gradient of rows of logits, in place. Compiled once per instruction set; the loops are written so that the
+// compiler vectorises them (-fopenmp-simd allows it to reorder the marked sums and maxima, and nothing else).
+//
+//   row of logits (fp32 or bf16)      scratch (fp32)              row, now its gradient
+//   +-----------------------+  pass 1 +-------------------+ pass 3 +-----------------------+
+//   | z_0 z_1 ...     z_V-1 | ------> | z, then           | -----> | w (p f - s/V)         |
+//   +-----------------------+ maximum | e = exp(z - max)  |        +-----------------------+
+//                                     +-------------------+        then -w (1 - s) at the target
+//                                       pass 2: sum of e
+//
+// A row of 8192 floats stays in the first two cache levels between the passes, so each logit is fetched and stored once.
+#include "masked_cross_entropy_kernel.h"
+
+// No standard library templates here: their inline functions, compiled for AVX-512, could be the copies that the linker
+// keeps for every other file.
+extern "C" float logf(float);
+
+namespace bestrq2 {
+namespace BESTRQ2_ISA {
+namespace {
+
+float as_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t as_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+float widen(float v) { return v; }
+float widen(uint16_t bf16) { return as_float(uint32_t{bf16} << 16); }
+
+void narrow(float v, float& out) { out = v; }
+void narrow(float v, uint16_t& out) {  // to nearest, ties to even; NaN stays NaN because its row is all NaN (quiet bit)
+  const uint32_t bits = as_bits(v);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out = static_cast<uint16_t>(v == v ? rounded : 0x7fc0u);
+}
+
+// exp(x) for x <= 0 (and NaN) to 1.2 ulp: 2^n * q(r), x = n log 2 + r, |r| <= log(2) / 2. Zero below 2^-126.
+inline float exp_nonpositive(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x / log 2) in the low mantissa bits
+  const float shifted = x * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  float r = x - n * 0.693359375f;  // log 2 in two parts; the first has few bits, so n times it is exact
+  r = r + n * 2.12194440e-4f;
+  float q = 1.0f / 5040;  // Taylor to degree 7: relative error below 3e-9 over |r| <= 0.3466, before rounding
+  q = q * r + 1.0f / 720;
+  q = q * r + 1.0f / 120;
+  q = q * r + 1.0f / 24;
+  q = q * r + 1.0f / 6;
+  q = q * r + 0.5f;
+  q = q * r + 1.0f;
+  q = q * r + 1.0f;
+  const float power = as_float((as_bits(shifted) + 127u) << 23);
+  return x < -87.0f ? 0.0f : q * power;
+}
+
+template <class T>
+void row_gradient(const SoftmaxGradient& c, T* z, int64_t target, float weight, float* loss, float* correct, float* e) {
+  const int64_t classes = c.classes;
+  float largest = -__builtin_inff();
+#pragma omp simd reduction(max : largest)
+  for (int64_t v = 0; v < classes; ++v) {
+    const float value = widen(z[v]);
+    largest = largest > value ? largest : value;
+  }
+  const float at_target = widen(z[target]);
+  int64_t first = target;
+  if (at_target == largest)
+    for (int64_t v = target - 1; v >= 0; --v)
+      if (widen(z[v]) == largest) first = v;
+  *correct = at_target == largest && first == target ? 1.0f : 0.0f;
+
+  float mean = 0.0f;
+  if (c.label_smoothing != 0.0f) {
+    // Relative to the maximum, so that large common offsets do not round the small differences away.
+#pragma omp simd reduction(+ : mean)
+    for (int64_t v = 0; v < classes; ++v) mean += widen(z[v]) - largest;
+    mean /= static_cast<float>(classes);
+  }
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t v = 0; v < classes; ++v) {
+    e[v] = exp_nonpositive(widen(z[v]) - largest);
+    sum += e[v];
+  }
+  const float log_sum = logf(sum), lse = largest + log_sum;
+  const float kept = 1.0f - c.label_smoothing;
+  // lse - kept * z_t - smoothing * mean(z), every logit taken relative to the maximum.
+  const float entropy = log_sum - kept * (at_target - largest) - c.label_smoothing * mean;
+  *loss = weight * (entropy + c.z_loss * lse * lse);
+  if (!c.gradient) return;
+
+  const float factor = weight * (1.0f + 2.0f * c.z_loss * lse) / sum;
+  const float uniform = weight * c.label_smoothing / static_cast<float>(classes);
+  const float gradient_at_target = e[target] * factor - uniform - weight * kept;
+#pragma omp simd
+  for (int64_t v = 0; v < classes; ++v) narrow(e[v] * factor - uniform, z[v]);
+  narrow(gradient_at_target, z[target]);
+}
+
+template <class T>
+void rows_of(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch) {
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t i = c.index != nullptr ? c.index[r] : r;
+    const float weight = c.scale * (c.weights != nullptr ? c.weights[i] : 1.0f);
+    row_gradient(c, static_cast<T*>(c.logits) + r * c.classes, c.targets[i], weight, c.losses + i, c.correct + i,
+                 scratch);
+  }
+}
+
+void softmax_gradient(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch) {
+  if (c.bf16)
+    rows_of<uint16_t>(c, first, last, scratch);
+  else
+    rows_of<float>(c, first, last, scratch);
+}
+
+}  // namespace
+
+extern const SoftmaxGradientRows softmax_gradient_rows = softmax_gradient;
+
+}  // namespace BESTRQ2_ISA
+}  // namespace bestrq2
