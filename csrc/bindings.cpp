@@ -6,6 +6,7 @@
 #include <string>
 
 #include "isa.h"
+#include "masked_cross_entropy.h"
 #include "parallel.h"
 #include "quantize.h"
 
@@ -62,4 +63,21 @@ PYBIND11_MODULE(_C, m) {
       py::arg("feature_stride"), py::arg("mask"), py::arg("projection"), py::arg("shared_projection"),
       py::arg("codebook"), py::arg("shared_codebook"), py::arg("books"), py::arg("dims"), py::arg("codes"),
       py::arg("layer_norm"), py::arg("out"), py::arg("threads"));
+  m.def(
+      "softmax_gradient",
+      [](std::uintptr_t logits, bool bf16, std::int64_t rows, std::int64_t classes, std::uintptr_t index,
+         std::uintptr_t targets, std::uintptr_t weights, float scale, float label_smoothing, float z_loss,
+         bool gradient, std::uintptr_t losses, std::uintptr_t correct, int threads) {
+        bestrq2::SoftmaxGradient chunk{};
+        chunk.logits = at<void>(logits), chunk.bf16 = bf16, chunk.rows = rows, chunk.classes = classes;
+        chunk.index = at<const std::int64_t>(index), chunk.targets = at<const std::int64_t>(targets);
+        chunk.weights = at<const float>(weights), chunk.scale = scale;
+        chunk.label_smoothing = label_smoothing, chunk.z_loss = z_loss, chunk.gradient = gradient;
+        chunk.losses = at<float>(losses), chunk.correct = at<float>(correct), chunk.threads = threads;
+        const py::gil_scoped_release release;
+        bestrq2::softmax_gradient(chunk);
+      },
+      py::kw_only(), py::arg("logits"), py::arg("bf16"), py::arg("rows"), py::arg("classes"), py::arg("index"),
+      py::arg("targets"), py::arg("weights"), py::arg("scale"), py::arg("label_smoothing"), py::arg("z_loss"),
+      py::arg("gradient"), py::arg("losses"), py::arg("correct"), py::arg("threads"));
 }

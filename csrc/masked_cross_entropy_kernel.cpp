@@ -8,7 +8,7 @@
 //                                     +-------------------+        then -w (1 - s) at the target
 //                                       pass 2: sum of e
 //
-// A row of 8192 floats stays in the first two cache levels between the passes, so each logit is fetched and stored once.
+// A row of 8192 floats stays in the first two cache levels between the passes: each logit is fetched and stored once.
 #include "masked_cross_entropy_kernel.h"
 
 // No standard library templates here: their inline functions, compiled for AVX-512, could be the copies that the linker

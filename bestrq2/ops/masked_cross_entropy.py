@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import native, reference
 from .dispatch import choose_backend
+from .masked_cross_entropy_cpu import run_cpu
 
 __all__ = ["masked_cross_entropy"]
 
@@ -258,16 +259,22 @@ def _run(
         backend or None,
         {
             "triton": lambda: "not implemented",
-            "cpu": lambda: "not implemented",
+            "cpu": lambda: _cpu_obstacle(hidden),
             "reference": lambda: None,
         },
     )
     wanted = (grad_hidden, grad_weight, grad_bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        assert chosen == "reference"
-        return _run_reference(
-            hidden, weight, targets, row_weights, bias, normalize, dtype, label_smoothing, z_loss, wanted
-        )
+        run = {"cpu": run_cpu, "reference": _run_reference}[chosen]
+        return run(hidden, weight, targets, row_weights, bias, normalize, dtype, label_smoothing, z_loss, wanted)
+
+
+def _cpu_obstacle(hidden: Tensor) -> str | None:
+    if hidden.device.type != "cpu":
+        return f"it needs CPU tensors, got {hidden.device.type!r}"
+    if hidden.dtype == torch.float64:
+        return "it computes in fp32 and bf16, not in fp64"
+    return native.extension_obstacle()
 
 
 def _run_reference(

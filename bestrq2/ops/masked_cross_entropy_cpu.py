@@ -1,0 +1,141 @@
+"""CPU backend of ``masked_cross_entropy``: library matrix products over chunks of logits that stay in the cache.
+
+for each chunk of masked rows                       (rows, V) is the only thing of its size
+    h      = hidden[rows]                           gathered here, in the compute dtype
+    logits = h @ weight.T + bias
+    logits = softmax gradient, losses, accuracy     in place, one C++ pass
+    grad_hidden[rows]  = logits @ weight            each row is written exactly once
+    grad_weight       += logits.T @ h               fp32
+    grad_bias         += logits.sum(0)              fp32
+"""
+
+import torch
+from torch import Tensor
+
+from . import native
+
+CHUNK_BYTES = 8 * 2**20
+"""Bytes of logits kept at a time: half or twice as many are within the noise; see kernels/README.md."""
+
+MIN_CHUNK_ROWS = 128
+"""Fewer rows would make the accumulation of the weight gradient a visible cost."""
+
+CLASSES_PER_SUM = 2048
+"""Classes whose bf16 weight gradient is formed and added in fp32 while it is still in the cache."""
+
+
+def chunk_rows(rows: int, num_classes: int, item_bytes: int) -> int:
+    """Rows of one chunk: an even division of ``rows`` into chunks of about CHUNK_BYTES at most, in steps of 16."""
+    most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (num_classes * item_bytes))
+    chunks = max(1, -(-rows // most))
+    return max(16, -(-rows // chunks // 16) * 16)
+
+
+def run_cpu(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    row_weights: Tensor | None,  # (N,)
+    bias: Tensor | None,  # (V,)
+    normalize: bool,
+    dtype: torch.dtype,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """What the operator ``bestrq2::masked_cross_entropy`` returns, for fp32, bf16 and fp16 CPU tensors."""
+    if dtype == torch.float16:
+        dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
+    rows, num_classes = hidden.shape[0], weight.shape[0]
+    losses, correct = torch.zeros(rows), torch.zeros(rows)
+    factor = torch.ones(())
+
+    weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
+    index = None if weights is None else weights.nonzero().squeeze(1)  # (M,)
+    count = rows if index is None else len(index)
+    total = count if weights is None else weights.sum().item()
+    if count == 0:
+        sources = (hidden, weight, weight if bias is None else bias)
+        grads = [x.new_zeros(x.shape if want else 0) for x, want in zip(sources, wanted)]
+        return losses, torch.zeros(()), factor, *grads
+
+    targets = targets.contiguous()
+    cast_weight = weight.to(dtype)
+    cast_bias = None if bias is None else bias.to(dtype)
+    # Rows that do not count get no product, so their gradient has to be there already.
+    grad_hidden = hidden.new_zeros(hidden.shape) if index is not None and wanted[0] else hidden.new_empty(0)
+    if index is None and wanted[0]:
+        grad_hidden = hidden.new_empty(hidden.shape)
+    grad_weight = _WeightGradient(cast_weight) if wanted[1] else None
+    grad_bias = torch.zeros(num_classes) if wanted[2] else None
+
+    step = chunk_rows(count, num_classes, dtype.itemsize)
+    buffer = torch.empty(min(step, count), num_classes, dtype=dtype)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        logits = buffer[: stop - start]  # (rows of the chunk, V)
+        chosen = None if index is None else index[start:stop]
+        h = (hidden[start:stop] if chosen is None else hidden.index_select(0, chosen)).to(dtype)
+        if cast_bias is None:
+            torch.mm(h, cast_weight.T, out=logits)
+        else:
+            torch.addmm(cast_bias, h, cast_weight.T, out=logits)
+        offset = start if chosen is None else 0
+        native.extension().softmax_gradient(
+            logits=logits.data_ptr(),
+            bf16=dtype == torch.bfloat16,
+            rows=stop - start,
+            classes=num_classes,
+            index=0 if chosen is None else chosen.data_ptr(),
+            targets=targets[offset:].data_ptr(),
+            weights=0 if weights is None else weights.data_ptr(),
+            scale=1 / total if normalize else 1.0,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            gradient=any(wanted),
+            losses=losses[offset:].data_ptr(),
+            correct=correct[offset:].data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        if wanted[0]:
+            if chosen is None and dtype == hidden.dtype:
+                torch.mm(logits, cast_weight, out=grad_hidden[start:stop])
+            elif chosen is None:
+                grad_hidden[start:stop] = logits @ cast_weight
+            else:
+                grad_hidden.index_copy_(0, chosen, (logits @ cast_weight).to(hidden.dtype))
+        if grad_weight is not None:
+            grad_weight.add(logits, h, last=stop == count)
+        if grad_bias is not None:
+            grad_bias += logits.sum(0, dtype=torch.float32)
+    del buffer, logits, h  # before the gradients are converted
+    accuracy = (correct.sum() if weights is None else torch.dot(correct, weights)) / (total or 1)
+    return (
+        losses,
+        accuracy,
+        factor,
+        grad_hidden,
+        weight.new_empty(0) if grad_weight is None else grad_weight.total.to(weight.dtype),
+        weight.new_empty(0) if grad_bias is None else grad_bias.to(weight.dtype if bias is None else bias.dtype),
+    )
+
+
+class _WeightGradient:
+    """Sum over chunks of ``logits.T @ h``, in fp32 whatever the dtype of the products."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self.total: Tensor = torch.empty(0)
+
+    def add(self, logits: Tensor, h: Tensor, *, last: bool) -> None:
+        if not self.total.numel():
+            if self.dtype == torch.float32 or last:  # the only chunk: the product accumulates in fp32 by itself
+                self.total = torch.mm(logits.T, h)
+                return
+            self.total = torch.zeros(self.shape)
+        if self.dtype == torch.float32:
+            self.total.addmm_(logits.T, h)
+            return
+        for first in range(0, self.shape[0], CLASSES_PER_SUM):
+            part = slice(first, first + CLASSES_PER_SUM)
+            self.total[part] += logits[:, part].T @ h
