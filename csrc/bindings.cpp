@@ -36,11 +36,14 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
-  m.def("isa", [] { return std::string(bestrq2::isa_name(bestrq2::best_isa())); });
+  m.def("isa",
+        [] { return std::string(bestrq2::isa_name(bestrq2::best_isa())) + (bestrq2::use_vnni() ? "_vnni" : ""); });
   m.def("force_isa", [](const std::string& name) {
     for (auto isa : {bestrq2::Isa::portable, bestrq2::Isa::avx2, bestrq2::Isa::avx512})
       if (name == bestrq2::isa_name(isa)) return bestrq2::force_isa(isa);
-    throw std::invalid_argument("unknown instruction set '" + name + "': expected portable, avx2 or avx512");
+    if (name == "avx512_vnni") return bestrq2::force_isa(bestrq2::Isa::avx512, true);
+    throw std::invalid_argument("unknown instruction set '" + name +
+                                "': expected portable, avx2, avx512 or avx512_vnni");
   });
   m.def("thread_pool", [] { return std::string(bestrq2::thread_pool()); });
   m.def(

@@ -2,8 +2,8 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <initializer_list>
+#include <string>
 
 namespace bestrq2 {
 namespace {
@@ -21,27 +21,50 @@ bool supported(Isa isa) {
 #endif
 }
 
-Isa detect() {
-  const char* wanted = std::getenv("BESTRQ2_ISA");
-  for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
-    if (wanted != nullptr && std::strcmp(wanted, isa_name(isa)) != 0) continue;
-    if (supported(isa)) return isa;
-  }
-  return Isa::portable;
+bool vnni_supported() {
+#ifdef BESTRQ2_X86
+  return supported(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
 }
 
-std::atomic<int>& chosen() {
-  static std::atomic<int> isa{static_cast<int>(detect())};
-  return isa;
+struct Choice {
+  std::atomic<Isa> isa{Isa::portable};
+  std::atomic<bool> vnni{false};
+
+  Choice() {
+    const char* variable = std::getenv("BESTRQ2_ISA");
+    const std::string wanted = variable != nullptr ? variable : "";
+    if (vnni_supported() && (wanted.empty() || wanted == "avx512_vnni")) {
+      isa = Isa::avx512;
+      vnni = true;
+      return;
+    }
+    for (Isa candidate : {Isa::avx512, Isa::avx2, Isa::portable}) {
+      if (!wanted.empty() && wanted != isa_name(candidate)) continue;
+      if (!supported(candidate)) continue;
+      isa = candidate;
+      return;
+    }
+  }
+};
+
+Choice& chosen() {
+  static Choice choice;
+  return choice;
 }
 
 }  // namespace
 
-Isa best_isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
+Isa best_isa() { return chosen().isa; }
 
-bool force_isa(Isa isa) {
-  if (!supported(isa)) return false;
-  chosen().store(static_cast<int>(isa), std::memory_order_relaxed);
+bool use_vnni() { return chosen().vnni; }
+
+bool force_isa(Isa isa, bool vnni) {
+  if (!supported(isa) || (vnni && (isa != Isa::avx512 || !vnni_supported()))) return false;
+  chosen().isa = isa;
+  chosen().vnni = vnni;
   return true;
 }
 

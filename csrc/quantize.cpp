@@ -21,6 +21,7 @@ constexpr int64_t kLine = 64;
 
 const QuantizeKernel& kernel() {
 #ifdef BESTRQ2_X86
+  if (use_vnni()) return avx512vnni::quantize_kernel;
   if (best_isa() == Isa::avx512) return avx512::quantize_kernel;
   if (best_isa() == Isa::avx2) return avx2::quantize_kernel;
 #endif

@@ -10,6 +10,7 @@
 // The code inside the winning group is found once per row, at the end, by repeating the same sums.
 #include "quantize_kernel.h"
 
+#include "quantize_project.h"
 #include "quantize_simd.h"
 
 namespace bestrq2 {
@@ -26,10 +27,7 @@ constexpr int kRows = 4, kVectors = 2;
 constexpr int64_t kGroup = kVectors * kLanes;
 constexpr int64_t kBlock = 64;               // dims summed in one chain; longer codes add such partial sums
 constexpr int64_t kPanelBytes = 192 * 1024;  // codes kept in the L2 cache while all rows of the chunk pass over them
-constexpr int64_t kColumns = 2 * kDoubles;   // outputs of the projection computed together
-constexpr double kLayerNormEps = 1e-5;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int64_t groups_of(int64_t codes) { return (codes + kGroup - 1) / kGroup; }
 
 // Packed codebook, per group: kGroup starting values (0, or -inf where there is no code), then dims rows of kGroup.
@@ -43,119 +41,6 @@ void pack_codebook(const float* codebook, int64_t codes, int64_t dims, float* pa
       packed[lane] = exists ? 0.0f : -__builtin_inff();
       for (int64_t k = 0; k < dims; ++k) packed[(k + 1) * kGroup + lane] = exists ? codebook[code * dims + k] : 0.0f;
     }
-  }
-}
-
-// Packed projection: (dims / kColumns, features, kColumns), zero padded.
-int64_t projection_size(int64_t features, int64_t dims) { return features * round_up(dims, kColumns); }
-
-void pack_projection(const double* projection, int64_t features, int64_t dims, double* packed) {
-  for (int64_t column = 0; column < dims; column += kColumns)
-    for (int64_t feature = 0; feature < features; ++feature)
-      for (int64_t k = column; k < column + kColumns; ++k) *packed++ = k < dims ? projection[feature * dims + k] : 0.0;
-}
-
-double widen(float v) { return v; }
-double widen(double v) { return v; }
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-float as_float(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-double widen(BFloat16 v) { return as_float(uint32_t{v.bits} << 16); }
-double widen(Half v) {
-  const uint32_t magnitude = v.bits & 0x7fffu, sign = uint32_t{v.bits & 0x8000u} << 16;
-  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // inf and NaN keep their exponent
-  // Reading the exponent with float's bias gives value * 2^-112, subnormal halves included; the product is exact.
-  const double scaled = as_float(magnitude << 13);
-  const double value = special ? as_float((magnitude << 13) | special) : scaled * 0x1p112;
-  return sign ? -value : value;
-}
-
-// Copies one row to doubles; returns whether it is finite.
-template <class T>
-bool read_row(const T* x, int64_t features, int64_t stride, double* row) {
-  int bad = 0;
-  if (stride == 1) {
-    for (int64_t i = 0; i < features; ++i) row[i] = widen(x[i]);
-  } else {
-    for (int64_t i = 0; i < features; ++i) row[i] = widen(x[i * stride]);
-  }
-  for (int64_t i = 0; i < features; ++i) bad |= !(row[i] - row[i] == 0.0);
-  return bad == 0;
-}
-
-bool read_row(const Quantize& q, int64_t row, double* values) {
-  const int64_t offset = row * q.row_stride;
-  switch (q.x_type) {
-    case Float::bf16:
-      return read_row(static_cast<const BFloat16*>(q.x) + offset, q.features, q.feature_stride, values);
-    case Float::f16:
-      return read_row(static_cast<const Half*>(q.x) + offset, q.features, q.feature_stride, values);
-    case Float::f64:
-      return read_row(static_cast<const double*>(q.x) + offset, q.features, q.feature_stride, values);
-    default:
-      return read_row(static_cast<const float*>(q.x) + offset, q.features, q.feature_stride, values);
-  }
-}
-
-// Eight partial sums: the compiler may use vectors, and the order never depends on anything but the row's length.
-template <class Term>
-double sum(int64_t count, Term term) {
-  double partial[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    for (int j = 0; j < 8; ++j) partial[j] += term(i + j);
-  for (int j = 0; i < count; ++i, ++j) partial[j] += term(i);
-  return ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
-         ((partial[4] + partial[5]) + (partial[6] + partial[7]));
-}
-
-void layer_norm(double* row, int64_t features) {
-  const double first = row[0];  // subtracting it first makes a constant row exactly zero, however long
-  for (int64_t i = 0; i < features; ++i) row[i] -= first;
-  const double mean = sum(features, [=](int64_t i) { return row[i]; }) / features;
-  for (int64_t i = 0; i < features; ++i) row[i] -= mean;
-  const double variance = sum(features, [=](int64_t i) { return row[i] * row[i]; }) / features;
-  const double scale = 1.0 / __builtin_sqrt(variance + kLayerNormEps);
-  for (int64_t i = 0; i < features; ++i) row[i] *= scale;
-}
-
-// y (kRows, dims) = rows (kRows, features) @ projection, summed in double, each row scaled by a power of two into
-// [-1, 1] before it is rounded to float: the argmax does not change and nothing overflows or loses bits.
-void project(const double* rows, const double* projection, int64_t features, int64_t dims, double* sums, float* y) {
-  const int64_t stride = round_up(dims, kColumns);
-  for (int64_t column = 0; column < dims; column += kColumns, projection += features * kColumns) {
-    Doubles total[kRows][2];
-    for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = broadcast(0.0);
-    for (int64_t feature = 0; feature < features; ++feature) {
-      const Doubles left = load(projection + feature * kColumns);
-      const Doubles right = load(projection + feature * kColumns + kDoubles);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Doubles value = broadcast(rows[r * features + feature]);
-        total[r][0] = multiply_add(value, left, total[r][0]);
-        total[r][1] = multiply_add(value, right, total[r][1]);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      store(sums + r * stride + column, total[r][0]);
-      store(sums + r * stride + column + kDoubles, total[r][1]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    double largest = 0.0;
-    for (int64_t k = 0; k < dims; ++k) largest = __builtin_fmax(largest, __builtin_fabs(sums[r * stride + k]));
-    int exponent = 0;
-    if (largest > 0.0) __builtin_frexp(largest, &exponent);
-    for (int64_t k = 0; k < dims; ++k)
-      y[r * dims + k] = static_cast<float>(__builtin_ldexp(sums[r * stride + k], -exponent));
   }
 }
 
@@ -312,24 +197,10 @@ int64_t run(const Quantize& q, const float* codebooks, const double* projections
             int64_t count, void* memory) {
   const Scratch scratch(q, count, static_cast<char*>(memory));
   const int64_t padded = round_up(count, kRows);
-  const int64_t projection_step = q.shared_projection ? 0 : projection_size(q.features, q.dims);
   const int64_t codebook_step = q.shared_codebook ? 0 : codebook_size(q.codes, q.dims);
 
-  for (int64_t i = 0; i < padded; i += kRows) {
-    for (int64_t r = 0; r < kRows; ++r) {
-      double* row = scratch.rows + r * q.features;
-      if (i + r >= count) {  // rows that fill the last tile
-        for (int64_t k = 0; k < q.features; ++k) row[k] = 0.0;
-        continue;
-      }
-      const int64_t index = rows != nullptr ? rows[i + r] : first + i + r;
-      if (!read_row(q, index, row)) return index;
-      if (q.layer_norm) layer_norm(row, q.features);
-    }
-    for (int64_t book = 0; book < (q.shared_projection ? 1 : q.books); ++book)
-      project(scratch.rows, projections + book * projection_step, q.features, q.dims, scratch.sums,
-              scratch.y + (book * padded + i) * q.dims);
-  }
+  const int64_t bad = project_chunk<kRows>(q, projections, rows, first, count, scratch.rows, scratch.sums, scratch.y);
+  if (bad >= 0) return bad;
 
   const Search search_groups = search_for(q.dims);
   const int64_t groups = groups_of(q.codes);

@@ -1,4 +1,5 @@
-// What csrc/quantize.cpp asks of each instruction set. Implemented by quantize_kernel.cpp, compiled once per set.
+// What csrc/quantize.cpp asks of each instruction set. Implemented by quantize_kernel.cpp, compiled once per
+// set, and by quantize_screen.cpp for processors with 8-bit dot products.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,9 @@ extern const QuantizeKernel quantize_kernel;
 }
 namespace avx512 {
 extern const QuantizeKernel quantize_kernel;
+}
+namespace avx512vnni {
+extern const QuantizeKernel quantize_kernel;  // quantize_screen.cpp
 }
 #endif
 

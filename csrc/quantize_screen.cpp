@@ -1,0 +1,247 @@
+// The search with 8-bit dot products (AVX-512 VNNI), about three times the fp32 rate, and still exact.
+//
+//   screen    all codes, 8-bit: only the maximum of every entry of 16 consecutive codes is kept, in the L1 cache
+//   rescore   the few entries within the proven error of the row's 8-bit maximum, in fp32, exactly as
+//   quantize_kernel.cpp
+//
+// Error of a screened score: |<y, c> - <y', c'>| <= |y - y'| max|c| + |y'| max|c - c'|, primes being the 8-bit values.
+// The best code and a rival can both be off by that much, so every code within twice the bound of the maximum is
+// rescored.
+#include <immintrin.h>
+
+#include "quantize_kernel.h"
+#include "quantize_project.h"
+#include "quantize_simd.h"
+
+namespace bestrq2 {
+namespace BESTRQ2_ISA {
+namespace {
+
+constexpr int kRows = 8, kVectors = 2;
+constexpr int64_t kEntry = 16;               // consecutive codes that share one screened maximum
+constexpr int64_t kGroup = kEntry * kLanes;  // codes of the entries that one vector of maxima covers
+constexpr int64_t kBlock = 64;               // dims summed in one chain, as in quantize_kernel.cpp
+constexpr int64_t kHeader = 16;              // floats
+
+struct Header {
+  double scale;     // of the 8-bit codes
+  double norm;      // largest |c|
+  double rounding;  // largest |c - c'|
+};
+
+inline int64_t groups_of(int64_t codes) { return (codes + kGroup - 1) / kGroup; }
+inline int64_t words_of(int64_t dims) { return (dims + 3) / 4; }
+
+// Packed codebook: Header, then fp32 (entries, dims, 16), then 8 bits (groups, 16 / kVectors, words, kVectors, lanes,
+// 4) where lane l of vector v holds code l * 16 + v of its group, plus 128.
+int64_t codebook_size(int64_t codes, int64_t dims) {
+  return kHeader + groups_of(codes) * kGroup * (dims + words_of(dims));
+}
+
+void pack_codebook(const float* codebook, int64_t codes, int64_t dims, float* packed) {
+  double largest = 0.0;
+  for (int64_t i = 0; i < codes * dims; ++i) largest = __builtin_fmax(largest, __builtin_fabs(codebook[i]));
+  Header header{largest > 0.0 ? largest / 127.0 : 1.0, 0.0, 0.0};
+  float* exact = packed + kHeader;
+  auto* screen = reinterpret_cast<uint8_t*>(exact + groups_of(codes) * kGroup * dims);
+  const int64_t words = words_of(dims);
+  for (int64_t code = 0; code < groups_of(codes) * kGroup; ++code) {
+    const int64_t group = code / kGroup, lane = code % kGroup / kEntry, vector = code % kEntry;
+    const float* source = codebook + (code < codes ? code : codes - 1) * dims;  // rescore() ignores the padding
+    uint8_t* bytes =
+        screen +
+        ((group * kEntry + vector / kVectors * kVectors) * words * kLanes + vector % kVectors * kLanes + lane) * 4;
+    double norm = 0.0, rounding = 0.0;
+    for (int64_t k = 0; k < words * 4; ++k) {
+      const double value = k < dims ? source[k] : 0.0, level = __builtin_rint(value / header.scale);
+      bytes[(k / 4) * kVectors * kLanes * 4 + k % 4] = static_cast<uint8_t>(static_cast<int>(level) + 128);
+      if (k < dims) exact[(code / kEntry * dims + k) * kEntry + vector] = source[k];
+      norm += value * value;
+      rounding += (value - level * header.scale) * (value - level * header.scale);
+    }
+    header.norm = __builtin_fmax(header.norm, norm);
+    header.rounding = __builtin_fmax(header.rounding, rounding);
+  }
+  header.norm = __builtin_sqrt(header.norm);
+  header.rounding = __builtin_sqrt(header.rounding);
+  __builtin_memcpy(packed, &header, sizeof header);
+}
+
+// 8-bit copy of y (dims), four to a word. Returns how far below the maximum a screened score can be and still belong to
+// the best code, in units of the screened scores.
+int32_t quantize_row(const float* y, int64_t dims, const Header& header, int32_t* words) {
+  float largest = 0.0f;
+  for (int64_t k = 0; k < dims; ++k) largest = __builtin_fmaxf(largest, __builtin_fabsf(y[k]));
+  const double scale = largest > 0.0f ? largest / 127.0 : 1.0;
+  const double inverse = 1.0 / scale;
+  auto* bytes = reinterpret_cast<int8_t*>(words);
+  double norm = 0.0, rounding = 0.0, exact_norm = 0.0;
+  for (int64_t k = 0; k < dims; ++k) {
+    const double value = y[k];
+    const int level = static_cast<int>(__builtin_rint(value * inverse));
+    const double rounded = level * scale;
+    bytes[k] = static_cast<int8_t>(level);
+    norm += rounded * rounded;
+    rounding += (value - rounded) * (value - rounded);
+    exact_norm += value * value;
+  }
+  for (int64_t k = dims; k < words_of(dims) * 4; ++k) bytes[k] = 0;
+  const double bound =
+      __builtin_sqrt(rounding) * header.norm + __builtin_sqrt(norm) * header.rounding +
+      dims * 0x1p-23 * __builtin_sqrt(exact_norm) * header.norm;  // the last term: rounding of rescore()
+  const double margin = 2.0 * bound / (scale * header.scale) + 2.0;
+  return margin < 1e9 ? static_cast<int32_t>(margin) : 1000000000;
+}
+
+// Maximum screened score of every entry: maxima (kRows, groups * kLanes), y (kRows, words).
+template <int kWords>
+void screen(const int32_t* y, const uint8_t* codes, int64_t words, int64_t groups, int32_t* maxima) {
+  const int64_t depth = kWords > 0 ? kWords : words;
+  for (int64_t group = 0; group < groups; ++group) {
+    Ints top[kRows];
+    for (int vector = 0; vector < kEntry; vector += kVectors) {
+      __asm__ volatile("" : "+r"(y));  // as in quantize_kernel.cpp
+      Ints score[kRows][kVectors];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) score[r][v] = _mm512_setzero_si512();
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < depth; ++k) {
+        Ints code[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) code[v] = _mm512_load_si512(codes + (k * kVectors + v) * 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const Ints value = _mm512_set1_epi32(y[r * depth + k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) score[r][v] = _mm512_dpbusd_epi32(score[r][v], code[v], value);
+        }
+      }
+      codes += depth * kVectors * 64;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        Ints largest = score[r][0];
+        for (int v = 1; v < kVectors; ++v) largest = _mm512_max_epi32(largest, score[r][v]);
+        top[r] = vector == 0 ? largest : _mm512_max_epi32(top[r], largest);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) store(maxima + (r * groups + group) * kLanes, top[r]);
+  }
+}
+
+// fp32 scores of the 16 codes of one entry, rounded exactly as quantize_kernel.cpp rounds them.
+inline Floats scores_of(const float* y, const float* entry, int64_t dims) {
+  Floats score = broadcast(0.0f);
+  for (int64_t begin = 0; begin < dims; begin += kBlock) {
+    const int64_t end = begin + kBlock < dims ? begin + kBlock : dims;
+    Floats partial = broadcast(0.0f);
+    for (int64_t k = begin; k < end; ++k) partial = multiply_add(broadcast(y[k]), load(entry + k * kEntry), partial);
+    score = add(score, partial);
+  }
+  return score;
+}
+
+// The lowest code with the largest fp32 score among the entries that can hold it.
+int64_t rescore(const float* y, const float* exact, int64_t codes, int64_t dims, const int32_t* maxima,
+                int32_t margin) {
+  const int64_t groups = groups_of(codes);
+  Ints top = load(maxima);
+  for (int64_t group = 1; group < groups; ++group) top = _mm512_max_epi32(top, load(maxima + group * kLanes));
+  const Ints threshold = broadcast(_mm512_reduce_max_epi32(top) - margin);
+  float best = -__builtin_inff();
+  int64_t winner = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    uint32_t entries = _mm512_cmpge_epi32_mask(load(maxima + group * kLanes), threshold);
+    for (; entries != 0; entries &= entries - 1) {
+      const int64_t entry = group * kLanes + __builtin_ctz(entries);
+      const int64_t present = codes - entry * kEntry;
+      if (present <= 0) break;
+      const Mask exists = present >= kEntry ? 0xffff : static_cast<Mask>((1u << present) - 1);
+      const Floats score = scores_of(y, exact + entry * kEntry * dims, dims);
+      const uint32_t better = _mm512_mask_cmp_ps_mask(exists, score, broadcast(best), _CMP_GT_OQ);
+      if (better == 0) continue;
+      best = _mm512_mask_reduce_max_ps(static_cast<Mask>(better), score);
+      winner = entry * kEntry + __builtin_ctz(_mm512_mask_cmp_ps_mask(exists, score, broadcast(best), _CMP_EQ_OQ));
+    }
+  }
+  return winner;
+}
+
+using Screen = void (*)(const int32_t*, const uint8_t*, int64_t, int64_t, int32_t*);
+
+Screen screen_for(int64_t words) {
+  switch (words) {
+    case 2:
+      return screen<2>;
+    case 4:
+      return screen<4>;
+    case 8:
+      return screen<8>;
+    case 16:
+      return screen<16>;
+    default:
+      return screen<0>;
+  }
+}
+
+struct Scratch {
+  double *rows, *sums;
+  float* y;
+  int32_t *words, *maxima;
+  int64_t bytes;
+
+  Scratch(const Quantize& q, int64_t count, char* base) {
+    char* next = base;
+    const auto take = [&](int64_t size) {
+      char* start = next;
+      next += round_up(size, 64);
+      return start;
+    };
+    rows = reinterpret_cast<double*>(take(kRows * q.features * 8));
+    sums = reinterpret_cast<double*>(take(kRows * round_up(q.dims, kColumns) * 8));
+    y = reinterpret_cast<float*>(take(q.books * round_up(count, kRows) * q.dims * 4));
+    words = reinterpret_cast<int32_t*>(take(kRows * words_of(q.dims) * 4));
+    maxima = reinterpret_cast<int32_t*>(take(kRows * groups_of(q.codes) * kLanes * 4));
+    bytes = next - base;
+  }
+};
+
+int64_t scratch_size(const Quantize& q, int64_t count) { return Scratch(q, count, nullptr).bytes; }
+
+int64_t run(const Quantize& q, const float* codebooks, const double* projections, const int64_t* rows, int64_t first,
+            int64_t count, void* memory) {
+  const Scratch scratch(q, count, static_cast<char*>(memory));
+  const int64_t padded = round_up(count, kRows), groups = groups_of(q.codes), words = words_of(q.dims);
+  const int64_t bad = project_chunk<kRows>(q, projections, rows, first, count, scratch.rows, scratch.sums, scratch.y);
+  if (bad >= 0) return bad;
+
+  const Screen screen_codes = screen_for(words);
+  for (int64_t book = 0; book < q.books; ++book) {
+    const float* codebook = codebooks + (q.shared_codebook ? 0 : book * codebook_size(q.codes, q.dims));
+    Header header;
+    __builtin_memcpy(&header, codebook, sizeof header);
+    const float* exact = codebook + kHeader;
+    const auto* codes = reinterpret_cast<const uint8_t*>(exact + groups * kGroup * q.dims);
+    for (int64_t i = 0; i < padded; i += kRows) {
+      const float* y = scratch.y + ((q.shared_projection ? 0 : book * padded) + i) * q.dims;
+      int32_t margin[kRows];
+      for (int r = 0; r < kRows; ++r)
+        margin[r] = quantize_row(y + r * q.dims, q.dims, header, scratch.words + r * words);
+      screen_codes(scratch.words, codes, words, groups, scratch.maxima);
+      for (int64_t r = 0; r < kRows && i + r < count; ++r) {
+        const int64_t index = rows != nullptr ? rows[i + r] : first + i + r;
+        q.out[index * q.books + book] =
+            rescore(y + r * q.dims, exact, q.codes, q.dims, scratch.maxima + r * groups * kLanes, margin[r]);
+      }
+    }
+  }
+  return -1;
+}
+
+}  // namespace
+
+extern const QuantizeKernel quantize_kernel = {codebook_size,   projection_size, pack_codebook,
+                                               pack_projection, scratch_size,    run};
+
+}  // namespace BESTRQ2_ISA
+}  // namespace bestrq2
