@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "isa.h"
@@ -18,13 +20,16 @@ namespace {
 
 constexpr int64_t kChunk = 192;  // rows a thread takes at a time: enough to reuse a panel of codes from the L2 cache
 constexpr int64_t kLine = 64;
+constexpr int64_t kScreenRows = 512;  // fewer rows do not repay the longer packing of quantize_screen.cpp
 
-const QuantizeKernel& kernel() {
+// Both AVX-512 kernels give the same codes, bit for bit.
+const QuantizeKernel& kernel_for(const Quantize& q) {
 #ifdef BESTRQ2_X86
-  if (use_vnni()) return avx512vnni::quantize_kernel;
+  if (use_vnni() && q.rows >= kScreenRows) return avx512vnni::quantize_kernel;
   if (best_isa() == Isa::avx512) return avx512::quantize_kernel;
   if (best_isa() == Isa::avx2) return avx2::quantize_kernel;
 #endif
+  static_cast<void>(q);
   return portable::quantize_kernel;
 }
 
@@ -42,32 +47,37 @@ std::unique_ptr<T[], Free> aligned(int64_t count) {
 
 template <class T>
 void require_finite(const T* values, int64_t count, const char* name) {
-  int bad = 0;
-  for (int64_t i = 0; i < count; ++i) bad |= !(values[i] - values[i] == 0);
-  if (bad) throw std::invalid_argument(std::string("quantize: ") + name + " must be finite");
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr Bits kExponent = sizeof(T) == 4 ? Bits{0x7f800000u} : static_cast<Bits>(0x7ff0000000000000u);
+  Bits bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Bits bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    bad |= (bits & kExponent) == kExponent;
+  }
+  if (bad != 0) throw std::invalid_argument(std::string("quantize: ") + name + " must be finite");
 }
 
 }  // namespace
 
 int64_t quantize(const Quantize& q) {
-  const QuantizeKernel& k = kernel();
+  const QuantizeKernel& k = kernel_for(q);
   const int64_t projections = q.shared_projection ? 1 : q.books, codebooks = q.shared_codebook ? 1 : q.books;
-  require_finite(q.projection, projections * q.features * q.dims, "projection");
-
   const int64_t codebook_size = k.codebook_size(q.codes, q.dims);
   const int64_t projection_size = k.projection_size(q.features, q.dims);
   auto packed_codebooks = aligned<float>(codebooks * codebook_size);
   auto packed_projections = aligned<double>(projections * projection_size);
-  parallel_for(codebooks + projections, q.threads, [&](int64_t i, int) {
-    if (i < codebooks) {
-      const float* codebook = q.codebook + i * q.codes * q.dims;
-      require_finite(codebook, q.codes * q.dims, "codebook");
-      k.pack_codebook(codebook, q.codes, q.dims, packed_codebooks.get() + i * codebook_size);
-    } else {
-      i -= codebooks;
-      k.pack_projection(q.projection + i * q.features * q.dims, q.features, q.dims,
-                        packed_projections.get() + i * projection_size);
+  parallel_for(codebooks * kParts + projections, q.threads, [&](int64_t i, int) {
+    if (i < projections) {
+      const double* projection = q.projection + i * q.features * q.dims;
+      require_finite(projection, q.features * q.dims, "projection");
+      k.pack_projection(projection, q.features, q.dims, packed_projections.get() + i * projection_size);
+      return;
     }
+    const int64_t book = (i - projections) / kParts, part = (i - projections) % kParts;
+    const float* codebook = q.codebook + book * q.codes * q.dims;
+    if (part == 0) require_finite(codebook, q.codes * q.dims, "codebook");
+    k.pack_codebook(codebook, q.codes, q.dims, part, packed_codebooks.get() + book * codebook_size);
   });
 
   std::vector<int64_t> selected;

@@ -33,13 +33,15 @@ int64_t groups_of(int64_t codes) { return (codes + kGroup - 1) / kGroup; }
 // Packed codebook, per group: kGroup starting values (0, or -inf where there is no code), then dims rows of kGroup.
 int64_t codebook_size(int64_t codes, int64_t dims) { return groups_of(codes) * kGroup * (dims + 1); }
 
-void pack_codebook(const float* codebook, int64_t codes, int64_t dims, float* packed) {
-  for (int64_t group = 0; group < groups_of(codes); ++group, packed += kGroup * (dims + 1)) {
+void pack_codebook(const float* codebook, int64_t codes, int64_t dims, int64_t part, float* packed) {
+  const int64_t groups = groups_of(codes);
+  for (int64_t group = groups * part / kParts; group < groups * (part + 1) / kParts; ++group) {
+    float* target = packed + group * kGroup * (dims + 1);
     for (int64_t lane = 0; lane < kGroup; ++lane) {
       const int64_t code = group * kGroup + lane;
       const bool exists = code < codes;
-      packed[lane] = exists ? 0.0f : -__builtin_inff();
-      for (int64_t k = 0; k < dims; ++k) packed[(k + 1) * kGroup + lane] = exists ? codebook[code * dims + k] : 0.0f;
+      target[lane] = exists ? 0.0f : -__builtin_inff();
+      for (int64_t k = 0; k < dims; ++k) target[(k + 1) * kGroup + lane] = exists ? codebook[code * dims + k] : 0.0f;
     }
   }
 }

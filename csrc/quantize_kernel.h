@@ -9,11 +9,13 @@
 
 namespace bestrq2 {
 
+constexpr int64_t kParts = 8;  // a codebook is packed in so many independent parts
+
 struct QuantizeKernel {
   // Sizes of the repacked codebook (float) and projection (double) of one book.
   int64_t (*codebook_size)(int64_t codes, int64_t dims);
   int64_t (*projection_size)(int64_t features, int64_t dims);
-  void (*pack_codebook)(const float* codebook, int64_t codes, int64_t dims, float* packed);
+  void (*pack_codebook)(const float* codebook, int64_t codes, int64_t dims, int64_t part, float* packed);
   void (*pack_projection)(const double* projection, int64_t features, int64_t dims, double* packed);
   // Bytes of 64-byte aligned scratch for chunks of `count` rows.
   int64_t (*scratch_size)(const Quantize& q, int64_t count);

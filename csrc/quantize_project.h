@@ -22,39 +22,49 @@ inline void pack_projection(const double* projection, int64_t features, int64_t 
       for (int64_t k = column; k < column + kColumns; ++k) *packed++ = k < dims ? projection[feature * dims + k] : 0.0;
 }
 
-inline double widen(float v) { return v; }
-inline double widen(double v) { return v; }
 struct BFloat16 {
   uint16_t bits;
 };
 struct Half {
   uint16_t bits;
 };
-inline float as_float(uint32_t bits) {
-  float value;
+
+template <class To, class From>
+inline To bits_as(From bits) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline double widen(BFloat16 v) { return as_float(uint32_t{v.bits} << 16); }
+
+inline double widen(float v) { return v; }
+inline double widen(double v) { return v; }
+inline double widen(BFloat16 v) { return bits_as<float>(uint32_t{v.bits} << 16); }
+// Reading a half's exponent with float's bias gives value * 2^-112, subnormal halves included; the product is exact.
 inline double widen(Half v) {
-  const uint32_t magnitude = v.bits & 0x7fffu, sign = uint32_t{v.bits & 0x8000u} << 16;
-  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // inf and NaN keep their exponent
-  // Reading the exponent with float's bias gives value * 2^-112, subnormal halves included; the product is exact.
-  const double scaled = as_float(magnitude << 13);
-  const double value = special ? as_float((magnitude << 13) | special) : scaled * 0x1p112;
-  return sign ? -value : value;
+  const double magnitude = bits_as<float>(uint32_t{v.bits & 0x7fffu} << 13) * 0x1p112;
+  return v.bits & 0x8000u ? -magnitude : magnitude;
 }
+
+// Inf and NaN have all exponent bits set. Integer tests, because the compiler makes vectors of them.
+inline int not_finite(float v) { return (bits_as<uint32_t>(v) & 0x7f800000u) == 0x7f800000u; }
+inline int not_finite(double v) { return (bits_as<uint64_t>(v) >> 52 & 0x7ffu) == 0x7ffu; }
+inline int not_finite(BFloat16 v) { return (v.bits & 0x7f80u) == 0x7f80u; }
+inline int not_finite(Half v) { return (v.bits & 0x7c00u) == 0x7c00u; }
 
 // Copies one row to doubles; returns whether it is finite.
 template <class T>
-bool read_row(const T* x, int64_t features, int64_t stride, double* row) {
+bool read_row(const T* __restrict x, int64_t features, int64_t stride, double* __restrict row) {
   int bad = 0;
   if (stride == 1) {
+    for (int64_t i = 0; i < features; ++i) bad |= not_finite(x[i]);
     for (int64_t i = 0; i < features; ++i) row[i] = widen(x[i]);
   } else {
-    for (int64_t i = 0; i < features; ++i) row[i] = widen(x[i * stride]);
+    for (int64_t i = 0; i < features; ++i) {
+      bad |= not_finite(x[i * stride]);
+      row[i] = widen(x[i * stride]);
+    }
   }
-  for (int64_t i = 0; i < features; ++i) bad |= !(row[i] - row[i] == 0.0);
   return bad == 0;
 }
 
@@ -118,12 +128,17 @@ void project(const double* rows, const double* projection, int64_t features, int
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    double largest = 0.0;
-    for (int64_t k = 0; k < dims; ++k) largest = __builtin_fmax(largest, __builtin_fabs(sums[r * stride + k]));
+    const double* row = sums + r * stride;
+    uint64_t largest = 0;  // bits of positive doubles sort like the doubles
+    for (int64_t k = 0; k < dims; ++k) {
+      const uint64_t magnitude = bits_as<uint64_t>(row[k]) & ~(uint64_t{1} << 63);
+      largest = magnitude > largest ? magnitude : largest;
+    }
     int exponent = 0;
-    if (largest > 0.0) __builtin_frexp(largest, &exponent);
-    for (int64_t k = 0; k < dims; ++k)
-      y[r * dims + k] = static_cast<float>(__builtin_ldexp(sums[r * stride + k], -exponent));
+    if (largest > 0) __builtin_frexp(bits_as<double>(largest), &exponent);
+    // In two steps: one factor alone could overflow.
+    const double half = __builtin_ldexp(1.0, -exponent / 2), rest = __builtin_ldexp(1.0, -exponent - -exponent / 2);
+    for (int64_t k = 0; k < dims; ++k) y[r * dims + k] = static_cast<float>(row[k] * half * rest);
   }
 }
 

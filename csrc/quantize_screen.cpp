@@ -9,6 +9,8 @@
 // rescored.
 #include <immintrin.h>
 
+#include <cstddef>
+
 #include "quantize_kernel.h"
 #include "quantize_project.h"
 #include "quantize_simd.h"
@@ -21,9 +23,17 @@ constexpr int kRows = 8, kVectors = 2;
 constexpr int64_t kEntry = 16;               // consecutive codes that share one screened maximum
 constexpr int64_t kGroup = kEntry * kLanes;  // codes of the entries that one vector of maxima covers
 constexpr int64_t kBlock = 64;               // dims summed in one chain, as in quantize_kernel.cpp
-constexpr int64_t kHeader = 16;              // floats
+constexpr int64_t kHeader = 64;              // floats
 
 struct Header {
+  double norm[kParts];      // largest |c|^2 of every part of the codebook
+  double rounding[kParts];  // largest |c - c'|^2
+  double scale;             // of the 8-bit codes
+};
+static_assert(sizeof(Header) <= kHeader * sizeof(float), "");
+
+// What the rows need to know of a codebook.
+struct Bounds {
   double scale;     // of the 8-bit codes
   double norm;      // largest |c|
   double rounding;  // largest |c - c'|
@@ -38,58 +48,76 @@ int64_t codebook_size(int64_t codes, int64_t dims) {
   return kHeader + groups_of(codes) * kGroup * (dims + words_of(dims));
 }
 
-void pack_codebook(const float* codebook, int64_t codes, int64_t dims, float* packed) {
-  double largest = 0.0;
-  for (int64_t i = 0; i < codes * dims; ++i) largest = __builtin_fmax(largest, __builtin_fabs(codebook[i]));
-  Header header{largest > 0.0 ? largest / 127.0 : 1.0, 0.0, 0.0};
+double scale_for(const float* values, int64_t count) {
+  uint32_t largest = 0;  // bits of positive floats sort like the floats
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = bits_as<uint32_t>(values[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest > 0 ? bits_as<float>(largest) / 127.0 : 1.0;
+}
+
+void pack_codebook(const float* codebook, int64_t codes, int64_t dims, int64_t part, float* packed) {
+  const double scale = scale_for(codebook, codes * dims), inverse = 1.0 / scale;
   float* exact = packed + kHeader;
   auto* screen = reinterpret_cast<uint8_t*>(exact + groups_of(codes) * kGroup * dims);
-  const int64_t words = words_of(dims);
-  for (int64_t code = 0; code < groups_of(codes) * kGroup; ++code) {
+  const int64_t words = words_of(dims), groups = groups_of(codes);
+  double largest_norm = 0.0, largest_rounding = 0.0;
+  for (int64_t code = groups * part / kParts * kGroup; code < groups * (part + 1) / kParts * kGroup; ++code) {
     const int64_t group = code / kGroup, lane = code % kGroup / kEntry, vector = code % kEntry;
     const float* source = codebook + (code < codes ? code : codes - 1) * dims;  // rescore() ignores the padding
-    uint8_t* bytes =
-        screen +
-        ((group * kEntry + vector / kVectors * kVectors) * words * kLanes + vector % kVectors * kLanes + lane) * 4;
+    const int64_t first = (group * kEntry + vector / kVectors * kVectors) * words + vector % kVectors;
+    uint8_t* bytes = screen + (first * kLanes + lane) * 4;
     double norm = 0.0, rounding = 0.0;
     for (int64_t k = 0; k < words * 4; ++k) {
-      const double value = k < dims ? source[k] : 0.0, level = __builtin_rint(value / header.scale);
+      const double value = k < dims ? source[k] : 0.0, level = __builtin_rint(value * inverse);
       bytes[(k / 4) * kVectors * kLanes * 4 + k % 4] = static_cast<uint8_t>(static_cast<int>(level) + 128);
       if (k < dims) exact[(code / kEntry * dims + k) * kEntry + vector] = source[k];
       norm += value * value;
-      rounding += (value - level * header.scale) * (value - level * header.scale);
+      rounding += (value - level * scale) * (value - level * scale);
     }
-    header.norm = __builtin_fmax(header.norm, norm);
-    header.rounding = __builtin_fmax(header.rounding, rounding);
+    largest_norm = norm > largest_norm ? norm : largest_norm;
+    largest_rounding = rounding > largest_rounding ? rounding : largest_rounding;
   }
-  header.norm = __builtin_sqrt(header.norm);
-  header.rounding = __builtin_sqrt(header.rounding);
-  __builtin_memcpy(packed, &header, sizeof header);
+  auto* header = reinterpret_cast<char*>(packed);
+  if (part == 0) __builtin_memcpy(header + offsetof(Header, scale), &scale, sizeof(double));
+  __builtin_memcpy(header + offsetof(Header, norm) + part * sizeof(double), &largest_norm, sizeof(double));
+  __builtin_memcpy(header + offsetof(Header, rounding) + part * sizeof(double), &largest_rounding, sizeof(double));
+}
+
+Bounds bounds_of(const float* packed) {
+  Header header;
+  __builtin_memcpy(&header, packed, sizeof header);
+  Bounds bounds{header.scale, 0.0, 0.0};
+  for (int64_t part = 0; part < kParts; ++part) {
+    bounds.norm = header.norm[part] > bounds.norm ? header.norm[part] : bounds.norm;
+    bounds.rounding = header.rounding[part] > bounds.rounding ? header.rounding[part] : bounds.rounding;
+  }
+  bounds.norm = __builtin_sqrt(bounds.norm);
+  bounds.rounding = __builtin_sqrt(bounds.rounding);
+  return bounds;
 }
 
 // 8-bit copy of y (dims), four to a word. Returns how far below the maximum a screened score can be and still belong to
 // the best code, in units of the screened scores.
-int32_t quantize_row(const float* y, int64_t dims, const Header& header, int32_t* words) {
-  float largest = 0.0f;
-  for (int64_t k = 0; k < dims; ++k) largest = __builtin_fmaxf(largest, __builtin_fabsf(y[k]));
-  const double scale = largest > 0.0f ? largest / 127.0 : 1.0;
-  const double inverse = 1.0 / scale;
-  auto* bytes = reinterpret_cast<int8_t*>(words);
-  double norm = 0.0, rounding = 0.0, exact_norm = 0.0;
-  for (int64_t k = 0; k < dims; ++k) {
-    const double value = y[k];
-    const int level = static_cast<int>(__builtin_rint(value * inverse));
-    const double rounded = level * scale;
-    bytes[k] = static_cast<int8_t>(level);
-    norm += rounded * rounded;
-    rounding += (value - rounded) * (value - rounded);
-    exact_norm += value * value;
+int32_t quantize_row(const float* y, int64_t dims, const Bounds& codes, int32_t* words) {
+  const double scale = scale_for(y, dims), inverse = 1.0 / scale;
+  int8_t bytes[4];
+  double rounding = 0.0, norm = 0.0;
+  for (int64_t word = 0; word < words_of(dims); ++word) {
+    for (int64_t j = 0; j < 4; ++j) {
+      const double value = word * 4 + j < dims ? y[word * 4 + j] : 0.0, level = __builtin_rint(value * inverse);
+      bytes[j] = static_cast<int8_t>(level);
+      rounding += (value - level * scale) * (value - level * scale);
+      norm += value * value;
+    }
+    __builtin_memcpy(words + word, bytes, sizeof bytes);
   }
-  for (int64_t k = dims; k < words_of(dims) * 4; ++k) bytes[k] = 0;
-  const double bound =
-      __builtin_sqrt(rounding) * header.norm + __builtin_sqrt(norm) * header.rounding +
-      dims * 0x1p-23 * __builtin_sqrt(exact_norm) * header.norm;  // the last term: rounding of rescore()
-  const double margin = 2.0 * bound / (scale * header.scale) + 2.0;
+  rounding = __builtin_sqrt(rounding);
+  norm = __builtin_sqrt(norm);
+  const double bound = rounding * codes.norm + (norm + rounding) * codes.rounding +
+                       dims * 0x1p-23 * norm * codes.norm;  // the last term: rounding of rescore()
+  const double margin = 2.0 * bound / (scale * codes.scale) + 2.0;
   return margin < 1e9 ? static_cast<int32_t>(margin) : 1000000000;
 }
 
@@ -218,15 +246,14 @@ int64_t run(const Quantize& q, const float* codebooks, const double* projections
   const Screen screen_codes = screen_for(words);
   for (int64_t book = 0; book < q.books; ++book) {
     const float* codebook = codebooks + (q.shared_codebook ? 0 : book * codebook_size(q.codes, q.dims));
-    Header header;
-    __builtin_memcpy(&header, codebook, sizeof header);
+    const Bounds bounds = bounds_of(codebook);
     const float* exact = codebook + kHeader;
     const auto* codes = reinterpret_cast<const uint8_t*>(exact + groups * kGroup * q.dims);
     for (int64_t i = 0; i < padded; i += kRows) {
       const float* y = scratch.y + ((q.shared_projection ? 0 : book * padded) + i) * q.dims;
       int32_t margin[kRows];
       for (int r = 0; r < kRows; ++r)
-        margin[r] = quantize_row(y + r * q.dims, q.dims, header, scratch.words + r * words);
+        margin[r] = quantize_row(y + r * q.dims, q.dims, bounds, scratch.words + r * words);
       screen_codes(scratch.words, codes, words, groups, scratch.maxima);
       for (int64_t r = 0; r < kRows && i + r < count; ++r) {
         const int64_t index = rows != nullptr ? rows[i + r] : first + i + r;

@@ -37,9 +37,12 @@ def quantize(
             if normalize == "layer_norm":
                 chunk = F.layer_norm(chunk, chunk.shape[-1:], eps=LAYER_NORM_EPS)
             for book in range(books):
-                cosines = F.normalize(chunk @ projection[book], dim=1) @ codebook[book].T
+                y = chunk @ projection[book]
+                y = y / y.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)  # or the square of a tiny row would vanish
+                cosines = F.normalize(y, dim=1) @ codebook[book].T
+                tie = TIE * codebook[book].norm(dim=1).amax()
                 best = cosines.amax(dim=1, keepdim=True)
-                codes[index, book] = (cosines >= best - TIE).byte().argmax(dim=1)  # the first of the best
+                codes[index, book] = (cosines >= best - tie).byte().argmax(dim=1)  # the first of the best
     shape = x.shape[:-1] if squeeze else (*x.shape[:-1], books)
     return codes.reshape(shape)
 

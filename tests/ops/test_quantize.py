@@ -1,0 +1,399 @@
+"""quantize: meaning on every backend that runs here, against an independent float64 brute force."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import normalize as unit
+
+from bestrq2 import ops
+from bestrq2.ops import native
+
+BAND = 2.0**-21  # the contract: another code is allowed only if its cosine is this close to the best
+DIMENSIONS = [80, 128, 256, 320, 512, 768, 1024, 1280, 1, 7, 250]
+
+
+def backends():
+    names = [name for name in ops.available_backends() if name in ("reference", "cpu")]
+    isas = []
+    if "cpu" in names:
+        best = native.extension().isa()
+        isas = [isa for isa in ("portable", "avx2", "avx512", "avx512_vnni") if native.extension().force_isa(isa)]
+        native.extension().force_isa(best)
+    return ["reference", *(f"cpu-{isa}" for isa in isas)]
+
+
+@pytest.fixture(params=backends())
+def backend(request):
+    name, _, isa = request.param.partition("-")
+    if isa:
+        best = native.extension().isa()
+        assert native.extension().force_isa(isa)
+    yield name
+    if isa:
+        native.extension().force_isa(best)
+
+
+def problem(rows, features=64, dims=16, codes=512, books=None, offset=0.0, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lead = () if books is None else (books,)
+    x = torch.randn(rows, features, generator=generator) * scale + offset
+    projection = torch.randn(*lead, features, dims, generator=generator) * (6 / (features + dims)) ** 0.5
+    return x, projection, unit(torch.randn(*lead, codes, dims, generator=generator), dim=-1)
+
+
+def cosines(x, projection, codebook, layer_norm=False):
+    """Brute force in float64, written without anything from the library: (rows, codes)."""
+    x = x.double()
+    if layer_norm:
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    y = x @ projection.double()
+    return (y / y.norm(dim=1, keepdim=True).clamp_min(1e-300)) @ codebook.double().T
+
+
+def count_wrong(codes, x, projection, codebook, layer_norm=False):
+    """Rows whose code is not within the band of the float64 maximum, and rows inside the band that differ."""
+    wrong = near = 0
+    for rows, chosen in zip(x.split(4096), codes.split(4096)):
+        gold = cosines(rows, projection, codebook, layer_norm)
+        best, index = gold.max(1)
+        gap = best - gold.gather(1, chosen[:, None]).squeeze(1)
+        wrong += int((gap >= BAND).sum())
+        near += int(((chosen != index) & (gap < BAND)).sum())
+    return wrong, near
+
+
+@pytest.mark.parametrize("features", DIMENSIONS, ids=lambda n: f"D{n}")
+def test_matches_brute_force(backend, features):
+    x, projection, codebook = problem(700, features, 16, 1000)
+    codes = ops.quantize(x, projection, codebook, backend=backend)
+    assert codes.dtype == torch.int64
+    assert codes.shape == (700,)
+    assert count_wrong(codes, x, projection, codebook)[0] == 0
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 8, 13, 16, 20, 32, 64, 65, 130], ids=lambda n: f"d{n}")
+def test_odd_shapes(backend, dims):
+    for codes in (1, 2, 31, 257, 1031):
+        x, projection, codebook = problem(601, 40, dims, codes)
+        assert count_wrong(ops.quantize(x, projection, codebook, backend=backend), x, projection, codebook)[0] == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 9, 191, 193, 1025])
+def test_row_counts(backend, rows):
+    x, projection, codebook = problem(rows)
+    codes = ops.quantize(x, projection, codebook, backend=backend)
+    assert codes.shape == (rows,)
+    assert count_wrong(codes, x, projection, codebook)[0] == 0
+
+
+@pytest.mark.slow
+def test_200_000_rows_of_real_size():
+    """Gaussian rows and rows like raw decibels (mean -50, deviation 15), whose projection cancels."""
+    for offset, scale in ((0.0, 1.0), (-50.0, 15.0)):
+        x, projection, codebook = problem(100_000, 256, 16, 8192, offset=offset, scale=scale)
+        wrong, near = count_wrong(ops.quantize(x, projection, codebook), x, projection, codebook)
+        print(f"offset {offset}: {wrong} codes wrong, {near} different inside the tie band")
+        assert wrong == 0
+        assert near <= 2
+
+
+@pytest.mark.parametrize("features", [256, 1280])
+def test_decibels(backend, features):
+    x, projection, codebook = problem(2000, features, 16, 2048, offset=-50.0, scale=15.0)
+    assert count_wrong(ops.quantize(x, projection, codebook, backend=backend), x, projection, codebook)[0] == 0
+
+
+def test_layer_norm(backend):
+    x, projection, codebook = problem(800, 256, 16, 2048, offset=-50.0, scale=15.0)
+    codes = ops.quantize(x, projection, codebook, normalize="layer_norm", backend=backend)
+    assert count_wrong(codes, x, projection, codebook, layer_norm=True)[0] == 0
+    plain = ops.quantize(x, projection, codebook, backend=backend)
+    changed = (codes != plain).float().mean().item()
+    print(f"layer norm changes {changed:.0%} of the codes")
+    assert changed > 0.5
+
+
+@pytest.mark.parametrize("books", [1, 3, 16], ids=lambda n: f"G{n}")
+def test_several_codebooks(backend, books):
+    x, projection, codebook = problem(600, 80, 16, 300, books)
+    codes = ops.quantize(x.view(20, 30, 80), projection, codebook, backend=backend)
+    assert codes.shape == (20, 30, books)
+    for book in range(books):
+        assert count_wrong(codes[..., book].flatten(), x, projection[book], codebook[book])[0] == 0
+    shared = ops.quantize(x, projection[0], codebook, backend=backend)
+    assert torch.equal(shared[:, 0], codes.view(600, books)[:, 0])
+    assert count_wrong(shared[:, -1], x, projection[0], codebook[-1])[0] == 0
+    one_codebook = ops.quantize(x, projection, codebook[0], backend=backend)
+    assert count_wrong(one_codebook[:, -1], x, projection[-1], codebook[0])[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_input_dtypes(backend, dtype):
+    x, projection, codebook = problem(700, 96)
+    x = x.to(dtype)
+    assert count_wrong(ops.quantize(x, projection, codebook, backend=backend), x, projection, codebook)[0] == 0
+    projection, codebook = projection.to(dtype), codebook.to(dtype)
+    assert count_wrong(ops.quantize(x, projection, codebook, backend=backend), x, projection, codebook)[0] == 0
+
+
+def test_every_half_and_bfloat16_value_is_read_exactly(backend):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = every.view(dtype)
+        x = x[torch.isfinite(x)]
+        rows = torch.stack([x, torch.full_like(x, 0.5)], 1)
+        projection = torch.eye(2)
+        codebook = unit(
+            torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [0.0, 1.0], [1.0, 0.2], [-1.0, 0.2]]), dim=1
+        )
+        codes = ops.quantize(rows, projection, codebook, backend=backend)
+        assert count_wrong(codes, rows, projection, codebook)[0] == 0
+
+
+def test_ties_go_to_the_lowest_index(backend):
+    x, projection, codebook = problem(900, 40, 16, 97)
+    repeated = codebook.repeat(9, 1)  # every code nine times, 97 apart
+    codes = ops.quantize(x, projection, repeated, backend=backend)
+    assert codes.max() < 97
+    assert torch.equal(codes, ops.quantize(x, projection, codebook, backend=backend))
+    same = codebook[:1].expand(1000, -1)
+    assert (ops.quantize(x, projection, same, backend=backend) == 0).all()
+
+
+def test_zero_rows_get_code_zero(backend):
+    x, projection, codebook = problem(700)
+    x[3], x[699] = 0.0, 0.0
+    codes = ops.quantize(x, projection, codebook, backend=backend)
+    assert codes[3] == codes[699] == 0
+    x[:] = -61.7
+    assert (ops.quantize(x, projection, codebook, normalize="layer_norm", backend=backend) == 0).all()
+
+
+def test_scale_of_a_row_does_not_matter(backend):
+    x, projection, codebook = problem(600)
+    codes = ops.quantize(x, projection, codebook, backend=backend)
+    for power in (2.0**-130, 2.0**120):
+        assert torch.equal(ops.quantize(x.double() * power, projection, codebook, backend=backend), codes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_not_finite_rows_are_named(backend, value, dtype):
+    x, projection, codebook = problem(800)
+    x = x.to(dtype).view(8, 100, -1)
+    x[6, 17, 5], x[7, 99, 0] = value, value
+    with pytest.raises(ValueError, match=r"x\[6, 17\] contains NaN or inf"):
+        ops.quantize(x, projection, codebook, backend=backend)
+    mask = torch.ones(8, 100, dtype=torch.bool)
+    mask[6, 17] = mask[7, 99] = False
+    codes = ops.quantize(x, projection, codebook, mask=mask, backend=backend)
+    assert (codes < 0).sum() == 2
+    ops.check_codes(codes, mask)
+    with pytest.raises(ValueError, match=r"no code at \(6, 17\)"):
+        ops.check_codes(codes)
+
+
+def test_projection_and_codebook_must_be_finite(backend):
+    x, projection, codebook = problem(10)
+    with pytest.raises(ValueError, match="finite"):
+        ops.quantize(x, projection * float("inf"), codebook, backend=backend)
+    codebook[-1, -1] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        ops.quantize(x, projection, codebook, backend=backend)
+
+
+@pytest.mark.parametrize("books", [None, 3], ids=lambda n: f"G{n}")
+def test_mask_selects_rows(backend, books):
+    x, projection, codebook = problem(1500, books=books)
+    whole = ops.quantize(x, projection, codebook, backend=backend)
+    for share in (0.0, 0.4, 1.0):
+        mask = torch.rand(1500, generator=torch.Generator().manual_seed(1)) < share
+        codes = ops.quantize(x, projection, codebook, mask=mask, backend=backend)
+        assert torch.equal(codes[mask], whole[mask])
+        assert (codes[~mask] == -1).all()
+
+
+def test_not_contiguous(backend):
+    x, projection, codebook = problem(640, 64)
+    expected = ops.quantize(x, projection, codebook, backend=backend)
+    assert torch.equal(ops.quantize(x.T.contiguous().T, projection, codebook, backend=backend), expected)
+    wide = torch.full((640, 130), float("nan"))
+    wide[:, 1:129:2] = x
+    assert torch.equal(ops.quantize(wide[:, 1:129:2], projection, codebook, backend=backend), expected)
+    cube = x.view(8, 80, 64).permute(1, 0, 2)
+    assert torch.equal(ops.quantize(cube, projection, codebook, backend=backend), expected.view(8, 80).T)
+    same = x[:1].expand(700, -1)
+    assert (ops.quantize(same, projection, codebook, backend=backend) == expected[0]).all()
+    turned = projection.T.contiguous().T, codebook.T.contiguous().T
+    assert torch.equal(ops.quantize(x, *turned, backend=backend), expected)
+
+
+def test_rows_do_not_depend_on_the_batch(backend):
+    """On data full of near ties: few distinct directions, so a different rounding would show."""
+    x, projection, codebook = problem(1200, 256, 16, 1000, offset=-50.0, scale=15.0)
+    codebook = unit(codebook[:1] + 2e-7 * codebook, dim=1)
+    whole = ops.quantize(x, projection, codebook, backend=backend)
+    for size, rows in ((1, 20), (7, 70), (100, 700), (601, 1200)):
+        part = torch.cat([ops.quantize(some, projection, codebook, backend=backend) for some in x[:rows].split(size)])
+        assert torch.equal(part, whole[:rows])
+    assert torch.equal(ops.quantize(x.flip(0), projection, codebook, backend=backend).flip(0), whole)
+
+
+def test_instruction_sets_agree():
+    """The three sets with fused multiply-add give the same code even between codes that differ by one rounding."""
+    if "cpu" not in ops.available_backends():
+        pytest.skip("the C++ extension is not built")
+    extension = native.extension()
+    best = extension.isa()
+    x, projection, codebook = problem(1000, 256, 16, 999)
+    codebook = unit(codebook[:1] + 2e-7 * codebook, dim=1)
+    results = {}
+    for isa in ("avx2", "avx512", "avx512_vnni"):
+        if extension.force_isa(isa):
+            results[isa] = ops.quantize(x, projection, codebook, backend="cpu")
+    extension.force_isa(best)
+    for codes in results.values():
+        assert torch.equal(codes, next(iter(results.values())))
+
+
+def test_codes_of_very_different_length(backend):
+    """Screening bounds come from the longest code; a codebook that is not unit still gives the largest product."""
+    x, projection, codebook = problem(700, 64, 16, 700)
+    codebook = codebook * torch.logspace(-3, 1, 700)[:, None]
+    codes = ops.quantize(x, projection, codebook, backend=backend)
+    scores = (x.double() @ projection.double()) @ codebook.double().T
+    gap = scores.max(1).values - scores.gather(1, codes[:, None]).squeeze(1)
+    assert (gap < 1e-5 * scores.abs().amax(1)).all()
+
+
+def test_every_term_matters(backend):
+    """Dropping the projection, the last code, or the last feature changes codes: the checks above can fail."""
+    x, projection, codebook = problem(900, 16, 16, 64)
+    codes = ops.quantize(x, projection, codebook, backend=backend)
+    for changed in (
+        ops.quantize(x, torch.eye(16), codebook, backend=backend),
+        ops.quantize(x[:, :-1], projection[:-1], codebook, backend=backend),
+        ops.quantize(x, projection, codebook.flip(0), backend=backend),
+    ):
+        assert (changed != codes).float().mean() > 0.05
+    assert (codes == 63).any()
+    assert not (ops.quantize(x, projection, codebook[:63], backend=backend) == 63).any()
+
+
+def test_autocast_does_not_touch_codes(backend):
+    x, projection, codebook = problem(700, 256)
+    expected = ops.quantize(x, projection, codebook, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.quantize(x, projection, codebook, backend=backend), expected)
+
+
+def test_inference_mode_and_determinism(backend):
+    with torch.inference_mode():
+        x, projection, codebook = problem(100)
+        expected = ops.quantize(x, projection, codebook, backend=backend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(ops.quantize(x, projection, codebook, backend=backend), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    x, projection, codebook = (t.clone().requires_grad_() for t in (x, projection, codebook))
+    assert not ops.quantize(x, projection, codebook, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu") if name in ops.available_backends()])
+@pytest.mark.parametrize("books", [None, 2], ids=lambda n: f"G{n}")
+def test_registration(backend, books):
+    x, projection, codebook = problem(12, books=books)
+    for mask in (None, torch.rand(12) < 0.5):
+        for leaf in (x, x.clone().requires_grad_()):
+            torch.library.opcheck(
+                torch.ops.bestrq2.quantize.default, (leaf, projection, codebook, mask, "layer_norm", backend)
+            )
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "cpu") if name in ops.available_backends()])
+def test_compiles_once_for_all_lengths(backend):
+    x, projection, codebook = problem(300)
+    mask = torch.rand(300) < 0.5
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(x, mask):
+        return ops.quantize(x * 1.0, projection, codebook, mask=mask, backend=backend) + 1
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (300, 2, 77, 191):
+            part, chosen = x[:rows].clone(), mask[:rows].clone()
+            expected = ops.quantize(part, projection, codebook, mask=chosen, backend=backend) + 1
+            assert torch.equal(compiled(part, chosen), expected)
+
+
+def test_inductor_keeps_the_codes():
+    x, projection, codebook = problem(300)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: ops.quantize(x, projection, codebook, normalize="layer_norm"), fullgraph=True)
+    assert torch.equal(compiled(x), ops.quantize(x, projection, codebook, normalize="layer_norm"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 9)}, "x has 9 features but projection takes 8"),
+        ({"codebook": torch.zeros(5, 3)}, "projection gives 4 dimensions but a code has 3"),
+        ({"projection": torch.zeros(2, 8, 4), "codebook": torch.zeros(3, 5, 4)}, "2 projections but 3 codebooks"),
+        ({"codebook": torch.zeros(0, 4)}, "must not be empty"),
+        ({"codebook": torch.zeros(4)}, "expected x"),
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "x must be fp32"),
+        ({"normalize": "batch"}, "normalize must be one of"),
+        ({"mask": torch.zeros(3)}, "mask must be a bool tensor"),
+        ({"mask": torch.zeros(2, dtype=torch.bool)}, r"mask must be a bool tensor of shape \(3,\)"),
+        ({"backend": "gpu"}, "unknown backend"),
+        ({"x": torch.zeros(3, 8, device="meta")}, "is on cpu but x is on meta"),
+    ],
+)
+def test_rejects_bad_input(change, message):
+    arguments = {"x": torch.zeros(3, 8), "projection": torch.zeros(8, 4), "codebook": torch.zeros(5, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        ops.quantize(**arguments)
+
+
+def test_impossible_backend_says_why():
+    with pytest.raises(RuntimeError, match="cuda"):
+        ops.quantize(*problem(3), backend="cuda")
+
+
+def test_memory_does_not_grow_with_rows_times_codes():
+    """Peak resident memory above the inputs, in a fresh process: the (rows, codes) scores would take 2 GiB here."""
+    if "cpu" not in ops.available_backends() or not os.path.exists("/proc/self/clear_refs"):
+        pytest.skip("needs the C++ extension and /proc")
+    script = """
+import sys, torch
+from bestrq2 import ops
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) / 1024
+x = torch.randn(65536, 64); p = torch.randn(64, 16); c = torch.randn(8192, 16)
+ops.quantize(x[:1000], p, c, backend="cpu")
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+ops.quantize(x, p, c, backend="cpu")
+print(peak() - before)
+"""
+    gc.collect()
+    grown = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    print(f"peak memory grew by {grown:.1f} MiB")
+    assert grown < 16
+
+
+def test_shares_the_thread_pool_of_torch():
+    """One OpenMP runtime in the process: ours would be a second one."""
+    if "cpu" not in ops.available_backends() or not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs the C++ extension and /proc")
+    ops.quantize(*problem(1000), backend="cpu")
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line or "libomp" in line}
+    assert len(runtimes) <= 1
+    assert native.extension().thread_pool() == ("openmp" if runtimes else "threads")
