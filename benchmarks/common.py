@@ -254,7 +254,7 @@ def _explained(op: str, call: Callable[[], Any]) -> Any:
     except RuntimeError as error:
         text = str(error)
         if text.startswith(f"{op}: backend") or text.startswith(f"{op}: no "):
-            raise Skip(text) from error
+            raise Skip(text.removeprefix(f"{op}: ")) from error
         raise
 
 

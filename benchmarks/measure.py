@@ -39,7 +39,7 @@ class Budget:
     """
 
     seconds: float = 3.0
-    at_least: int = 5
+    at_least: int = 3
     at_most: int = 100
     repeats: int | None = None
 

@@ -163,6 +163,8 @@ def _vector_quantize_pytorch(case: Case) -> Callable[[], Any]:
         dim=features, codebook_size=codebook.shape[1], codebook_dim=width, num_codebooks=books, norm=False
     ).to(case.device)
     quantizer.eval()
+    if quantizer.vq.codebook.shape[-1] != width:
+        raise Skip("its form for several codebooks adds a linear layer behind the projection: other codes")
     with torch.no_grad():
         quantizer.rand_projs.copy_(projection)
         quantizer.vq.codebook = codebook if quantizer.vq.codebook.dim() == 3 else codebook[0]

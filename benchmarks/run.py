@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", help="shape labels; any that the operation can parse")
     parser.add_argument("--providers", nargs="+", help="only providers whose name contains one of these words")
     parser.add_argument("--cache", nargs="+", choices=("hot", "cold"), help="default: cold; on a GPU both")
-    parser.add_argument("--repeats", type=int, help="fixed number of repeats (default: until 3 s, 5 to 100)")
+    parser.add_argument("--repeats", type=int, help="fixed number of repeats (default: until 3 s, 3 to 100)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory on the CPU")
     parser.add_argument("--save", nargs="?", const="", metavar="CSV", help="append rows to CSV (default: results/...)")
