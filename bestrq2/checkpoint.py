@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors and one JSON file, written atomically, verified by checksum when read.
 
 ``step-00001000/`` holds ``model.safetensors`` (weights and buffers, quantizer included), ``training.safetensors``
-(optimizer moments and counters) and ``state.json`` (step, configuration, versions, SHA-256 of the other two). Nothing
+(optimizer moments and counters) and ``state.json`` (step, configuration, versions, SHA-256 of all three). Nothing
 in it is executable, and reading never unpickles.
 """
 
@@ -81,8 +81,8 @@ def save_checkpoint(
             save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / name)
             _flush(partial / name)
             checksums[name] = _sha256(partial / name)
-        state = {"format": FORMAT, "step": step, "sha256": checksums, "config": config, **extra}
-        (partial / STATE).write_text(json.dumps(state, indent=1))
+        state = {"format": FORMAT, "step": step, "files": checksums, "config": config, "extra": extra}
+        (partial / STATE).write_text(json.dumps({"sha256": _digest(state), "state": state}, indent=1))
         _flush(partial / STATE)
         _flush(partial)
         if final.exists():  # a resumed run reaches a step again: same content, but possibly the damaged copy
@@ -114,21 +114,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     path = folder / STATE
     try:
-        state = json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {found!r}")
-    for name, expected in state.pop("sha256").items():
+    state = document.get("state") if isinstance(document, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not the state of a bestrq2 checkpoint")
+    if document.get("sha256") != _digest(state):
+        raise CheckpointError(f"{path}: damaged (checksum differs)")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {state['format']!r}")
+    for name, expected in state["files"].items():
         try:
             actual = _sha256(folder / name)
         except OSError as error:
             raise CheckpointError(f"{folder / name}: cannot be read: {error}") from error
         if actual != expected:
             raise CheckpointError(f"{folder / name}: damaged (checksum {actual[:12]}, expected {expected[:12]})")
-    state.pop("format")
-    return Checkpoint(folder, state.pop("step"), state.pop("config"), state)
+    return Checkpoint(folder, state["step"], state["config"], state["extra"])
 
 
 def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -180,6 +183,10 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

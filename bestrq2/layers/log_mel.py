@@ -28,8 +28,8 @@ def mel_filters(n_fft: int, num_mels: int, sampling_rate: int, f_min: float, f_m
     Returns:
         ``(n_fft // 2 + 1, num_mels)`` float32 weights.
     """
-    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1)
-    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2)
+    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1, device="cpu")
+    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2, device="cpu")
     edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
     widths = edges[1:] - edges[:-1]
     distance = edges[None, :] - bins[:, None]  # (bins, mels + 2)
@@ -92,11 +92,12 @@ class LogMel(nn.Module):
             )
         self.sampling_rate, self.n_fft, self.win_length, self.hop_length = sampling_rate, n_fft, win_length, hop_length
         self.num_mels = num_mels
-        self.register_buffer("window", torch.hann_window(win_length, dtype=torch.float64), persistent=False)
+        self.register_buffer("window", torch.hann_window(win_length, dtype=torch.float64, device="cpu"), persistent=False)
         filters = mel_filters(n_fft, num_mels, sampling_rate, f_min, f_max)
         self.register_buffer("filters", filters.double(), persistent=False)
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).expand(num_mels).clone())
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).expand(num_mels).clone())
+        for name, value in (("mean", mean), ("std", std)):
+            per_band = torch.as_tensor(value, dtype=torch.float32, device="cpu").expand(num_mels).clone()
+            self.register_buffer(name, per_band)
         if not (self.std > 0).all():
             raise ValueError(f"std must be positive, got {std}")
 

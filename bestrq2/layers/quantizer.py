@@ -65,15 +65,16 @@ class RandomProjectionQuantizer(nn.Module):
         if std <= 0:
             raise ValueError(f"std must be positive, got {std}")
         self.normalize = normalize
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         bound = math.sqrt(6.0 / (patch_dim + codebook_dim))
-        projection = torch.empty(num_codebooks, patch_dim, codebook_dim).uniform_(-bound, bound, generator=generator)
-        codebook = torch.empty(num_codebooks, codebook_size, codebook_dim).normal_(generator=generator)
+        shape = (num_codebooks, patch_dim, codebook_dim)
+        projection = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        codebook = torch.empty(num_codebooks, codebook_size, codebook_dim, device="cpu").normal_(generator=generator)
         unit = nn.functional.normalize(codebook.double(), dim=-1).float()
         self.register_buffer("projection", projection)
         self.register_buffer("codebook", unit)
-        self.register_buffer("mean", torch.tensor(float(mean)))
-        self.register_buffer("std", torch.tensor(float(std)))
+        self.register_buffer("mean", torch.tensor(float(mean), device="cpu"))
+        self.register_buffer("std", torch.tensor(float(std), device="cpu"))
 
     @property
     def codebook_size(self) -> int:

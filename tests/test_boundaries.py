@@ -1,0 +1,74 @@
+"""Dependencies point one way, files stay short, and importing the package pulls in nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each layer may import itself and those before it.
+LAYERS = [
+    ("bestrq2.version",),
+    ("bestrq2.kernels", "kernels"),
+    ("bestrq2.ops",),
+    ("bestrq2.layers",),
+    ("bestrq2.config", "bestrq2.checkpoint", "bestrq2.data"),
+    ("bestrq2.models",),
+    ("bestrq2.training",),
+    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats"),
+]
+FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def rank(module: str) -> int | None:
+    for number, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def imports(path: Path):
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    own = module_name(path)
+    if own in ("bestrq2", "bestrq2.recipes"):
+        return  # the package itself re-exports lazily
+    assert rank(own) is not None, f"{own} has no place in LAYERS"
+    for imported in imports(path):
+        if rank(imported) is not None:
+            assert rank(imported) <= rank(own), f"{own} imports {imported}"
+    if own.startswith("kernels"):
+        outside = {name.split(".")[0] for name in imports(path)} - {"torch", "triton", "kernels"}
+        assert outside <= set(sys.stdlib_module_names), f"{own} imports {outside}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 420
+
+
+def test_importing_the_operations_is_light():
+    code = "import sys, bestrq2.ops; print([m for m in ('triton', 'soundfile', 'matplotlib', 'omegaconf') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,62 @@
+"""Configuration: recipes, overrides, and errors that name the key."""
+
+import pytest
+import torch
+
+from bestrq2.config import ConfigError, config_from_dict, config_to_dict, load_config, recipe_names
+from bestrq2.models import build_model
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_build(name):
+    with torch.device("meta"):
+        model = build_model(load_config(name, ["model.front_end.mean=0", "model.front_end.std=1"]))
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_round_trip():
+    config = load_config("best_rq2_small", ["train.steps=7", "model.masking.ratio=[0.3,0.4]"])
+    assert config_from_dict(config_to_dict(config)) == config
+    assert config.train.steps == 7
+    assert config.recipe == "best_rq2_small"
+
+
+def test_yaml_file_based_on_a_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("based_on: best_rq2_tiny\ntrain: {steps: 3}\n")
+    config = load_config(str(path))
+    assert (config.recipe, config.train.steps, config.model.encoder.width) == ("mine", 3, 128)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=5", "unknown configuration key 'train.step'; did you mean 'train.steps'"),
+        ("foo=1", "unknown configuration key 'foo'; known sections: model, data, optimizer, train"),
+        ("train.steps=abc", "train.steps.*'abc'"),
+        ("train.steps=0", "train.steps: expected at least 1, got 0"),
+        ("train.precision=fp8", "train.precision: expected auto, fp32 or bf16, got 'fp8'"),
+        ("steps", "expected overrides as key=value, got 'steps'"),
+        ("model.masking.ratio=[0.5]", "model.masking.ratio: expected two numbers"),
+    ],
+)
+def test_bad_overrides_name_the_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("best_rq2_tiny", [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.encoder.heads=5", "model.masking.ratio=[0.5,1.0]", "model.targets.normalize=layer", "model.encoder.norm=x"],
+)
+def test_bad_model_settings_are_config_errors(override):
+    config = load_config("best_rq2_tiny", [override, "model.front_end.mean=0", "model.front_end.std=1"])
+    with pytest.raises(ConfigError, match="model: "):
+        build_model(config)
+
+
+def test_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"nothing.*best_rq2_base"):
+        load_config("nothing")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config("nothing.yaml")

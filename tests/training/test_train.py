@@ -1,0 +1,258 @@
+"""The training command end to end: learning, resuming after SIGKILL, damaged checkpoints, full disks, bad input."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from bestrq2 import checkpoint as checkpoint_module
+from bestrq2.checkpoint import list_checkpoints
+from bestrq2.data import tiny_dataset
+from bestrq2.train import main
+from bestrq2.training.run_folder import read_metrics
+
+QUICK = [
+    "model.front_end.mean=-47.5",
+    "model.front_end.std=31.8",
+    "train.steps=12",
+    "train.batch_size=4",
+    "train.save_every=4",
+    "model.encoder.width=32",
+    "model.encoder.hidden=48",
+    "model.encoder.depth=2",
+    "model.predictor.width=32",
+    "model.predictor.hidden=48",
+    "model.predictor.depth=1",
+    "model.encoder.drop_path=0.2",
+    "model.encoder.dropout=0.1",
+]
+CURVE = ("step", "loss", "accuracy", "unigram", "perplexity", "grad_norm", "learning_rate", "mask_ratio")
+
+
+def curve(run: Path):
+    return [tuple(row[name] for name in CURVE) for row in read_metrics(run)]
+
+
+def last_weights(run: Path):
+    return checkpoint_module.read_checkpoint(list_checkpoints(run / "checkpoints")[-1]).weights()
+
+
+def assert_same_weights(first: Path, second: Path):
+    a, b = last_weights(first), last_weights(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["--runs", str(runs), "--name", "whole", *QUICK]) == 0
+    return runs / "whole"
+
+
+def test_run_folder(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"config.yaml", "versions.json", "metrics.csv", "report.png", "tensorboard", "checkpoints"} <= names
+    rows = read_metrics(uninterrupted)
+    assert [int(row["step"]) for row in rows] == list(range(13))
+    assert rows[0]["loss"] == "" and float(rows[0]["perplexity"]) > 1  # usage is known before the first update
+    assert all(0 < float(row["mfu"]) < 1.5 and 0 <= float(row["data_wait"]) <= 1 for row in rows[1:])
+    assert [p.name for p in list_checkpoints(uninterrupted / "checkpoints")] == [
+        "step-00000004",
+        "step-00000008",
+        "step-00000012",
+    ]
+    assert (uninterrupted / "report.png").stat().st_size > 10_000
+
+
+def test_learns_above_the_unigram_baseline(tmp_path):
+    overrides = ["train.steps=60", "train.batch_size=8", "train.save_every=60", "model.targets.codebook_size=64"]
+    assert main(["--runs", str(tmp_path), "--name", "learn", *overrides]) == 0
+    tail = read_metrics(tmp_path / "learn")[-10:]
+    accuracy = sum(float(row["accuracy"]) for row in tail) / len(tail)
+    unigram = sum(float(row["unigram"]) for row in tail) / len(tail)
+    assert accuracy > unigram + 0.1, f"{accuracy:.3f} against {unigram:.3f}"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_killed_run_continues_as_if_nothing_happened(tmp_path, uninterrupted, workers):
+    command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), "--name", "killed", *QUICK]
+    process = subprocess.Popen(
+        [*command, f"data.workers={workers}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "killed")) < 7:  # between the saves of step 4 and step 8
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = list_checkpoints(tmp_path / "killed" / "checkpoints")
+    assert saved and saved[-1].name != "step-00000012", "killed too late for this test"
+    assert main(["--resume", str(tmp_path / "killed")]) == 0
+    assert curve(tmp_path / "killed") == curve(uninterrupted)
+    assert_same_weights(tmp_path / "killed", uninterrupted)
+
+
+def test_sigterm_saves_and_says_how_to_continue(tmp_path, uninterrupted):
+    command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), "--name", "stopped", *QUICK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while len(read_metrics(tmp_path / "stopped")) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "continue with --resume" in output
+    assert main(["--resume", str(tmp_path / "stopped")]) == 0
+    assert curve(tmp_path / "stopped") == curve(uninterrupted)
+    assert_same_weights(tmp_path / "stopped", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("model.safetensors", "flipped"), ("training.safetensors", "truncated"), ("state.json", "flipped")],
+)
+def test_damaged_last_checkpoint_is_passed_over_and_said(tmp_path, uninterrupted, capsys, name, damage):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(uninterrupted), str(run)], check=True)
+    file = run / "checkpoints" / "step-00000012" / name
+    content = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        middle = content.index(b'"step": 12') if name == "state.json" else len(content) // 2
+        flip = b'"stop": 12' if name == "state.json" else bytes([content[middle] ^ 1])
+        file.write_bytes(content[:middle] + flip + content[middle + len(flip) :])
+    assert main(["--resume", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert "passed over a damaged checkpoint" in captured.err
+    assert "from step 8" in captured.out
+    assert curve(run) == curve(uninterrupted)
+    assert_same_weights(run, uninterrupted)
+
+
+def test_full_disk_at_save(tmp_path, monkeypatch, capsys):
+    def full(tensors, path, *_, **__):
+        Path(path).write_bytes(b"partial")
+        raise OSError(28, "No space left on device")
+
+    real = checkpoint_module.save_file
+    calls = []
+
+    def save(tensors, path, *rest, **options):
+        calls.append(path)
+        return (full if len(calls) > 2 else real)(tensors, path, *rest, **options)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", save)
+    assert main(["--runs", str(tmp_path), "--name", "full", *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "could not save the checkpoint of step 12" in error
+    assert "No space left on device" in error
+    assert "MiB needed" in error
+    left = [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()]
+    assert left == ["step-00000004"]
+    checkpoint_module.read_checkpoint(tmp_path / "full" / "checkpoints" / "step-00000004")
+    monkeypatch.undo()
+    assert main(["--resume", str(tmp_path / "full")]) == 0
+
+
+def test_own_folder_with_bad_files(tmp_path, capsys):
+    data = tmp_path / "audio" / "nested"
+    data.mkdir(parents=True)
+    clips = [file.path for file in tiny_dataset()][:4]
+    for number, (rate, suffix) in enumerate([(44100, "wav"), (16000, "flac"), (8000, "ogg"), (22050, "mp3")]):
+        samples, _ = soundfile.read(clips[number])
+        soundfile.write(data / f"clip {number}.{suffix}", np.stack([samples, samples], 1), rate)
+    (data / "empty.wav").touch()
+    (data / "noise.flac").write_bytes(os.urandom(2000))
+    (data / "notes.txt").write_text("not audio")
+    soundfile.write(data / "blip.wav", np.zeros(50), 16000)
+    assert main(["--runs", str(tmp_path / "runs"), "--data", str(tmp_path / "audio"), *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert "4 files" in captured.out
+    for reason in ("3 skipped", "empty", "not decodable", "too short"):
+        assert reason in captured.err
+
+
+def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
+    data = tmp_path / "audio"
+    data.mkdir()
+    for number in range(3):
+        samples, rate = soundfile.read(tiny_dataset()[number].path)
+        if number == 1:
+            samples[16000] = np.nan
+        soundfile.write(data / f"{number}.wav", samples, rate, subtype="FLOAT")
+    assert main(["--runs", str(tmp_path), "--name", "nan", "--data", str(data), *QUICK]) == 0
+    assert int(read_metrics(tmp_path / "nan")[-1]["skipped_files"]) > 0
+    assert "not finite" in (tmp_path / "nan" / "skipped.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "EMPTY"], "no usable audio|no audio"),
+        (["--data", "MISSING"], "does not exist"),
+        (["--data", "COLUMNS"], "path"),
+        (["--config", "unknown"], "expected a YAML file or one of"),
+        (["train.stepps=3"], "did you mean 'train.steps'"),
+        (["train.device=quantum"], "train.device: 'quantum' cannot be used"),
+        (["--resume", "MISSING"], "expected a run folder"),
+        (["--resume"], "no run with a checkpoint"),
+        (["model.front_end.normalize=global", "model.targets.normalize=global"], "already standardises"),
+        (["data.crop_seconds=0.01"], "data: "),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "columns.csv").write_text("file,seconds\na.wav,1\n")
+    places = {
+        "EMPTY": str(tmp_path / "empty"),
+        "MISSING": str(tmp_path / "missing"),
+        "COLUMNS": str(tmp_path / "columns.csv"),
+    }
+    arguments = [places.get(argument, argument) for argument in arguments]
+    assert main(["--runs", str(tmp_path / "runs"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    import re
+
+    assert re.search(message, error), error
+
+
+def test_changed_data_is_refused(tmp_path, capsys):
+    data = tmp_path / "audio"
+    data.mkdir()
+    for number in range(3):
+        samples, rate = soundfile.read(tiny_dataset()[number].path)
+        soundfile.write(data / f"{number}.wav", samples, rate)
+    assert main(["--runs", str(tmp_path), "--name", "run", "--data", str(data), *QUICK]) == 0
+    (data / "2.wav").unlink()
+    assert main(["--resume", str(tmp_path / "run"), "train.steps=14"]) == 2
+    assert "training data changed" in capsys.readouterr().err
+
+
+def test_non_finite_steps_stop_with_advice(tmp_path, capsys):
+    blow_up = ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=null", "train.max_bad_steps=2"]
+    assert main(["--runs", str(tmp_path), "--name", "bad", *QUICK, *blow_up, "optimizer.warmup=0"]) == 2
+    assert "lower optimizer.learning_rate" in capsys.readouterr().err
+
+
+def test_existing_name_is_refused(tmp_path, uninterrupted, capsys):
+    assert main(["--runs", str(uninterrupted.parent), "--name", "whole", *QUICK]) == 2
+    assert "use --resume" in capsys.readouterr().err
+
+
+def test_bf16_autocast_and_compile(tmp_path):
+    options = ["train.precision=bf16", "train.compile=true", "train.steps=3"]
+    assert main(["--runs", str(tmp_path), "--name", "bf16", *QUICK, *options]) == 0
+    assert all(np.isfinite(float(row["loss"])) for row in read_metrics(tmp_path / "bf16")[1:])
