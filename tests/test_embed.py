@@ -1,0 +1,116 @@
+"""embed and stats: files in, features out, the same alone and in a batch."""
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from bestrq2 import embed, load, stats, train
+from bestrq2.data import load_audio, tiny_dataset
+
+QUICK = ["train.steps=2", "train.batch_size=2", "model.encoder.depth=2", "model.front_end.mean=-47.5"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert train.main(["--runs", str(runs), "--name", "run", "model.front_end.std=31.8", *QUICK]) == 0
+    return runs / "run"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "audio" / "deep er"
+    folder.mkdir(parents=True)
+    paths = [file.path for file in tiny_dataset()][:3]
+    for path in paths:
+        shutil.copy(path, folder)
+    long = np.concatenate([soundfile.read(path)[0] for path in paths])
+    soundfile.write(folder / "long.wav", np.stack([long, long], 1), 16000, subtype="FLOAT")
+    soundfile.write(folder / "blip.flac", long[:50], 16000)
+    (folder / "broken.ogg").write_bytes(b"OggS not really")
+    return tmp_path / "audio"
+
+
+def test_npy(run, folder, tmp_path, capsys):
+    assert embed.main([str(run), str(folder), "--out", str(tmp_path / "out"), "--batch-size", "3"]) == 0
+    assert "5 files embedded" in (captured := capsys.readouterr()).out
+    assert "broken.ogg" in captured.err
+    encoder = load(run)
+    clips = np.load(tmp_path / "out" / "clips.npy")
+    with (tmp_path / "out" / "index.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(clips) == 5
+    for row, clip in zip(rows, clips):
+        features = np.load(tmp_path / "out" / row["features"])
+        waveform = torch.from_numpy(load_audio(row["path"]))[None]
+        with torch.no_grad():
+            expected, count = encoder.encode(waveform)
+        assert features.shape == (int(row["frames"]), encoder.output_dim) == (int(count), 128)
+        np.testing.assert_allclose(features, expected[0].numpy(), atol=1e-5)
+        np.testing.assert_allclose(clip, features.mean(0), atol=1e-6)
+        assert abs(float(row["seconds"]) * 1000 - features.shape[0] * float(row["hop_ms"])) <= 2 * float(row["hop_ms"])
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_parquet_equals_npy(run, folder, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert embed.main([str(run), str(folder), "--out", str(tmp_path / "p"), "--format", "parquet"]) == 0
+    assert embed.main([str(run), str(folder), "--out", str(tmp_path / "n"), "--batch-size", "1"]) == 0
+    table = parquet.read_table(tmp_path / "p" / "features.parquet").to_pylist()
+    for row in table:
+        features = np.load(tmp_path / "n" / "features" / f"{row['name']}.npy")
+        np.testing.assert_allclose(np.reshape(row["features"], (row["frames"], row["width"])), features, atol=1e-5)
+
+
+def test_same_names_from_two_folders_are_kept_apart(run, folder, tmp_path):
+    single = str(next(folder.rglob("long.wav")))
+    assert embed.main([str(run), single, single, "--out", str(tmp_path / "out"), "--layer", "0"]) == 0
+    names = sorted(path.name for path in (tmp_path / "out" / "features").iterdir())
+    assert names == ["long.wav-2.npy", "long.wav.npy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "missing.wav"], "missing.wav"),
+        (["nowhere", "AUDIO"], "no intact checkpoint"),
+        (["RUN", "AUDIO", "--layer", "9"], r"--layer: expected 0..1, got 9"),
+        (["RUN", "BROKEN"], "no usable audio"),
+        (["RUN", "AUDIO", "--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_bad_input(run, folder, tmp_path, capsys, arguments, message):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.wav").touch()
+    places = {"RUN": str(run), "AUDIO": str(folder), "BROKEN": str(broken)}
+    assert embed.main([*(places.get(a, a) for a in arguments), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_load_is_frozen(run):
+    encoder = load(run)
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_stats_match_numpy(tmp_path, capsys):
+    out = tmp_path / "stats.yaml"
+    overrides = ["data.crop_seconds=3"]  # longer than the clips, so that all of every clip is measured
+    assert stats.main(["--out", str(out), *overrides]) == 0
+    from bestrq2.config import load_config
+    from bestrq2.models import build_encoder
+
+    log_mel = build_encoder(load_config("best_rq2_tiny").model).front_end
+    frames = [log_mel(torch.from_numpy(load_audio(file.path))[None])[0][0].numpy() for file in tiny_dataset()]
+    values = np.concatenate(frames).astype(np.float64)
+    text = out.read_text()
+    assert f"mean: {round(values.mean(), 4)}" in text
+    assert f"std: {round(values.std(), 4)}" in text
+    # The file is a recipe layer: it goes straight into --config.
+    out.write_text("based_on: best_rq2_tiny\n" + text)
+    assert load_config(str(out)).model.front_end.mean == round(values.mean(), 4)
