@@ -12,6 +12,7 @@ timed call are queued before it starts; gaps that a provider causes by waiting f
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -121,7 +122,16 @@ def time_calls(
                 output = _ = None  # free this provider's results before the next one allocates
             except Exception as error:
                 failed[name] = short_reason(error)
+            if name in failed:
+                release(case.device)
     return times, failed
+
+
+def release(device: torch.device) -> None:
+    """Give cached GPU memory back."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def set_limit(rows: Sequence[Row], limit_ms: float) -> None:
@@ -176,6 +186,8 @@ def measure(
             row.update(status="failed", note=str(reason))
         except Exception as error:
             row.update(status="failed", note=short_reason(error))
+        if row["status"] == "failed":
+            release(case.device)
     say(f"{case.op} {case.shape} {common['dtype']}: timing {len(calls)} providers")
     finished: list[Row] = []
     for cache in caches:

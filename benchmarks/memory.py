@@ -70,9 +70,6 @@ class ResidentPeak:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         self.before = _status_bytes("VmRSS")
-        self.restart()
-
-    def restart(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
     def bytes(self) -> int:
@@ -85,9 +82,6 @@ class CudaPeak:
     def __init__(self) -> None:
         torch.cuda.synchronize()
         self.before = torch.cuda.memory_allocated()
-        self.restart()
-
-    def restart(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 
     def bytes(self) -> int:
@@ -103,10 +97,10 @@ def _status_bytes(key: str) -> int:
 
 
 def peak_bytes(case: Case, call: Callable[[], Any]) -> int:
-    """Peak of a prepared and warm ``call``, above its inputs and results.
+    """Room that a prepared and warm ``call`` with its backward needs beyond inputs, output and gradients.
 
-    The larger of: the forward's peak less its output, and the backward's peak (what the forward saved included) less
-    output and gradients, as if these had been allocated when the backward began.
+    That is the peak of forward and backward together less the bytes of output and gradients, which every way of
+    computing them has to hold in the end; whether it fills a gradient early, as some forwards do, makes no difference.
     """
 
     def size(tensors: Iterable[Any]) -> int:
@@ -114,13 +108,9 @@ def peak_bytes(case: Case, call: Callable[[], Any]) -> int:
 
     peak = CudaPeak() if case.device.type == "cuda" else ResidentPeak()
     output = call()
-    results = size(output if isinstance(output, (tuple, list)) else (output,))
-    extra = peak.bytes() - results
-    if case.differentiable:
-        peak.restart()
-        gradients = case.backward(first(output))
-        extra = max(extra, peak.bytes() - results - size(gradients))
-    return max(0, extra)
+    gradients = case.backward(first(output)) if case.differentiable else ()
+    reached = peak.bytes()
+    return max(0, reached - size(output if isinstance(output, (tuple, list)) else (output,)) - size(gradients))
 
 
 class Worker:

@@ -47,7 +47,7 @@ def _figure(op: str, groups: dict[tuple[str, ...], list[Row]], path: Path) -> No
         time_axis.set_title(f"{shape}  {dtype}  {cache}", fontsize=9, loc="left")
         _memory(memory_axis, group)
     axes[-1, 0].set_xlabel("ms, log scale: forward solid, backward pale; dashed: the machine's limit")
-    axes[-1, 1].set_xlabel("peak MB above inputs and results, log scale")
+    axes[-1, 1].set_xlabel("MB needed beyond inputs and results, log scale")
     row = next(iter(groups.values()))[0]
     figure.suptitle(
         f"{op} on {row['device']}, {row['threads']} threads, "

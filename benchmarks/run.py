@@ -23,6 +23,7 @@ if not __package__:  # a script: make `benchmarks` and, in an uninstalled checko
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from bestrq2.kernels import tuning
 
 from benchmarks import report
 from benchmarks.common import Work, select
@@ -87,6 +88,8 @@ def run(options: argparse.Namespace, command: str) -> list[Row]:
     try:
         for op in options.ops or available_ops():
             module = importlib.import_module(f"benchmarks.{op}")
+            if device.type == "cuda" and not (tuning.FOLDER / op / tuning.device_file(machine.device)).exists():
+                print(f"{op}: default tiles; `python benchmarks/tune.py {op}` finds those of this GPU\n")
             shapes = options.shapes or (module.QUICK_SHAPES if options.quick else module.SHAPES[device.type])
             dtypes = options.dtype or (module.DTYPES[device.type][:1] if options.quick else module.DTYPES[device.type])
             for shape in shapes:

@@ -173,7 +173,7 @@ def test_plot_is_drawn(tmp_path):
 
 
 @pytest.mark.skipif(memory.obstacle() is not None, reason=str(memory.obstacle()))
-@pytest.mark.parametrize(("forward", "backward"), [(2, 0), (1, 3)])
+@pytest.mark.parametrize(("forward", "backward"), [(3, 0), (1, 3)])
 @pytest.mark.parametrize("megabytes", [8, 64])
 def test_peak_memory_of_known_allocation(megabytes, forward, backward):
     """In a process of its own, as the benchmark does, so that this process keeps its allocator's defaults."""
@@ -207,8 +207,8 @@ print(memory.peak_bytes(case, call))
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    # The gradient of x is a result and does not count.
-    assert int(result.stdout) == pytest.approx(max(forward, backward) * 1e6 * megabytes, rel=0.1, abs=5e5)
+    # x long: its gradient, which must be held in the end, makes room that the forward may use before.
+    assert int(result.stdout) == pytest.approx(max(forward - 1, backward) * 1e6 * megabytes, rel=0.1, abs=5e5)
 
 
 @pytest.mark.skipif(memory.obstacle() is not None, reason=str(memory.obstacle()))
