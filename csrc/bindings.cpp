@@ -1,10 +1,14 @@
 // The only file that knows Python. Tensors arrive as addresses and sizes that bestrq2.ops has already validated.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "chunked_attention.h"
 #include "isa.h"
 #include "masked_cross_entropy.h"
 #include "parallel.h"
@@ -25,6 +29,38 @@ bestrq2::Float float_type(const std::string& name) {
   if (name == "float16") return bestrq2::Float::f16;
   if (name == "float64") return bestrq2::Float::f64;
   throw std::invalid_argument("expected float32, bfloat16, float16 or float64, got " + name);
+}
+
+bestrq2::Frames frames(const py::dict& arguments, const char* name) {
+  if (!arguments.contains(name)) return {};
+  const auto f = arguments[name].cast<std::array<std::int64_t, 4>>();  // address, then strides of batch, head, frame
+  return {at<void>(static_cast<std::uintptr_t>(f[0])), f[1], f[2], f[3]};
+}
+
+// Backward-only entries may be missing. Addresses of absent tensors are 0.
+bestrq2::ChunkedAttention chunked_attention(const py::dict& d) {
+  const auto integer = [&](const char* name) { return d[name].cast<std::int64_t>(); };
+  const auto floats = [&](const char* name) { return at<float>(d.contains(name) ? integer(name) : 0); };
+  bestrq2::ChunkedAttention a{};
+  a.type = float_type(d["type"].cast<std::string>());
+  a.batch = integer("batch"), a.heads = integer("heads"), a.head_dim = integer("head_dim");
+  a.query_length = integer("query_length"), a.key_length = integer("key_length");
+  a.query = frames(d, "query"), a.key = frames(d, "key"), a.value = frames(d, "value"), a.out = frames(d, "out");
+  a.logsumexp = floats("logsumexp");
+  a.position = floats("position"), a.table_rows = integer("table_rows"), a.position_zero = integer("position_zero");
+  a.content_bias = floats("content_bias"), a.position_bias = floats("position_bias");
+  a.lengths = at<const std::int64_t>(integer("lengths")), a.starts = at<const std::int64_t>(integer("starts"));
+  const auto limit = [&](const char* name) {
+    return d[name].is_none() ? bestrq2::kUnlimited : std::min(integer(name), bestrq2::kUnlimited);
+  };
+  a.chunk_size = limit("chunk_size"), a.left_context = limit("left_context");
+  a.right_context = limit("right_context"), a.query_offset = integer("query_offset");
+  a.scale = d["scale"].cast<float>(), a.threads = static_cast<int>(integer("threads"));
+  a.grad = frames(d, "grad"), a.grad_query = frames(d, "grad_query");
+  a.grad_key = frames(d, "grad_key"), a.grad_value = frames(d, "grad_value");
+  a.grad_position = floats("grad_position");
+  a.grad_content_bias = floats("grad_content_bias"), a.grad_position_bias = floats("grad_position_bias");
+  return a;
 }
 
 }  // namespace
@@ -83,4 +119,14 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("logits"), py::arg("bf16"), py::arg("rows"), py::arg("classes"), py::arg("index"),
       py::arg("targets"), py::arg("weights"), py::arg("scale"), py::arg("label_smoothing"), py::arg("z_loss"),
       py::arg("gradient"), py::arg("losses"), py::arg("correct"), py::arg("threads"));
+  m.def("chunked_attention_forward", [](const py::dict& arguments) {
+    const auto a = chunked_attention(arguments);
+    const py::gil_scoped_release release;
+    bestrq2::chunked_attention_forward(a);
+  });
+  m.def("chunked_attention_backward", [](const py::dict& arguments) {
+    const auto a = chunked_attention(arguments);
+    const py::gil_scoped_release release;
+    bestrq2::chunked_attention_backward(a);
+  });
 }

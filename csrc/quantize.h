@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace bestrq2 {
+#include "float_type.h"
 
-enum class Float { f32, bf16, f16, f64 };
+namespace bestrq2 {
 
 struct Quantize {
   const void* x;  // (rows, features), any strides, in elements

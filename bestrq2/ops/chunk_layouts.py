@@ -96,7 +96,12 @@ class ChunkLayout:
         return asdict(self)
 
     def mask(
-        self, query_length: int, key_length: int | None = None, *, query_offset: int = 0, device: str = "cpu"
+        self,
+        query_length: int,
+        key_length: int | None = None,
+        *,
+        query_offset: int = 0,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """(Tq, Tk) bool, True where the query at ``query_offset + row`` sees the key ``column``."""
         query = torch.arange(query_length, device=device)[:, None] + query_offset

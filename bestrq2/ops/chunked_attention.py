@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import chunked_attention_cpu, reference
 from .chunk_layouts import ChunkLayout
 from .dispatch import choose_backend
+from .reference.chunked_attention import attend, logsumexp, scores
 
 __all__ = ["chunked_attention"]
 
@@ -189,7 +190,8 @@ _library.define(
 
 def _choose(query: Tensor, backend: str) -> str:
     """The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled."""
-    return choose_backend("chunked_attention", backend or None, {"reference": lambda: None})
+    obstacles = {"cpu": lambda: chunked_attention_cpu.obstacle(query), "reference": lambda: None}
+    return choose_backend("chunked_attention", backend or None, obstacles)
 
 
 @torch.library.impl("bestrq2::chunked_attention", "CompositeExplicitAutograd", lib=_library)
@@ -197,17 +199,19 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[
     position, _, _, _, _, chunk_size, left, right, offset, zero, _, backend = options
     if position is not None:
         _check_table(position, zero, ChunkLayout(chunk_size, left, right), query.shape[2], key.shape[2], offset)
-    _choose(query, backend)
-    out = torch.empty_like(query)
-    out.copy_(reference.chunked_attention(query, key, value, **_named(options)))
-    return out, query.new_zeros(query.shape[:3], dtype=torch.float32)
+    if _choose(query, backend) == "cpu":
+        return chunked_attention_cpu.forward(query, key, value, _named(options))
+    score, visible, value = scores(query, key, value, **_named(options))
+    return torch.empty_like(query).copy_(attend(score, visible, value)), logsumexp(score, visible).float()
 
 
 @torch.library.impl("bestrq2::chunked_attention_backward", "CompositeExplicitAutograd", lib=_library)
 def _backward(
     grad: Tensor, out: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    _choose(query, options[-1])
+    if _choose(query, options[-1]) == "cpu":
+        gradients = chunked_attention_cpu.backward(grad, out, logsumexp, query, key, value, _named(options))
+        return tuple(grad.new_empty((0,)) if x is None else x for x in gradients)
     return _reference_backward(grad, query, key, value, options)
 
 
@@ -218,8 +222,7 @@ def _reference_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
         out = reference.chunked_attention(*tensors[:3], **named)
     wanted = [x for x in tensors if x is not None]
     gradients = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True))
-    results = (grad.new_empty((0,)) if x is None else torch.empty_like(x).copy_(next(gradients)) for x in tensors)
-    return tuple(results)
+    return tuple(grad.new_empty((0,)) if x is None else torch.empty_like(x).copy_(next(gradients)) for x in tensors)
 
 
 def _named(options: Any) -> dict[str, Any]:

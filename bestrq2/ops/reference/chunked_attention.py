@@ -1,12 +1,34 @@
 """Specification of chunked attention with relative positions: the literal definition, T x T and all."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..chunk_layouts import ChunkLayout
 
 
-def chunked_attention(
+def chunked_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """See :func:`bestrq2.ops.chunked_attention`, whose keywords these are (without ``backend``).
+
+    Differentiable by autograd, any floating dtype, O(Tq * Tk) memory.
+    """
+    score, visible, value = scores(query, key, value, **options)
+    return attend(score, visible, value)
+
+
+def attend(score: Tensor, visible: Tensor, value: Tensor) -> Tensor:
+    """Average the values with the softmax of the visible scores; a row that sees nothing gives exactly 0."""
+    weights = score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
+    return weights.masked_fill(~visible, 0) @ value
+
+
+def logsumexp(score: Tensor, visible: Tensor) -> Tensor:
+    """Log-sum-exp (B, H, Tq) of each row's visible scores, 0 for a row that sees nothing."""
+    return score.masked_fill(~visible, -torch.inf).logsumexp(-1).masked_fill(~visible.any(-1), 0)
+
+
+def scores(
     query: Tensor,  # (B, H, Tq, d)
     key: Tensor,  # (B, H, Tk, d)
     value: Tensor,  # (B, H, Tk, d)
@@ -22,13 +44,13 @@ def chunked_attention(
     content_bias: Tensor | None = None,  # (H, d)
     position_bias: Tensor | None = None,  # (H, d)
     scale: float | None = None,
-) -> Tensor:
-    """See :func:`bestrq2.ops.chunked_attention`. Differentiable by autograd, any floating dtype, O(Tq * Tk) memory."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the scaled scores (B, H, Tq, Tk), which of them are visible, and the values with their padding zeroed."""
     frames, keys = query.shape[2], key.shape[2]
     i = torch.arange(frames, device=query.device) + query_offset
     j = torch.arange(keys, device=query.device)
     layout = ChunkLayout(chunk_size, left_context, right_context)
-    visible = layout.mask(frames, keys, query_offset=query_offset, device=str(query.device))
+    visible = layout.mask(frames, keys, query_offset=query_offset, device=query.device)
     # Padding is zeroed on entry, so that NaN in it reaches neither the output nor a gradient.
     for padded_i, padded_j in _padding(i, j, lengths, starts):  # (B, Tq), (B, Tk)
         query = query.masked_fill(padded_i[:, None, :, None], 0)
@@ -44,9 +66,7 @@ def chunked_attention(
         zero = (position.shape[1] - 1) // 2 if position_zero is None else position_zero
         row = (zero + i[:, None] - j).clamp(0, position.shape[1] - 1)  # clamped rows are invisible
         score = score + by_offset.gather(-1, row.expand(*score.shape))
-    score = score * (query.shape[-1] ** -0.5 if scale is None else scale)
-    weights = score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
-    return weights.masked_fill(~visible, 0) @ value  # a row that sees nothing is exactly 0
+    return score * (query.shape[-1] ** -0.5 if scale is None else scale), visible, value
 
 
 def _padding(i: Tensor, j: Tensor, lengths: Tensor | None, starts: Tensor | None) -> list[tuple[Tensor, Tensor]]:
