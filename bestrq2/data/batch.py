@@ -1,10 +1,13 @@
 """Batches of training samples: batch k of a run is a pure function of (dataset, batch size, k)."""
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import Any
 
 import numpy as np
@@ -121,7 +124,7 @@ def _deliver(
         method = start_method or ("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
         context = get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(["bestrq2.data.batch"])  # torch is imported once, not in every worker
+            context.set_forkserver_preload(["bestrq2.data.worker_server"])
         options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "worker_init_fn": _start_worker}
     loader = DataLoader(
         _Guarded(dataset),
@@ -192,6 +195,28 @@ def _collate_or_fail(samples: list[Any]) -> Batch | _Failure:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group: the main process ends the run and its workers, without their tracebacks.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The main process may want to finish its step and
+    # save; it ends its workers itself, and they end on their own should it be gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = _report_unless_disconnected
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    # The thread that hands batches over prints a traceback if the main process stops in the middle of receiving one.
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process is gone, even if it was killed.
+
+    The loader's own watch looks at the parent's process id, which for a forkserver is the server; and the server waits
+    for the workers, so without this all of them would stay for ever.
+    """
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -91,7 +91,11 @@ def discover_folder(folder: str | os.PathLike[str]) -> FolderListing:
         ignored["(unreadable folder)"] += 1
 
     for where, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(where)
+        try:
+            status = os.stat(where)
+        except OSError as error:
+            unreadable(error)
+            continue
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()  # reached by a link before: a loop, or the same files twice
             continue

@@ -117,7 +117,11 @@ def scan(
 
     threads = num_threads or min(16, 2 * (os.cpu_count() or 1))
     with tqdm(total=len(files), desc="checking" if check else "scanning", unit="file", disable=not progress) as bar:
-        for result in _in_order(look, files, threads):
+        closed = [item for item in files if check or item.duration is None]
+        looked = _in_order(look, closed, threads)
+        for item in files:
+            # Not through the pool, which would take longer for a million known files than all the rest of this.
+            result = next(looked) if check or item.duration is None else look(item)
             bar.update()
             if isinstance(result, tuple):
                 result, sha256 = result

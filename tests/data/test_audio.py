@@ -1,10 +1,12 @@
 """Decoding: every format and rate gives the same sound, a part equals that part of the whole, info tells the truth."""
 
+import os
+
 import numpy as np
 import pytest
 import soundfile
 
-from bestrq2.data import audio, audio_info, load_audio, tiny_dataset
+from bestrq2.data import AudioError, audio, audio_info, load_audio, tiny_dataset
 
 from .conftest import FORMATS, convert
 
@@ -147,6 +149,13 @@ def test_unusual_names(tmp_path, speech):
     for name in ("with space.wav", "Übung 音声 🎵.wav", "new\nline.wav", "-dash.wav", "UPPER.WAV", "a'b\"c.wav"):
         path = convert(tmp_path / name, speech, 16000)
         assert len(load_audio(path)) == len(load_audio(str(path))) == len(speech)
+    not_utf8 = os.fsdecode(os.fsencode(path.parent) + b"/latin-\xe9.wav")
+    path.rename(not_utf8)
+    assert len(load_audio(not_utf8)) == len(speech)
+    os.truncate(not_utf8, 0)
+    with pytest.raises(AudioError) as caught:
+        load_audio(not_utf8)
+    assert str(caught.value).encode().endswith(rb"latin-\xe9.wav: empty file")
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
@@ -154,7 +163,7 @@ def test_unusual_names(tmp_path, speech):
 def test_very_short_clips(tmp_path, count, rate):
     soundfile.write(tmp_path / "x.wav", np.full(count, 0.25, np.float32), rate, subtype="FLOAT")
     if round(count * 16000 / rate) == 0:
-        with pytest.raises(audio.AudioError, match="no samples"):
+        with pytest.raises(AudioError, match="no samples"):
             load_audio(tmp_path / "x.wav")
         return
     waveform = load_audio(tmp_path / "x.wav")
