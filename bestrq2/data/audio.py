@@ -50,7 +50,7 @@ TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a 
 LARGEST_SAMPLE = 2.0**31
 SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 _LOSSY = ("VORBIS", "OPUS", "MPEG")
-_EXACT_SECONDS = 60.0
+_EXACT_SECONDS = 30.0
 _PREROLL_SECONDS = 1.0
 _MARGIN = 400  # samples at the lower of the two rates; soxr's HQ filter is shorter than 200
 _BLOCK = 1 << 18  # samples of all channels decoded at once
@@ -151,7 +151,7 @@ def load_audio(
 
     A part is what ``load_audio(path, sampling_rate)[round(start * sampling_rate):][:round(duration * sampling_rate)]``
     would be, but only the needed samples and the filter's margin are decoded, on the same resampling grid. It is equal
-    to 1e-6 for WAV, AIFF and FLAC at any position, and for Ogg, Opus and MP3 in their first 60 seconds, where decoding
+    to 1e-6 for WAV, AIFF and FLAC at any position, and for Ogg, Opus and MP3 in their first 30 seconds, where decoding
     from the beginning is as cheap. Beyond, lossy formats are entered by seeking, with one second of pre-roll for the
     decoder's state; libsndfile then lands some milliseconds off now and then in Vorbis.
 

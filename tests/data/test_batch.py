@@ -170,6 +170,7 @@ def _group_ends(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signals", "status"), [("SIGINT", 130), ("SIGTERM", 0), ("SIGKILL", -signal.SIGKILL)], ids=lambda value: str(value)
 )
