@@ -148,12 +148,12 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """``grad * scale`` in the dtype of ``grad``, in place where no second backward can read ``grad`` again."""
-    if torch.compiler.is_compiling() or _graph_is_retained():
-        return (grad * scale).to(grad.dtype)
     # A CPU scalar can be read without waiting for anything, and it usually is 1.
-    if scale.device.type == "cpu" and scale.item() == 1.0:
+    free = not (torch.compiler.is_compiling() or _graph_is_retained())
+    if free and scale.device.type == "cpu" and scale.item() == 1.0:
         return grad
-    return grad.mul_(scale)
+    scale = scale.reshape(1)  # a tensor without dimensions would first be rounded to the dtype of grad
+    return grad.mul_(scale) if free else (grad * scale).to(grad.dtype)
 
 
 def _graph_is_retained() -> bool:
@@ -258,15 +258,27 @@ def _run(
         "masked_cross_entropy",
         backend or None,
         {
-            "triton": lambda: "not implemented",
+            "triton": lambda: _triton_obstacle(hidden),
             "cpu": lambda: _cpu_obstacle(hidden),
             "reference": lambda: None,
         },
     )
     wanted = (grad_hidden, grad_weight, grad_bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        run = {"cpu": run_cpu, "reference": _run_reference}[chosen]
+        run = {"triton": _run_triton, "cpu": run_cpu, "reference": _run_reference}[chosen]
         return run(hidden, weight, targets, row_weights, bias, normalize, dtype, label_smoothing, z_loss, wanted)
+
+
+def _triton_obstacle(hidden: Tensor) -> str | None:
+    if hidden.dtype == torch.float64:
+        return "it computes in fp32, bf16 and fp16, not in fp64"
+    return native.triton_obstacle(hidden.device)
+
+
+def _run_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from bestrq2.kernels.masked_cross_entropy import masked_cross_entropy
+
+    return masked_cross_entropy(*arguments)
 
 
 def _cpu_obstacle(hidden: Tensor) -> str | None:

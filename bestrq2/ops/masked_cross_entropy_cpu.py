@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import native
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Bytes of logits kept at a time: half or twice as many are within the noise; see kernels/README.md."""
 
 MIN_CHUNK_ROWS = 128

@@ -1,0 +1,21 @@
+"""Every shipped configuration of the masked cross-entropy kernel compiles for every supported GPU, without spills."""
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
+
+from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for  # noqa: E402
+from bestrq2.kernels.masked_cross_entropy import compile_cases  # noqa: E402
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize("case", compile_cases(), ids=lambda case: case["name"])
+def test_compiles_without_spills(case, architecture):
+    report = compile_for(CompileCase(**case), architecture)
+    print(f"{case['name']} sm_{architecture}: {report.registers} registers, {report.shared_bytes} B shared")
+    assert report.spill_bytes == 0
+    assert report.shared_bytes <= SHARED_LIMIT[architecture]
