@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -32,14 +32,19 @@ MEASURED = "measured in this run"
 class Work:
     """Unavoidable work of one call: ``flops`` in ``arithmetic``, ``bytes`` of memory traffic, ``elementwise`` scores.
 
+    ``flops`` may also map several arithmetics to their parts, which then add up.
     ``elementwise`` counts values that each need at least one comparison or exponential outside the matrix units; it
     bounds only devices that state such a rate.
     """
 
-    flops: float
+    flops: float | Mapping[str, float]
     bytes: float
     arithmetic: str = "float32"
     elementwise: float = 0.0
+
+    def parts(self) -> Mapping[str, float]:
+        """FLOPs of each arithmetic."""
+        return self.flops if isinstance(self.flops, Mapping) else {self.arithmetic: self.flops}
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Machine:
         """Shortest time for some works one after the other, each bound by the slowest of its resources alone."""
         return 1e3 * sum(
             max(
-                work.flops / self.flops[work.arithmetic],
+                sum(flops / self.flops[arithmetic] for arithmetic, flops in work.parts().items()),
                 work.bytes / self.bandwidth,
                 work.elementwise / self.elementwise,
             )
@@ -66,11 +71,12 @@ class Machine:
             if work is not None
         )
 
-    def measure_again(self, arithmetic: str) -> None:
-        """Raise the rates if the machine does better now; only for measured ones."""
+    def measure_again(self, work: Work) -> None:
+        """Raise the rates that ``work`` needs if the machine does better now; only measured ones."""
         if self.source == MEASURED:
             device = torch.device(self.kind)
-            self.flops[arithmetic] = max(self.flops[arithmetic], matmul_rate(getattr(torch, arithmetic), device))
+            for name in work.parts():
+                self.flops[name] = max(self.flops[name], matmul_rate(getattr(torch, name), device))
             self.bandwidth = max(self.bandwidth, copy_rate(device))
 
     def describe(self) -> str:
@@ -97,7 +103,7 @@ def describe_machine(device: torch.device) -> Machine:
                 return Machine(name, "cuda", threads, flops, bandwidth, "stated peaks", elementwise)
     else:
         name = _cpu_name()
-    flops = {str(dtype)[6:]: matmul_rate(dtype, device) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    flops = {name: matmul_rate(getattr(torch, name), device) for name in ("float32", "float16", "bfloat16", "int8")}
     return Machine(name, device.type, threads, flops, copy_rate(device), MEASURED)
 
 
@@ -130,13 +136,17 @@ def _best_seconds(call: Callable[[], object], device: torch.device, seconds: flo
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of square matrix products, doubled in size until one takes 5 ms (a CPU without fp16 units is slow)."""
+    """FLOP/s (int8: operations/s) of square matrix products.
+
+    The size is doubled until a product takes 5 ms, because a CPU without fp16 units is slow.
+    """
+    product = torch._int_mm if dtype == torch.int8 else torch.mm
     size, seconds = 256, 0.0
     while seconds < 5e-3 and size < 16384:
         size *= 2
         a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-        seconds = _best_seconds(partial(torch.mm, a, b), device, 0.02)
-    return 2 * size**3 / min(seconds, _best_seconds(partial(torch.mm, a, b), device))
+        seconds = _best_seconds(partial(product, a, b), device, 0.02)
+    return 2 * size**3 / min(seconds, _best_seconds(partial(product, a, b), device))
 
 
 def copy_rate(device: torch.device) -> float:

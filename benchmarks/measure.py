@@ -165,7 +165,7 @@ def measure(
     ``worker`` measures CPU peak memory (None: leave it out). Skipped and failed providers get a row with the reason.
     """
     torch.compiler.reset()  # else dynamo's recompilation limit would silently send later shapes to eager mode
-    machine.measure_again(case.work.arithmetic)
+    machine.measure_again(case.work)
     limit_ms = machine.limit_ms(case.work, case.backward_work)
     common = {
         **dict.fromkeys(FIELDS, ""),

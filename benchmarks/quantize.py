@@ -49,9 +49,12 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     projection = (torch.rand(*lead, features, width, generator=generator) * 2 - 1) * bound
     codebook = F.normalize(torch.randn(*lead, codes, width, generator=generator), dim=-1)
     x = seeded(rows, features, dtype=dtype, device=device)
-    products = 2.0 * rows * features * width * count + 2.0 * rows * codes * width * count
-    # On tensor cores exact codes take three passes of 16-bit products; a CPU does them once, in fp32.
-    passes, arithmetic = (3, "bfloat16") if device.type == "cuda" else (1, "float32")
+    projecting = 2.0 * rows * features * width * count
+    searching = 2.0 * rows * codes * width * count
+    if device.type == "cuda":  # exact codes take three passes of 16-bit products on tensor cores
+        flops = {"bfloat16": 3 * (projecting + searching)}
+    else:  # every code has to be looked at, but 8 bits can rule out most of them
+        flops = {"float32": projecting, "int8": searching}
     constants = 4 * count * width * (features + codes)
     return Case(
         op=OP,
@@ -60,9 +63,8 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         device=device,
         inputs={"x": x, "projection": projection.to(device), "codebook": codebook.to(device)},
         work=Work(
-            flops=passes * products,
+            flops=flops,
             bytes=x.numel() * x.element_size() + 8.0 * rows * count + constants,
-            arithmetic=arithmetic,
             elementwise=float(rows) * codes * count,
         ),
         gold=_gold,

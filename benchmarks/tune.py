@@ -103,12 +103,20 @@ def _text(config: Config) -> str:
     return " ".join(f"{name}={value}" for name, value in config.items())
 
 
+def candidates_of(op: str) -> Mapping[str, Sequence[Config]]:
+    """What ``bestrq2.kernels.<op>`` lists to be tried."""
+    module = importlib.import_module(f"bestrq2.kernels.{op}")
+    if not hasattr(module, "CANDIDATES"):
+        raise NotImplementedError(f"{module.__name__} lists no CANDIDATES to tune")
+    return module.CANDIDATES
+
+
 def tune(
     op: str, device: torch.device, device_name: str | None, say: Callable[[str], None] = print
 ) -> dict[str, Config]:
     """The best configurations of ``op`` on ``device``, starting from those in use there now."""
     benchmark = importlib.import_module(f"benchmarks.{op}")
-    candidates = importlib.import_module(f"bestrq2.kernels.{op}").CANDIDATES
+    candidates = candidates_of(op)
     provider = next(provider for provider in benchmark.PROVIDERS if provider.name == "bestrq2[triton]")
     default = (benchmark.SHAPES["cuda"][0], benchmark.DTYPES["cuda"][0])
     budget = Budget(seconds=0.2, at_least=5, at_most=50)

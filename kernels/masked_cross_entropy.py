@@ -26,6 +26,15 @@ from .tuning import load_configs
 
 OP = "masked_cross_entropy"
 
+CANDIDATES = {
+    "softmax_gradient": [
+        {"BLOCK_V": block, "num_warps": warps, "num_stages": 1}
+        for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16))
+    ],
+    # Logits held at once: more than 48 MiB would no longer stay in the L2 cache of any GPU of today.
+    "chunk": [{"bytes": mebibytes * 2**20, "rows_multiple": 128} for mebibytes in (8, 12, 16, 24, 32, 48)],
+}
+
 
 @triton.jit
 def softmax_gradient_kernel(

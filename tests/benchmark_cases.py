@@ -17,7 +17,7 @@ if "benchmarks" not in sys.modules:  # by path: the package is not installed, an
 from benchmarks import common, machine, measure  # noqa: E402
 
 CPU = torch.device("cpu")
-MACHINE = machine.Machine("test machine", "cpu", 1, {"float32": 1e9, "bfloat16": 2e9}, 1e9, "invented")
+MACHINE = machine.Machine("test machine", "cpu", 1, {"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9, "invented")
 FACTS = dict.fromkeys(("python", "torch", "triton", "bestrq2", "commit", "command"), "x") | {"date": "2026-01-02T03"}
 
 

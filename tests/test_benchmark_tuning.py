@@ -14,6 +14,17 @@ def test_tuning_needs_a_gpu_and_says_so(capsys, monkeypatch):
     assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("op", tune.tunable_ops())
+def test_candidates_have_the_form_of_the_shipped_configuration(op):
+    pytest.importorskip("triton")
+    shipped = tuning.load_configs(op)
+    for kernel, configs in tune.candidates_of(op).items():
+        assert kernel in shipped
+        assert len(configs) > 1
+        for config in configs:
+            assert set(config) == set(shipped[kernel]), f"{op} {kernel}: {config}"
+
+
 def test_search_takes_the_fastest_usable_candidate_of_each_kernel():
     times = {16: 5.0, 32: 3.0, 64: 2.99, 128: 1.0}  # 64 is within the noise of 32; 128 does not work
     asked = []

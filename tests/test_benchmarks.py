@@ -271,6 +271,8 @@ def test_limit_is_the_slowest_resource():
     assert MACHINE.limit_ms(common.Work(flops=3e6, bytes=1e6)) == pytest.approx(3.0)
     assert MACHINE.limit_ms(common.Work(flops=3e6, bytes=1e6, arithmetic="bfloat16")) == pytest.approx(1.5)
     assert MACHINE.limit_ms(common.Work(flops=3e6, bytes=7e6)) == pytest.approx(7.0)
+    assert MACHINE.limit_ms(common.Work({"float32": 3e6, "bfloat16": 3e6}, bytes=1e6)) == pytest.approx(4.5)
+    assert MACHINE.limit_ms(common.Work(3e6, 1e6), common.Work(1e6, 2e6), None) == pytest.approx(5.0)
 
 
 def test_command_line_runs_saves_and_makes_the_readme_table(tmp_path, capsys, monkeypatch):
