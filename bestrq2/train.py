@@ -24,8 +24,8 @@ from bestrq2 import ops
 from bestrq2.checkpoint import Checkpoint, CheckpointError, newest_intact, save_checkpoint
 from bestrq2.config import Config, ConfigError, config_to_dict, load_config, recipe_names, with_overrides
 from bestrq2.data import AudioError, Batch, CropDataset, DataError, ManifestError, batches, collect, tiny_dataset
+from bestrq2.hashing import mix
 from bestrq2.layers.code_usage import CodeUsage
-from bestrq2.layers.counter_random import mix
 from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2, build_encoder, build_model
 from bestrq2.models.build import load_weights

@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 
 from bestrq2.data.audio import AudioError, DataError, Skip, audio_info, load_audio
 from bestrq2.data.manifest import AudioFile
-from bestrq2.data.order import SampleOrder, mix, permute, uniform
+from bestrq2.data.order import SampleOrder, permute
+from bestrq2.hashing import mix, uniform
 
 __all__ = ["CropDataset", "DataError", "Sample"]
 

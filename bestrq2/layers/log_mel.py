@@ -92,7 +92,9 @@ class LogMel(nn.Module):
             )
         self.sampling_rate, self.n_fft, self.win_length, self.hop_length = sampling_rate, n_fft, win_length, hop_length
         self.num_mels = num_mels
-        self.register_buffer("window", torch.hann_window(win_length, dtype=torch.float64, device="cpu"), persistent=False)
+        self.register_buffer(
+            "window", torch.hann_window(win_length, dtype=torch.float64, device="cpu"), persistent=False
+        )
         filters = mel_filters(n_fft, num_mels, sampling_rate, f_min, f_max)
         self.register_buffer("filters", filters.double(), persistent=False)
         for name, value in (("mean", mean), ("std", std)):

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .counter_random import mix, random_keys, uniform
+from bestrq2.hashing import mix, uniform
+
+from .counter_random import random_keys
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from bestrq2.data.order import SampleOrder, mix, permute, uniform
+from bestrq2.data.order import SampleOrder, permute
+from bestrq2.hashing import mix, uniform
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 24, 25, 26, 101, 1000, 4097])

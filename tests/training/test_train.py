@@ -63,7 +63,8 @@ def test_run_folder(uninterrupted):
     assert {"config.yaml", "versions.json", "metrics.csv", "report.png", "tensorboard", "checkpoints"} <= names
     rows = read_metrics(uninterrupted)
     assert [int(row["step"]) for row in rows] == list(range(13))
-    assert rows[0]["loss"] == "" and float(rows[0]["perplexity"]) > 1  # usage is known before the first update
+    assert rows[0]["loss"] == ""
+    assert float(rows[0]["perplexity"]) > 1  # usage is known before the first update
     assert all(0 < float(row["mfu"]) < 1.5 and 0 <= float(row["data_wait"]) <= 1 for row in rows[1:])
     assert [p.name for p in list_checkpoints(uninterrupted / "checkpoints")] == [
         "step-00000004",
@@ -96,7 +97,8 @@ def test_killed_run_continues_as_if_nothing_happened(tmp_path, uninterrupted, wo
     process.send_signal(signal.SIGKILL)
     process.wait()
     saved = list_checkpoints(tmp_path / "killed" / "checkpoints")
-    assert saved and saved[-1].name != "step-00000012", "killed too late for this test"
+    assert saved
+    assert saved[-1].name != "step-00000012", "killed too late for this test"
     assert main(["--resume", str(tmp_path / "killed")]) == 0
     assert curve(tmp_path / "killed") == curve(uninterrupted)
     assert_same_weights(tmp_path / "killed", uninterrupted)
