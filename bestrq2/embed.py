@@ -3,9 +3,9 @@
     python -m bestrq2.embed runs/best_rq2_tiny-001 recording.wav --out features
     python -m bestrq2.embed runs/best_rq2_tiny-001 FOLDER other.flac --out features --format parquet
 
-``--format npy`` writes ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width) with the mean
-over the frames of each file, and ``index.csv``; ``--format parquet`` writes one ``features.parquet`` with a row per file.
-Files of any length are processed in windows; a file gives the same features alone and in any batch.
+``--format npy`` writes ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width) with the
+mean over the frames of each file, and ``index.csv``. ``--format parquet`` writes one ``features.parquet`` with a row
+per file. Files of any length are processed in windows; a file gives the same features alone and in any batch.
 """
 
 import argparse
