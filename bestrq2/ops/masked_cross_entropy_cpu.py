@@ -44,16 +44,18 @@ def run_cpu(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, ...]:
     """What the operator ``bestrq2::masked_cross_entropy`` returns, for fp32, bf16 and fp16 CPU tensors."""
-    if dtype == torch.float16:
+    half = dtype == torch.float16
+    if half:
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
     rows, num_classes = hidden.shape[0], weight.shape[0]
     losses, correct = torch.zeros(rows), torch.zeros(rows)
-    factor = torch.ones(())
-
     weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
     index = None if weights is None else weights.nonzero().squeeze(1)  # (M,)
     count = rows if index is None else len(index)
-    total = count if weights is None else weights.sum().item()
+    total = (count if weights is None else weights.sum().item()) or 1
+    # Divided by many rows, fp16 gradients would leave the range of fp16.
+    divisor = total if normalize else 1
+    scale, factor = (1.0, torch.tensor(1 / divisor)) if half else (1 / divisor, torch.ones(()))
     if count == 0:
         sources = (hidden, weight, weight if bias is None else bias)
         grads = [x.new_zeros(x.shape if want else 0) for x, want in zip(sources, wanted)]
@@ -89,7 +91,7 @@ def run_cpu(
             index=0 if chosen is None else chosen.data_ptr(),
             targets=targets[offset:].data_ptr(),
             weights=0 if weights is None else weights.data_ptr(),
-            scale=1 / total if normalize else 1.0,
+            scale=scale,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             gradient=any(wanted),
@@ -109,9 +111,9 @@ def run_cpu(
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
     del buffer, logits, h  # before the gradients are converted
-    accuracy = (correct.sum() if weights is None else torch.dot(correct, weights)) / (total or 1)
+    accuracy = (correct.sum() if weights is None else torch.dot(correct, weights)) / total
     return (
-        losses,
+        losses * factor if half else losses,
         accuracy,
         factor,
         grad_hidden,
