@@ -1,5 +1,6 @@
 """Attention in chunks with Transformer-XL relative positions: memory linear in the length, deterministic gradients."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from . import chunked_attention_cpu, reference
 from .chunk_layouts import ChunkLayout
 from .dispatch import choose_backend
+from .native import triton_obstacle
 from .reference.chunked_attention import attend, logsumexp, scores
 
 __all__ = ["chunked_attention"]
@@ -55,8 +57,8 @@ def chunked_attention(
     threads. Inside autocast the inputs are cast to the autocast dtype; scores and sums are fp32 whatever the dtype.
 
     Args:
-        query: (B, H, Tq, d), fp32, bf16, fp16 or fp64, of any strides; d <= 256 for the compiled backends, which
-            do not take fp64.
+        query: (B, H, Tq, d), fp32, bf16, fp16 or fp64, of any strides; d <= 256 for the compiled backends (Triton in
+            fp32: d <= 64), which do not take fp64.
         key: (B, H, Tk, d), dtype of query.
         value: (B, H, Tk, d), dtype of query.
         chunk_size: frames per chunk, counted from position 0 whatever the offset; None: one chunk for everything.
@@ -190,8 +192,27 @@ _library.define(
 
 def _choose(query: Tensor, backend: str) -> str:
     """The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled."""
-    obstacles = {"cpu": lambda: chunked_attention_cpu.obstacle(query), "reference": lambda: None}
+    obstacles = {
+        "triton": lambda: _triton_obstacle(query),
+        "cpu": lambda: chunked_attention_cpu.obstacle(query),
+        "reference": lambda: None,
+    }
     return choose_backend("chunked_attention", backend or None, obstacles)
+
+
+def _triton_obstacle(query: Tensor) -> str | None:
+    if query.dtype == torch.float64:
+        return "float64 runs on the reference backend only"
+    if query.shape[-1] > chunked_attention_cpu.MAX_HEAD_DIM:
+        return f"head size {query.shape[-1]} exceeds {chunked_attention_cpu.MAX_HEAD_DIM}"
+    if query.dtype == torch.float32 and query.shape[-1] > 64:
+        return f"head size {query.shape[-1]} in fp32 exceeds 64 (its tiles would spill registers): use bf16 or fp16"
+    return triton_obstacle(query.device)
+
+
+def _compiled(name: str) -> Any:
+    """The module whose forward() and backward() run a compiled backend; triton is imported at the first call."""
+    return chunked_attention_cpu if name == "cpu" else import_module("bestrq2.kernels.chunked_attention.launch")
 
 
 @torch.library.impl("bestrq2::chunked_attention", "CompositeExplicitAutograd", lib=_library)
@@ -199,8 +220,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[
     position, _, _, _, _, chunk_size, left, right, offset, zero, _, backend = options
     if position is not None:
         _check_table(position, zero, ChunkLayout(chunk_size, left, right), query.shape[2], key.shape[2], offset)
-    if _choose(query, backend) == "cpu":
-        return chunked_attention_cpu.forward(query, key, value, _named(options))
+    chosen = _choose(query, backend)
+    if chosen != "reference":
+        return _compiled(chosen).forward(query, key, value, _named(options))
     score, visible, value = scores(query, key, value, **_named(options))
     return torch.empty_like(query).copy_(attend(score, visible, value)), logsumexp(score, visible).float()
 
@@ -209,8 +231,9 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[
 def _backward(
     grad: Tensor, out: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    if _choose(query, options[-1]) == "cpu":
-        gradients = chunked_attention_cpu.backward(grad, out, logsumexp, query, key, value, _named(options))
+    chosen = _choose(query, options[-1])
+    if chosen != "reference":
+        gradients = _compiled(chosen).backward(grad, out, logsumexp, query, key, value, _named(options))
         return tuple(grad.new_empty((0,)) if x is None else x for x in gradients)
     return _reference_backward(grad, query, key, value, options)
 

@@ -1,0 +1,1 @@
+"""Chunked attention with relative positions on GPUs; ``launch`` imports triton, this package does not."""

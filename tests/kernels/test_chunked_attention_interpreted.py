@@ -1,0 +1,117 @@
+"""The Triton kernels of chunked attention in Triton's interpreter, against the float64 definition."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels already run in this process")
+def test_in_the_interpreter():
+    """In a process of its own: Triton decides when it is imported whether it interprets."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=root)
+    print(result.stdout[-4000:])
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert f"{len(CASES) + 3} passed" in result.stdout
+
+
+needs_kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or interpreter")
+
+PADDED = {"lengths": torch.tensor([70, 33]), "starts": torch.tensor([0, 5])}
+CASES = {
+    "chunk 16": ((2, 2, 70, 70, 16), torch.float32, {"chunk_size": 16, "left_context": 32}),
+    "several chunks a tile, padding": (
+        (2, 1, 70, 70, 16),
+        torch.float32,
+        {"chunk_size": 7, "left_context": 10, "right_context": 3, **PADDED},
+    ),
+    "nothing to see": ((2, 1, 30, 30, 16), torch.float32, {"lengths": torch.tensor([0, 30])}),
+    "full, head size 12": ((1, 2, 70, 70, 12), torch.float32, {}),
+    "streaming": (
+        (1, 2, 9, 50, 16),
+        torch.float32,
+        {"chunk_size": 8, "left_context": 20, "right_context": 1, "query_offset": 41},
+    ),
+    "more queries than keys": ((1, 1, 80, 40, 16), torch.float32, {"chunk_size": 25, "left_context": 50}),
+    "band": ((1, 1, 90, 90, 16), torch.float32, {"chunk_size": 1, "left_context": 9, "right_context": 4}),
+    "fp16": ((1, 2, 70, 70, 32), torch.float16, {"chunk_size": 25, "left_context": 25}),
+    "fp16, head size 128": ((1, 1, 70, 70, 128), torch.float16, {"chunk_size": 32, "left_context": 32}),
+}
+
+
+def compare(shape, dtype, device, positions=True, **options):
+    from accuracy import assert_no_worse_than_torch
+
+    from bestrq2 import ops
+
+    batch, heads, queries, keys, dim = shape
+    reach = queries + keys + options.get("query_offset", 0)
+    sizes = {
+        "query": (batch, queries, heads, dim),
+        "key": (batch, keys, heads, dim),
+        "value": (batch, keys, heads, dim),
+    }
+    if positions:
+        sizes |= {"position": (heads, 2 * reach + 1, dim), "content_bias": (heads, dim), "position_bias": (heads, dim)}
+    inputs = {name: torch.randn(size, device=device).to(dtype) for name, size in sizes.items()}
+    inputs = {name: x.transpose(1, 2) if x.dim() == 4 else x for name, x in inputs.items()}
+    upstream = torch.randn(batch, heads, queries, dim, device=device).to(dtype)
+    options = {name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()}
+    results = {}
+    for name, kind, backend in (
+        ("gold", torch.float64, "reference"),
+        ("torch", dtype, "reference"),
+        (0, dtype, "triton"),
+    ):
+        leaves = {key: x.to(kind).requires_grad_() for key, x in inputs.items()}
+        out = ops.chunked_attention(**leaves, **options, backend=backend)
+        results[name] = (out, *torch.autograd.grad(out, list(leaves.values()), upstream.to(kind)))
+    for name, ours, plain, gold in zip(("out", *inputs), results["triton"], results["torch"], results["gold"]):
+        assert_no_worse_than_torch(name, ours, plain, gold)
+    return results["triton"]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("shape", "dtype", "options"), CASES.values(), ids=CASES.keys())
+def test_matches_reference(shape, dtype, options, device):
+    compare(shape, dtype, device, **options)
+
+
+@needs_kernels
+def test_without_positions(device):
+    compare((1, 2, 70, 70, 16), torch.float32, device, positions=False, chunk_size=16, left_context=32)
+
+
+@needs_kernels
+def test_segments_of_the_band_change_nothing(device, monkeypatch):
+    """The band in several segments, as a small budget forces it: same results, key gradients added up."""
+    from bestrq2.kernels.chunked_attention import launch
+
+    options = {"chunk_size": 7, "left_context": 10, "right_context": 3, "lengths": torch.tensor([100, 33])}
+    torch.manual_seed(3)
+    whole = compare((2, 1, 100, 100, 16), torch.float32, device, **options)
+    monkeypatch.setattr(launch, "BAND_BYTES", 1)
+    monkeypatch.setattr(launch, "SEGMENT_ROWS", 32)
+    torch.manual_seed(3)
+    parts = compare((2, 1, 100, 100, 16), torch.float32, device, **options)
+    assert torch.equal(whole[0], parts[0])
+    compare((1, 1, 100, 100, 16), torch.float32, device)  # full context, whose band is as wide as the sequence
+
+
+@needs_kernels
+def test_is_deterministic(device):
+    torch.manual_seed(4)
+    first = compare((1, 2, 70, 70, 16), torch.float32, device, chunk_size=16, left_context=16)
+    torch.manual_seed(4)
+    second = compare((1, 2, 70, 70, 16), torch.float32, device, chunk_size=16, left_context=16)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
