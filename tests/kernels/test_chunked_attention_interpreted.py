@@ -71,7 +71,7 @@ def compare(shape, dtype, device, positions=True, **options):
     for name, kind, backend in (
         ("gold", torch.float64, "reference"),
         ("torch", dtype, "reference"),
-        (0, dtype, "triton"),
+        ("triton", dtype, "triton"),
     ):
         leaves = {key: x.to(kind).requires_grad_() for key, x in inputs.items()}
         out = ops.chunked_attention(**leaves, **options, backend=backend)
