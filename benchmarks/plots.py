@@ -46,7 +46,7 @@ def _figure(op: str, groups: dict[tuple[str, ...], list[Row]], path: Path) -> No
         _times(time_axis, group)
         time_axis.set_title(f"{shape}  {dtype}  {cache}", fontsize=9, loc="left")
         _memory(memory_axis, group)
-    axes[-1, 0].set_xlabel("ms, log scale: forward solid, backward pale; dashed: the machine's limit")
+    axes[-1, 0].set_xlabel("ms: forward solid, backward pale; dashed: the machine's limit")
     axes[-1, 1].set_xlabel("MB needed beyond inputs and results, log scale")
     row = next(iter(groups.values()))[0]
     figure.suptitle(
@@ -54,7 +54,7 @@ def _figure(op: str, groups: dict[tuple[str, ...], list[Row]], path: Path) -> No
         f"torch {row['torch']}, commit {row['commit']}, {row['date'][:10]}",
         fontsize=10,
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -73,17 +73,25 @@ def _times(axis: plt.Axes, group: Sequence[Row]) -> None:
     names = [row["provider"] for row in group]
     totals = [total_ms(row) or 0.0 for row in group]
     limit = group[0]["limit_ms"]
-    left = 0.5 * min([limit, *totals])
+    # Bars from 0 show forward and backward in proportion; a logarithm only where the providers are too far apart.
+    spread = max(totals) > 20 * min(totals)
+    left = 0.5 * min([limit, *totals]) if spread else 0.0
     for place, (row, total) in enumerate(zip(group, totals)):
         forward = row["fwd_ms"]
         axis.barh(place, forward - left, left=left, color=_colour(row))
         if row["bwd_ms"] != "":
             axis.barh(place, row["bwd_ms"], left=forward, color=_colour(row), alpha=0.45)
         wrong = f"  WRONG, error {row['max_error']:.1e}" if row["status"] == "wrong" else ""
-        axis.text(total * 1.05, place, f"{_short(total)}{wrong}", va="center", fontsize=7)
+        axis.text(
+            total * 1.05 if spread else total + 0.01 * max(totals),
+            place,
+            f"{_short(total)}{wrong}",
+            va="center",
+            fontsize=7,
+        )
     axis.axvline(limit, color="black", linestyle="--", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_xlim(left, 6 * max(totals))
+    axis.set_xscale("log" if spread else "linear")
+    axis.set_xlim(left, (6 if spread else 1.25) * max(totals))
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.tick_params(axis="x", labelsize=7)
