@@ -15,7 +15,7 @@ from torch import Tensor
 from . import native
 
 CHUNK_BYTES = 16 * 2**20
-"""Bytes of logits kept at a time: half or twice as many are within the noise; see kernels/README.md."""
+"""Bytes of logits kept at a time. Fewer cost time where the weight gradient is long; see kernels/README.md."""
 
 MIN_CHUNK_ROWS = 128
 """Fewer rows would make the accumulation of the weight gradient a visible cost."""
