@@ -13,6 +13,7 @@
 #include "masked_cross_entropy.h"
 #include "parallel.h"
 #include "quantize.h"
+#include "quantize_cuda.h"
 
 namespace py = pybind11;
 
@@ -63,6 +64,30 @@ bestrq2::ChunkedAttention chunked_attention(const py::dict& d) {
   return a;
 }
 
+template <class Run>
+void define_quantize_cuda(py::module_& m, const char* name, Run run) {
+  m.def(
+      name,
+      [run](std::uintptr_t x, const std::string& x_type, std::int64_t rows, std::int64_t features,
+            std::int64_t row_stride, std::int64_t feature_stride, std::uintptr_t mask, std::uintptr_t projection,
+            bool shared_projection, std::uintptr_t codebook, bool shared_codebook, std::int64_t books,
+            std::int64_t dims, std::int64_t codes, bool layer_norm, std::uintptr_t out, std::uintptr_t stream) {
+        bestrq2::QuantizeCuda q{};
+        q.x = at<const void>(x), q.x_type = float_type(x_type), q.mask = at<const bool>(mask);
+        q.rows = rows, q.features = features, q.row_stride = row_stride, q.feature_stride = feature_stride;
+        q.projection = at<const float>(projection), q.shared_projection = shared_projection;
+        q.codebook = at<const float>(codebook), q.shared_codebook = shared_codebook;
+        q.books = books, q.dims = dims, q.codes = codes, q.layer_norm = layer_norm;
+        q.out = at<std::int64_t>(out), q.stream = at<void>(stream);
+        if (dims > bestrq2::kQuantizeCudaDims) throw std::invalid_argument("quantize: too many dimensions for CUDA");
+        run(q);
+      },
+      py::kw_only(), py::arg("x"), py::arg("x_type"), py::arg("rows"), py::arg("features"), py::arg("row_stride"),
+      py::arg("feature_stride"), py::arg("mask"), py::arg("projection"), py::arg("shared_projection"),
+      py::arg("codebook"), py::arg("shared_codebook"), py::arg("books"), py::arg("dims"), py::arg("codes"),
+      py::arg("layer_norm"), py::arg("out"), py::arg("stream"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -81,6 +106,14 @@ PYBIND11_MODULE(_C, m) {
     throw std::invalid_argument("unknown instruction set '" + name +
                                 "': expected portable, avx2, avx512 or avx512_vnni");
   });
+  m.attr("quantize_cuda_dims") = bestrq2::kQuantizeCudaDims;
+  define_quantize_cuda(m, "quantize_cuda_emulated", bestrq2::quantize_cuda_emulated);
+#ifdef BESTRQ2_WITH_CUDA
+  define_quantize_cuda(m, "quantize_cuda", [](const bestrq2::QuantizeCuda& q) {
+    const int error = bestrq2::quantize_cuda(q);
+    if (error != 0) throw std::runtime_error(std::string("quantize: ") + bestrq2::cuda_error_text(error));
+  });
+#endif
   m.def("thread_pool", [] { return std::string(bestrq2::thread_pool()); });
   m.def(
       "quantize",

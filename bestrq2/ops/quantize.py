@@ -1,5 +1,8 @@
 """Random projection and nearest code, exact in fp32, without ever storing the (rows, codes) scores."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from .reference.quantize import not_finite
 __all__ = ["check_codes", "quantize"]
 
 NORMALIZE = ("none", "layer_norm")
+TRITON_MAX_DIMS = 64
 
 
 def quantize(
@@ -142,12 +146,43 @@ _library.define(
 def _run(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str, backend: str) -> Tensor:
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
     obstacles = {
+        "triton": lambda: _triton_obstacle(x, codebook),
+        "cuda": lambda: _cuda_obstacle(x, codebook),
         "cpu": lambda: _cpu_obstacle(x),
         "reference": lambda: None,
     }
-    if choose_backend("quantize", backend or None, obstacles) == "cpu":
+    choice = choose_backend("quantize", backend or None, obstacles)
+    if choice == "triton":
+        return _run_triton(x, projection, codebook, mask, normalize)
+    if choice == "cuda":
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            return run_cuda(native.extension().quantize_cuda, x, projection, codebook, mask, normalize, stream)
+    if choice == "cpu":
         return _run_cpu(x, projection, codebook, mask, normalize)
     return reference.quantize(x, projection, codebook, normalize=normalize, mask=mask)
+
+
+def _triton_obstacle(x: Tensor, codebook: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "it computes in fp32 and x is fp64"
+    if codebook.shape[-1] > TRITON_MAX_DIMS:
+        return f"it takes codes of at most {TRITON_MAX_DIMS} dimensions, got {codebook.shape[-1]}"
+    return native.triton_obstacle(x.device)
+
+
+def _run_triton(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str) -> Tensor:
+    from bestrq2.kernels import quantize as kernel
+
+    books = _books(projection, codebook)
+    codes = kernel.quantize(
+        x.reshape(-1, x.shape[-1]),
+        projection.reshape(-1, *projection.shape[-2:]),
+        codebook.reshape(-1, *codebook.shape[-2:]),
+        None if mask is None else mask.reshape(-1),
+        normalize == "layer_norm",
+    )
+    return codes.reshape(x.shape[:-1] if books is None else (*x.shape[:-1], books))
 
 
 def _cpu_obstacle(x: Tensor) -> str | None:
@@ -156,31 +191,69 @@ def _cpu_obstacle(x: Tensor) -> str | None:
     return native.extension_obstacle()
 
 
+def _cuda_obstacle(x: Tensor, codebook: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return f"it needs CUDA tensors, got {x.device.type!r}"
+    if x.dtype == torch.float64:
+        return "it computes in fp32 and x is fp64"
+    reason = native.extension_obstacle(cuda=True)
+    if reason is None and codebook.shape[-1] > native.extension().quantize_cuda_dims:
+        return f"it takes codes of at most {native.extension().quantize_cuda_dims} dimensions, got {codebook.shape[-1]}"
+    return reason
+
+
+def run_cuda(
+    kernel: Callable[..., None],
+    x: Tensor,
+    projection: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    normalize: str,
+    stream: int,
+) -> Tensor:
+    """Call ``_C.quantize_cuda``, or ``_C.quantize_cuda_emulated``: the same arithmetic on CPU tensors, for tests."""
+    books = _books(projection, codebook)
+    projection, codebook = projection.float().contiguous(), codebook.float().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    codes = torch.empty(len(rows), books or 1, dtype=torch.int64, device=x.device)
+    kernel(**_addresses(rows, projection, codebook, mask, normalize, codes), stream=stream)
+    return codes.reshape(x.shape[:-1] if books is None else (*x.shape[:-1], books))
+
+
+def _addresses(
+    rows: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str, codes: Tensor
+) -> dict[str, Any]:
+    """Arguments that the C++ and CUDA kernels share; the caller keeps the tensors alive."""
+    return {
+        "x": rows.data_ptr(),
+        "x_type": str(rows.dtype).removeprefix("torch."),
+        "rows": rows.shape[0],
+        "features": rows.shape[1],
+        "row_stride": rows.stride(0),
+        "feature_stride": rows.stride(1),
+        "mask": 0 if mask is None else mask.data_ptr(),
+        "projection": projection.data_ptr(),
+        "shared_projection": projection.dim() == 2,
+        "codebook": codebook.data_ptr(),
+        "shared_codebook": codebook.dim() == 2,
+        "books": codes.shape[1],
+        "dims": codebook.shape[-1],
+        "codes": codebook.shape[-2],
+        "layer_norm": normalize == "layer_norm",
+        "out": codes.data_ptr(),
+    }
+
+
 def _run_cpu(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str) -> Tensor:
     books = _books(projection, codebook)
-    rows = x.reshape(-1, x.shape[-1])
     projection = projection.double().contiguous()  # products and sums of the projection are done in float64
     codebook = codebook.float().contiguous()
     mask = None if mask is None else mask.contiguous()
+    rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(len(rows), books or 1, dtype=torch.int64)
     bad = native.extension().quantize(
-        x=rows.data_ptr(),
-        x_type=str(rows.dtype).removeprefix("torch."),
-        rows=rows.shape[0],
-        features=rows.shape[1],
-        row_stride=rows.stride(0),
-        feature_stride=rows.stride(1),
-        mask=0 if mask is None else mask.data_ptr(),
-        projection=projection.data_ptr(),
-        shared_projection=projection.dim() == 2,
-        codebook=codebook.data_ptr(),
-        shared_codebook=codebook.dim() == 2,
-        books=books or 1,
-        dims=codebook.shape[-1],
-        codes=codebook.shape[-2],
-        layer_norm=normalize == "layer_norm",
-        out=codes.data_ptr(),
-        threads=torch.get_num_threads(),
+        **_addresses(rows, projection, codebook, mask, normalize, codes), threads=torch.get_num_threads()
     )
     if bad >= 0:
         raise ValueError(not_finite(x, bad))

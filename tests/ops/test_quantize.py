@@ -11,6 +11,7 @@ from torch.nn.functional import normalize as unit
 
 from bestrq2 import ops
 from bestrq2.ops import native
+from bestrq2.ops.quantize import run_cuda
 
 BAND = 2.0**-21  # the contract: another code is allowed only if its cosine is this close to the best
 DIMENSIONS = [80, 128, 256, 320, 512, 768, 1024, 1280, 1, 7, 250]
@@ -258,6 +259,27 @@ def test_instruction_sets_agree():
     extension.force_isa(best)
     for codes in results.values():
         assert torch.equal(codes, next(iter(results.values())))
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_arithmetic_of_the_cuda_kernel(dtype, normalize):
+    """What one CUDA thread computes, run on the CPU; only the launch and the shared memory need a GPU."""
+    if "cpu" not in ops.available_backends():
+        pytest.skip("the C++ extension is not built")
+    emulated = native.extension().quantize_cuda_emulated
+    cases = ((256, 16, 0, 1), (256, 16, -50, 15), (1280, 16, -50, 15), (37, 13, 0, 1))
+    for features, dims, offset, scale in cases:
+        x, projection, codebook = problem(500, features, dims, 700, offset=offset, scale=scale)
+        x = x.to(dtype)
+        codes = run_cuda(emulated, x, projection, codebook, None, normalize, 0)
+        assert count_wrong(codes, x, projection, codebook, normalize == "layer_norm")[0] == 0
+    assert torch.equal(run_cuda(emulated, x, projection, codebook.repeat(3, 1), None, normalize, 0), codes)
+    mask = torch.rand(500) < 0.5
+    x[3], x[4, 5], x[5, 6], mask[3:6] = 0.0, float("nan"), float("inf"), True
+    some = run_cuda(emulated, x, projection.expand(2, -1, -1), codebook, mask, normalize, 0)
+    codes[3], codes[4], codes[5], codes[~mask] = 0, -1, -1, -1
+    assert torch.equal(some, codes[:, None].expand(-1, 2))
 
 
 def test_codes_of_very_different_length(backend):

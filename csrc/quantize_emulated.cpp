@@ -1,0 +1,45 @@
+// The blocks and threads of quantize.cu as loops, on CPU memory.
+#include "quantize_thread.h"
+
+namespace bestrq2 {
+
+void quantize_cuda_emulated(const QuantizeCuda& q) {
+  constexpr int kThreads = 128;
+  const int64_t item_size = q.x_type == Float::f32 ? 4 : 2;
+  for (int64_t row = 0; row < q.rows; ++row)
+    for (int64_t book = 0; book < q.books; ++book) {
+      int64_t& out = q.out[row * q.books + book];
+      out = -1;
+      if (q.mask != nullptr && !q.mask[row]) continue;
+      const char* x = static_cast<const char*>(q.x) + row * q.row_stride * item_size;
+      const float* projection = q.projection + (q.shared_projection ? 0 : book * q.features * q.dims);
+      const float* codebook = q.codebook + (q.shared_codebook ? 0 : book * q.codes * q.dims);
+      float first = 0.0f, mean = 0.0f;
+      if (q.layer_norm) {
+        first = read_value(x, q.x_type, 0);
+        mean = mean_difference(x, q.x_type, q.features, q.feature_stride, first);
+      }
+      float y[kQuantizeCudaDims];
+      for (int64_t k = 0; k < q.dims; ++k) {
+        Sum sum;
+        for (int64_t feature = 0; feature < q.features; ++feature)
+          sum.add_product((read_value(x, q.x_type, feature * q.feature_stride) - first) - mean,
+                          projection[feature * q.dims + k]);
+        y[k] = sum.value();
+      }
+      if (!scale_row(y, q.dims, 1)) continue;
+      Best winner;
+      for (int64_t thread = kThreads - 1; thread >= 0; --thread) {  // joined in an order that is not the codes'
+        Best best;
+        for (int64_t code = thread; code < q.codes; code += kThreads) {
+          float score = 0.0f;
+          for (int64_t k = 0; k < q.dims; ++k) score = fmaf(y[k], codebook[code * q.dims + k], score);
+          best.see(score, static_cast<int32_t>(code));
+        }
+        winner.join(best.score, best.code);
+      }
+      out = winner.code;
+    }
+}
+
+}  // namespace bestrq2

@@ -1,0 +1,244 @@
+"""Random projection and nearest code on GPUs: one kernel, nothing of size rows x codes.
+
+Each program takes BM rows and one codebook.
+
+1. Projection, y (BM, d): fp32 FMAs over BK features at a time; the partial sums are added with their rounding errors
+   (raw decibels share an offset of several deviations, which cancels here). Layer norm needs only the mean: the
+   variance scales y, and no scale of y changes the argmax. y is then scaled by a power of two.
+2. Search: y = yh + yl and c = ch + cl in fp16, scores yl.ch + yh.cl + yh.ch in fp32 (22 bits of every factor). Codes
+   pass in pairs of tiles of BN. Lane (row, column) keeps the largest score it has seen and the number of that pair:
+   two operations a score, no reduction across lanes inside the loop.
+3. Winner: the lanes that hold the row's maximum; which tile of the pair it was is settled by scoring both codes again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tuning import load_configs
+
+CANDIDATES = {
+    f"quantize/{dims}": [
+        {"BM": rows, "BN": columns, "BK": 16, "num_warps": warps, "num_stages": stages}
+        for rows, columns, warps in tiles
+        for stages in (2, 3, 4)
+    ]
+    for dims, tiles in {
+        16: ((64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 8), (64, 128, 8), (256, 32, 8)),
+        32: ((64, 32, 4), (128, 32, 8), (64, 64, 8)),
+        64: ((32, 32, 8), (32, 64, 8), (64, 32, 8)),
+    }.items()
+}
+
+
+@triton.jit
+def _centre(x_ptrs, x_feature_stride, D, valid, BM: tl.constexpr, BK: tl.constexpr):
+    """First value of each row and the mean of the differences from it: a constant row gives exactly (x, 0)."""
+    first = tl.load(x_ptrs, mask=valid, other=0.0).to(tl.float32)  # [BM]
+    total = tl.zeros((BM,), tl.float32)
+    for k in range(0, D, BK):
+        o_k = k + tl.arange(0, BK)
+        inside = valid[:, None] & (o_k < D)[None, :]
+        x = tl.load(x_ptrs[:, None] + o_k[None, :] * x_feature_stride, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(tl.where(inside, x - first[:, None], 0.0), axis=1)
+    return first, total / D
+
+
+@triton.jit
+def _rescore(yh, yl, high_ptr, low_ptr, code, exists, o_d, BD: tl.constexpr):
+    """fp32 score of one code per row."""
+    y = yh.to(tl.float32) + yl.to(tl.float32)
+    offset = code.to(tl.int64)[:, None] * BD + o_d[None, :]  # [BM, BD]
+    c = tl.load(high_ptr + offset, mask=exists[:, None], other=0.0).to(tl.float32)
+    c += tl.load(low_ptr + offset, mask=exists[:, None], other=0.0).to(tl.float32)
+    return tl.where(exists, tl.sum(y * c, axis=1), float("-inf"))
+
+
+@triton.jit
+def _pair(
+    yh,
+    yl,
+    best,
+    best_pair,
+    pair,
+    high_ptr,
+    low_ptr,
+    V,
+    o_n,
+    o_d,
+    RAGGED: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One step of the running maximum: two tiles of codes."""
+    first = pair * (2 * BN) + o_n
+    second = first + BN
+    p_first = first.to(tl.int64)[None, :] * BD + o_d[:, None]  # [BD, BN]
+    p_second = second.to(tl.int64)[None, :] * BD + o_d[:, None]
+    if RAGGED:
+        ch = tl.load(high_ptr + p_first, mask=(first < V)[None, :], other=0.0)
+        cl = tl.load(low_ptr + p_first, mask=(first < V)[None, :], other=0.0)
+        dh = tl.load(high_ptr + p_second, mask=(second < V)[None, :], other=0.0)
+        dl = tl.load(low_ptr + p_second, mask=(second < V)[None, :], other=0.0)
+    else:
+        ch = tl.load(high_ptr + p_first)
+        cl = tl.load(low_ptr + p_first)
+        dh = tl.load(high_ptr + p_second)
+        dl = tl.load(low_ptr + p_second)
+    score = tl.dot(yh, ch, tl.dot(yh, cl, tl.dot(yl, ch)))  # [BM, BN], small terms first
+    other = tl.dot(yh, dh, tl.dot(yh, dl, tl.dot(yl, dh)))
+    if RAGGED:
+        score = tl.where((first < V)[None, :], score, float("-inf"))
+        other = tl.where((second < V)[None, :], other, float("-inf"))
+    score = tl.maximum(score, other)
+    better = score > best
+    return tl.where(better, score, best), tl.where(better, pair, best_pair)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr, x_row_stride, x_feature_stride,  # (rows, D)
+    projection_ptr, projection_stride,  # (G or 1, D, d), fp32 contiguous
+    high_ptr, low_ptr, codebook_stride,  # (G or 1, V, BD), fp16 contiguous
+    selected_ptr, count_ptr,  # row numbers, how many of them; unused without SELECT
+    out_ptr,  # (rows, G), int64
+    rows, books, D, d, V,
+    LAYER_NORM: tl.constexpr, SELECT: tl.constexpr, RAGGED: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    i_m = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(1).to(tl.int64)
+    count = rows
+    if SELECT:
+        count = tl.load(count_ptr)
+    if i_m * BM >= count:
+        return
+    o_m = i_m * BM + tl.arange(0, BM)
+    valid = o_m < count
+    if SELECT:
+        o_m = tl.load(selected_ptr + o_m, mask=valid, other=0)
+    o_d = tl.arange(0, BD)
+    o_n = tl.arange(0, BN)
+    x_ptrs = x_ptr + o_m * x_row_stride
+    projection_ptr += i_g * projection_stride
+    high_ptr += i_g * codebook_stride
+    low_ptr += i_g * codebook_stride
+
+    # 1. projection
+    shift = tl.zeros((BM,), tl.float32)
+    mean = tl.zeros((BM,), tl.float32)
+    if LAYER_NORM:
+        shift, mean = _centre(x_ptrs, x_feature_stride, D, valid, BM, BK)
+    y = tl.zeros((BM, BD), tl.float32)
+    lost = tl.zeros((BM, BD), tl.float32)
+    bad = tl.zeros((BM,), tl.int32)
+    for k in range(0, D, BK):
+        o_k = k + tl.arange(0, BK)
+        inside = valid[:, None] & (o_k < D)[None, :]
+        x = tl.load(x_ptrs[:, None] + o_k.to(tl.int64)[None, :] * x_feature_stride, mask=inside, other=0.0)
+        x = x.to(tl.float32)  # [BM, BK]
+        finite = tl.abs(x) < float("inf")  # false for NaN
+        bad += tl.sum((~finite).to(tl.int32), axis=1)
+        x = tl.where(finite, x, 0.0)
+        if LAYER_NORM:
+            x = tl.where(inside, (x - shift[:, None]) - mean[:, None], 0.0)
+        p = tl.load(
+            projection_ptr + o_k[:, None] * d + o_d[None, :], mask=(o_k < D)[:, None] & (o_d < d)[None, :], other=0.0
+        )  # [BK, BD]
+        part = tl.dot(x, p, input_precision="ieee")
+        total = y + part
+        taken = total - y
+        lost += (y - (total - taken)) + (part - taken)  # exact error of the sum (Knuth)
+        y = total
+    y += lost
+    bad += tl.sum((~(tl.abs(y) < float("inf"))).to(tl.int32), axis=1)
+    y = tl.where((bad > 0)[:, None], 0.0, y)
+    # Scale by a power of two, so that the largest is in [1, 4): inverting the exponent bits is exact.
+    exponent = tl.max(tl.abs(y), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(exponent, 0x7E000000)
+    y *= (0x7F000000 - exponent).to(tl.float32, bitcast=True)[:, None]
+
+    # 2. search
+    yh = y.to(tl.float16)
+    yl = (y - yh.to(tl.float32)).to(tl.float16)
+    best = tl.full((BM, BN), float("-inf"), tl.float32)
+    best_pair = tl.zeros((BM, BN), tl.int32)
+    pairs = V // (2 * BN)
+    for pair in range(0, pairs):
+        best, best_pair = _pair(yh, yl, best, best_pair, pair, high_ptr, low_ptr, V, o_n, o_d, False, BD, BN)
+    if RAGGED:
+        best, best_pair = _pair(yh, yl, best, best_pair, pairs, high_ptr, low_ptr, V, o_n, o_d, True, BD, BN)
+
+    # 3. winner: the lowest pair that holds the maximum, then the lowest code of that pair
+    open_lanes = best == tl.max(best, axis=1)[:, None]
+    winner_pair = tl.min(tl.where(open_lanes, best_pair, 2147483647), axis=1)
+    open_lanes = open_lanes & (best_pair == winner_pair[:, None])
+    code = tl.full((BM,), 2147483647, tl.int32)
+    while tl.max(tl.max(open_lanes.to(tl.int32), axis=1), axis=0) > 0:  # twice only where codes tie
+        column = tl.min(tl.where(open_lanes, o_n[None, :], BN), axis=1)
+        found = column < BN
+        first = winner_pair * (2 * BN) + column
+        second = first + BN
+        score = _rescore(yh, yl, high_ptr, low_ptr, first, found & (first < V), o_d, BD)
+        other = _rescore(yh, yl, high_ptr, low_ptr, second, found & (second < V), o_d, BD)
+        done = found & (score >= other)
+        code = tl.where(found, tl.minimum(code, tl.where(done, first, second)), code)
+        open_lanes = open_lanes & (o_n[None, :] > column[:, None]) & (~done)[:, None]
+    tl.store(out_ptr + o_m * books + i_g, tl.where(bad > 0, -1, code).to(tl.int64), mask=valid)
+
+
+def split_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Return fp16 ``high`` and ``low`` (G, V, BD) with codebook * 2^n = high + low to 22 bits, zero padded to BD.
+
+    The power of two keeps both in the range of fp16 and does not change the argmax.
+    """
+    codebook = codebook.float()
+    _, exponent = torch.frexp(codebook.abs().amax(dim=(-2, -1), keepdim=True))
+    scaled = torch.ldexp(codebook, -exponent)
+    scaled = torch.nn.functional.pad(scaled, (0, padded_dims(codebook.shape[-1]) - codebook.shape[-1]))
+    high = scaled.half()
+    return high.contiguous(), (scaled - high.float()).half().contiguous()
+
+
+def padded_dims(dims: int) -> int:
+    return max(16, triton.next_power_of_2(dims))
+
+
+def config_for(configs: Mapping[str, Any], dims: int) -> dict[str, Any]:
+    """The configuration of a launch, by the padded number of dimensions of a code."""
+    return dict(configs[f"quantize/{padded_dims(dims)}"])
+
+
+def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, layer_norm: bool) -> Tensor:
+    """Codes (rows, G) of ``x`` (rows, D); projection (G or 1, D, d), codebook (G or 1, V, d), mask (rows,) or None."""
+    rows, features = x.shape
+    dims, codes = codebook.shape[-1], codebook.shape[-2]
+    books = max(projection.shape[0], codebook.shape[0])
+    projection = projection.float().contiguous()
+    high, low = split_codebook(codebook)
+    if mask is None:
+        out = torch.empty(rows, books, dtype=torch.int64, device=x.device)
+        selected = count = out
+    else:
+        out = torch.full((rows, books), -1, dtype=torch.int64, device=x.device)
+        selected = torch.argsort(mask, descending=True, stable=True)  # the chosen rows first, without asking how many
+        count = mask.sum()
+    if rows == 0:
+        return out
+    name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else None
+    config = config_for(load_configs("quantize", name), dims)
+    grid = (triton.cdiv(rows, config["BM"]), books)
+    with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
+        quantize_kernel[grid](
+            x, x.stride(0), x.stride(1),
+            projection, 0 if projection.shape[0] == 1 else projection.stride(0),
+            high, low, 0 if high.shape[0] == 1 else high.stride(0),
+            selected, count, out, rows, books, features, dims, codes,
+            LAYER_NORM=layer_norm, SELECT=mask is not None, RAGGED=codes % (2 * config["BN"]) != 0,
+            BD=padded_dims(dims), **config, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
