@@ -31,6 +31,16 @@ SHAPES = {
 QUICK_SHAPES = ("B1H4T1024d64-c64l256r0", "B2H4T250d64-c16l64r0")
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
+TUNING = {
+    f"{kernel}/{key}": (shape, dtype)
+    for kernel in ("forward", "backward_query", "backward_key")
+    for key, shape, dtype in (
+        ("64", "B16H8T1500d64-c64l256r0", "bfloat16"),
+        ("128", "B16H4T1500d128-c64l256r0", "bfloat16"),
+        ("64/fp32", "B16H8T1500d64-c64l256r0", "float32"),
+    )
+}
+
 _TENSORS = ("query", "key", "value", "position", "content_bias", "position_bias")
 _MOST_BYTES = 6 * 2**30  # the materialised forms keep about six (B, H, T, 2T) tensors between forward and backward
 

@@ -1,1 +1,15 @@
 """Chunked attention with relative positions on GPUs; ``launch`` imports triton, this package does not."""
+
+CANDIDATES = {
+    key: [
+        {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
+        for rows in (16, 32, 64, 128)
+        for columns in (32, 64)
+        for warps in (4, 8)
+        for stages in ((1, 2) if kernel == "forward" else (1,))
+        if rows <= (64 if key.endswith("fp32") else 128)
+    ]
+    for kernel in ("forward", "backward_query", "backward_key")
+    for key in (f"{kernel}/64", f"{kernel}/128", f"{kernel}/64/fp32")
+}
+"""What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""
