@@ -75,7 +75,7 @@ def _times(axis: plt.Axes, group: Sequence[Row]) -> None:
     limit = group[0]["limit_ms"]
     # Bars from 0 show forward and backward in proportion; a logarithm only where the providers are too far apart.
     spread = max(totals) > 20 * min(totals)
-    left = 0.5 * min([limit, *totals]) if spread else 0.0
+    left = 0.5 * min([limit, *(row["fwd_ms"] for row in group)]) if spread else 0.0
     for place, (row, total) in enumerate(zip(group, totals)):
         forward = row["fwd_ms"]
         axis.barh(place, forward - left, left=left, color=_colour(row))
