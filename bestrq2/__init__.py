@@ -14,6 +14,7 @@ if not (Path(__file__).resolve().parent / "kernels").exists() and (_repository /
 _PUBLIC = {
     "BestRQ": "bestrq2.models",
     "BestRQ2": "bestrq2.models",
+    "ConformerEncoder": "bestrq2.models",
     "ViTEncoder": "bestrq2.models",
     "RandomProjectionQuantizer": "bestrq2.layers",
     "LogMel": "bestrq2.layers",
@@ -22,7 +23,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from .layers import LogMel, RandomProjectionQuantizer
-    from .models import BestRQ, BestRQ2, ViTEncoder, load
+    from .models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, load
 
 
 def __getattr__(name: str) -> Any:
@@ -32,4 +33,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'bestrq2' has no attribute {name!r}")
 
 
-__all__ = ["BestRQ", "BestRQ2", "LogMel", "RandomProjectionQuantizer", "ViTEncoder", "__version__", "load"]
+__all__ = [
+    "BestRQ",
+    "BestRQ2",
+    "ConformerEncoder",
+    "LogMel",
+    "RandomProjectionQuantizer",
+    "ViTEncoder",
+    "__version__",
+    "load",
+]

@@ -47,12 +47,32 @@ class TransformerConfig:
 
 
 @dataclass
+class ConformerConfig:
+    """Of ``encoder.kind: conformer``; width, depth, heads, hidden, bias, dropout and drop_path are the encoder's."""
+
+    channels: list[int] = field(default_factory=lambda: [64, 32])  # of the subsampling: 2 stages for 4x, 3 for 8x
+    kernel_size: int = 31
+    conv_mode: str = "full"  # full | causal | chunk (the last two can stream)
+    conv_norm: str = "layer_norm"  # layer_norm | batch_norm
+    activation: str = "silu"  # silu | gelu
+    chunk_size: int | None = None  # frames per chunk of attention; None: the whole sequence
+    left_context: int | None = None  # frames before the chunk; None: all
+    chunk_training: str = "none"  # none: the window above | speechbrain | wenet: a random window per step
+
+
+@dataclass
 class EncoderConfig(TransformerConfig):
+    kind: str = "vit"  # vit | conformer
     patch_height: int = 16
     patch_width: int = 16
     position: str = "sincos"  # sincos | rope
     drop_path: float = 0.1
     activation_checkpointing: bool = False
+    conformer: ConformerConfig = field(default_factory=ConformerConfig)
+
+    @property
+    def frames_per_token(self) -> int:
+        return 2 ** len(self.conformer.channels) if self.kind == "conformer" else self.patch_width
 
 
 @dataclass
@@ -75,6 +95,8 @@ class TargetsConfig:
 class MaskingConfig:
     ratio: list[float] = field(default_factory=lambda: [0.4, 0.6])
     shared_per_batch: bool = False
+    span_length: int = 1  # tokens per masked span
+    noise_std: float = 0.1  # of the noise that hides masked frames from a one-stage Conformer
 
 
 @dataclass
@@ -252,7 +274,23 @@ def config_to_yaml(config: Config) -> str:
 def _validated(merged: DictConfig) -> Config:
     config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     c = config
+    encoder, chunks = c.model.encoder, c.model.encoder.conformer
+    plain, unused = EncoderConfig(), ("norm", "feed_forward", "qk_norm", "position", "patch_height", "patch_width")
+    foreign = [name for name in unused if getattr(encoder, name) != getattr(plain, name)]
     expectations = [
+        ("model.encoder.kind", encoder.kind in ("vit", "conformer"), encoder.kind, "vit or conformer"),
+        (
+            f"model.encoder.{(*foreign, 'norm')[0]}",
+            encoder.kind != "conformer" or not foreign,
+            getattr(encoder, (*foreign, "norm")[0]),
+            "the default: a Conformer has no such choice",
+        ),
+        (
+            "model.encoder.conformer.chunk_training",
+            chunks.chunk_training in ("none", "speechbrain", "wenet"),
+            chunks.chunk_training,
+            "none, speechbrain or wenet",
+        ),
         ("model.name", c.model.name in ("best_rq2", "best_rq"), c.model.name, "best_rq2 or best_rq"),
         (
             "model.front_end.normalize",

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, collect, iterate_clips
-from bestrq2.models import ViTEncoder, load
+from bestrq2.models import ConformerEncoder, ViTEncoder, load
 from bestrq2.training.hardware import choose_device
 
 
@@ -128,7 +128,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
 
 @torch.inference_mode()
 def embed(
-    encoder: ViTEncoder, files: list[AudioFile], *, batch_size: int = 8, layer: int | None = None
+    encoder: ViTEncoder | ConformerEncoder, files: list[AudioFile], *, batch_size: int = 8, layer: int | None = None
 ) -> Iterator[tuple[AudioFile, np.ndarray, float] | Skip]:
     """Encode files in order, ``batch_size`` at a time.
 
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.batch_size < 1:
             raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
         encoder = load(options.checkpoint, device=choose_device(options.device))
-        depth = encoder.encoder.settings.depth
+        depth = encoder.depth
         if options.layer is not None and not 0 <= options.layer < depth:
             raise ConfigError(f"--layer: expected 0..{depth - 1}, got {options.layer}")
         named, messages = find_files(options.inputs)
@@ -194,7 +194,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(
-    encoder: ViTEncoder, named: list[tuple[str, AudioFile]], writer: Writer, batch_size: int, layer: int | None
+    encoder: ViTEncoder | ConformerEncoder,
+    named: list[tuple[str, AudioFile]],
+    writer: Writer,
+    batch_size: int,
+    layer: int | None,
 ) -> int:
     files = [file for _, file in named]
     written, skips = 0, []

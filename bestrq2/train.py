@@ -26,6 +26,7 @@ from bestrq2.config import Config, ConfigError, config_to_dict, load_config, rec
 from bestrq2.data import AudioError, Batch, CropDataset, DataError, ManifestError, batches, collect, tiny_dataset
 from bestrq2.hashing import mix
 from bestrq2.layers.code_usage import CodeUsage
+from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2, build_encoder, build_model
 from bestrq2.models.build import load_weights
@@ -99,7 +100,7 @@ def resume(run: RunFolder, overrides: list[str]) -> int:
 def open_dataset(config: Config) -> CropDataset:
     """Find the audio and say what was found and what was left out."""
     data, front = config.data, config.model.front_end
-    shortest = (config.model.encoder.patch_width - 1) * front.hop_length / front.sampling_rate
+    shortest = (config.model.encoder.frames_per_token - 1) * front.hop_length / front.sampling_rate
     min_seconds = max(shortest, data.min_seconds or 0.0)
     if data.source is None:
         files = tiny_dataset()
@@ -193,7 +194,7 @@ def train(
     describe(config, model, device, autocast)
     if settings.compile:
         for module in model.modules():
-            if isinstance(module, Block):
+            if isinstance(module, (Block, ConformerBlock)):
                 module.compile(dynamic=True)
     peak, peak_source = peak_flops(device, autocast)
     print(f"Run: {run.path} (utilisation against {peak / 1e12:.2f} TFLOP/s, {peak_source})")

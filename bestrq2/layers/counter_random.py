@@ -4,6 +4,8 @@ A mask drawn from the global position of a clip in the training order does not d
 ranks, on what ran before, or on the device, so resumed and distributed runs see the masks of the uninterrupted one.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,10 @@ def random_keys(seed: int, index: Tensor, num: int) -> Tensor:
     row = _mix_next(torch.full_like(index, _signed(mix(seed))), index)
     column = torch.arange(num, device=index.device, dtype=torch.int64)
     return _shift(_mix_next(row[:, None], column[None, :]), 2)
+
+
+def normal(seed: int, index: Tensor, num: int) -> Tensor:
+    """``(B, num)`` float32 standard normal (Box and Muller): number n of row b depends only on (seed, index[b], n)."""
+    keys = random_keys(seed, index, 2 * num).unflatten(1, (num, 2))
+    share = ((keys >> 38) + 1).float() * 2.0**-24  # in (0, 1]
+    return (-2 * share[..., 0].log()).sqrt() * (2 * math.pi * share[..., 1]).cos()

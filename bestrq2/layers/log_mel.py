@@ -128,16 +128,28 @@ class LogMel(nn.Module):
             for start in range(0, num_clips, group)
         ]
         decibels = torch.cat(parts) if parts else waveform.new_zeros(0, num_frames, self.num_mels, dtype=torch.float32)
-        frames = (decibels - self.mean) / self.std
+        frames = self._standardised(decibels)
         if num_clips and int(frame_lengths.min()) < num_frames:
             inside = torch.arange(num_frames, device=frames.device) < frame_lengths.to(frames.device)[:, None]
             frames = frames * inside[..., None]
         return frames, frame_lengths
 
+    def frames_of(self, padded: Tensor) -> Tensor:
+        """Frames of a signal with extended edges: frame t covers samples ``t * hop`` to ``t * hop + n_fft``.
+
+        Shapes: ``(B, n_fft + hop * (T - 1))`` floating -> ``(B, T, F)`` float32, standardised.
+        """
+        return self._standardised(self._transform(padded.to(self.window.dtype)))
+
+    def _standardised(self, decibels: Tensor) -> Tensor:
+        return (decibels - self.mean) / self.std
+
+    def _decibels(self, waveform: Tensor, lengths: Tensor) -> Tensor:
+        return self._transform(reflect_edges(waveform.to(self.window.dtype), lengths, self.n_fft // 2))
+
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def _decibels(self, waveform: Tensor, lengths: Tensor) -> Tensor:
-        padded = reflect_edges(waveform.to(self.window.dtype), lengths, self.n_fft // 2)
+    def _transform(self, padded: Tensor) -> Tensor:
         spectrum = torch.stft(
             padded,
             self.n_fft,

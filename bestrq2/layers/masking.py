@@ -47,27 +47,51 @@ def valid_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | Non
     return torch.arange(size, device=device) < lengths.to(device, non_blocking=True)[:, None]
 
 
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index (B, M)`` of ``values (B, N, D)`` -> ``(B, M, D)``."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
 class RandomMasking:
-    """Uniformly random patches, a fresh choice for every clip (published: one choice per batch).
+    """Random patches or spans of them, a fresh choice for every clip (published: one choice per batch).
 
     The masked share r is drawn from U(low, high) once per step; a clip with n valid tokens has floor(r n) of them
     predicted, at least 1 and at most n - 1 (a single token is only seen). Everything is a pure function of
     (seed, step, index of the clip in the training order), so ranks and resumed runs agree.
 
+    With ``span_length`` L > 1 the predicted tokens are spans of L: starts (up to L - 1 tokens before the clip, so that
+    its edges are masked as often as its middle) are taken in random order until the count is reached, which cuts the
+    last span short. Spans may overlap or touch.
+
     Args:
         ratio: ``(low, high)`` share of the valid tokens to predict, 0 < low <= high < 1. Published: (0.4, 0.6).
         seed: of the masks alone.
         shared_per_batch: use one choice for the whole batch, as published. Needs clips of equal length.
+        span_length: tokens per span; 1 masks single tokens.
 
     Raises:
-        ValueError: for a ratio outside (0, 1), or ``shared_per_batch`` with clips of different lengths.
+        ValueError: for a ratio outside (0, 1), a span_length below 1, or ``shared_per_batch`` with clips of different
+            lengths.
     """
 
-    def __init__(self, ratio: Sequence[float] = (0.4, 0.6), seed: int = 0, shared_per_batch: bool = False) -> None:
+    def __init__(
+        self,
+        ratio: Sequence[float] = (0.4, 0.6),
+        seed: int = 0,
+        shared_per_batch: bool = False,
+        span_length: int = 1,
+    ) -> None:
         low, high = ratio
         if not 0 < low <= high < 1:
             raise ValueError(f"expected a mask ratio range with 0 < low <= high < 1, got ({low}, {high})")
-        self.ratio, self.seed, self.shared_per_batch = (low, high), seed, shared_per_batch
+        if span_length < 1:
+            raise ValueError(f"span_length must be at least 1 token, got {span_length}")
+        self.ratio, self.seed, self.shared_per_batch, self.span_length = (
+            (low, high),
+            seed,
+            shared_per_batch,
+            span_length,
+        )
 
     def plan(self, lengths: Tensor, step: int, index: Tensor, device: torch.device | str) -> MaskPlan:
         """Draw the plan of one batch.
@@ -89,10 +113,14 @@ class RandomMasking:
                     f"shared_per_batch masks need clips of equal length, got {sorted(set(lengths.tolist()))} tokens"
                 )
             index = torch.zeros_like(index)
-        keys = random_keys(mix(self.seed, step), index.to(device, torch.int64, non_blocking=True), size)
+        starts = random_keys(
+            mix(self.seed, step), index.to(device, torch.int64, non_blocking=True), size + self.span_length - 1
+        )
+        # A token's key is the smallest of the L spans that cover it; tokens of one span tie and stay together.
+        keys = starts.unfold(1, self.span_length, 1).amin(-1) if self.span_length > 1 else starts
         column = torch.arange(size, device=keys.device)
         lengths_d = lengths.to(keys.device, non_blocking=True)[:, None]
-        order = torch.where(column < lengths_d, keys, torch.iinfo(torch.int64).max).argsort(dim=1)
+        order = torch.where(column < lengths_d, keys, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         cut = num_predicted.to(keys.device, non_blocking=True)[:, None]
         # order = [predicted | seen | padding]; sort each part so that tokens stay in time order.
         predicted = self._ascending(order[:, :max_predicted], column[:max_predicted] < cut, size)

@@ -2,7 +2,19 @@
 
 from .best_rq2 import BestRQ, BestRQ2, PretrainOutput
 from .build import build_encoder, build_model
+from .conformer import ConformerEncoder
 from .loading import load
+from .streaming import StreamingState
 from .vit import ViTEncoder
 
-__all__ = ["BestRQ", "BestRQ2", "PretrainOutput", "ViTEncoder", "build_encoder", "build_model", "load"]
+__all__ = [
+    "BestRQ",
+    "BestRQ2",
+    "ConformerEncoder",
+    "PretrainOutput",
+    "StreamingState",
+    "ViTEncoder",
+    "build_encoder",
+    "build_model",
+    "load",
+]

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bestrq2.layers.masking import MaskPlan, RandomMasking
+from bestrq2.hashing import mix
+from bestrq2.layers.counter_random import normal
+from bestrq2.layers.masking import MaskPlan, RandomMasking, take
 from bestrq2.layers.patches import Patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.transformer import TransformerSettings
 
+from .conformer import ConformerEncoder
 from .predictor import CodeHead, Predictor
 from .vit import ViTEncoder
 
@@ -34,9 +37,7 @@ class PretrainOutput:
     hidden: Tensor
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index (B, M)`` of ``values (B, N, D)`` -> ``(B, M, D)``."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+Encoder = ViTEncoder | ConformerEncoder
 
 
 class BestRQ2(nn.Module):
@@ -55,7 +56,7 @@ class BestRQ2(nn.Module):
 
     def __init__(
         self,
-        encoder: ViTEncoder,
+        encoder: Encoder,
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         predictor: TransformerSettings | None = None,
@@ -71,37 +72,44 @@ class BestRQ2(nn.Module):
         plan = self.masking.plan(patches.lengths, step, index, waveform.device)
         codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
 
-        positions = patches.positions()
-        seen_positions = positions[plan.seen]
-        tokens = self.encoder.embed(take(patches.values, plan.seen), seen_positions)
-        context = self.encoder(tokens, seen_positions, plan.seen_lengths)
-        hidden = self.predictor(context, positions, plan)
+        context = self.encoder.context(patches, plan, step)
+        hidden = self.predictor(context, patches.positions(), plan)
         loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
         return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
 
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        embed = 2.0 * self.encoder.patch_dim * self.encoder.output_dim
         project = 2.0 * self.predictor.input_proj.weight.numel()
         for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
-            total += self.encoder.encoder.flops(seen) + seen * (embed + project)
+            total += self.encoder.flops(seen, seen + predicted) + seen * project
             total += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted)
         return 3.0 * total
 
 
 class BestRQ(nn.Module):
-    """One-stage baseline (BEST-RQ on a ViT): masked patch embeddings are replaced by a mask token, the encoder sees all
-    positions, and the codes of the masked ones are read from its output.
+    """One-stage pretraining (BEST-RQ): masked patches are hidden from an encoder that sees all positions, and their
+    codes are read from its output.
+
+    A ViT gets a learned mask token in place of the embedding of a masked patch. A Conformer, whose subsampling reads
+    across patches, gets noise in place of the log-mel values, as Chiu et al. (2022) do; the noise is a pure function of
+    (seed, step, clip, place), like the masks.
 
     Arguments and shapes as :class:`BestRQ2`, without a predictor.
+
+    Args:
+        noise_std: deviation of the noise around zero. Published: 0.1, on standardised log-mel values.
     """
 
-    def __init__(self, encoder: ViTEncoder, quantizer: RandomProjectionQuantizer, masking: RandomMasking) -> None:
+    def __init__(
+        self, encoder: Encoder, quantizer: RandomProjectionQuantizer, masking: RandomMasking, noise_std: float = 0.1
+    ) -> None:
         super().__init__()
-        self.encoder, self.quantizer, self.masking = encoder, quantizer, masking
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.output_dim))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.encoder, self.quantizer, self.masking, self.noise_std = encoder, quantizer, masking, noise_std
+        self.mask_token: nn.Parameter | None = None
+        if encoder.needs_mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.output_dim))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = CodeHead(encoder.output_dim, quantizer.codebook_size, quantizer.num_codebooks)
 
     def forward(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> PretrainOutput:
@@ -109,15 +117,17 @@ class BestRQ(nn.Module):
         plan = self.masking.plan(patches.lengths, step, index, waveform.device)
         codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
 
-        positions = patches.positions()[None]
-        tokens = self.encoder.patch_embed(patches.values)
-        masks = self.mask_token.to(tokens.dtype).expand(*plan.predicted.shape, -1)
-        # Replace by an outer selection rather than in place: fillers of ragged clips must not overwrite seen tokens.
-        tokens = torch.where(self._is_masked(patches, plan)[..., None], masks[:, :1], tokens)
-        output = self.encoder(self.encoder.add_positions(tokens, positions), positions, patches.lengths)
+        fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
+        output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
         hidden = take(output, plan.predicted)
         loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
         return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
+
+    def _noise(self, patches: Patches, step: int, index: Tensor) -> Tensor:
+        num_clips, num_tokens, dim = patches.values.shape
+        index = index.to(patches.values.device, torch.int64, non_blocking=True)
+        noise = normal(mix(self.masking.seed, step, 1), index, num_tokens * dim)
+        return self.noise_std * noise.view(num_clips, num_tokens, dim)
 
     @staticmethod
     def _is_masked(patches: Patches, plan: MaskPlan) -> Tensor:
@@ -130,8 +140,7 @@ class BestRQ(nn.Module):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        embed = 2.0 * self.encoder.patch_dim * self.encoder.output_dim
         for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
             tokens = seen + predicted
-            total += self.encoder.encoder.flops(tokens) + tokens * embed + self.head.flops(predicted)
+            total += self.encoder.flops(tokens, tokens) + self.head.flops(predicted)
         return 3.0 * total

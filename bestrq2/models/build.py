@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 
-from bestrq2.config import Config, ConfigError, ModelConfig, TransformerConfig
+from bestrq2.config import Config, ConfigError, EncoderConfig, ModelConfig, TransformerConfig
+from bestrq2.layers.chunk_sampling import ChunkSampler, SpeechBrainChunks, WeNetChunks
+from bestrq2.layers.conformer import ConformerSettings
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.layers.masking import RandomMasking
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.transformer import TransformerSettings
+from bestrq2.ops import ChunkLayout
 
 from .best_rq2 import BestRQ, BestRQ2
+from .conformer import ConformerEncoder
 from .vit import ViTEncoder
 
 
@@ -21,8 +25,10 @@ def _settings(config: TransformerConfig) -> TransformerSettings:
     return TransformerSettings(**{name: value for name, value in asdict(config).items() if name in names})
 
 
-def build_encoder(config: ModelConfig, window_seconds: float = 10.0, published_positions: bool = False) -> ViTEncoder:
-    """The encoder alone, as it is used after pretraining."""
+def build_encoder(
+    config: ModelConfig, window_seconds: float = 10.0, published_positions: bool = False, seed: int = 0
+) -> ViTEncoder | ConformerEncoder:
+    """The encoder alone, as it is used after pretraining. ``seed`` is that of the random chunks of training."""
     front = config.front_end
     normalized = front.normalize == "global" and front.mean is not None and front.std is not None
     log_mel = LogMel(
@@ -36,6 +42,8 @@ def build_encoder(config: ModelConfig, window_seconds: float = 10.0, published_p
         mean=front.mean if normalized else 0.0,  # type: ignore[arg-type]
         std=front.std if normalized else 1.0,  # type: ignore[arg-type]
     )
+    if config.encoder.kind == "conformer":
+        return _conformer(config.encoder, log_mel, seed)
     return ViTEncoder(
         log_mel,
         config.encoder.patch_height,
@@ -48,6 +56,31 @@ def build_encoder(config: ModelConfig, window_seconds: float = 10.0, published_p
     )
 
 
+def _conformer(config: EncoderConfig, log_mel: LogMel, seed: int) -> ConformerEncoder:
+    own = config.conformer
+    settings = ConformerSettings(
+        config.width,
+        config.depth,
+        config.heads,
+        config.hidden,
+        own.kernel_size,
+        own.conv_mode,  # type: ignore[arg-type]
+        own.conv_norm,  # type: ignore[arg-type]
+        own.activation,  # type: ignore[arg-type]
+        config.bias,
+        config.dropout,
+        config.drop_path,
+    )
+    layout = ChunkLayout(own.chunk_size, own.left_context)
+    sampler: ChunkSampler | None = None
+    if own.chunk_training == "speechbrain":
+        sampler = SpeechBrainChunks(seed=seed)
+    elif own.chunk_training == "wenet":
+        sampler = WeNetChunks(seed=seed)
+    checkpointing = config.activation_checkpointing
+    return ConformerEncoder(log_mel, settings, tuple(own.channels), layout, sampler, checkpointing)
+
+
 def build_model(config: Config) -> BestRQ2 | BestRQ:
     """The pretraining model that a configuration describes. Weights come from the global generator of torch.
 
@@ -56,7 +89,7 @@ def build_model(config: Config) -> BestRQ2 | BestRQ:
     """
     model, targets = config.model, config.model.targets
     try:
-        encoder = build_encoder(model, config.data.crop_seconds)
+        encoder = build_encoder(model, config.data.crop_seconds, seed=config.train.seed)
         quantizer = RandomProjectionQuantizer(
             encoder.patch_dim,
             targets.codebook_size,
@@ -67,9 +100,10 @@ def build_model(config: Config) -> BestRQ2 | BestRQ:
             mean=targets.mean or 0.0,
             std=1.0 if targets.std is None else targets.std,
         )
-        masking = RandomMasking(model.masking.ratio, config.train.seed, model.masking.shared_per_batch)
+        masks = model.masking
+        masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
         if model.name == "best_rq":
-            return BestRQ(encoder, quantizer, masking)
+            return BestRQ(encoder, quantizer, masking, masks.noise_std)
         return BestRQ2(encoder, quantizer, masking, _settings(model.predictor))
     except ConfigError:
         raise

@@ -8,10 +8,13 @@ from bestrq2.checkpoint import find_checkpoint
 from bestrq2.config import config_from_dict
 
 from .build import build_encoder, load_weights
+from .conformer import ConformerEncoder
 from .vit import ViTEncoder
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", published_positions: bool = False) -> ViTEncoder:
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", published_positions: bool = False
+) -> ViTEncoder | ConformerEncoder:
     """Load the encoder of a run, frozen and in evaluation mode.
 
     Args:
@@ -25,7 +28,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", published_posi
     """
     checkpoint = find_checkpoint(Path(path))
     config = config_from_dict(checkpoint.config)
-    encoder = build_encoder(config.model, config.data.crop_seconds, published_positions)
+    encoder = build_encoder(config.model, config.data.crop_seconds, published_positions, config.train.seed)
     prefix = "encoder."
     weights = {name[len(prefix) :]: tensor for name, tensor in checkpoint.weights().items() if name.startswith(prefix)}
     load_weights(encoder, weights, checkpoint.folder)

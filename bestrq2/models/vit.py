@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.layers.log_mel import LogMel, check_lengths
+from bestrq2.layers.masking import MaskPlan, take
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.positions import published_short_clip_positions, rotary_angles, sincos_2d
 from bestrq2.layers.transformer import Transformer, TransformerSettings
@@ -79,6 +80,12 @@ class ViTEncoder(nn.Module):
         self.hop_size_in_ms = 1000.0 * self.samples_per_column / self.sampling_rate
         self.window_columns = max(1, self.output_length(round(window_seconds * self.sampling_rate)))
 
+    needs_mask_token = True
+
+    @property
+    def depth(self) -> int:
+        return self.encoder.settings.depth
+
     @property
     def patch_dim(self) -> int:
         return self.patch_height * self.patch_width
@@ -141,6 +148,24 @@ class ViTEncoder(nn.Module):
         """
         return self.encoder(tokens, lengths, self.angles(positions), layer_outputs)
 
+    def context(self, patches: Patches, plan: MaskPlan, step: int) -> Tensor:
+        """Two-step: features ``(B, Ns, D)`` of the seen patches, from the seen patches alone."""
+        positions = patches.positions()[plan.seen]
+        return self(self.embed(take(patches.values, plan.seen), positions), positions, plan.seen_lengths)
+
+    def infill(self, patches: Patches, masked: Tensor, fill: Tensor, step: int) -> Tensor:
+        """One-stage: features ``(B, N, D)`` with the embeddings of ``masked (B, N)`` patches replaced by the mask token
+        ``fill (1, 1, D)``."""
+        positions = patches.positions()[None]
+        tokens = self.patch_embed(patches.values)
+        # Replace by an outer selection rather than in place: fillers of ragged clips must not overwrite seen tokens.
+        tokens = torch.where(masked[..., None], fill.to(tokens.dtype), tokens)
+        return self(self.add_positions(tokens, positions), positions, patches.lengths)
+
+    def flops(self, tokens: int, frames: int) -> float:
+        """Matrix-product operations of one forward pass over one clip, ``tokens`` of whose patches are present."""
+        return self.encoder.flops(tokens) + 2.0 * tokens * self.patch_dim * self.output_dim
+
     def encode(
         self, waveform: Tensor, lengths: Tensor | None = None, layer: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -162,9 +187,8 @@ class ViTEncoder(nn.Module):
             ValueError: for wrong shapes or lengths, or an unknown layer.
         """
         lengths = check_lengths(waveform, lengths)
-        depth = self.encoder.settings.depth
-        if layer is not None and not 0 <= layer < depth:
-            raise ValueError(f"layer must lie in 0..{depth - 1}, got {layer}")
+        if layer is not None and not 0 <= layer < self.depth:
+            raise ValueError(f"layer must lie in 0..{self.depth - 1}, got {layer}")
         inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
         waveform = torch.where(inside, waveform, 0)
         if waveform.shape[1] < self.min_samples:

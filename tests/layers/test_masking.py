@@ -94,3 +94,61 @@ def test_keys_equal_their_integer_definition():
 def test_rejects_bad_ratio(ratio):
     with pytest.raises(ValueError, match="ratio"):
         RandomMasking(ratio)
+
+
+def runs(tokens):
+    """Lengths of the stretches of consecutive numbers."""
+    lengths = [1]
+    for before, after in zip(tokens, tokens[1:]):
+        if after == before + 1:
+            lengths[-1] += 1
+        else:
+            lengths.append(1)
+    return lengths
+
+
+@pytest.mark.parametrize("span", [2, 5])
+def test_spans_have_the_exact_count_and_stay_together(span):
+    lengths = torch.tensor([100, 61, 30, 1])
+    inner = []
+    for step in range(20):
+        plan = RandomMasking((0.4, 0.4), seed=2, span_length=span).plan(lengths, step, torch.arange(4), "cpu")
+        assert plan.predicted_lengths.tolist() == [40, 24, 12, 0]
+        for row, count in enumerate(plan.predicted_lengths.tolist()):
+            chosen = plan.predicted[row, :count].tolist()
+            seen = plan.seen[row, : plan.seen_lengths[row]].tolist()
+            assert sorted(chosen + seen) == list(range(int(lengths[row])))
+            if count:
+                # Only spans over an edge and the one that is cut to reach the count can be short.
+                stretches = [n for n, at_edge in zip(runs(chosen), edges(chosen, int(lengths[row]))) if not at_edge]
+                assert sum(n < span for n in stretches) <= 1
+                inner += stretches
+    assert sum(inner) / len(inner) > span
+
+
+def edges(chosen, length):
+    """For every stretch, whether it touches the clip's first or last token."""
+    starts = [token for token in chosen if token - 1 not in chosen]
+    ends = [token for token in chosen if token + 1 not in chosen]
+    return [start == 0 or end == length - 1 for start, end in zip(starts, ends)]
+
+
+def test_spans_mask_every_place_equally_often():
+    counts = torch.zeros(40)
+    for step in range(400):
+        plan = RandomMasking((0.5, 0.5), seed=1, span_length=4).plan(torch.full((8,), 40), step, torch.arange(8), "cpu")
+        counts += torch.bincount(plan.predicted.flatten(), minlength=40)
+    share = counts / 3200
+    assert (share - 0.5).abs().max() < 0.06
+
+
+def test_spans_do_not_depend_on_the_batch():
+    masking = RandomMasking((0.3, 0.6), seed=1, span_length=3)
+    batch = masking.plan(torch.tensor([50, 20]), 5, torch.tensor([8, 9]), "cpu")
+    alone = masking.plan(torch.tensor([20]), 5, torch.tensor([9]), "cpu")
+    assert batch.predicted[1, : batch.predicted_lengths[1]].tolist() == alone.predicted[0].tolist()
+
+
+def test_span_length_is_checked():
+    with pytest.raises(ValueError, match="span_length must be at least 1"):
+        RandomMasking(span_length=0)

@@ -1,0 +1,230 @@
+"""Conformer blocks (Gulati et al., 2020) for full context, chunks and streaming.
+
+Shape letters: B clips, T frames, N tokens (all frames, or the seen ones), D width, H heads, d = D / H.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bestrq2.ops import ChunkLayout
+
+from .conformer_attention import AttentionCache, FrameGrid, RelativeAttention, relative_sinusoids
+from .conformer_convolution import (
+    ConvMode,
+    ConvNorm,
+    MaskedBatchNorm,
+    check_convolution,
+    depthwise_convolution,
+    past_frames,
+)
+from .transformer import DropPath
+
+Activation = Literal["silu", "gelu"]
+
+
+@dataclass(frozen=True)
+class ConformerSettings:
+    """Shape and variants of a Conformer; the default sizes are SpeechBrain's BEST-RQ recipe.
+
+    Attributes:
+        width, depth, heads: D, number of blocks, H.
+        hidden: width of the feed-forward layers; None: 4 D.
+        kernel_size: of the depthwise convolution, odd.
+        conv_mode: what the convolution may read, see :func:`depthwise_convolution`. "full" cannot stream.
+        conv_norm: "layer_norm", or "batch_norm" over the valid frames of the batch.
+        activation: of feed-forward and convolution.
+        bias: biases of attention and pointwise convolutions.
+        dropout: on the output of every module and inside the feed-forward layers.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        symmetric_positions, scale_by_width: SpeechBrain's variants of attention, for its weights.
+    """
+
+    width: int = 576
+    depth: int = 12
+    heads: int = 8
+    hidden: int | None = 2048
+    kernel_size: int = 31
+    conv_mode: ConvMode = "full"
+    conv_norm: ConvNorm = "layer_norm"
+    activation: Activation = "silu"
+    bias: bool = True
+    dropout: float = 0.1
+    drop_path: float = 0.0
+    symmetric_positions: bool = False
+    scale_by_width: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads or self.width % 2:
+            raise ValueError(
+                f"width must be even and a multiple of heads, and depth positive, got width={self.width}, "
+                f"heads={self.heads}, depth={self.depth}"
+            )
+        check_convolution(self.kernel_size, self.conv_mode, self.conv_norm)
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation must be one of {get_args(Activation)}, got {self.activation!r}")
+        if not (0 <= self.dropout < 1 and 0 <= self.drop_path < 1):
+            raise ValueError(f"dropout and drop_path must lie in [0, 1), got {self.dropout} and {self.drop_path}")
+
+    @property
+    def hidden_width(self) -> int:
+        return 4 * self.width if self.hidden is None else self.hidden
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass
+class BlockCache:
+    """What a block keeps between chunks: keys and values, and the last inputs ``(B, past, D)`` of its convolution."""
+
+    attention: AttentionCache
+    convolution: Tensor
+
+
+def _activation(kind: Activation) -> nn.Module:
+    return nn.SiLU() if kind == "silu" else nn.GELU()
+
+
+class FeedForward(nn.Module):
+    def __init__(self, s: ConformerSettings) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(s.width)
+        self.fc1 = nn.Linear(s.width, s.hidden_width)
+        self.act = _activation(s.activation)
+        self.inner_dropout = nn.Dropout(s.dropout)
+        self.fc2 = nn.Linear(s.hidden_width, s.width)
+        self.dropout = nn.Dropout(s.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.inner_dropout(self.act(self.fc1(self.norm(x))))))
+
+
+class ConvolutionModule(nn.Module):
+    """Norm, pointwise layer, GLU, depthwise convolution over frames, norm, activation, pointwise layer."""
+
+    def __init__(self, s: ConformerSettings) -> None:
+        super().__init__()
+        self.mode = s.conv_mode
+        self.norm = nn.LayerNorm(s.width)
+        self.pointwise1 = nn.Linear(s.width, 2 * s.width, bias=s.bias)
+        self.depthwise = nn.Conv1d(s.width, s.width, s.kernel_size, groups=s.width, bias=s.bias)
+        batch_norm = s.conv_norm == "batch_norm"
+        self.conv_norm = MaskedBatchNorm(s.width) if batch_norm else nn.LayerNorm(s.width)
+        self.act = _activation(s.activation)
+        self.pointwise2 = nn.Linear(s.width, s.width, bias=s.bias)
+        self.dropout = nn.Dropout(s.dropout)
+
+    def forward(self, x: Tensor, grid: FrameGrid, layout: ChunkLayout, cache: BlockCache | None) -> Tensor:
+        frames = grid.to_frames(nn.functional.glu(self.pointwise1(self.norm(x)), dim=-1))
+        weight, bias = self.depthwise.weight.to(frames.dtype), self.depthwise.bias
+        bias = None if bias is None else bias.to(frames.dtype)
+        past = None if cache is None else cache.convolution
+        mixed = depthwise_convolution(frames, weight, bias, self.mode, layout.chunk_size, past)
+        if cache is not None:
+            joined = torch.cat((cache.convolution.to(frames.dtype), frames), dim=1)
+            cache.convolution = joined[:, joined.shape[1] - cache.convolution.shape[1] :].detach().clone()
+        tokens = grid.to_tokens(mixed)
+        if isinstance(self.conv_norm, MaskedBatchNorm):
+            tokens = self.conv_norm(tokens, grid.token_valid)
+        else:
+            tokens = self.conv_norm(tokens)
+        return self.dropout(self.pointwise2(self.act(tokens)))
+
+
+class ConformerBlock(nn.Module):
+    def __init__(self, s: ConformerSettings, drop_path: float) -> None:
+        super().__init__()
+        self.ff1 = FeedForward(s)
+        self.attn_norm = nn.LayerNorm(s.width)
+        self.attn = RelativeAttention(s.width, s.heads, s.bias, s.scale_by_width)
+        self.attn_dropout = nn.Dropout(s.dropout)
+        self.conv = ConvolutionModule(s)
+        self.ff2 = FeedForward(s)
+        self.norm = nn.LayerNorm(s.width)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x: Tensor, grid: FrameGrid, table: Tensor, layout: ChunkLayout, cache: BlockCache | None = None
+    ) -> Tensor:
+        x = x + self.drop_path(0.5 * self.ff1(x))
+        attended = self.attn(self.attn_norm(x), grid, table, layout, None if cache is None else cache.attention)
+        x = x + self.drop_path(self.attn_dropout(attended))
+        x = x + self.drop_path(self.conv(x, grid, layout, cache))
+        x = x + self.drop_path(0.5 * self.ff2(x))
+        return self.norm(x)
+
+
+class Conformer(nn.Module):
+    """Blocks and a final norm. Linear weights start truncated-normal with deviation 0.02, biases at zero.
+
+    A valid frame's output depends on no padded or absent frame, nor on a frame outside of the layout's reach.
+    """
+
+    def __init__(self, settings: ConformerSettings, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.settings = settings
+        self.activation_checkpointing = activation_checkpointing
+        steps = max(1, settings.depth - 1)
+        self.blocks = nn.ModuleList(
+            ConformerBlock(settings, settings.drop_path * i / steps) for i in range(settings.depth)
+        )
+        self.norm = nn.LayerNorm(settings.width)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def start_caches(self, num_clips: int, like: Tensor) -> list[BlockCache]:
+        """Empty caches for streaming: nothing to attend to, silence before the convolution."""
+        s = self.settings
+        keys = like.new_zeros(num_clips, s.heads, 0, s.head_dim)
+        past = like.new_zeros(num_clips, past_frames(s.kernel_size, s.conv_mode), s.width)
+        return [BlockCache(AttentionCache(keys, keys), past) for _ in self.blocks]
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: FrameGrid,
+        layout: ChunkLayout,
+        caches: list[BlockCache] | None = None,
+        layer_outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens ``(B, N, D)`` -> ``(B, N, D)``.
+
+        Args:
+            x: tokens.
+            grid: where they stand; with caches, lengths are counted from the first new frame.
+            layout: window of attention; its chunks also bound the convolution in mode "chunk".
+            caches: from :meth:`start_caches`, updated in place. All earlier calls must have had whole chunks.
+            layer_outputs: receives the output of every block.
+        """
+        cached = 0 if caches is None else caches[0].attention.key.shape[2]
+        offsets = layout.offsets(grid.num_frames, cached + grid.num_frames, query_offset=cached)
+        table = relative_sinusoids(*offsets, self.settings.width, self.settings.symmetric_positions, x.device)
+        table = table.to(x.dtype)
+        for number, block in enumerate(self.blocks):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, grid, table, layout, use_reentrant=False)
+            else:
+                x = block(x, grid, table, layout, None if caches is None else caches[number])
+            if layer_outputs is not None:
+                layer_outputs.append(x)
+        return self.norm(x)
+
+    def flops(self, tokens: int, frames: int, keys: float) -> float:
+        """Operations of one forward pass over one clip (matrix products and depthwise convolutions).
+
+        Args:
+            tokens: N, frames that are not absent.
+            frames: T.
+            keys: mean number of keys that a frame sees; content, position and value products are counted over them.
+        """
+        s = self.settings
+        linear = 2.0 * tokens * s.width * (4 * s.hidden_width + 4 * s.width + 3 * s.width)
+        return s.depth * (linear + 6.0 * frames * keys * s.width + 2.0 * frames * s.width * s.kernel_size)

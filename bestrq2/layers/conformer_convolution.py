@@ -1,0 +1,99 @@
+"""The convolution module of a Conformer, whose kernel can be kept from looking ahead."""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ConvMode = Literal["full", "causal", "chunk"]
+ConvNorm = Literal["layer_norm", "batch_norm"]
+
+
+def past_frames(kernel_size: int, mode: ConvMode) -> int:
+    """Frames before a segment that its convolution reads: what streaming has to keep."""
+    return kernel_size - 1 if mode == "causal" else kernel_size // 2
+
+
+def depthwise_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mode: ConvMode, chunk_size: int | None, past: Tensor | None = None
+) -> Tensor:
+    """Convolve every channel along time, reading no frame that ``mode`` forbids.
+
+    Kernel 5, chunks of 4; the inputs (x) of two outputs:
+
+        input           0 1 2 3 | 4 5 6 7
+        full,   out 3     x x x   x x        centred, looks ahead
+        causal, out 3   (past) x x x x       ends at its own frame      [kernel - 1 frames of past]
+        chunk,  out 3     x x x | 0 0        centred, zeros beyond the end of its own chunk
+        chunk,  out 5         x | x x x x    the past is read across the border    [kernel // 2 frames of past]
+
+    Args:
+        x: ``(B, T, D)``; padded or absent frames must be zero already. Chunks are counted from its first frame.
+        weight: ``(D, 1, K)`` with odd K.
+        bias: ``(D,)`` or None.
+        mode: see above.
+        chunk_size: frames per chunk, for "chunk"; None is one chunk, that is "full".
+        past: ``(B, past_frames(K, mode), D)``, the frames before x; None: zeros.
+
+    Returns:
+        ``(B, T, D)``.
+    """
+    num_clips, num_frames, width = x.shape
+    kernel = weight.shape[-1]
+    left = past_frames(kernel, mode)
+    past = x.new_zeros(num_clips, left, width) if past is None else past.to(x.dtype)
+    x = torch.cat((past, x), dim=1)
+    ahead = kernel - 1 - left
+    if mode != "chunk" or chunk_size is None or chunk_size >= num_frames:
+        return F.conv1d(F.pad(x.transpose(1, 2), (0, ahead)), weight, bias, groups=width).transpose(1, 2)
+    num_chunks = -(-num_frames // chunk_size)
+    x = F.pad(x, (0, 0, 0, num_chunks * chunk_size - num_frames))
+    pieces = x.unfold(1, left + chunk_size, chunk_size)  # (B, chunks, D, left + chunk)
+    pieces = F.pad(pieces.reshape(-1, width, left + chunk_size), (0, ahead))
+    out = F.conv1d(pieces, weight, bias, groups=width)
+    return out.unflatten(0, (num_clips, num_chunks)).transpose(2, 3).flatten(1, 2)[:, :num_frames]
+
+
+class MaskedBatchNorm(nn.Module):
+    """Batch norm over ``(B, N, D)`` whose statistics leave out padding. Evaluation uses the running statistics."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        values = x.float()
+        if self.training:
+            inside = torch.ones(x.shape[:2], device=x.device) if valid is None else valid.float()
+            count = inside.sum().clamp(min=1.0)
+            mean = (values * inside[..., None]).sum((0, 1)) / count
+            var = ((values - mean).square() * inside[..., None]).sum((0, 1)) / count
+            with torch.no_grad():
+                unbiased = var * count / (count - 1).clamp(min=1.0)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(unbiased, self.momentum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        scaled = (values - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        return scaled.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, momentum={self.momentum}, eps={self.eps}"
+
+
+def check_convolution(kernel_size: int, mode: str, norm: str) -> None:
+    """Raise ValueError for settings that make no convolution module."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if mode not in get_args(ConvMode):
+        raise ValueError(f"conv_mode must be one of {get_args(ConvMode)}, got {mode!r}")
+    if norm not in get_args(ConvNorm):
+        raise ValueError(f"conv_norm must be one of {get_args(ConvNorm)}, got {norm!r}")

@@ -1,0 +1,87 @@
+"""The state of a streaming encoder: everything that later audio can still depend on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bestrq2.layers.conformer import BlockCache
+from bestrq2.layers.conformer_attention import AttentionCache
+from bestrq2.layers.log_mel_stream import LogMelState
+from bestrq2.ops import ChunkLayout
+
+UNLIMITED = -1
+
+
+@dataclass
+class StreamingState:
+    """Made by ``ConformerEncoder.start_stream``, updated in place by ``stream``.
+
+    Its size is bounded with a limited left context; with an unlimited one, keys and values of all frames are kept.
+
+    Attributes:
+        layout: the window of attention.
+        front_end: last samples of every clip.
+        frames: ``(B, t, F)`` log-mel frames of a chunk that is not complete yet.
+        tokens: feature frames given out so far.
+        subsampling: last input frame of every stage.
+        blocks: keys, values and last convolution inputs of every block.
+    """
+
+    layout: ChunkLayout
+    front_end: LogMelState
+    frames: Tensor
+    tokens: int
+    subsampling: list[Tensor]
+    blocks: list[BlockCache]
+
+    @property
+    def num_clips(self) -> int:
+        return len(self.frames)
+
+    def to(self, device: torch.device | str) -> "StreamingState":
+        """A copy on another device."""
+        tensors = {name: tensor if name in ON_CPU else tensor.to(device) for name, tensor in self.state_dict().items()}
+        return StreamingState.from_state_dict(tensors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Named tensors, e.g. for safetensors; :meth:`from_state_dict` is the inverse."""
+        chunk, left = self.layout.chunk_size, self.layout.left_context
+        front = self.front_end
+        numbers = [chunk or 0, UNLIMITED if left is None else left, self.tokens]
+        numbers += [front.start, front.received, front.next_frame]
+        tensors = {
+            "numbers": torch.tensor(numbers, dtype=torch.int64),
+            "totals": front.totals,
+            "signal": front.signal,
+            "reflection": front.reflection,
+            "frames": self.frames,
+        }
+        tensors.update({f"subsampling.{i}": tensor for i, tensor in enumerate(self.subsampling)})
+        for i, block in enumerate(self.blocks):
+            tensors[f"blocks.{i}.key"] = block.attention.key
+            tensors[f"blocks.{i}.value"] = block.attention.value
+            tensors[f"blocks.{i}.convolution"] = block.convolution
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_state_dict(cls, tensors: dict[str, Tensor]) -> "StreamingState":
+        chunk, left, tokens, start, received, next_frame = tensors["numbers"].tolist()
+        layout = ChunkLayout(chunk, None if left == UNLIMITED else left)
+        front = LogMelState(
+            tensors["signal"], tensors["reflection"], tensors["totals"].cpu(), start, received, next_frame
+        )
+        stages = sum(name.startswith("subsampling.") for name in tensors)
+        depth = sum(name.endswith(".key") for name in tensors)
+        blocks = [
+            BlockCache(
+                AttentionCache(tensors[f"blocks.{i}.key"], tensors[f"blocks.{i}.value"]),
+                tensors[f"blocks.{i}.convolution"],
+            )
+            for i in range(depth)
+        ]
+        subsampling = [tensors[f"subsampling.{i}"] for i in range(stages)]
+        return cls(layout, front, tensors["frames"], tokens, subsampling, blocks)
+
+
+ON_CPU = ("numbers", "totals")
