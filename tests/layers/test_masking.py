@@ -1,5 +1,7 @@
 """Masks: counts, padding, independence of batch composition, and the published shared form."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -99,7 +101,7 @@ def test_rejects_bad_ratio(ratio):
 def runs(tokens):
     """Lengths of the stretches of consecutive numbers."""
     lengths = [1]
-    for before, after in zip(tokens, tokens[1:]):
+    for before, after in itertools.pairwise(tokens):
         if after == before + 1:
             lengths[-1] += 1
         else:

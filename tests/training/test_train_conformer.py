@@ -66,7 +66,7 @@ def test_embed_and_load(run, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_learns_above_the_unigram_baseline(recipe, tmp_path):
-    overrides = ["train.steps=50", "train.batch_size=8", "train.save_every=50", "model.targets.codebook_size=64"]
+    overrides = ["train.steps=60", "train.batch_size=8", "train.save_every=60"]
     overrides += ["model.encoder.depth=2", "model.encoder.width=64", "model.front_end.mean=-47.5"]
     command = ["--runs", str(tmp_path), "--name", "learn", "--config", recipe, "model.front_end.std=31.8"]
     assert main([*command, *overrides]) == 0
