@@ -18,12 +18,13 @@ _PUBLIC = {
     "ViTEncoder": "bestrq2.models",
     "RandomProjectionQuantizer": "bestrq2.layers",
     "LogMel": "bestrq2.layers",
-    "load": "bestrq2.models",
+    "load": "bestrq2.interchange",
 }
 
 if TYPE_CHECKING:
+    from .interchange import load
     from .layers import LogMel, RandomProjectionQuantizer
-    from .models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, load
+    from .models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder
 
 
 def __getattr__(name: str) -> Any:

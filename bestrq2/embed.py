@@ -23,7 +23,8 @@ from tqdm import tqdm
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, collect, iterate_clips
-from bestrq2.models import ConformerEncoder, ViTEncoder, load
+from bestrq2.interchange import load
+from bestrq2.models import ConformerEncoder, ViTEncoder
 from bestrq2.training.hardware import choose_device
 
 

@@ -17,8 +17,9 @@ LAYERS = [
     ("bestrq2.layers",),
     ("bestrq2.config", "bestrq2.checkpoint", "bestrq2.data"),
     ("bestrq2.models",),
+    ("bestrq2.interchange",),
     ("bestrq2.training",),
-    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats"),
+    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats", "bestrq2.export"),
 ]
 FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

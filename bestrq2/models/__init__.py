@@ -3,7 +3,6 @@
 from .best_rq2 import BestRQ, BestRQ2, PretrainOutput
 from .build import build_encoder, build_model
 from .conformer import ConformerEncoder
-from .loading import load
 from .streaming import StreamingState
 from .vit import ViTEncoder
 
@@ -16,5 +15,4 @@ __all__ = [
     "ViTEncoder",
     "build_encoder",
     "build_model",
-    "load",
 ]

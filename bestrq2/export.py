@@ -1,0 +1,55 @@
+"""Write a trained encoder in the forms that other tools read.
+
+    python -m bestrq2.export runs/best_rq2_base-001 --published best_rq2.safetensors
+
+RUN is anything that ``bestrq2.load`` opens: a run folder, a step-* folder, an exported file or folder, a published
+checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bestrq2.checkpoint import CheckpointError
+from bestrq2.config import ConfigError
+from bestrq2.interchange.opening import Source, open_source
+from bestrq2.interchange.published import to_published
+from bestrq2.interchange.tensors import write_tensors
+
+
+def export_published(source: Source, out: Path) -> list[str]:
+    tensors, metadata, notes = to_published(source.config, source.weights)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--published: expected a file name ending in .safetensors, got {out}")
+    write_tensors(out, tensors, metadata)
+    return [f"{out}: {len(tensors)} tensors in published names", *notes]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bestrq2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="what to export")
+    parser.add_argument("--published", type=Path, metavar="OUT.safetensors", help="names of the published checkpoints")
+    parser.add_argument("--heads", type=int, help="attention heads of a published RUN that does not say them")
+    parser.add_argument(
+        "--hop-length", type=int, help="samples between frames of a published RUN that does not say them"
+    )
+    options = parser.parse_args(arguments)
+    forms = {"--published": (export_published, options.published)}
+    wanted = [(write, out) for write, out in forms.values() if out is not None]
+    try:
+        if not wanted:
+            raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}")
+        source = open_source(options.run, heads=options.heads, hop_length=options.hop_length)
+        for write, out in wanted:
+            for line in write(source, out):
+                print(line)
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""``bestrq2.load``: an encoder from whatever holds one."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bestrq2.checkpoint import find_checkpoint
+from bestrq2.config import Config, ConfigError, config_from_dict
+from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_model
+from bestrq2.models.build import load_weights
+
+from .errors import refuse_pickle, unknown_layout
+from .published import from_published
+from .tensors import CONFIG_ENTRY, assemble_encoder, config_in, read_tensors
+
+
+@dataclass
+class Source:
+    """A model before it is built.
+
+    Attributes:
+        config, weights: configuration, and tensors named as in a run's ``model.safetensors``.
+        complete: whether the weights are those of the whole pretraining model rather than the encoder's alone.
+        origin: the file or folder.
+        step: training steps, 0 if unknown.
+    """
+
+    config: Config
+    weights: dict[str, Tensor]
+    complete: bool
+    origin: Path
+    step: int = 0
+
+
+def open_source(path: str | Path, *, heads: int | None = None, hop_length: int | None = None) -> Source:
+    """Read a run folder, a ``step-*`` folder, an encoder file or folder that :mod:`bestrq2.export` wrote, or a
+    published checkpoint (a ``.safetensors`` file, or the folder of its transformers export).
+
+    Args:
+        heads, hop_length: what no tensor of a published checkpoint says; see :func:`from_published`.
+
+    Raises:
+        CheckpointError: for a missing or damaged file.
+        ConfigError: for a pickle, an unknown layout (listing its keys), or tensors that do not fit.
+    """
+    path = Path(path)
+    refuse_pickle(path)
+    if path.suffix == ".safetensors":
+        return _open_file(path, heads, hop_length)
+    if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+        return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)
+    checkpoint = find_checkpoint(path)
+    config = config_from_dict(checkpoint.config)
+    return Source(config, checkpoint.weights(), True, checkpoint.folder, checkpoint.step)
+
+
+def _open_file(path: Path, heads: int | None, hop_length: int | None) -> Source:
+    tensors, metadata = read_tensors(path)
+    if CONFIG_ENTRY in metadata:
+        return Source(config_in(metadata, path), tensors, False, path)
+
+    def number(name: str, kind: type) -> Any:
+        try:
+            return kind(metadata[name]) if name in metadata else None
+        except ValueError as error:
+            raise ConfigError(f"{path}: metadata {name!r} is no number: {metadata[name]!r}") from error
+
+    if not any(name.endswith("attn.qkv.weight") for name in tensors):
+        raise unknown_layout(path, "neither an encoder file of bestrq2 nor a published checkpoint", list(tensors))
+    published = from_published(
+        tensors,
+        heads=heads or number("heads", int),
+        predictor_heads=number("predictor_heads", int),
+        hop_length=hop_length or number("hop_length", int),
+        window_seconds=number("window_seconds", float),
+        origin=path,
+    )
+    return Source(published.config, published.weights, published.complete, path)
+
+
+def _heads_in(path: Path) -> int | None:
+    """Attention heads in the config.json of a transformers export."""
+    try:
+        document = json.loads(path.read_text())
+        heads = document.get("encoder_kwargs", {}).get("num_heads")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return heads if isinstance(heads, int) else None
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    published_positions: bool = False,
+    heads: int | None = None,
+    hop_length: int | None = None,
+) -> ViTEncoder | ConformerEncoder:
+    """Open a trained encoder, frozen and in evaluation mode: ``features, lengths = load(path).encode(waveform)``.
+
+    Args:
+        path: see :func:`open_source`.
+        device: where to put it.
+        published_positions: reproduce a fault of the published inference code; see :class:`~bestrq2.ViTEncoder`.
+        heads, hop_length: only for published checkpoints whose heads or hop cannot be known from the file.
+
+    Raises:
+        CheckpointError: for a missing or damaged file.
+        ConfigError: for a pickle, an unknown layout (listing its keys), or tensors that do not fit.
+    """
+    source = open_source(path, heads=heads, hop_length=hop_length)
+    encoder = assemble_encoder(source.config, source.weights, source.origin, published_positions=published_positions)
+    return encoder.to(device)
+
+
+def load_pretraining(path: str | Path, **hints: int | None) -> BestRQ2 | BestRQ:
+    """The whole pretraining model, to go on training or to look at its predictions.
+
+    Args:
+        path, hints: as :func:`open_source`.
+
+    Raises:
+        ConfigError: if the file holds an encoder alone, or as :func:`open_source`.
+    """
+    source = open_source(path, **hints)
+    if not source.complete:
+        raise ConfigError(f"{path}: holds an encoder alone, without predictor, quantizer and head")
+    model = build_model(source.config)
+    load_weights(model, source.weights, source.origin)
+    return model

@@ -1,0 +1,91 @@
+"""Safetensors files with metadata, and our own encoders in one such file.
+
+An encoder file holds the tensors of the encoder under ``encoder.`` and, in its metadata, the configuration that
+rebuilds it: nothing else is needed to open it, and nothing in it is executable.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bestrq2.checkpoint import CheckpointError
+from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
+from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
+from bestrq2.models.build import load_weights
+
+CONFIG_ENTRY = "bestrq2_config"  # metadata name under which an encoder file keeps its configuration
+ENCODER = "encoder."
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is either complete or absent.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, {"format": "pt", **metadata})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
+def encoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's own tensors out of those of a pretraining model, without the prefix."""
+    return {name[len(ENCODER) :]: tensor for name, tensor in weights.items() if name.startswith(ENCODER)}
+
+
+def write_encoder_file(path: Path, config: Config, weights: Mapping[str, Tensor]) -> None:
+    """Write the encoder out of ``weights`` (names as in a run's ``model.safetensors``) to one file.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    kept = {name: tensor for name, tensor in weights.items() if name.startswith(ENCODER)}
+    write_tensors(path, kept, {CONFIG_ENTRY: json.dumps(config_to_dict(config))})
+
+
+def config_in(metadata: dict[str, str], origin: Path) -> Config:
+    """The configuration in the metadata of an encoder file.
+
+    Raises:
+        ConfigError: if it is not one.
+    """
+    try:
+        return config_from_dict(json.loads(metadata[CONFIG_ENTRY]))
+    except ValueError as error:
+        raise ConfigError(f"{origin}: its configuration cannot be used: {error}") from error
+
+
+def assemble_encoder(
+    config: Config, weights: Mapping[str, Tensor], origin: Path, *, published_positions: bool = False
+) -> ViTEncoder | ConformerEncoder:
+    """An encoder in evaluation mode that takes no gradients.
+
+    Raises:
+        ConfigError: if the tensors do not fit the configuration, naming the first mismatch.
+    """
+    encoder = build_encoder(config.model, config.data.crop_seconds, published_positions, config.train.seed)
+    load_weights(encoder, encoder_weights(weights), origin)
+    return encoder.eval().requires_grad_(False)
