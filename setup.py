@@ -58,13 +58,18 @@ class CMakeBuild(build_ext):
             f"-DBESTRQ2_OUTPUT_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DBESTRQ2_CUDA={os.environ.get('BESTRQ2_CUDA', 'AUTO')}",
         ]
-        try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build_dir)], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("BESTRQ2_EXTENSION") == "required":
-                raise
-            self.warn_reference_only(str(error))
+        steps = {
+            "CMake found no usable C++ compiler": configure,
+            "compilation failed": ["cmake", "--build", str(build_dir)],
+        }
+        for failure, command in steps.items():
+            try:
+                subprocess.run(command, check=True)
+            except (OSError, subprocess.CalledProcessError):
+                if os.environ.get("BESTRQ2_EXTENSION") == "required":
+                    raise
+                self.warn_reference_only(failure)
+                return
 
     def warn_reference_only(self, reason):
         print(

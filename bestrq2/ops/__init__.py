@@ -1,6 +1,6 @@
 """The three fused operations, importable into any model: ``from bestrq2 import ops``."""
 
-from . import reference
+from . import interop, reference
 from .chunk_layouts import ChunkLayout
 from .chunked_attention import chunked_attention
 from .dispatch import BACKENDS, use_backend
@@ -14,6 +14,7 @@ __all__ = [
     "available_backends",
     "check_codes",
     "chunked_attention",
+    "interop",
     "masked_cross_entropy",
     "quantize",
     "reference",
