@@ -16,18 +16,6 @@ from .window import UNLIMITED
 BAND_BYTES = 256 * 2**20
 SEGMENT_ROWS = 128  # segments are multiples of it
 
-CANDIDATES = {
-    f"{kernel}/{dim}": [
-        {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
-        for rows in (32, 64, 128)
-        for columns in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (1, 2, 3)
-    ]
-    for kernel in ("forward", "backward_query", "backward_key")
-    for dim in (64, 128)
-}
-
 
 def padded_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
