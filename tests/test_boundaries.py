@@ -19,7 +19,7 @@ LAYERS = [
     ("bestrq2.models",),
     ("bestrq2.interchange",),
     ("bestrq2.training",),
-    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats", "bestrq2.export"),
+    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats", "bestrq2.export", "bestrq2.stream"),
 ]
 FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
