@@ -88,7 +88,7 @@ def packages():
 setup(
     name="bestrq2",
     version=VERSION,
-    description="BEST-RQ-2 pretraining of audio encoders, with fused and exact quantize, masked cross-entropy and chunked attention.",
+    description="BEST-RQ-2 pretraining of audio encoders, with fused quantize, masked cross-entropy and attention.",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     python_requires=">=3.10",

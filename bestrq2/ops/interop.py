@@ -51,7 +51,8 @@ def from_nemo(state: Mapping[str, Tensor], prefix: str = "", *, input_norm: bool
 
     Args:
         input_norm: whether the module normalises its input (later versions: a LayerNorm without weights over each
-            frame). With ``combine_time_steps`` above 1 that happens before stacking: normalise the frames, leave this False.
+            frame). With ``combine_time_steps`` above 1 that happens before stacking: normalise the frames and leave
+            this False.
     """
     weight, codebooks = _take(state, prefix, ("proj.weight", "codebooks"), "NeMo")
     books, _, dims = codebooks.shape
