@@ -1,5 +1,7 @@
 """Write a trained encoder in the forms that other tools read.
 
+    python -m bestrq2.export runs/best_rq2_base-001 --hf FOLDER                      # transformers: AutoModel
+    python -m bestrq2.export runs/best_rq2_base-001 --xares encoders/best_rq2.py     # X-ARES; --xares-llm for XARES-LLM
     python -m bestrq2.export runs/best_rq2_base-001 --published best_rq2.safetensors
 
 RUN is anything that ``bestrq2.load`` opens: a run folder, a step-* folder, an exported file or folder, a published
@@ -8,13 +10,17 @@ checkpoint.
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
+from bestrq2.interchange.hugging_face_folder import write_folder
 from bestrq2.interchange.opening import Source, open_source
 from bestrq2.interchange.published import to_published
 from bestrq2.interchange.tensors import write_tensors
+from bestrq2.interchange.xares import Interface, check_encoder_module, write_encoder_module
 
 
 def export_published(source: Source, out: Path) -> list[str]:
@@ -25,18 +31,44 @@ def export_published(source: Source, out: Path) -> list[str]:
     return [f"{out}: {len(tensors)} tensors in published names", *notes]
 
 
+def export_folder(source: Source, out: Path) -> list[str]:
+    paths = write_folder(out, source.config, source.weights, source.origin)
+    names = ", ".join(path.name for path in paths)
+    return [
+        f"{out}: {names}",
+        f"AutoModel.from_pretrained({str(out)!r}, trust_remote_code=True) needs bestrq2 installed",
+    ]
+
+
+def export_module(source: Source, out: Path, interface: Interface) -> list[str]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    weights = write_encoder_module(out, source.config, source.weights, interface)
+    problems = check_encoder_module(out)
+    if problems:
+        raise ConfigError(f"{out}: written, but it fails its check: {'; '.join(problems)}")
+    return [f"{out}, {weights}: checked for {interface}; give its path relative to the folder you run in"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bestrq2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="what to export")
+    parser.add_argument("--hf", type=Path, metavar="FOLDER", help="transformers folder, read by AutoModel and by us")
+    parser.add_argument("--xares", type=Path, metavar="OUT.py", help="X-ARES encoder file, weights beside it")
+    parser.add_argument("--xares-llm", type=Path, metavar="OUT.py", help="XARES-LLM encoder file, weights beside it")
     parser.add_argument("--published", type=Path, metavar="OUT.safetensors", help="names of the published checkpoints")
     parser.add_argument("--heads", type=int, help="attention heads of a published RUN that does not say them")
     parser.add_argument(
         "--hop-length", type=int, help="samples between frames of a published RUN that does not say them"
     )
     options = parser.parse_args(arguments)
-    forms = {"--published": (export_published, options.published)}
+    forms: dict[str, tuple[Callable[[Source, Path], list[str]], Path | None]] = {
+        "--hf": (export_folder, options.hf),
+        "--xares": (partial(export_module, interface="xares"), options.xares),
+        "--xares-llm": (partial(export_module, interface="xares-llm"), options.xares_llm),
+        "--published": (export_published, options.published),
+    }
     wanted = [(write, out) for write, out in forms.values() if out is not None]
     try:
         if not wanted:

@@ -92,16 +92,26 @@ class LogMel(nn.Module):
             )
         self.sampling_rate, self.n_fft, self.win_length, self.hop_length = sampling_rate, n_fft, win_length, hop_length
         self.num_mels = num_mels
-        self.register_buffer(
-            "window", torch.hann_window(win_length, dtype=torch.float64, device="cpu"), persistent=False
-        )
-        filters = mel_filters(n_fft, num_mels, sampling_rate, f_min, f_max)
-        self.register_buffer("filters", filters.double(), persistent=False)
+        self.f_min, self.f_max = f_min, f_max
+        for name, constant in self._constants().items():
+            self.register_buffer(name, constant, persistent=False)
         for name, value in (("mean", mean), ("std", std)):
             per_band = torch.as_tensor(value, dtype=torch.float32, device="cpu").expand(num_mels).clone()
             self.register_buffer(name, per_band)
         if not (self.std > 0).all():
             raise ValueError(f"std must be positive, got {std}")
+
+    def _constants(self) -> dict[str, Tensor]:
+        filters = mel_filters(self.n_fft, self.num_mels, self.sampling_rate, self.f_min, self.f_max)
+        window = torch.hann_window(self.win_length, dtype=torch.float64, device="cpu")
+        return {"window": window, "filters": filters.double()}
+
+    def restore_constants(self) -> None:
+        """Make window and filters again, on their device: they are in no checkpoint, and some loaders leave such
+        buffers uninitialised."""
+        for name, constant in self._constants().items():
+            present = getattr(self, name)
+            setattr(self, name, constant.to(present.device, present.dtype))
 
     def _apply(self, fn, recurse=True):
         # model.half() or .bfloat16() must not degrade the constants of an exact transform: only the device may change.
