@@ -13,9 +13,10 @@ gives them), so their own ids can differ where two codes are nearly as close.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["PeerQuantizer", "from_lucidrains", "from_nemo", "from_speechbrain", "from_wenet"]
+__all__ = ["PeerQuantizer", "from_lucidrains", "from_nemo", "from_speechbrain", "from_wenet", "lucidrains_input"]
 
 
 class PeerQuantizer(NamedTuple):
@@ -81,14 +82,28 @@ def from_wenet(state: Mapping[str, Tensor], prefix: str = "", *, input_norm: boo
 def from_lucidrains(state: Mapping[str, Tensor], prefix: str = "", *, norm: bool = True) -> PeerQuantizer:
     """vector-quantize-pytorch ``RandomProjectionQuantizer``.
 
-    rand_projs (G, D, d); cosine codebook vq._codebook.embed (G, V, d) with unit rows. Codes: (..., G), or (...) for one
-    codebook, as there.
+    rand_projs (G, D, d); cosine codebook vq._codebook.embed (G, V, e) with unit rows. Codes: (..., G), or (...) for one
+    codebook, as there. With several codebooks that module has a second, random Linear with bias between projection and
+    codebooks (e = G d). It is folded into one projection (G, D + 1, e) whose last row is the bias: pass
+    ``lucidrains_input(x, norm)`` instead of ``x``.
 
     Args:
         norm: the ``norm`` argument the module was built with (LayerNorm without weights on the input).
     """
     names = ("rand_projs", "vq._codebook.embed")
     projection, codebook = _take(state, prefix, names, "vector-quantize-pytorch")
-    if len(projection) == 1:
+    books, features, dims = projection.shape
+    if prefix + "vq.project_in.weight" in state:
+        weight, bias = (state[f"{prefix}vq.project_in.{name}"].detach().double() for name in ("weight", "bias"))
+        folded = projection.double().transpose(0, 1).reshape(features, books * dims) @ weight.T
+        folded = torch.cat([folded, bias[None]]).reshape(features + 1, books, -1).transpose(0, 1)
+        return PeerQuantizer(folded, codebook)
+    if books == 1:
         projection, codebook = projection[0], codebook[0]
     return PeerQuantizer(projection, codebook, "layer_norm" if norm else "none")
+
+
+def lucidrains_input(x: Tensor, norm: bool = True) -> Tensor:
+    """``x`` (..., D) as a quantizer with several codebooks takes it: (..., D + 1), normalised, then a one for the bias."""
+    x = torch.nn.functional.layer_norm(x.float(), x.shape[-1:]) if norm else x
+    return torch.nn.functional.pad(x, (0, 1), value=1.0)
