@@ -104,6 +104,6 @@ def from_lucidrains(state: Mapping[str, Tensor], prefix: str = "", *, norm: bool
 
 
 def lucidrains_input(x: Tensor, norm: bool = True) -> Tensor:
-    """``x`` (..., D) as their several-codebook quantizer takes it: (..., D + 1), normalised, then a one for the bias."""
+    """``x`` (..., D) as their several-codebook quantizer takes it: (..., D + 1) normalised and a one for the bias."""
     x = torch.nn.functional.layer_norm(x.float(), x.shape[-1:]) if norm else x
     return torch.nn.functional.pad(x, (0, 1), value=1.0)
