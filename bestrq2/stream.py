@@ -22,7 +22,8 @@ from torch import Tensor
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioError, load_audio
-from bestrq2.models import ConformerEncoder, load
+from bestrq2.interchange import load
+from bestrq2.models import ConformerEncoder
 from bestrq2.ops import ChunkLayout
 from bestrq2.training.hardware import choose_device
 
