@@ -1,20 +1,25 @@
 """Pretrain an audio encoder.
 
-    python -m bestrq2.train                                      # tiny model on the 24 clips of the package, about a
-    minute python -m bestrq2.train --data FOLDER --config best_rq2_small
+    python -m bestrq2.train                        # tiny model on the 24 clips of the package, less than a minute
+    python -m bestrq2.train --data FOLDER --config best_rq2_small
     python -m bestrq2.train --data clips.csv --config recipe.yaml train.steps=20000 model.masking.ratio=[0.6,0.8]
     python -m bestrq2.train --resume runs/best_rq2_small-001
 
-Everything about a run is in its folder: configuration, versions, metrics.csv, TensorBoard events, report.png,
+Everything about a run is in its folder: configuration, versions, metrics.csv, TensorBoard events, report.png and
 checkpoints.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+
+# Threads that wait must not spin: on a laptop whose other core is busy, spinning makes small models ten times slower.
+# OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import nn
@@ -360,7 +365,7 @@ def summarise(run: RunFolder, report: Path | None) -> None:
     from bestrq2.training.run_folder import read_metrics
 
     rows = [row for row in read_metrics(run.path) if row["loss"]]
-    tail = rows[-max(1, len(rows) // 10) :]
+    tail = rows[-max(10, len(rows) // 10) :]
 
     def mean(name: str) -> float:
         return sum(float(row[name]) for row in tail) / len(tail)
