@@ -35,6 +35,7 @@ from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2, build_encoder, build_model
 from bestrq2.models.build import load_weights
+from bestrq2.ops.native import extension_obstacle
 from bestrq2.training.data_identity import data_fingerprint
 from bestrq2.training.hardware import choose_device, choose_precision, describe_device, peak_flops
 from bestrq2.training.interrupt import StopSignal
@@ -175,6 +176,8 @@ def describe(config: Config, model: BestRQ2 | BestRQ, device: torch.device, auto
     precision = "bf16 autocast" if autocast else "fp32"
     print(f"Model: {config.recipe} ({config.model.name}), encoder {encoder:,} parameters, {trained:,} trained")
     print(f"Device: {describe_device(device)}, {precision}; operations: {', '.join(ops.available_backends())}")
+    if (missing := extension_obstacle()) is not None:
+        print(f"note: the slower PyTorch path runs: {missing}")
 
 
 def train(
