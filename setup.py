@@ -19,12 +19,15 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "bestrq2/version.py").re
 
 EXTRAS = {
     "parquet": ["pyarrow>=15"],
+    "probe": ["scikit-learn>=1.4"],
+    "transformers": ["transformers>=4.57"],
     "test": [
         "pytest>=8",
         "pytest-benchmark>=5",
         "hypothesis>=6.100",
         "scipy>=1.11",
         "pyarrow>=15",
+        "scikit-learn>=1.4",
         "triton>=3.6; platform_system == 'Linux'",
     ],
 }

@@ -18,8 +18,8 @@ LAYERS = [
     ("bestrq2.config", "bestrq2.checkpoint", "bestrq2.data"),
     ("bestrq2.models",),
     ("bestrq2.interchange",),
-    ("bestrq2.training",),
-    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats", "bestrq2.export", "bestrq2.stream"),
+    ("bestrq2.training", "bestrq2.probing"),
+    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats", "bestrq2.export", "bestrq2.probe", "bestrq2.stream"),
 ]
 FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 

@@ -21,6 +21,7 @@ __all__ = [
     "ManifestError",
     "discover_folder",
     "read_manifest",
+    "read_rows",
     "write_manifest",
 ]
 
@@ -113,6 +114,19 @@ def discover_folder(folder: str | os.PathLike[str]) -> FolderListing:
     return FolderListing(files, ignored)
 
 
+def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, Any]]]:
+    """As :func:`read_manifest`, each file with all columns of its row."""
+    source = Path(path)
+    suffix = source.suffix.lower()
+    if not is_manifest(source):
+        raise ManifestError(f"{source}: a manifest must end in .csv, .tsv or .jsonl, got {suffix!r}")
+    rows = _json_rows(source) if suffix in _JSON_LINES else _table_rows(source, _TABLES[suffix])
+    files = [(_audio_file(source, line, row), row) for line, row in rows]
+    if not files:
+        raise ManifestError(f"{source}: no rows")
+    return files
+
+
 def read_manifest(path: str | os.PathLike[str]) -> list[AudioFile]:
     """Read a manifest: CSV or TSV with a header line, or one JSON object a line (.jsonl, .ndjson, .json).
 
@@ -123,15 +137,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[AudioFile]:
         ManifestError: no such column, a bad row (with its line number), or no rows.
         OSError: the file cannot be read.
     """
-    source = Path(path)
-    suffix = source.suffix.lower()
-    if not is_manifest(source):
-        raise ManifestError(f"{source}: a manifest must end in .csv, .tsv or .jsonl, got {suffix!r}")
-    rows = _json_rows(source) if suffix in _JSON_LINES else _table_rows(source, _TABLES[suffix])
-    files = [_audio_file(source, line, row) for line, row in rows]
-    if not files:
-        raise ManifestError(f"{source}: no rows")
-    return files
+    return [file for file, _ in read_rows(path)]
 
 
 def _table_rows(source: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:

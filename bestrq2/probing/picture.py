@@ -1,0 +1,28 @@
+"""Confusion matrices as a picture."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def save_confusions(path: Path, matrices: dict[str, np.ndarray], classes: list[str]) -> None:
+    """Draw count matrices (true class by predicted class), coloured by the share of each true class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = max(3.5, 0.45 * len(classes) + 2)
+    figure, axes = pyplot.subplots(1, len(matrices), figsize=(size * len(matrices), size), layout="constrained")
+    for axis, (title, matrix) in zip(np.atleast_1d(axes), matrices.items()):
+        share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axis.set(title=title, xlabel="predicted", ylabel="true")
+        axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+        axis.set_yticks(range(len(classes)), classes)
+        if len(classes) <= 20:
+            for (row, column), count in np.ndenumerate(matrix):
+                colour = "white" if share[row, column] > 0.5 else "black"
+                axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
