@@ -6,8 +6,8 @@
 The manifest (CSV, TSV or JSON lines) has a column with the path of each clip, one with its label and, better, one that
 says which clips belong together (speaker, recording, package): a group is never split between training and test. A
 linear probe and 10 nearest neighbours are cross-validated on the clip's mean feature; the same is done with the
-statistics of a log-mel spectrogram and with the same encoder before any training. Intervals are 95 % bootstrap intervals
-over groups.
+statistics of a log-mel spectrogram and with the same encoder before any training. Intervals are 95 % bootstrap
+intervals over groups.
 Needs scikit-learn: pip install 'bestrq2[probe]'.
 """
 
