@@ -31,7 +31,7 @@ from benchmarks.machine import ROOT, describe_machine, environment, load
 from benchmarks.measure import Budget, Row, measure, set_limit
 from benchmarks.memory import Worker, obstacle
 
-OPS = ("quantize", "masked_cross_entropy", "chunked_attention")
+OPS = ("quantize", "masked_cross_entropy", "chunked_attention", "encode")
 
 
 def available_ops() -> list[str]:

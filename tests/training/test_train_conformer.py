@@ -66,7 +66,7 @@ def test_embed_and_load(run, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_learns_above_the_unigram_baseline(recipe, tmp_path):
-    overrides = ["train.steps=100", "train.batch_size=8", "train.save_every=100"]
+    overrides = ["train.steps=90", "train.batch_size=8", "train.save_every=90"]
     overrides += ["model.encoder.depth=2", "optimizer.learning_rate=0.003", "model.front_end.mean=-47.5"]
     command = ["--runs", str(tmp_path), "--name", "learn", "--config", recipe, "model.front_end.std=31.8"]
     assert main([*command, *overrides]) == 0
