@@ -234,8 +234,15 @@ def _backward(
     chosen = _choose(query, options[-1])
     if chosen != "reference":
         gradients = _compiled(chosen).backward(grad, out, logsumexp, query, key, value, _named(options))
-        return tuple(grad.new_empty((0,)) if x is None else x for x in gradients)
+        inputs = (query, key, value, *options[:3])
+        return tuple(grad.new_empty((0,)) if x is None else _laid_out(x, like) for x, like in zip(gradients, inputs))
     return _reference_backward(grad, query, key, value, options)
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """``gradient`` with the strides that torch.compile was promised: those of ``empty_like(like)``."""
+    promised = torch.empty_like(like, device="meta").stride()
+    return gradient if gradient.stride() == promised else torch.empty_like(like).copy_(gradient)
 
 
 def _reference_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Tensor, ...]:

@@ -17,9 +17,10 @@ needs_cpu = pytest.mark.skipif(not HAS_CPU, reason="the C++ extension is not bui
 
 def make_inputs(frames: int = 100, dtype: torch.dtype = torch.float32, requires_grad: bool = True):
     """query, key, value, position, content_bias, position_bias of 2 items and 2 heads of size 16."""
-    shapes = [(2, frames, 2, 16)] * 3 + [(2, 2 * frames - 1, 16), (2, 16), (2, 16)]
+    shapes = [(2, frames, 2, 16)] * 3 + [(2 * frames - 1, 2, 16), (2, 16), (2, 16)]
     tensors = [torch.randn(shape).to(dtype) for shape in shapes]
-    tensors = [x.transpose(1, 2) if x.dim() == 4 else x for x in tensors]
+    # As projections leave them: heads behind time.
+    tensors = [x.transpose(-3, -2) if x.dim() > 2 else x for x in tensors]
     return [x.requires_grad_(requires_grad) for x in tensors]
 
 

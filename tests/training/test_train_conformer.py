@@ -75,3 +75,10 @@ def test_learns_above_the_unigram_baseline(recipe, tmp_path):
     unigram = sum(float(row["unigram"]) for row in tail) / len(tail)
     print(f"{recipe}: masked accuracy {accuracy:.3f} against {unigram:.3f}")
     assert accuracy > unigram + 0.1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bf16_autocast(recipe, tmp_path):
+    options = ["train.precision=bf16", "train.steps=2", "model.encoder.depth=1"]
+    assert main(["--runs", str(tmp_path), "--name", "bf16", "--config", recipe, *QUICK, *options]) == 0
+    assert all(np.isfinite(float(row["loss"])) for row in read_metrics(tmp_path / "bf16")[1:])
