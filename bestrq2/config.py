@@ -145,12 +145,20 @@ class TrainConfig:
 
 
 @dataclass
+class FrozenConfig:
+    source: str | None = None  # train only a head on the embeddings of this encoder; None: pretrain
+    every_frame: bool = False  # predict the code of every frame, without masking
+    cache: str | None = None  # folder of cached embeddings; None: inside the run folder
+
+
+@dataclass
 class Config:
     recipe: str = "custom"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
 
 
 def recipe_names() -> list[str]:

@@ -4,6 +4,7 @@
     python -m bestrq2.train --data FOLDER --config best_rq2_small
     python -m bestrq2.train --data clips.csv --config recipe.yaml train.steps=20000 model.masking.ratio=[0.6,0.8]
     python -m bestrq2.train --resume runs/best_rq2_small-001
+    python -m bestrq2.train --frozen-encoder runs/best_rq2_small-001    # only a head, on cached embeddings
 
 Everything about a run is in its folder: configuration, versions, metrics.csv, TensorBoard events, report.png and
 checkpoints.
@@ -37,6 +38,7 @@ from bestrq2.models import BestRQ, BestRQ2, build_encoder, build_model
 from bestrq2.models.build import load_weights
 from bestrq2.ops.native import extension_obstacle
 from bestrq2.training.data_identity import data_fingerprint
+from bestrq2.training.frozen import train_head
 from bestrq2.training.hardware import choose_device, choose_precision, describe_device, peak_flops
 from bestrq2.training.interrupt import StopSignal
 from bestrq2.training.optimizer import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
@@ -59,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
     parser.add_argument("--data", help="folder of audio (searched recursively) or a CSV/JSONL manifest")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: the newest one)")
+    parser.add_argument(
+        "--frozen-encoder", metavar="SOURCE", help="train only a head on the embeddings of this encoder"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     parser.add_argument("--name", help="name of the new run folder (default: the recipe and a number)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=1000 data.crop_seconds=4")
@@ -68,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = list(options.overrides)
         if options.data is not None:
             overrides.append(f"data.source={options.data}")
+        if options.frozen_encoder is not None:
+            overrides.append(f"frozen.source={options.frozen_encoder}")
         if options.resume is not None:
             if options.config or options.name:
                 raise ConfigError("--resume takes everything from the run folder: drop --config and --name")
@@ -75,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config or DEFAULT_RECIPE, overrides)
         dataset = open_dataset(config)
         fill_statistics(config, dataset)
+        if config.frozen.source:
+            return train_head(config, dataset, RunFolder.create(options.runs, options.name, config), None)
         model = seeded_model(config)
         return train(config, model, dataset, RunFolder.create(options.runs, options.name, config), None)
     except (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError) as error:
@@ -97,9 +106,11 @@ def resume(run: RunFolder, overrides: list[str]) -> int:
             f"the training data changed since the checkpoint was written (fingerprint {found} instead of {expected}): "
             "files, durations or crop settings differ. Restore them, or start a new run."
         )
-    model = seeded_model(config)
     if overrides:
         run.write_config(config)
+    if config.frozen.source:
+        return train_head(config, dataset, run, checkpoint)
+    model = seeded_model(config)
     return train(config, model, dataset, run, checkpoint)
 
 

@@ -55,6 +55,10 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
         return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)
     checkpoint = find_checkpoint(path)
     config = config_from_dict(checkpoint.config)
+    if config.frozen.source:
+        raise ConfigError(
+            f"{path}: a head trained on a frozen encoder, which is {config.frozen.source}: open that instead"
+        )
     return Source(config, checkpoint.weights(), True, checkpoint.folder, checkpoint.step)
 
 

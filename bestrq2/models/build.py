@@ -20,7 +20,7 @@ from .conformer import ConformerEncoder
 from .vit import ViTEncoder
 
 
-def _settings(config: TransformerConfig) -> TransformerSettings:
+def transformer_settings(config: TransformerConfig) -> TransformerSettings:
     names = TransformerConfig.__dataclass_fields__
     return TransformerSettings(**{name: value for name, value in asdict(config).items() if name in names})
 
@@ -48,7 +48,7 @@ def build_encoder(
         log_mel,
         config.encoder.patch_height,
         config.encoder.patch_width,
-        _settings(config.encoder),
+        transformer_settings(config.encoder),
         config.encoder.position,  # type: ignore[arg-type]
         window_seconds,
         published_positions,
@@ -104,7 +104,7 @@ def build_model(config: Config) -> BestRQ2 | BestRQ:
         masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
         if model.name == "best_rq":
             return BestRQ(encoder, quantizer, masking, masks.noise_std)
-        return BestRQ2(encoder, quantizer, masking, _settings(model.predictor))
+        return BestRQ2(encoder, quantizer, masking, transformer_settings(model.predictor))
     except ConfigError:
         raise
     except ValueError as error:

@@ -1,0 +1,291 @@
+"""Embeddings of a frozen encoder and the codes of the same audio, computed once and kept on disk.
+
+Every file is cut into consecutive windows of the crop length. A shard holds the windows of 32 files as plain tensors,
+with its SHA-256 in a JSON file beside it that is written last: an interrupted cache goes on where it stopped, and a
+damaged or incomplete shard is made again. The folder's name depends on the encoder's weights, the targets and the list
+of files.
+"""
+
+import bisect
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bestrq2.config import Config, ConfigError
+from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
+from bestrq2.interchange.opening import load
+from bestrq2.interchange.tensors import write_tensors
+from bestrq2.layers.patches import extract_patches
+from bestrq2.layers.quantizer import RandomProjectionQuantizer
+from bestrq2.models import build_encoder
+from bestrq2.training.data_identity import file_list_digest
+
+FILES_PER_SHARD = 32
+WINDOWS_AT_ONCE = 8
+
+
+class FrozenEncoder(Protocol):
+    """What a frozen encoder must have: ours, or any module with the same interface."""
+
+    sampling_rate: int
+    output_dim: int
+    hop_size_in_ms: float
+
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+class XaresAdapter(nn.Module):
+    """Our ``encode`` on an X-ARES encoder, one clip at a time because it takes no lengths."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.sampling_rate: int = encoder.sampling_rate  # type: ignore[assignment]
+        self.output_dim: int = encoder.output_dim  # type: ignore[assignment]
+        self.hop_size_in_ms: float = encoder.hop_size_in_ms  # type: ignore[assignment]
+
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        ends = [waveform.shape[1]] * len(waveform) if lengths is None else lengths.tolist()
+        clips = [self.encoder(clip[None, : int(end)])[0].float() for clip, end in zip(waveform, ends)]
+        padded = nn.utils.rnn.pad_sequence(clips, batch_first=True)
+        return padded, torch.tensor([len(clip) for clip in clips])
+
+
+def open_frozen(source: str) -> nn.Module:
+    """The encoder that ``--frozen-encoder`` names, in evaluation mode and without gradients.
+
+    Args:
+        source: anything :func:`bestrq2.load` opens; an X-ARES encoder file (.py, which is executed: use files that you
+            trust); or ``module:attribute`` for a class or function that gives a module with our ``encode`` interface.
+
+    Raises:
+        CheckpointError, ConfigError: if there is no such encoder, or it lacks part of the interface.
+    """
+    if source.endswith(".py"):
+        encoder: Any = XaresAdapter(_xares_class(Path(source))())
+    elif ":" in source and not Path(source).exists():
+        module, attribute = source.split(":", 1)
+        try:
+            encoder = getattr(importlib.import_module(module), attribute)()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"--frozen-encoder {source}: {error}") from error
+    else:
+        encoder = load(source)
+    missing = [
+        name for name in ("encode", "sampling_rate", "output_dim", "hop_size_in_ms") if not hasattr(encoder, name)
+    ]
+    if missing:
+        raise ConfigError(f"--frozen-encoder {source}: the encoder has no {', '.join(missing)}")
+    return encoder.eval().requires_grad_(False)
+
+
+def _xares_class(path: Path) -> Callable[[], nn.Module]:
+    spec = importlib.util.spec_from_file_location(f"_frozen_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"--frozen-encoder {path}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    found = [value for name, value in vars(module).items() if name.endswith("Encoder")]
+    if len(found) != 1:
+        raise ConfigError(f"--frozen-encoder {path}: expected one name ending in 'Encoder', found {len(found)}")
+    return found[0]
+
+
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of every parameter and buffer."""
+    digest = hashlib.sha256()
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def align(features: Tensor, hop: float, columns: int, column: float) -> Tensor:
+    """Bring features to the rate of the targets: column j covers the time from ``j * column`` to ``(j + 1) * column``.
+
+    It gets the mean of the frames whose centres ``(i + 1/2) * hop`` lie in it, or, where frames are longer than columns
+    and none does, the frame in which its own centre lies (the last one behind the end).
+
+    Shapes: ``(T, D)`` -> ``(columns, D)``; hop and column in the same unit of time.
+    """
+    frames = len(features)
+    place = torch.floor((torch.arange(frames, dtype=torch.float64) + 0.5) * hop / column).long()
+    inside = place < columns
+    sums = features.new_zeros(columns, features.shape[1]).index_add_(0, place[inside], features[inside])
+    counts = torch.bincount(place[inside], minlength=columns)
+    centre = torch.floor((torch.arange(columns, dtype=torch.float64) + 0.5) * column / hop).long().clamp(max=frames - 1)
+    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], features[centre])
+
+
+class Targets:
+    """Codes of strips of log-mel, one column after the other.
+
+    Raises:
+        ConfigError: if the patches of the configuration do not span all bands, because an embedding has no frequency.
+    """
+
+    def __init__(self, config: Config) -> None:
+        model, targets = config.model, config.model.targets
+        if model.encoder.kind != "vit" or model.encoder.patch_height != model.front_end.num_mels:
+            raise ConfigError(
+                "model.encoder.patch_height: a frozen encoder needs strips over all bands as targets (best_rq2_tiny, "
+                f"_small, _1_base), got {model.encoder.patch_height} of {model.front_end.num_mels} bands"
+            )
+        self.front_end = build_encoder(model).front_end
+        self.height, self.width = model.encoder.patch_height, model.encoder.patch_width
+        self.seconds = self.width * model.front_end.hop_length / model.front_end.sampling_rate
+        self.quantizer = RandomProjectionQuantizer(
+            self.height * self.width,
+            targets.codebook_size,
+            targets.codebook_dim,
+            targets.num_codebooks,
+            targets.normalize,  # type: ignore[arg-type]
+            targets.seed,
+            mean=targets.mean or 0.0,
+            std=1.0 if targets.std is None else targets.std,
+        )
+
+    def codes(self, waveform: Tensor) -> Tensor:
+        """``(S,)`` -> ``(T, G)``."""
+        frames, lengths = self.front_end(waveform[None])
+        patches = extract_patches(frames, lengths, self.height, self.width)
+        return self.quantizer(patches.values, patches.lengths)[0]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One training example: ``context (T, D)`` float32 and ``codes (T, G)`` int64."""
+
+    context: Tensor
+    codes: Tensor
+
+
+class EmbeddingCache:
+    """The finished cache: ``len`` windows, any of them by number.
+
+    Attributes:
+        digest: of the encoder that made it.
+        width: D.
+        skips: files that could not be read.
+    """
+
+    def __init__(self, shards: list[Path], records: list[dict[str, Any]], digest: str, width: int) -> None:
+        self.digest, self.width = digest, width
+        self.files = [safe_open(path, framework="pt") for path in shards]
+        self.starts = [np.cumsum([0, *record["lengths"]]) for record in records]
+        self.ends = np.cumsum([len(record["lengths"]) for record in records]).tolist()
+        self.skips = [skip for record in records for skip in record["skips"]]
+        if not len(self):
+            raise DataError("no file is long enough for two target columns: there is nothing to train on")
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, number: int) -> Window:
+        shard = bisect.bisect_right(self.ends, number)
+        place = number - (self.ends[shard - 1] if shard else 0)
+        first, last = self.starts[shard][place : place + 2].tolist()
+        file = self.files[shard]
+        return Window(file.get_slice("context")[first:last], file.get_slice("codes")[first:last].long())
+
+
+@torch.inference_mode()
+def build_cache(
+    root: Path, config: Config, files: Sequence[AudioFile], encoder: nn.Module, device: torch.device
+) -> EmbeddingCache:
+    """Compute what is not there yet.
+
+    Raises:
+        CheckpointError: if a shard cannot be written.
+        ConfigError: for targets that do not fit an encoder without a frequency axis, or another sampling rate.
+    """
+    targets = Targets(config)
+    source: FrozenEncoder = encoder  # type: ignore[assignment]
+    if source.sampling_rate != config.model.front_end.sampling_rate:
+        raise ConfigError(
+            f"model.front_end.sampling_rate: expected the frozen encoder's {source.sampling_rate} Hz, "
+            f"got {config.model.front_end.sampling_rate}"
+        )
+    digest = module_digest(encoder)
+    crop = round(config.data.crop_seconds * source.sampling_rate)
+    described = json.dumps([asdict(config.model.front_end), asdict(config.model.targets), targets.width, crop])
+    identity = hashlib.sha256(f"{digest}\0{described}\0{file_list_digest(files)}".encode()).hexdigest()[:16]
+    folder = root / identity
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.to(device)
+    shards, records, made = [], [], 0
+    groups = [files[start : start + FILES_PER_SHARD] for start in range(0, len(files), FILES_PER_SHARD)]
+    for number, group in enumerate(tqdm(groups, desc="embeddings", unit="shard")):
+        path = folder / f"shard-{number:05d}.safetensors"
+        record = _verified(path)
+        if record is None:
+            record = _write_shard(path, group, source, targets, crop, device)
+            made += 1
+        shards.append(path)
+        records.append(record)
+    print(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
+    return EmbeddingCache(shards, records, digest, source.output_dim)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _verified(path: Path) -> dict[str, Any] | None:
+    """The record of a complete shard, or None if it must be made (again)."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text())
+        return record if record["sha256"] == _sha256(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_shard(
+    path: Path, files: Sequence[AudioFile], encoder: FrozenEncoder, targets: Targets, crop: int, device: torch.device
+) -> dict[str, Any]:
+    contexts, codes, skips = [], [], []
+    shortest = round(2 * targets.seconds * encoder.sampling_rate)
+    for item in iterate_clips(files, encoder.sampling_rate, min_seconds=2 * targets.seconds):
+        if isinstance(item, Skip):
+            skips.append(str(item))
+            continue
+        waveform = torch.from_numpy(item[1])
+        windows = [part for part in waveform.split(crop) if len(part) >= shortest]
+        for start in range(0, len(windows), WINDOWS_AT_ONCE):
+            part = windows[start : start + WINDOWS_AT_ONCE]
+            padded = nn.utils.rnn.pad_sequence(part, batch_first=True)
+            features, lengths = encoder.encode(padded.to(device), torch.tensor([len(window) for window in part]))
+            for window, rows, length in zip(part, features.float().cpu(), lengths.tolist()):
+                found = targets.codes(window)
+                contexts.append(align(rows[: int(length)], encoder.hop_size_in_ms / 1000, len(found), targets.seconds))
+                codes.append(found)
+    width, books = encoder.output_dim, targets.quantizer.num_codebooks
+    tensors = {
+        "context": torch.cat(contexts) if contexts else torch.zeros(0, width),
+        "codes": torch.cat(codes).int() if codes else torch.zeros(0, books, dtype=torch.int32),
+    }
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_tensors(path, tensors, {})
+    record = {"sha256": _sha256(path), "lengths": [len(rows) for rows in codes], "skips": skips}
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(record))
+    partial.replace(path.with_suffix(".json"))
+    return record

@@ -1,0 +1,145 @@
+"""Training a head on a frozen encoder: alignment, cache, resume, and an encoder that does not change."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+import bestrq2
+from bestrq2 import train
+from bestrq2.checkpoint import newest_intact
+from bestrq2.config import ConfigError, load_config
+from bestrq2.interchange.tensors import write_encoder_file
+from bestrq2.interchange.xares import write_encoder_module
+from bestrq2.models import build_model
+from bestrq2.training.embedding_cache import align, module_digest, open_frozen
+from bestrq2.training.run_folder import read_metrics
+
+TARGETS = ["model.front_end.mean=-47", "model.front_end.std=31", "model.targets.codebook_size=32"]
+HEAD = ["model.predictor.depth=1", "model.predictor.width=64", "model.predictor.hidden=96", "train.batch_size=8"]
+QUICK = [*TARGETS, *HEAD, "train.steps=12", "train.save_every=4", "train.log_every=4"]
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    torch.manual_seed(1)
+    overrides = [*TARGETS, "model.encoder.depth=1", "model.encoder.width=64", "model.encoder.hidden=96"]
+    config = load_config("best_rq2_tiny", overrides)
+    write_encoder_file(path, config, build_model(config).state_dict())
+    return path
+
+
+def run(tmp_path, name, source, *overrides):
+    assert train.main(["--runs", str(tmp_path), "--name", name, "--frozen-encoder", str(source), *overrides]) == 0
+    return tmp_path / name
+
+
+def weights(folder):
+    checkpoint, _ = newest_intact(folder / "checkpoints")
+    return checkpoint.weights()
+
+
+def test_alignment_rule():
+    features = torch.arange(8.0)[:, None] + 1
+    assert align(features, 40, 8, 40)[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    # Finer frames: the mean of those whose centres lie in the column.
+    assert align(features, 20, 4, 40)[:, 0].tolist() == [1.5, 3.5, 5.5, 7.5]
+    # Coarser frames: the frame in which the column's centre lies (20, 60, 100, 140, 180 ms).
+    assert align(features[:2], 100, 5, 40)[:, 0].tolist() == [1, 1, 2, 2, 2]
+    # Columns behind the last frame take it; frames behind the last column are left out.
+    assert align(features[:2], 40, 4, 40)[:, 0].tolist() == [1, 2, 2, 2]
+    assert align(features, 40, 2, 40)[:, 0].tolist() == [1, 2]
+
+
+def test_encoder_is_unchanged_and_resume_repeats(encoder_file, tmp_path, capsys):
+    before = hashlib.sha256(encoder_file.read_bytes()).hexdigest()
+    whole = run(tmp_path, "whole", encoder_file, *QUICK)
+    assert hashlib.sha256(encoder_file.read_bytes()).hexdigest() == before
+    proof = json.loads((whole / "frozen.json").read_text())
+    assert proof["sha256_before"] == proof["sha256_after"] == module_digest(bestrq2.load(encoder_file))
+    assert not any(name.startswith("encoder") for name in weights(whole))  # nothing of it is even in the run
+    assert (whole / "report.png").exists()
+
+    # Stop at step 8 by deleting the last checkpoint; damage the cache too: it is found and made again.
+    again = run(tmp_path, "again", encoder_file, *QUICK)
+    for name in ("step-00000012",):
+        for file in (again / "checkpoints" / name).iterdir():
+            file.unlink()
+        (again / "checkpoints" / name).rmdir()
+    shard = next(again.rglob("shard-00000.safetensors"))
+    intact = shard.read_bytes()
+    shard.write_bytes(intact[:-4] + b"\1\2\3\4")
+    capsys.readouterr()
+    assert train.main(["--resume", str(again)]) == 0
+    assert "1 of 1 shards computed" in capsys.readouterr().out
+    assert shard.read_bytes() == intact
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(again)[name], tensor), name
+    with pytest.raises(ConfigError, match=r"a head trained on a frozen encoder.*encoder\.safetensors"):
+        bestrq2.load(whole)
+
+
+def test_cache_is_shared_and_depends_on_the_encoder(encoder_file, tmp_path, capsys):
+    cache = f"frozen.cache={tmp_path / 'cache'}"
+    run(tmp_path, "a", encoder_file, *QUICK, cache)
+    capsys.readouterr()
+    run(tmp_path, "b", encoder_file, *QUICK, cache, "frozen.every_frame=true")
+    assert "0 of 1 shards computed" in capsys.readouterr().out
+    run(tmp_path, "c", encoder_file, *QUICK, cache, "model.targets.seed=3")
+    assert "1 of 1 shards computed" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_head_learns(encoder_file, tmp_path):
+    """Every frame of the audio is in its own embedding, even of a random encoder."""
+    steps = ["train.steps=80", "train.log_every=80", "train.save_every=80", "frozen.every_frame=true"]
+    row = read_metrics(run(tmp_path, "learns", encoder_file, *QUICK[:-3], *steps))[-1]
+    assert float(row["accuracy"]) > float(row["unigram"]) + 0.1
+
+
+class CoarseEncoder(torch.nn.Module):
+    """Any module with the interface: 100 ms energies in two channels."""
+
+    sampling_rate, output_dim, hop_size_in_ms = 16000, 2, 100.0
+
+    def encode(self, waveform, lengths=None):
+        frames = waveform[:, : waveform.shape[1] // 1600 * 1600].unflatten(1, (-1, 1600)).square().mean(2)
+        return torch.stack((frames, frames.sqrt()), -1), lengths // 1600
+
+
+def test_other_sources(encoder_file, tmp_path, monkeypatch, capsys):
+    source = bestrq2.interchange.open_source(encoder_file)
+    write_encoder_module(tmp_path / "mine.py", source.config, source.weights, "xares")
+    waveform = 0.1 * torch.randn(2, 20000)
+    lengths = torch.tensor([20000, 9000])
+    features, frames = open_frozen(str(tmp_path / "mine.py")).encode(waveform, lengths)
+    expected, expected_frames = bestrq2.load(encoder_file).encode(waveform, lengths)
+    assert frames.tolist() == expected_frames.tolist()
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+
+    (tmp_path / "coarse_module.py").write_text(
+        f"import importlib.util\nspec = importlib.util.spec_from_file_location('frozen_case', {__file__!r})\n"
+        "case = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(case)\nmake = case.CoarseEncoder\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run(tmp_path, "coarse", "coarse_module:make", *QUICK, "train.steps=2")
+    assert weights(tmp_path / "coarse")["predictor.input_proj.weight"].shape[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "message"),
+    [
+        ("nowhere", [], "no intact checkpoint"),
+        ("torch.nn:Identity", [], "has no encode, sampling_rate"),
+        ("torch.nn:Nothing", [], "Nothing"),
+        ("missing.py", [], "no such file"),
+        ("FILE", ["model.encoder.patch_height=16"], "strips over all bands"),
+    ],
+)
+def test_refusals(source, overrides, message, encoder_file, tmp_path, capsys):
+    source = str(encoder_file) if source == "FILE" else source
+    assert train.main(["--runs", str(tmp_path), "--frozen-encoder", source, *QUICK, *overrides]) == 2
+    assert message in capsys.readouterr().err
