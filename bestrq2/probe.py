@@ -90,7 +90,9 @@ def untrained(source: Source, seed: int) -> ViTEncoder | ConformerEncoder:
     return encoder.eval().requires_grad_(False)
 
 
-def evaluate(features: dict[str, np.ndarray], task: Task, regularisation: float) -> tuple[dict[str, Any], Predictions]:
+def evaluate(
+    features: dict[str, np.ndarray], task: Task, regularisation: float | None
+) -> tuple[dict[str, Any], Predictions]:
     """Every probe on every kind of features.
 
     Returns:
@@ -220,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pooling", choices=("mean", "mean+std"), default="mean", help="over the frames of a clip")
     parser.add_argument("--layer", type=int, help="output of this block (0 is the first) instead of the final one")
     parser.add_argument(
-        "--regularisation", type=float, default=0.02, help="C of the logistic regression (default: 0.02)"
+        "--regularisation", type=float, help="C of the logistic regression (default: chosen inside the training folds)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the folds and of the random initialisation")
@@ -231,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        if options.batch_size < 1 or options.regularisation <= 0:
+        if options.batch_size < 1 or (options.regularisation or 1) <= 0:
             raise ConfigError("--batch-size and --regularisation: expected positive numbers")
         run(options)
     except (CheckpointError, ConfigError, ManifestError, OSError) as error:

@@ -6,7 +6,16 @@ import pytest
 pytest.importorskip("sklearn")
 
 from bestrq2.config import ConfigError
-from bestrq2.probing.evaluation import balanced_accuracy, bootstrap, confusion, interval, make_task, predict
+from bestrq2.probing.evaluation import (
+    STRENGTHS,
+    balanced_accuracy,
+    bootstrap,
+    choose_regularisation,
+    confusion,
+    interval,
+    make_task,
+    predict,
+)
 
 
 def clusters(rng, spread=0.3, per_class=24, groups=6):
@@ -45,6 +54,17 @@ def test_group_identity_cannot_be_used():
     apart = make_task(labels, [str(i) for i in range(120)])
     assert balanced_accuracy(predict(features, apart, "linear", 1.0), apart) > 0.98
     assert balanced_accuracy(predict(features, together, "linear", 1.0), together) < 0.75
+
+
+def test_choice_of_regularisation():
+    rng = np.random.default_rng(5)
+    labels, groups = np.arange(60) % 2, np.arange(60) // 2
+    clean = np.stack((labels * 2.0 - 1, np.zeros(60)), 1) + 0.01 * rng.normal(size=(60, 2))
+    assert choose_regularisation(clean, labels, groups) == STRENGTHS[0]  # all are perfect: the strongest
+    assert choose_regularisation(clean, labels, labels) == STRENGTHS[2]  # one group a class: nothing to choose by
+    # A weak direction between unequal classes: only where its weight may grow does it win over the majority.
+    rare = (np.arange(60) % 4 == 0).astype(int)
+    assert choose_regularisation(0.5 * (rare[:, None] * 2.0 - 1), rare, np.arange(60)) > STRENGTHS[0]
 
 
 def test_neighbours_vote_as_written():
