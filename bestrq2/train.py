@@ -14,7 +14,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -263,7 +264,7 @@ def train(
     bar = tqdm(
         total=settings.steps, initial=done, unit="step", mininterval=0.2 if interactive else 10, dynamic_ncols=True
     )
-    with bar, StopSignal() as stop:
+    with bar, StopSignal() as stop, closing(stream):
         for batch, waited in islice(stream, settings.steps - done):
             step = done
             # Dropout and stochastic depth: a pure function of (seed, step), so that a resumed run repeats them.
@@ -345,16 +346,16 @@ def is_finite(value: float) -> bool:
     return value - value == 0.0
 
 
-def timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that the loop waited for it."""
-    stream = iter(stream)
-    while True:
-        start = time.perf_counter()
-        try:
-            batch = next(stream)
-        except StopIteration:
-            return
-        yield batch, time.perf_counter() - start
+def timed(stream: Generator[Batch, None, None]) -> Generator[tuple[Batch, float], None, None]:
+    """Each batch with the seconds that the loop waited for it. Closing it ends the data workers."""
+    with closing(stream):
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            yield batch, time.perf_counter() - start
 
 
 def report_skips(run: RunFolder, batch: Batch) -> int:

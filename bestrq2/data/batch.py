@@ -1,14 +1,17 @@
 """Batches of training samples: batch k of a run is a pure function of (dataset, batch size, k)."""
 
+import atexit
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,6 +22,20 @@ from bestrq2.data.audio import DataError, Skip
 from bestrq2.data.dataset import Sample
 
 __all__ = ["Batch", "batches", "collate"]
+
+_workers: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of a stream that nobody closed.
+
+    They ignore SIGTERM (see below), which is all that multiprocessing sends at the end of the main process before it
+    waits for them: without this it would wait for ever.
+    """
+    for worker in list(_workers):
+        if worker.is_alive():
+            worker.kill()
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ def batches(
     pin_memory: bool = False,
     prefetch: int = 4,
     start_method: str | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Deliver the batches of steps ``start_step`` ... ``start_step + num_steps - 1``.
 
     Step k of all ranks together holds the samples with global index k * batch_size ... (k + 1) * batch_size - 1, and
@@ -97,6 +114,8 @@ def batches(
         start_method: of the workers: "forkserver" (default where it exists), "spawn" or "fork". The default never
             copies a process in which CUDA or threads are active; a script that calls this must be guarded by
             ``if __name__ == "__main__":``.
+
+    The workers end with the generator: exhaust it or ``close()`` it.
 
     Raises:
         ValueError: an argument out of range.
@@ -118,7 +137,7 @@ def batches(
 
 def _deliver(
     dataset: Dataset, steps: "_Steps", workers: int, pin_memory: bool, prefetch: int, start_method: str | None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     options: dict[str, Any] = {}
     if workers:
         method = start_method or ("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
@@ -136,7 +155,10 @@ def _deliver(
         **options,
     )
     try:
-        for batch in loader:
+        before = set(active_children())
+        stream = iter(loader)
+        _workers.update(set(active_children()) - before)
+        for batch in stream:
             if isinstance(batch, _Failure):
                 raise batch.error
             yield batch

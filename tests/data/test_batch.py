@@ -207,3 +207,15 @@ def test_signals(tmp_path, signals, status):
             run.stdout.close()
             if run.poll() is None:
                 os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_process_ends_although_a_stream_was_never_closed(tmp_path):
+    script = tmp_path / "abandon.py"
+    script.write_text(
+        "import builtins\n"
+        "from bestrq2.data import CropDataset, batches, tiny_dataset\n"
+        "if __name__ == '__main__':\n"
+        "    builtins.kept = batches(CropDataset(tiny_dataset(), 1.0), 4, workers=1)\n"
+        "    next(builtins.kept)\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=60)

@@ -203,7 +203,7 @@ def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
     [
         (["--data", "EMPTY"], "no usable audio|no audio"),
         (["--data", "MISSING"], "does not exist"),
-        (["--data", "COLUMNS"], "path"),
+        (["--data", "COLUMNS"], "column"),
         (["--config", "unknown"], "expected a YAML file or one of"),
         (["train.stepps=3"], "did you mean 'train.steps'"),
         (["train.device=quantum"], "train.device: 'quantum' cannot be used"),
@@ -215,7 +215,7 @@ def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "columns.csv").write_text("file,seconds\na.wav,1\n")
+    (tmp_path / "columns.csv").write_text("name,seconds\na.wav,1\n")
     places = {
         "EMPTY": str(tmp_path / "empty"),
         "MISSING": str(tmp_path / "missing"),
@@ -258,3 +258,9 @@ def test_bf16_autocast_and_compile(tmp_path):
     options = ["train.precision=bf16", "train.compile=true", "train.steps=3"]
     assert main(["--runs", str(tmp_path), "--name", "bf16", *QUICK, *options]) == 0
     assert all(np.isfinite(float(row["loss"])) for row in read_metrics(tmp_path / "bf16")[1:])
+
+
+def test_workers_end_with_the_run(tmp_path):
+    # The process must end too: workers ignore SIGTERM, so one that was left running would keep it waiting for ever.
+    command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), *QUICK, "train.steps=2"]
+    subprocess.run([*command, "data.workers=1"], check=True, capture_output=True, timeout=120)
