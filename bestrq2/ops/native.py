@@ -5,6 +5,7 @@ import sys
 from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 
 import torch  # loads the OpenMP runtime whose thread pool the extension shares; must come before bestrq2._C
@@ -22,11 +23,14 @@ def _import_installed() -> ModuleType:
     `python -m bestrq2.train` inside a clone imports the clone's Python files, while `pip install .` put the compiled
     extension into site-packages; without this, that user would silently get the slow path.
     """
-    distribution = metadata.distribution("bestrq2")
-    if distribution.version == __version__:
+    # All of them: building leaves a bestrq2.egg-info without compiled files in the clone, and that is found first.
+    for distribution in metadata.distributions(name="bestrq2"):
+        if distribution.version != __version__:
+            continue
         for file in distribution.files or ():
-            if file.parts[0] == "bestrq2" and file.name.startswith("_C."):
-                spec = spec_from_file_location("bestrq2._C", str(file.locate()))
+            path = Path(str(file.locate()))
+            if file.parts[0] == "bestrq2" and file.name.startswith("_C.") and path.exists():
+                spec = spec_from_file_location("bestrq2._C", path)
                 if spec and spec.loader:
                     module = module_from_spec(spec)
                     spec.loader.exec_module(module)
@@ -44,8 +48,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
             if error.name != "bestrq2._C":
                 raise
             return _import_installed(), None
-    except (ModuleNotFoundError, metadata.PackageNotFoundError):
-        return None, "the C++ extension is not built (a C++ compiler was missing when bestrq2 was installed)"
+    except ModuleNotFoundError:
+        return None, "the C++ extension is not built (`pip install .` builds it where a C++ compiler is found)"
     except ImportError as error:
         return None, f"the C++ extension does not load: {error}"
 
