@@ -411,12 +411,13 @@ print(peak() - before)
 
 
 def test_shares_the_thread_pool_of_torch():
-    """One OpenMP runtime in the process: ours would be a second one. (In a fresh process: scikit-learn brings its own.)"""
+    """One OpenMP runtime in the process: ours would be a second one. In a fresh process: scikit-learn has its own."""
     if "cpu" not in ops.available_backends() or not os.path.exists("/proc/self/maps"):
         pytest.skip("needs the C++ extension and /proc")
     code = (
-        "import torch; from bestrq2 import ops; x = torch.randn(1000, 64)\n"
-        "ops.quantize(x, torch.randn(64, 16), torch.nn.functional.normalize(torch.randn(512, 16), dim=1), backend='cpu')\n"
+        "import torch; from bestrq2 import ops\n"
+        "codebook = torch.nn.functional.normalize(torch.randn(512, 16), dim=1)\n"
+        "ops.quantize(torch.randn(1000, 64), torch.randn(64, 16), codebook, backend='cpu')\n"
         "names = [line.split()[-1] for line in open('/proc/self/maps')]\n"
         "print(*sorted({n for n in names if 'libgomp' in n or 'libiomp' in n or 'libomp' in n}), sep='\\n')"
     )
