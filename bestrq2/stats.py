@@ -7,6 +7,7 @@ Writes a YAML snippet for a recipe. (With ``normalize: global`` and no numbers, 
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = [*options.overrides, "model.front_end.normalize=none"]
         if options.data is not None:
-            overrides.append(f"data.source={options.data}")
+            overrides.append(f"data.source={json.dumps(options.data)}")
         config = load_config(options.config, overrides)
         dataset = open_dataset(config)
         if options.clips < 1:

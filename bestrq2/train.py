@@ -11,6 +11,7 @@ checkpoints.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -73,9 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = list(options.overrides)
         if options.data is not None:
-            overrides.append(f"data.source={options.data}")
+            # Quoted: a folder may be called "a: b" or "2024".
+            overrides.append(f"data.source={json.dumps(options.data)}")
         if options.frozen_encoder is not None:
-            overrides.append(f"frozen.source={options.frozen_encoder}")
+            overrides.append(f"frozen.source={json.dumps(options.frozen_encoder)}")
         if options.resume is not None:
             if options.config or options.name:
                 raise ConfigError("--resume takes everything from the run folder: drop --config and --name")

@@ -168,7 +168,7 @@ def test_full_disk_at_save(tmp_path, monkeypatch, capsys):
 
 
 def test_own_folder_with_bad_files(tmp_path, capsys):
-    data = tmp_path / "audio" / "nested"
+    data = tmp_path / "audio" / "nested: [a] = {b}"
     data.mkdir(parents=True)
     clips = [file.path for file in tiny_dataset()][:4]
     for number, (rate, suffix) in enumerate([(44100, "wav"), (16000, "flac"), (8000, "ogg"), (22050, "mp3")]):
@@ -178,7 +178,7 @@ def test_own_folder_with_bad_files(tmp_path, capsys):
     (data / "noise.flac").write_bytes(os.urandom(2000))
     (data / "notes.txt").write_text("not audio")
     soundfile.write(data / "blip.wav", np.zeros(50), 16000)
-    assert main(["--runs", str(tmp_path / "runs"), "--data", str(tmp_path / "audio"), *QUICK]) == 0
+    assert main(["--runs", str(tmp_path / "runs"), "--data", str(data), *QUICK]) == 0
     captured = capsys.readouterr()
     assert "4 files" in captured.out
     for reason in ("3 skipped", "empty", "not decodable", "too short"):
