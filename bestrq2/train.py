@@ -31,29 +31,25 @@ from tqdm import tqdm
 from bestrq2 import ops
 from bestrq2.checkpoint import Checkpoint, CheckpointError, newest_intact, save_checkpoint
 from bestrq2.config import Config, ConfigError, config_to_dict, load_config, recipe_names, with_overrides
-from bestrq2.data import AudioError, Batch, CropDataset, DataError, ManifestError, batches, collect, tiny_dataset
+from bestrq2.data import AudioError, Batch, CropDataset, DataError, ManifestError, batches
 from bestrq2.hashing import mix
 from bestrq2.layers.code_usage import CodeUsage
 from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.transformer import Block
-from bestrq2.models import BestRQ, BestRQ2, build_encoder, build_model
+from bestrq2.models import BestRQ, BestRQ2, build_model
 from bestrq2.models.build import load_weights
 from bestrq2.ops.native import extension_obstacle
 from bestrq2.training.data_identity import data_fingerprint
+from bestrq2.training.data_source import FIRST_LOOK_CLIPS, fill_statistics, open_dataset
+from bestrq2.training.errors import TrainingError
 from bestrq2.training.frozen import train_head
 from bestrq2.training.hardware import choose_device, choose_precision, describe_device, peak_flops
 from bestrq2.training.interrupt import StopSignal
 from bestrq2.training.optimizer import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
 from bestrq2.training.report import save_report
 from bestrq2.training.run_folder import MetricsLog, RunFolder
-from bestrq2.training.statistics import measure_statistics
 
 DEFAULT_RECIPE = "best_rq2_tiny"
-FIRST_LOOK_CLIPS = 64
-
-
-class TrainingError(Exception):
-    """Training cannot go on; the message says what to change."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,55 +111,6 @@ def resume(run: RunFolder, overrides: list[str]) -> int:
         return train_head(config, dataset, run, checkpoint)
     model = seeded_model(config)
     return train(config, model, dataset, run, checkpoint)
-
-
-def open_dataset(config: Config) -> CropDataset:
-    """Find the audio and say what was found and what was left out."""
-    data, front = config.data, config.model.front_end
-    shortest = (config.model.encoder.frames_per_token - 1) * front.hop_length / front.sampling_rate
-    min_seconds = max(shortest, data.min_seconds or 0.0)
-    if data.source is None:
-        files = tiny_dataset()
-        print(f"Data: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
-    else:
-        files, report = collect(data.source, min_seconds=min_seconds)
-        hours = sum(file.duration or 0.0 for file in files) / 3600
-        print(f"Data: {len(files)} files, {hours:.2f} h from {data.source}")
-        if report.skips:
-            print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
-    try:
-        return CropDataset(
-            files,
-            data.crop_seconds,
-            front.sampling_rate,
-            seed=config.train.seed,
-            join_short=data.join_short,
-            min_seconds=min_seconds,
-        )
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from error
-
-
-def fill_statistics(config: Config, dataset: CropDataset) -> None:
-    """Measure mean and deviation where "global" normalisation asks for them and the recipe gives none."""
-    front, targets = config.model.front_end, config.model.targets
-    if front.normalize == "global" and targets.normalize == "global":
-        raise ConfigError(
-            "model.targets.normalize: expected none, patch or utterance (model.front_end.normalize=global already "
-            "standardises the patches), got 'global'"
-        )
-    section = front if front.normalize == "global" else targets if targets.normalize == "global" else None
-    if section is None or (section.mean is not None and section.std is not None):
-        return
-    plain = build_encoder(config.model).front_end
-    batch_size = min(8, config.train.batch_size)
-    sample = batches(dataset, batch_size, num_steps=FIRST_LOOK_CLIPS // batch_size, workers=0)
-    try:
-        measured = measure_statistics(plain, sample, torch.device("cpu"))
-    except ValueError as error:
-        raise TrainingError(f"statistics for global normalisation: {error}") from error
-    section.mean, section.std = round(measured.mean, 4), round(measured.std, 4)
-    print(f"Statistics: mean {section.mean:.2f} dB, deviation {section.std:.2f} dB over {measured.clips} clips")
 
 
 def seeded_model(config: Config) -> BestRQ2 | BestRQ:
