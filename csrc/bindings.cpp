@@ -92,6 +92,7 @@ void define_quantize_cuda(py::module_& m, const char* name, Run run) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU and CUDA kernels of bestrq2; call them through bestrq2.ops.";
+  m.attr("sources") = BESTRQ2_SOURCES;  // digest of csrc/, from CMakeLists.txt
 #ifdef BESTRQ2_WITH_CUDA
   m.attr("has_cuda") = true;
 #else

@@ -22,6 +22,9 @@ LAYERS = [
     ("bestrq2.train", "bestrq2.embed", "bestrq2.stats", "bestrq2.export", "bestrq2.probe", "bestrq2.stream"),
 ]
 FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+ALL_FILES = sorted(
+    path for folder in ("bestrq2", "kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def module_name(path: Path) -> str:
@@ -64,9 +67,9 @@ def test_imports_point_one_way(path):
         assert outside <= set(sys.stdlib_module_names), f"{own} imports {outside}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 420
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_importing_the_operations_is_light():

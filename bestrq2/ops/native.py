@@ -1,7 +1,9 @@
 """Access to what is compiled: the C++/CUDA extension ``bestrq2._C`` and the Triton kernels, both imported lazily."""
 
+import hashlib
 import os
 import sys
+import warnings
 from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -39,19 +41,46 @@ def _import_installed() -> ModuleType:
     raise ModuleNotFoundError("no installed extension of this version", name="bestrq2._C")
 
 
+def _digest(csrc: Path) -> str:
+    """Digest of the C++ and CUDA sources, as CMakeLists.txt writes it into the extension."""
+    sources = sorted(path for path in csrc.iterdir() if path.suffix in (".cpp", ".h", ".cu"))
+    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sources)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def stale(module: ModuleType, csrc: Path) -> str | None:
+    """Why the extension does not belong to the sources in ``csrc``, or None (also where there are no sources).
+
+    An extension of an older build has the same version number; its functions may take other arguments or mean other
+    things by them. An installed package has no sources beside it and is installed as one.
+    """
+    if not (csrc / "bindings.cpp").exists() or getattr(module, "sources", None) == _digest(csrc):
+        return None
+    return (
+        f"the C++ extension {module.__file__} was built from other sources than those in {csrc}; build it again: "
+        "`pip install .`, or `python setup.py build_ext --inplace` in a checkout that is not installed"
+    )
+
+
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         try:
-            return import_module("bestrq2._C"), None
+            module = import_module("bestrq2._C")
         except ModuleNotFoundError as error:
             if error.name != "bestrq2._C":
                 raise
-            return _import_installed(), None
+            module = _import_installed()
     except ModuleNotFoundError:
         return None, "the C++ extension is not built (`pip install .` builds it where a C++ compiler is found)"
     except ImportError as error:
         return None, f"the C++ extension does not load: {error}"
+    reason = stale(module, Path(__file__).resolve().parents[2] / "csrc")
+    if reason is None:
+        return module, None
+    # Loud, because what follows is the slow path.
+    warnings.warn(f"bestrq2: {reason}. Until then plain PyTorch is used.", RuntimeWarning, stacklevel=3)
+    return None, reason
 
 
 def extension() -> ModuleType:

@@ -1,0 +1,246 @@
+"""How ``ops.masked_cross_entropy`` behaves in use: autograd, torch.compile, autocast, wrong input, memory."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_no_worse_than_torch
+from cross_entropy_cases import BACKENDS, FULL, grads_of, make, usable
+from torch.library import opcheck
+
+from bestrq2 import ops
+from bestrq2.ops import native
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    return usable(request, device)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("grads", [False, True])
+def test_opcheck(backend, device, mask, grads):
+    hidden, weight, targets, bias, _, row_weights = make((37,), device=device)
+    arguments = (
+        hidden, weight, targets, row_weights if mask else None, bias if mask else None, True, torch.float32,
+        0.1, 1e-3, grads, grads, grads and mask, backend,
+    )  # fmt: skip
+    opcheck(torch.ops.bestrq2.masked_cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_recompiling(backend, device, reduction):
+    from torch._dynamo.testing import CompileCounter
+
+    def step(hidden, weight, targets, bias, mask):
+        loss, accuracy = ops.masked_cross_entropy(
+            hidden, weight, targets, bias=bias, mask=mask, reduction=reduction, return_accuracy=True,
+            backend=backend, **FULL,
+        )  # fmt: skip
+        return loss * 2.0, accuracy
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    counted = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (41, 7, 64):
+        hidden, weight, targets, bias, mask, _ = make((3, length), device=device)
+        hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+        counted(hidden, weight, targets, bias, mask)
+        results = []
+        for function in (step, compiled):
+            loss, accuracy = function(hidden, weight, targets, bias, mask)
+            results.append((loss, accuracy, *torch.autograd.grad(loss.sum(), (hidden, weight, bias))))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 1
+
+
+def test_autocast_runs_products_like_linear(backend, device):
+    hidden, weight, targets, bias, mask, _ = make((4, 64), 256, device=device)
+
+    def run(h, w, b):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return ops.masked_cross_entropy(h, w, targets, bias=b, mask=mask, backend=backend)
+
+    def torchs(h, w, b):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return F.cross_entropy(F.linear(h[mask], w, b).float(), targets[mask])
+
+    def gold(h, w, b):
+        return F.cross_entropy(F.linear(h[mask], w, b), targets[mask])
+
+    gold_value, gold_grads = grads_of(gold, (hidden.double(), weight.double(), bias.double()))
+    for inputs in ((hidden, weight, bias), (hidden.bfloat16(), weight, bias)):
+        value, grads = grads_of(run, inputs)
+        base, base_grads = grads_of(torchs, inputs)
+        assert value.dtype == torch.float32
+        assert_no_worse_than_torch("loss", value, base, gold_value)
+        assert [x.dtype for x in grads] == [x.dtype for x in inputs]
+        for grad, base_grad, gold_grad in zip(grads, base_grads, gold_grads):
+            assert_no_worse_than_torch("grad", grad, base_grad, gold_grad)
+    assert not torch.equal(value, grads_of(gold, (hidden, weight, bias))[0]), "autocast changed nothing"
+
+
+def test_deterministic_algorithms_and_inference_mode(backend, device):
+    hidden, weight, targets, bias, mask, _ = make((5, 333), device=device)
+
+    def run(h, w, b):
+        return ops.masked_cross_entropy(h, w, targets, bias=b, mask=mask, backend=backend)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = grads_of(run, (hidden, weight, bias)), grads_of(run, (hidden, weight, bias))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+    with torch.inference_mode():
+        assert torch.equal(run(hidden.clone(), weight.clone(), bias.clone()), first[0])
+
+
+def test_vector_and_batch_shapes(backend, device):
+    hidden, weight, targets, *_ = make((2, 3, 5), device=device)
+    losses = ops.masked_cross_entropy(hidden, weight, targets, reduction="none", backend=backend)
+    assert losses.shape == targets.shape
+    single = ops.masked_cross_entropy(hidden[1, 2, 3], weight, targets[1, 2, 3], reduction="none", backend=backend)
+    torch.testing.assert_close(single, losses[1, 2, 3])
+
+
+def test_rejects_bad_input(device):
+    hidden, weight, targets, bias, mask, row_weights = make(device=device)
+    call = functools.partial(ops.masked_cross_entropy, hidden, weight, targets)
+    cases = [
+        (ValueError, r"reduction must be one of mean, sum, none, got 'avg'", {"reduction": "avg"}),
+        (ValueError, r"label_smoothing must be in \[0, 1\], got 1.5", {"label_smoothing": 1.5}),
+        (ValueError, r"z_loss must be a finite number >= 0, got -1", {"z_loss": -1.0}),
+        (ValueError, r"expected mask \(3, 41\), got \(3, 40\)", {"mask": mask[:, 1:]}),
+        (TypeError, r"mask must be bool or floating row weights, got torch.int64", {"mask": mask.long()}),
+        (ValueError, r"row weights are not differentiable", {"mask": row_weights.requires_grad_()}),
+        (ValueError, r"expected bias \(203,\), got \(202,\)", {"bias": bias[1:]}),
+        (TypeError, r"bias is torch.float16 but the products run in torch.float32", {"bias": bias.half()}),
+        (ValueError, r"unknown backend 'gpu'", {"backend": "gpu"}),
+        (ValueError, r"bias is on meta", {"bias": bias.to("meta")}),
+    ]
+    for error, message, options in cases:
+        with pytest.raises(error, match=message):
+            call(**options)
+    with pytest.raises(ValueError, match=r"hidden \(3, 41, 31\) and weight \(203, 32\)"):
+        ops.masked_cross_entropy(hidden[..., 1:], weight, targets)
+    with pytest.raises(ValueError, match=r"expected targets \(3, 41\), got \(41,\)"):
+        ops.masked_cross_entropy(hidden, weight, targets[0])
+    with pytest.raises(TypeError, match=r"targets must be int64, got torch.int32"):
+        ops.masked_cross_entropy(hidden, weight, targets.int())
+    with pytest.raises(TypeError, match=r"weight is torch.bfloat16 but the products run in torch.float32"):
+        ops.masked_cross_entropy(hidden, weight.bfloat16(), targets)
+
+
+def test_bad_rows_are_named(backend, device):
+    hidden, weight, targets, _, mask, row_weights = make(device=device)
+    mask[0, :] = True
+    for bad in (-1, 203, 10**12):
+        wrong = targets.clone()
+        wrong[0, 5] = bad
+        if device.type == "cpu":
+            with pytest.raises(ValueError, match=f"target {bad} of row 5 is outside the 203 classes"):
+                ops.masked_cross_entropy(hidden, weight, wrong, mask=mask, backend=backend)
+        else:
+            assert ops.masked_cross_entropy(hidden, weight, wrong, mask=mask, backend=backend).isnan()
+    row_weights[0, 3] = -0.5
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"row weights must be >= 0, got -0.5 in row 3"):
+            ops.masked_cross_entropy(hidden, weight, targets, mask=row_weights, backend=backend)
+
+
+def test_second_derivative_is_an_error(backend, device):
+    hidden, weight, targets, *_ = make(device=device)
+    hidden.requires_grad_()
+    loss = ops.masked_cross_entropy(hidden, weight, targets, backend=backend)
+    (grad,) = torch.autograd.grad(2 * loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_second_backward_gives_the_same(backend, device, reduction):
+    hidden, weight, targets, bias, mask, _ = make(device=device)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    loss = ops.masked_cross_entropy(hidden, weight, targets, bias=bias, mask=mask, reduction=reduction, backend=backend)
+    loss = loss.sum()
+    loss.backward(retain_graph=True)
+    first = [x.grad.clone() for x in leaves]
+    for x in leaves:
+        x.grad.mul_(3)  # what an optimizer or gradient clipping may do: it must not reach what the graph has saved
+    loss.backward()
+    for x, grad in zip(leaves, first):
+        torch.testing.assert_close(x.grad, 4 * grad)
+
+
+def test_upstream_gradient_scales(backend, device):
+    hidden, weight, targets, *_ = make(device=device)
+    hidden.requires_grad_()
+    (one,) = torch.autograd.grad(ops.masked_cross_entropy(hidden, weight, targets, backend=backend), hidden)
+    (minus,) = torch.autograd.grad(-3.5 * ops.masked_cross_entropy(hidden, weight, targets, backend=backend), hidden)
+    torch.testing.assert_close(minus, -3.5 * one)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_only_wanted_gradients_are_computed(backend, device, reduction, wanted):
+    hidden, weight, targets, bias, mask, _ = make(device=device)
+    leaves = [x.requires_grad_(bool(want)) for x, want in zip((hidden, weight, bias), wanted)]
+    loss = ops.masked_cross_entropy(
+        leaves[0], leaves[1], targets, bias=leaves[2], mask=mask, reduction=reduction, backend=backend
+    )
+    loss.square().sum().backward()
+    assert [x.grad is not None for x in leaves] == [bool(want) for want in wanted]
+    outputs = torch.ops.bestrq2.masked_cross_entropy(
+        hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), None, bias.detach(), True, torch.float32,
+        0.0, 0.0, *(bool(want) for want in wanted), backend,
+    )  # fmt: skip
+    assert [grad.numel() > 0 for grad in outputs[3:]] == [bool(want) for want in wanted]
+
+
+def test_memory_stays_far_below_the_logits(device):
+    """High-water mark of resident memory, in a process of its own where the allocator gives freed memory back."""
+    if not (sys.platform.startswith("linux") and native.extension_obstacle() is None and device.type == "cpu"):
+        pytest.skip("needs Linux and the C++ extension")
+    script = """
+import ctypes, gc, sys, torch
+from bestrq2 import ops
+for parameter, value in ((-3, 65536), (-1, 65536), (-2, 0)):  # mmap every block, give it back when freed
+    assert ctypes.CDLL(None).mallopt(parameter, value) == 1
+torch.set_num_threads(2)
+rows, features, classes = 4096, 64, 8192
+hidden, weight = torch.randn(rows, features, requires_grad=True), torch.randn(classes, features, requires_grad=True)
+targets = torch.randint(classes, (rows,))
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+def extra(rows):
+    gc.collect(), ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS:")
+    open("/proc/self/clear_refs", "w").write("5")
+    ops.masked_cross_entropy(hidden[:rows], weight, targets[:rows], backend=sys.argv[1]).backward()
+    hidden.grad = weight.grad = None
+    return status("VmHWM:") - before
+extra(64)
+print(extra(rows))
+"""
+    environment = os.environ | {"MKL_DISABLE_FAST_MM": "1"}
+    logits = 4096 * 8192 * 4 / 2**20
+    used = {}
+    for backend in ("cpu", "reference"):
+        command = [sys.executable, "-c", script, backend]
+        try:
+            used[backend] = float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+        except subprocess.CalledProcessError as error:
+            if b"clear_refs" in error.stderr:
+                pytest.skip("/proc/self/clear_refs is not writable")
+            raise
+    print(f"extra memory: {used}, logits {logits:.0f} MiB")
+    assert used["cpu"] < used["reference"] / 8
+    assert used["cpu"] < logits / 3
+    assert used["reference"] > logits, "the measurement does not see the logits"

@@ -1,0 +1,56 @@
+"""Loading of the C++ extension: one that was built from other sources is refused, aloud."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bestrq2.ops import native
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKOUT = (ROOT / "csrc" / "bindings.cpp").exists() and native.extension_obstacle() is None
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="needs the C++ extension and its sources")
+def test_extension_of_other_sources_is_refused(tmp_path):
+    """A checkout whose sources have changed since the build, even by one line of a kernel."""
+    for folder in ("bestrq2", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
+    shutil.copy(native.extension().__file__, tmp_path / "bestrq2")
+    code = "from bestrq2.ops import native; print(native.__file__); print(native.extension_obstacle())"
+
+    def obstacle():
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        path, reason = result.stdout.splitlines()
+        assert path.startswith(str(tmp_path))
+        return reason, result.stderr
+
+    assert obstacle() == ("None", "")
+    changed = tmp_path / "csrc" / "masked_cross_entropy_kernel.cpp"
+    changed.write_text(changed.read_text().replace("0.0f", "1.0f", 1))
+    reason, warning = obstacle()
+    assert "was built from other sources" in reason
+    assert "build_ext --inplace" in reason
+    assert "RuntimeWarning: bestrq2: the C++ extension" in warning
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="needs the C++ extension and its sources")
+def test_extension_of_a_build_before_this_check_is_refused():
+    class Old:
+        __file__ = "_C.so"
+
+    assert native.stale(native.extension(), ROOT / "csrc") is None
+    assert "was built from other sources" in native.stale(Old, ROOT / "csrc")
+
+
+def test_an_installed_package_has_no_sources_to_compare(tmp_path):
+    class Old:
+        __file__ = "_C.so"
+
+    assert native.stale(Old, tmp_path) is None
