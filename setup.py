@@ -21,6 +21,7 @@ EXTRAS = {
     "parquet": ["pyarrow>=15"],
     "probe": ["scikit-learn>=1.4"],
     "transformers": ["transformers>=4.57"],
+    "wandb": ["wandb>=0.17"],
     "test": [
         "pytest>=8",
         "pytest-benchmark>=5",

@@ -142,6 +142,8 @@ class TrainConfig:
     save_every: int = 5000
     keep_last: int = 3
     max_bad_steps: int = 20  # consecutive non-finite steps before giving up
+    pictures_every: int = 2000  # steps between pictures of mask and predictions; 0: none
+    wandb: str | None = None  # also log to this Weights & Biases project
 
 
 @dataclass
@@ -317,6 +319,7 @@ def _validated(merged: DictConfig) -> Config:
         ("train.log_every", c.train.log_every >= 1, c.train.log_every, "at least 1"),
         ("train.save_every", c.train.save_every >= 1, c.train.save_every, "at least 1"),
         ("train.keep_last", c.train.keep_last >= 1, c.train.keep_last, "at least 1"),
+        ("train.pictures_every", c.train.pictures_every >= 0, c.train.pictures_every, "0 (none) or more"),
         ("train.precision", c.train.precision in ("auto", "fp32", "bf16"), c.train.precision, "auto, fp32 or bf16"),
     ]
     for key, fine, value, expected in expectations:

@@ -45,15 +45,20 @@ class CodeUsage(nn.Module):
         self.total.mul_(self.decay).add_(fresh[0].sum())
 
     def metrics(self) -> dict[str, float]:
-        """``codes_used`` and ``perplexity`` (means over codebooks), and ``unigram`` accuracy in 0..1."""
+        """``codes_used``, ``perplexity`` and ``unigram`` accuracy in 0..1: means over codebooks; with several codebooks
+        also of each, as ``perplexity/0``, ``perplexity/1`` and so on."""
         total = self.counts.sum(1, keepdim=True).clamp(min=1e-12)
         share = self.counts / total
         entropy = -(share * share.clamp(min=1e-300).log()).sum(1)
-        return {
-            "codes_used": (self.counts > 0).sum(1).double().mean().item(),
-            "perplexity": entropy.exp().mean().item(),
-            "unigram": share.max(1).values.mean().item(),
+        books = {
+            "codes_used": (self.counts > 0).sum(1).double().tolist(),
+            "perplexity": entropy.exp().tolist(),
+            "unigram": share.max(1).values.tolist(),
         }
+        found = {name: sum(values) / len(values) for name, values in books.items()}
+        if self.counts.shape[0] > 1:
+            found |= {f"{name}/{g}": value for name, values in books.items() for g, value in enumerate(values)}
+        return found
 
     def advice(self) -> str | None:
         """A warning when perplexity is under 5 % of what the codebook (or the few targets seen) could show, or None."""

@@ -1,13 +1,11 @@
 """The folder of a run: configuration, versions, logs, checkpoints and the report."""
 
-import csv
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,11 @@ from bestrq2.checkpoint import list_checkpoints
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_yaml
 from bestrq2.version import __version__
 
+from .metrics_log import MetricsLog, read_metrics
+
+__all__ = ["MetricsLog", "RunFolder", "git_revision", "installed_version", "read_metrics"]
+
 LIBRARIES = ("torch", "triton", "numpy", "soundfile", "soxr", "safetensors", "omegaconf")
-COLUMNS = (
-    "step",
-    "loss",
-    "accuracy",
-    "unigram",
-    "perplexity",
-    "codes_used",
-    "grad_norm",
-    "learning_rate",
-    "mask_ratio",
-    "padding_share",
-    "audio_seconds",
-    "audio_seconds_per_second",
-    "data_wait",
-    "mfu",
-    "skipped_files",
-    "skipped_steps",
-    "elapsed_seconds",
-)
 
 
 class RunFolder:
@@ -102,7 +85,7 @@ class RunFolder:
         return max(found, key=lambda run: max(p.stat().st_mtime for p in list_checkpoints(run.checkpoints)))
 
     def write_config(self, config: Config) -> None:
-        (self.path / "config.yaml").write_text(config_to_yaml(config))
+        _write(self.path / "config.yaml", config_to_yaml(config))
 
     def read_config(self) -> Config:
         values = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
@@ -117,13 +100,35 @@ class RunFolder:
             "git": git_revision(),
             "python": platform.python_version(),
             "platform": platform.platform(),
+            "processor": processor_name(),
             "device": device,
             "threads": torch.get_num_threads(),
             **{name: installed_version(name) for name in LIBRARIES},
         }
-        path = self.path / "versions.json"
-        earlier = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps([*earlier, record], indent=1))
+        _write(self.path / "versions.json", json.dumps([*self.read_versions(), record], indent=1) + "\n")
+
+    def read_versions(self) -> list[dict[str, Any]]:
+        """The record of every start of this run, oldest first."""
+        try:
+            return json.loads((self.path / "versions.json").read_text())
+        except (OSError, ValueError):
+            return []
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole: a kill in the middle must not leave a run that cannot be resumed."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def processor_name() -> str:
+    """Model name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def installed_version(name: str) -> str | None:
@@ -146,49 +151,3 @@ def git_revision() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-class MetricsLog:
-    """``metrics.csv`` and TensorBoard events of a run. Rows after ``last_step`` (a lost stretch) are dropped."""
-
-    def __init__(self, folder: Path, last_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = folder / "metrics.csv"
-        kept = [row for row in read_metrics(folder) if int(row["step"]) <= last_step]
-        temporary = self.path.with_suffix(".csv.partial")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-        temporary.replace(self.path)
-        self.file = self.path.open("a", newline="")
-        self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1 if kept else None)
-
-    def write(self, row: Mapping[str, float]) -> None:
-        self.writer.writerow({key: _short(value) for key, value in row.items()})
-        self.file.flush()
-        for key, value in row.items():
-            if key != "step":
-                self.board.add_scalar(key, value, int(row["step"]))
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
-
-
-def _short(value: float) -> Any:
-    # Nine digits identify an fp32 exactly, so that resumed loss curves can be compared bit for bit.
-    return value if isinstance(value, int) else f"{value:.9g}"
-
-
-def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """Complete rows of a run's ``metrics.csv`` (a last line cut off by a crash is left out)."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        text = file.read()
-    complete = text[: text.rfind("\n") + 1].splitlines()
-    return [row for row in csv.DictReader(complete) if row.get("step") and None not in row.values()]

@@ -101,6 +101,9 @@ def test_usage_equals_bincount():
     assert metrics["unigram"] == pytest.approx(share.max(1).values.mean().item())
     entropy = -torch.xlogy(share, share).sum(1)
     assert metrics["perplexity"] == pytest.approx(entropy.exp().mean().item())
+    assert [metrics["perplexity/0"], metrics["perplexity/1"]] == pytest.approx(entropy.exp().tolist())
+    assert [metrics["codes_used/0"], metrics["codes_used/1"]] == (usage.counts > 0).sum(1).tolist()
+    assert set(CodeUsage(1, 50).metrics()) == {"codes_used", "perplexity", "unigram"}
 
 
 def test_raw_decibels_are_warned_about_and_normalised_patches_are_not(clips):
