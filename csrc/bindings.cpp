@@ -51,6 +51,7 @@ bestrq2::ChunkedAttention chunked_attention(const py::dict& d) {
   a.position = floats("position"), a.table_rows = integer("table_rows"), a.position_zero = integer("position_zero");
   a.content_bias = floats("content_bias"), a.position_bias = floats("position_bias");
   a.lengths = at<const std::int64_t>(integer("lengths")), a.starts = at<const std::int64_t>(integer("starts"));
+  a.key_mask = at<const std::uint8_t>(integer("key_mask"));
   const auto limit = [&](const char* name) {
     return d[name].is_none() ? bestrq2::kUnlimited : std::min(integer(name), bestrq2::kUnlimited);
   };

@@ -25,8 +25,9 @@ struct ChunkedAttention {
   const float* position_bias;  // (H, d)
   int64_t table_rows, position_zero;
 
-  const int64_t* lengths;  // (B), or null: nothing is padded
-  const int64_t* starts;   // (B), or null
+  const int64_t* lengths;   // (B), or null: nothing is padded
+  const int64_t* starts;    // (B), or null
+  const uint8_t* key_mask;  // (B, Tk), 1 where a key is visible; or null
 
   int64_t chunk_size, left_context, right_context;  // kUnlimited for None
   int64_t query_offset;

@@ -52,6 +52,7 @@ Queries find_queries(const ChunkedAttention& a, int64_t batch, int64_t tile) {
 struct Buffers {
   float *query, *with_content, *with_position, *key, *value, *transposed, *scores, *strip, *out, *largest, *total;
   float *grad, *score_grad, *content_grad, *position_grad, *delta;
+  int32_t* visible;  // of each key of a tile: all ones or 0
 };
 
 // Hands out 64-byte aligned parts of the scratch memory; with null it only measures.
@@ -74,6 +75,7 @@ Buffers divide(const ChunkedAttention& a, Arena& arena, bool backward) {
   b.strip = arena.take(kRows * kStrip);
   b.largest = arena.take(kTile);
   b.total = arena.take(kTile);
+  b.visible = reinterpret_cast<int32_t*>(arena.take(kTile));
   if (backward) {
     for (float** part : {&b.grad, &b.content_grad, &b.position_grad}) *part = arena.take(frames);
     b.score_grad = arena.take(kTile * kSheared + kSheared);
@@ -121,6 +123,27 @@ void write_zeros(const ChunkedAttention& a, const Frames& f, int64_t batch, int6
     if (position < q.begin || position >= q.end) write_frame(a, f, batch, head, position - a.query_offset, zeros);
 }
 
+// Fills b.visible for a tile of keys; false if the mask hides all of them.
+bool read_mask(const ChunkedAttention& a, int64_t batch, int64_t first, int64_t keys, const Buffers& b) {
+  const uint8_t* mask = a.key_mask + batch * a.key_length + first;
+  bool any = false;
+  for (int64_t c = 0; c < kTile; ++c) {
+    b.visible[c] = c < keys && mask[c] ? -1 : 0;
+    any |= b.visible[c] != 0;
+  }
+  return any;
+}
+
+// Keys or values of a tile, zero where the mask hides them: there they may hold NaN.
+void read_keys(const ChunkedAttention& a, const Frames& f, int64_t batch, int64_t head, int64_t first, int64_t keys,
+               const Buffers& b, float* out) {
+  read_frames(a, f, batch, head, first, keys, out);
+  if (a.key_mask == nullptr) return;
+  const int64_t padded = padded_dim(a.head_dim);
+  for (int64_t c = 0; c < keys; ++c)
+    if (!b.visible[c]) std::memset(out + c * padded, 0, padded * sizeof(float));
+}
+
 // b.with_content = (q + u) * scale, b.with_position = (q + v) * scale.
 void read_queries(const ChunkedAttention& a, int64_t batch, int64_t head, const Queries& q, const Buffers& b) {
   const int64_t dim = a.head_dim, padded = padded_dim(dim);
@@ -162,7 +185,14 @@ inline Floats visible_only(Floats x, int64_t column, int64_t low, int64_t high, 
 // Bounds of a row's window within a tile, clamped so that they fit the vector comparison.
 inline int64_t within(int64_t key, int64_t first_key) { return at_most(at_least(key - first_key, 0), kTile); }
 
+inline Floats unmasked_only(Floats x, const int32_t* visible, float hidden) {
+  typedef int32_t LooseInts __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  const Ints mask = *reinterpret_cast<const LooseInts*>(visible);
+  return mask ? x : splat(hidden);
+}
+
 // One step of the online softmax: scores become exp(score - running maximum), earlier sums are rescaled.
+template <bool kMasked>
 void softmax_step(const Queries& q, int64_t first_key, int64_t columns, int64_t padded, const Buffers& b) {
   for (int64_t r = 0; r < q.rows; ++r) {
     float* row = b.scores + r * kTile;
@@ -170,6 +200,7 @@ void softmax_step(const Queries& q, int64_t first_key, int64_t columns, int64_t 
     Floats most = splat(-kInfinity);
     for (int64_t c = 0; c < columns; c += kLanes) {
       Floats x = load(row + c);
+      if constexpr (kMasked) store(row + c, x = unmasked_only(x, b.visible + c, -kInfinity));
       if (low > c || high < c + kLanes) store(row + c, x = visible_only(x, c, low, high, -kInfinity));
       most = maximum(x, most);
     }
@@ -207,21 +238,25 @@ void forward(const ChunkedAttention& a, const PositionStrip& p, int64_t batch, i
   for (int64_t r = 0; r < q.rows; ++r) b.largest[r] = -kInfinity, b.total[r] = 0;
   for (int64_t first = q.low[0]; first < q.high[q.rows - 1]; first += kTile) {
     const int64_t keys = at_most(q.high[q.rows - 1] - first, kTile), columns = whole_vectors(keys);
-    read_frames(a, a.key, batch, head, first, keys, b.key);
-    read_frames(a, a.value, batch, head, first, keys, b.value);
+    if (a.key_mask && !read_mask(a, batch, first, keys, b)) continue;
+    read_keys(a, a.key, batch, head, first, keys, b, b.key);
+    read_keys(a, a.value, batch, head, first, keys, b, b.value);
     transpose(b.key, keys, padded, b.transposed, kTile);
     score(a, p, head, q, first, columns, b);
-    softmax_step(q, first, columns, padded, b);
+    (a.key_mask ? softmax_step<true> : softmax_step<false>)(q, first, columns, padded, b);
     multiply(q.rows, padded, keys, b.scores, kTile, 1, b.value, padded, b.out, padded, true);
   }
   for (int64_t r = 0; r < q.rows; ++r) {
-    for (int64_t i = 0; i < padded; ++i) b.out[r * padded + i] /= b.total[r];
+    const bool sees_nothing = b.total[r] == 0;  // the key mask hides the whole window
+    const float total = sees_nothing ? 1.0f : b.total[r];
+    for (int64_t i = 0; i < padded; ++i) b.out[r * padded + i] /= total;
     write_frame(a, a.out, batch, head, q.begin + r - a.query_offset, b.out + r * padded);
-    logsumexp[q.begin + r] = b.largest[r] + __builtin_logf(b.total[r]);
+    logsumexp[q.begin + r] = sees_nothing ? 0.0f : b.largest[r] + __builtin_logf(total);
   }
 }
 
 // b.scores = softmax weights, b.score_grad = gradient of the scaled scores, both 0 where nothing is visible.
+template <bool kMasked>
 void weights_and_score_grad(const Queries& q, const float* logsumexp, int64_t first_key, int64_t columns,
                             const Buffers& b) {
   for (int64_t r = 0; r < q.rows; ++r) {
@@ -233,6 +268,10 @@ void weights_and_score_grad(const Queries& q, const float* logsumexp, int64_t fi
       Floats exponent = load(row + c) - logsumexp[r];
       exponent = exponent > splat(0.0f) ? splat(0.0f) : exponent;
       Floats weight = exp_of_nonpositive(exponent), score_grad = weight * (load(grad + c) - b.delta[r]);
+      if constexpr (kMasked) {
+        weight = unmasked_only(weight, b.visible + c, 0.0f);
+        score_grad = unmasked_only(score_grad, b.visible + c, 0.0f);
+      }
       if (low > c || high < c + kLanes) {
         weight = visible_only(weight, c, low, high, 0.0f);
         score_grad = visible_only(score_grad, c, low, high, 0.0f);
@@ -287,14 +326,15 @@ void backward_tile(const ChunkedAttention& a, const PositionStrip& p, int64_t ba
   std::memset(b.position_grad, 0, q.rows * padded * sizeof(float));
   for (int64_t first = q.low[0]; first < q.high[q.rows - 1]; first += kTile) {
     const int64_t keys = at_most(q.high[q.rows - 1] - first, kTile), columns = whole_vectors(keys);
-    read_frames(a, a.key, batch, head, first, keys, b.key);
+    if (a.key_mask && !read_mask(a, batch, first, keys, b)) continue;
+    read_keys(a, a.key, batch, head, first, keys, b, b.key);
     transpose(b.key, keys, padded, b.transposed, kTile);
     score(a, p, head, q, first, columns, b);
-    read_frames(a, a.value, batch, head, first, keys, b.value);
+    read_keys(a, a.value, batch, head, first, keys, b, b.value);
     transpose(b.value, keys, padded, b.transposed, kTile);
     float* grad = b.score_grad + kGuard;
     multiply(q.rows, columns, a.head_dim, b.grad, padded, 1, b.transposed, kTile, grad, kSheared, false);
-    weights_and_score_grad(q, logsumexp, first, columns, b);
+    (a.key_mask ? weights_and_score_grad<true> : weights_and_score_grad<false>)(q, logsumexp, first, columns, b);
 
     const auto frame = [&](const Frames& f) { return static_cast<float*>(f.data) + offset_of(f, batch, head, first); };
     multiply(keys, padded, q.rows, b.scores, 1, kTile, b.grad, padded, frame(a.grad_value), a.grad_value.frame_stride,

@@ -10,10 +10,6 @@ from bestrq2.ops import ChunkLayout
 
 from .masking import MaskPlan, valid_mask
 
-# Score of a key that is absent, before scaling: exp() of it is exactly 0 in fp32, and bf16 and fp16 can hold it.
-ABSENT = -3e4
-ABSENT_CHANNELS = 8  # one would do; eight keep rows aligned
-
 
 @dataclass(frozen=True)
 class FrameGrid:
@@ -133,25 +129,11 @@ class RelativeAttention(nn.Module):
         frames = grid.to_frames(self.qkv(x))  # (B, T, 3 D)
         query, key, value = frames.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         position = self.position(table).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (H, R, d)
-        content_bias: Tensor = self.content_bias
-        position_bias: Tensor = self.position_bias
         lengths, offset = grid.lengths, 0
         if cache is not None:
             offset = cache.key.shape[2]
             key, value = cache.extend(key, value, layout)
             lengths = None if lengths is None else lengths + offset
-        head_dim = query.shape[-1]
-        if grid.seen is not None and grid.frame_valid is not None:
-            # An additional channel that only absent keys score in. Their keys and values are zero anyway: what the mask
-            # hides has never been computed.
-            extra = torch.zeros_like(query[..., :ABSENT_CHANNELS])
-            hidden = extra.clone()
-            hidden[..., 0] = hidden[..., 0].masked_fill(~grid.frame_valid[:, None], ABSENT)
-            query, key = torch.cat((query, extra + 1), -1), torch.cat((key, hidden), -1)
-            value = torch.cat((value, extra), -1)
-            pad = (0, ABSENT_CHANNELS)
-            position = nn.functional.pad(position, pad)
-            content_bias, position_bias = (nn.functional.pad(b, pad) for b in (content_bias, position_bias))
         mixed = ops.chunked_attention(
             query,
             key,
@@ -160,11 +142,12 @@ class RelativeAttention(nn.Module):
             left_context=layout.left_context,
             right_context=layout.right_context,
             lengths=lengths,
+            key_mask=None if grid.seen is None else grid.frame_valid,  # absent frames have zero keys, hidden here
             query_offset=offset,
             position=position,
             position_zero=-layout.offsets(query.shape[2], key.shape[2], query_offset=offset)[0],
-            content_bias=content_bias,
-            position_bias=position_bias,
+            content_bias=self.content_bias,
+            position_bias=self.position_bias,
             scale=self.scale,
         )
-        return self.proj(grid.to_tokens(mixed[..., :head_dim].transpose(1, 2).flatten(2)))
+        return self.proj(grid.to_tokens(mixed.transpose(1, 2).flatten(2)))

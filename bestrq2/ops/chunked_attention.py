@@ -25,6 +25,7 @@ def chunked_attention(
     right_context: int | None = 0,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
+    key_mask: Tensor | None = None,
     query_offset: int = 0,
     position: Tensor | None = None,
     position_zero: int | None = None,
@@ -37,7 +38,8 @@ def chunked_attention(
 
     The query in row i stands at position ``n = i + query_offset``, in chunk ``c = n // chunk_size``. It sees key j iff
 
-        c * chunk_size - left_context <= j < (c + 1) * chunk_size + right_context   and   starts[b] <= j < lengths[b]
+        c * chunk_size - left_context <= j < (c + 1) * chunk_size + right_context
+        and   starts[b] <= j < lengths[b]   and   key_mask[b, j]
 
     For chunk_size 4, left_context 3, right_context 2 (x: own chunk, <: left context, >: right context):
 
@@ -52,9 +54,10 @@ def chunked_attention(
         ((q_i + content_bias) . k_j + (q_i + position_bias) . position[h, position_zero + n - j]) * scale
 
     A padded query (``starts``/``lengths`` given and its position outside them) and a query that sees no key give
-    exactly 0 and zero gradients, and padding is never read, so it may hold NaN. Nothing of size Tq x Tk is stored
-    (except by the reference backend). Results and gradients are bit-deterministic and do not depend on the number of
-    threads. Inside autocast the inputs are cast to the autocast dtype; scores and sums are fp32 whatever the dtype.
+    exactly 0 and zero gradients. Padding and masked keys are never read, so they may hold NaN. Nothing of size Tq x Tk
+    is stored (except by the reference backend). Results and gradients are bit-deterministic and do not depend on the
+    number of threads. Inside autocast the inputs are cast to the autocast dtype; scores and sums are fp32 whatever the
+    dtype.
 
     Args:
         query: (B, H, Tq, d), fp32, bf16, fp16 or fp64, of any strides; d <= 256 for the compiled backends (Triton in
@@ -66,6 +69,8 @@ def chunked_attention(
         right_context: frames visible after the chunk; None: all.
         lengths: (B,) int32 or int64, first padded position of each item; None: nothing is padded.
         starts: (B,) int32 or int64, first valid position of each item (caches that are not yet full); None: 0.
+        key_mask: (B, Tk) bool, False hides a key anywhere in an item, from every query and head; None: hides nothing.
+            Prefer lengths and starts for padding at the ends: they also skip its work and zero the padded queries.
         query_offset: position of query row 0 (streaming: the number of cached keys in front of it).
         position: (H, R, d) table of relative positions, row ``position_zero + n - j``. Must have a row for each
             visible offset (:meth:`ChunkLayout.offsets`). Tables ordered by j - n: pass ``position.flip(1)``.
@@ -96,7 +101,7 @@ def chunked_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     position, content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in tables)
     ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
-    _validate(query, key, value, lengths, starts, query_offset, position, content_bias, position_bias)
+    _validate(query, key, value, lengths, starts, key_mask, query_offset, position, content_bias, position_bias)
     if position is not None and position_zero is None:
         position_zero = (position.shape[1] - 1) // 2
     out, _ = torch.ops.bestrq2.chunked_attention.default(
@@ -108,6 +113,7 @@ def chunked_attention(
         position_bias,
         lengths,
         starts,
+        key_mask,
         chunk_size,
         left_context,
         right_context,
@@ -125,6 +131,7 @@ def _validate(
     value: Tensor,
     lengths: Tensor | None,
     starts: Tensor | None,
+    key_mask: Tensor | None,
     query_offset: int,
     position: Tensor | None,
     content_bias: Tensor | None,
@@ -147,6 +154,11 @@ def _validate(
                 f"chunked_attention: {name} must be an int32 or int64 tensor of shape ({batch},), got {bound.dtype} "
                 f"{tuple(bound.shape)}"
             )
+    if key_mask is not None and (key_mask.shape != (batch, key.shape[2]) or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"chunked_attention: key_mask must be a bool tensor of shape (B, Tk) = ({batch}, {key.shape[2]}), got "
+            f"{key_mask.dtype} {tuple(key_mask.shape)}"
+        )
     if position is not None and (position.dim() != 3 or position.shape[0] != heads or position.shape[2] != head_dim):
         raise ValueError(
             f"chunked_attention: position must be (H, R, d) = ({heads}, R, {head_dim}), got {tuple(position.shape)}"
@@ -160,7 +172,8 @@ def _validate(
         raise ValueError("chunked_attention: position_bias needs position, got position=None")
     if query_offset < 0:
         raise ValueError(f"chunked_attention: query_offset must be at least 0, got {query_offset}")
-    others = {"key": key, "value": value, "lengths": lengths, "starts": starts, "position": position}
+    others = {"key": key, "value": value, "lengths": lengths, "starts": starts, "key_mask": key_mask}
+    others["position"] = position
     for name, other in {**others, "content_bias": content_bias, "position_bias": position_bias}.items():
         if other is not None and other.device != query.device:
             raise ValueError(f"chunked_attention: {name} is on {other.device} but query is on {query.device}")
@@ -176,8 +189,8 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
 _library = torch.library.Library("bestrq2", "FRAGMENT")
 _OPTIONS = (
     "Tensor? position, Tensor? content_bias, Tensor? position_bias, Tensor? lengths, Tensor? starts, "
-    "SymInt? chunk_size, SymInt? left_context, SymInt? right_context, SymInt query_offset, SymInt position_zero, "
-    "float scale, str backend"
+    "Tensor? key_mask, SymInt? chunk_size, SymInt? left_context, SymInt? right_context, SymInt query_offset, "
+    "SymInt position_zero, float scale, str backend"
 )
 _library.define(
     f"chunked_attention(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -217,7 +230,7 @@ def _compiled(name: str) -> Any:
 
 @torch.library.impl("bestrq2::chunked_attention", "CompositeExplicitAutograd", lib=_library)
 def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    position, _, _, _, _, chunk_size, left, right, offset, zero, _, backend = options
+    position, _, _, _, _, _, chunk_size, left, right, offset, zero, _, backend = options
     if position is not None:
         _check_table(position, zero, ChunkLayout(chunk_size, left, right), query.shape[2], key.shape[2], offset)
     chosen = _choose(query, backend)
@@ -256,8 +269,8 @@ def _reference_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _named(options: Any) -> dict[str, Any]:
-    names = ("position", "content_bias", "position_bias", "lengths", "starts", "chunk_size", "left_context")
-    return dict(zip((*names, "right_context", "query_offset", "position_zero", "scale"), options))
+    names = ("position", "content_bias", "position_bias", "lengths", "starts", "key_mask", "chunk_size")
+    return dict(zip((*names, "left_context", "right_context", "query_offset", "position_zero", "scale"), options))
 
 
 def _check_table(
@@ -292,15 +305,15 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out, logsumexp = output
     ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(out, logsumexp, *inputs[:8])
-    ctx.settings = inputs[8:]
+    ctx.save_for_backward(out, logsumexp, *inputs[:9])
+    ctx.settings = inputs[9:]
 
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, logsumexp, *inputs = ctx.saved_tensors
     gradients = torch.ops.bestrq2.chunked_attention_backward.default(grad, out, logsumexp, *inputs, *ctx.settings)
     wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
-    return (*wanted, *(None,) * (2 + len(ctx.settings)))
+    return (*wanted, *(None,) * (3 + len(ctx.settings)))  # lengths, starts, key_mask
 
 
 torch.library.register_autograd("bestrq2::chunked_attention", _autograd, setup_context=_setup_context, lib=_library)

@@ -87,6 +87,7 @@ class _Call:
             self.flat(name, options[name], torch.float32)
         for name in ("lengths", "starts"):
             self.flat(name, options[name], torch.int64)
+        self.flat("key_mask", options["key_mask"], torch.uint8)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             self.frames(name, tensor)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .forward import RUNTIME
-from .window import add_bias, band_pointers, load_rows, tile_scores, valid_range, window
+from .window import add_bias, band_pointers, load_rows, tile_scores, valid_range, visible_keys, window
 
 
 @triton.jit
@@ -21,11 +21,11 @@ def _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION: tl.
 def chunked_attention_backward_query_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr,
     dq_ptr, delta_ptr,  # dq (B, H, rows, d) fp32 contiguous, unscaled; delta (B, H, Tq) fp32
-    band_ptr, dband_ptr, content_ptr, lengths_ptr, starts_ptr,
+    band_ptr, dband_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, do_b, do_h, do_t, band_bh,
     B, H, Tq, Tk, d, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
     HAS_BAND: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr,
-    PRECISION: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -56,11 +56,13 @@ def chunked_attention_backward_query_kernel(
         j_0 = i_n * BN
         o_n = tl.arange(0, BN)
         j = j_0 + o_n
-        m_n = (j >= begin) & (j < key_end)
+        m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK)
         k = load_rows(k_ptr, j, k_t, m_n, d, BD)
         v = load_rows(v_ptr, j, v_t, m_n, d, BD)
         s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, HAS_BAND, PRECISION)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        if HAS_KEY_MASK:
+            visible &= m_n[None, :]
         _, ds = _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION)
         ds = ds.to(k.dtype)
         dq += tl.dot(ds, k, input_precision=PRECISION)
@@ -76,11 +78,12 @@ def chunked_attention_backward_query_kernel(
 def chunked_attention_backward_key_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr,  # (B, H, Tk, d) contiguous; fp32 when ACCUMULATE
-    band_ptr, content_ptr, lengths_ptr, starts_ptr,
+    band_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, band_bh,
     B, H, Tq, Tk, d, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
     HAS_BAND: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -96,7 +99,7 @@ def chunked_attention_backward_key_kernel(
     last = tl.where((j_0 >= key_end) | (j_0 + BN <= begin), 0, last)
     first = tl.maximum(first, 0)
 
-    m_n = (j >= begin) & (j < key_end)
+    m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK)
     k = load_rows(k_ptr + i_b * k_b + i_h * k_h, j, k_t, m_n, d, BD)
     v = load_rows(v_ptr + i_b * v_b + i_h * v_h, j, v_t, m_n, d, BD)
     q_ptr += i_b * q_b + i_h * q_h
@@ -118,6 +121,8 @@ def chunked_attention_backward_key_kernel(
         lse = tl.load(lse_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
         delta = tl.load(delta_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        if HAS_KEY_MASK:
+            visible &= m_n[None, :]
         m_band = m_row & (high > j_0) & (low < j_0 + BN)  # rows whose band reaches this tile
         s = tile_scores(q, k, band_ptr, i_row, m_band, j_0, o_n, band_row, band_shift, HAS_BAND, PRECISION)
         p, ds = _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION)

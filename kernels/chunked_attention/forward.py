@@ -6,7 +6,7 @@ A tile holds several chunks when chunks are small: each row masks its own window
 import triton
 import triton.language as tl
 
-from .window import add_bias, load_rows, tile_scores, valid_range, window
+from .window import add_bias, load_rows, tile_scores, valid_range, visible_keys, window
 
 RUNTIME = ["H", "Tq", "Tk", "chunk", "left", "right", "offset", "row_begin", "row_end", "band_row", "band_shift"]
 
@@ -14,11 +14,11 @@ RUNTIME = ["H", "Tq", "Tk", "chunk", "left", "right", "offset", "row_begin", "ro
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # (B, H, T, d); lse (B, H, Tq) fp32
-    band_ptr, content_ptr, lengths_ptr, starts_ptr,
+    band_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, band_bh,  # strides in elements
     B, H, Tq, Tk, d, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
     HAS_BAND: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr,
-    PRECISION: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -45,10 +45,12 @@ def chunked_attention_forward_kernel(
         j_0 = i_n * BN
         o_n = tl.arange(0, BN)
         j = j_0 + o_n
-        m_n = (j >= begin) & (j < key_end)
+        m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK)
         k = load_rows(k_ptr, j, k_t, m_n, d, BD)
         s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, HAS_BAND, PRECISION)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        if HAS_KEY_MASK:
+            visible &= m_n[None, :]
         s = tl.where(visible, s * to_log2, float("-inf"))  # [BM, BN]
         now = tl.maximum(largest, tl.max(s, axis=1))
         base = tl.where(now == float("-inf"), 0.0, now)  # nothing visible yet
@@ -58,6 +60,8 @@ def chunked_attention_forward_kernel(
         v = load_rows(v_ptr, j, v_t, m_n, d, BD)
         out = out * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         largest = now
+    if HAS_KEY_MASK:
+        m_row &= total != 0  # the mask may hide a whole window
     total_or_one = tl.where(m_row, total, 1.0)
     out = out / total_or_one[:, None]
     lse = tl.where(m_row, (largest + tl.log2(total_or_one)) * 0.6931471805599453, 0.0)

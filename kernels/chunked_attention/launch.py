@@ -1,6 +1,6 @@
 """Launches the kernels segment by segment, so that the band of position scores never exceeds a fixed budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ def config_key(kernel: str, head_dim: int, dtype: torch.dtype) -> str:
     return f"{kernel}/{max(64, padded_dim(head_dim))}{'/fp32' if dtype == torch.float32 else ''}"
 
 
+def choose_config(configs: Mapping[str, Any], key: str, key_mask: bool) -> dict[str, Any]:
+    """The tile of ``key``; with a key mask, which takes registers, that of ``<key>/key_mask`` where there is one."""
+    return configs.get(f"{key}/key_mask", configs[key]) if key_mask else configs[key]
+
+
 class _Call:
     """What every launch of a call has in common."""
 
@@ -34,33 +39,36 @@ class _Call:
         self.query, self.key, self.value = (_unit_stride(x) for x in (query, key, value))
         self.batch, self.heads, self.frames, self.head_dim = query.shape
         self.keys = key.shape[2]
-        self.content_bias, self.lengths, self.starts = (
+        self.content_bias, self.lengths, self.starts, self.key_mask = (
             None if options[name] is None else options[name].contiguous()
-            for name in ("content_bias", "lengths", "starts")
+            for name in ("content_bias", "lengths", "starts", "key_mask")
         )
+        if self.key_mask is not None:
+            self.key_mask = self.key_mask.view(torch.uint8)
         sizes = (options[name] for name in ("chunk_size", "left_context", "right_context"))
         self.window = tuple(UNLIMITED if size is None else min(size, UNLIMITED) for size in sizes)
         self.offset = options["query_offset"]
         self.device_name = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else None
 
     def constants(self, kernel: str) -> dict[str, Any]:
-        config = load_configs("chunked_attention", self.device_name)[
-            config_key(kernel, self.head_dim, self.query.dtype)
-        ]
+        configs = load_configs("chunked_attention", self.device_name)
+        key = config_key(kernel, self.head_dim, self.query.dtype)
+        config = choose_config(configs, key, self.key_mask is not None)
         return {
             "HAS_BAND": self.options["position"] is not None,
             "HAS_CONTENT": self.content_bias is not None,
             "HAS_LENGTHS": self.lengths is not None,
             "HAS_STARTS": self.starts is not None,
+            "HAS_KEY_MASK": self.key_mask is not None,
             "PRECISION": "tf32x3" if self.query.dtype == torch.float32 else "tf32",  # read for fp32 only
             "BD": padded_dim(self.head_dim),
             **config,
         }
 
     def given(self) -> tuple[Tensor, ...]:
-        """Content bias, lengths, starts; absent ones as any pointer, which their kernels never read."""
-        absent = self.query
-        return tuple(absent if x is None else x for x in (self.content_bias, self.lengths, self.starts))
+        """Content bias, lengths, starts, key mask; absent ones as any pointer, which their kernels never read."""
+        absent, given = self.query, (self.content_bias, self.lengths, self.starts, self.key_mask)
+        return tuple(absent if x is None else x for x in given)
 
     def offsets(self, begin: int, end: int) -> tuple[int, int]:
         """Bounds on query position - key over the visible pairs of rows [begin, end)."""

@@ -46,6 +46,15 @@ def add_bias(rows, bias_ptr, d, BD: tl.constexpr):
 
 
 @triton.jit
+def visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK: tl.constexpr):
+    """Which keys of a tile hold a frame that the key mask (B, Tk) does not hide: [BN]."""
+    m_n = (j >= begin) & (j < key_end)
+    if HAS_KEY_MASK:
+        m_n &= tl.load(key_mask_ptr + i_b * Tk + j, mask=m_n, other=0) != 0
+    return m_n
+
+
+@triton.jit
 def band_pointers(band_ptr, i_row, j_0, o_n, band_row, band_shift):
     """Addresses of the position scores of rows x keys: a box of row stride 16 * band_row. See position.py."""
     aligned = (i_row.to(tl.int64) * band_row)[:, None] * 16 + (band_shift * 16 + j_0)

@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from bestrq2.kernels import tuning
-from bestrq2.kernels.chunked_attention import backward, forward
+from bestrq2.kernels.chunked_attention import backward, forward, launch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for
@@ -22,21 +22,27 @@ KERNELS = {
     "backward_key": backward.chunked_attention_backward_key_kernel,
 }
 FP32_POINTERS = ("lse_ptr", "delta_ptr", "dq_ptr")
+INTEGER_POINTERS = {"lengths_ptr": "*i64", "starts_ptr": "*i64", "key_mask_ptr": "*u8"}
 CASES = [
-    (f"{file}-{key}", key, config, KERNELS[key.split("/")[0]])
+    (f"{file}-{key}{'-key_mask' if key_mask else ''}", key, key_mask, launch.choose_config(configs, key, key_mask))
     for file, configs in tuning.all_configs("chunked_attention").items()
-    for key, config in configs.items()
+    for key in configs
+    if not key.endswith("key_mask")
+    for key_mask in (False, True)
 ]
 
 
-def compile_case(key, config, kernel, dtype: str, positions: bool = True, padded: bool = True) -> CompileCase:
+def compile_case(key: str, key_mask: bool, config: dict[str, int]) -> CompileCase:
+    """Everything a call can have: positions, both biases, lengths and starts."""
+    kernel, dtype = KERNELS[key.split("/")[0]], "fp32" if key.endswith("fp32") else "bf16"
     config = dict(config)
-    launch = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
+    options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
     constexprs = {
-        "HAS_BAND": positions,
-        "HAS_CONTENT": positions,
-        "HAS_LENGTHS": padded,
-        "HAS_STARTS": padded,
+        "HAS_BAND": True,
+        "HAS_CONTENT": True,
+        "HAS_LENGTHS": True,
+        "HAS_STARTS": True,
+        "HAS_KEY_MASK": key_mask,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
         "BD": int(key.split("/")[1]),
         "ACCUMULATE": False,
@@ -49,21 +55,19 @@ def compile_case(key, config, kernel, dtype: str, positions: bool = True, padded
         if name in constexprs:
             continue
         if name.endswith("_ptr"):
-            kind = (
-                "*i64" if name in ("lengths_ptr", "starts_ptr") else "*fp32" if name in FP32_POINTERS else f"*{dtype}"
-            )
+            kind = "*fp32" if name in FP32_POINTERS else INTEGER_POINTERS.get(name, f"*{dtype}")
         else:
             kind = "fp32" if name == "scale" else "i32"
         signature[name] = kind
     # What the launcher's specialisation sees: allocations, strides of whole heads, and the band's row stride.
     runtime = {*forward.RUNTIME, "scale", "B"}
     divisible = tuple(name for name in signature if name not in runtime)
-    return CompileCase(key, kernel, signature, constexprs, divisible_by_16=divisible, **launch)
+    return CompileCase(key, kernel, signature, constexprs, divisible_by_16=divisible, **options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda n: f"sm_{n}")
 @pytest.mark.parametrize(
-    ("name", "key", "config", "kernel"),
+    ("name", "key", "key_mask", "config"),
     [
         pytest.param(
             *case,
@@ -73,9 +77,8 @@ def compile_case(key, config, kernel, dtype: str, positions: bool = True, padded
         for case in CASES
     ],
 )
-def test_compiles_without_spills(name, key, config, kernel, architecture):
-    dtype = "fp32" if key.endswith("fp32") else "bf16"
-    report = compile_for(compile_case(key, config, kernel, dtype), architecture)
+def test_compiles_without_spills(name, key, key_mask, config, architecture):
+    report = compile_for(compile_case(key, key_mask, config), architecture)
     print(f"{name} sm_{architecture}: {report}")
     assert report.spill_bytes == 0
     assert report.shared_bytes <= SHARED_LIMIT[architecture]

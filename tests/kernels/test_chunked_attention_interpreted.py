@@ -28,6 +28,8 @@ def test_in_the_interpreter():
 needs_kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or interpreter")
 
 PADDED = {"lengths": torch.tensor([70, 33]), "starts": torch.tensor([0, 5])}
+HOLES = torch.rand(2, 70, generator=torch.Generator().manual_seed(0)) < 0.6
+HOLES[0, 20:60] = False  # whole windows
 CASES = {
     "chunk 16": ((2, 2, 70, 70, 16), torch.float32, {"chunk_size": 16, "left_context": 32}),
     "several chunks a tile, padding": (
@@ -47,6 +49,14 @@ CASES = {
     "fp16": ((1, 2, 70, 70, 32), torch.float16, {"chunk_size": 25, "left_context": 25}),
     "fp16, head size 128": ((1, 1, 70, 70, 128), torch.float16, {"chunk_size": 32, "left_context": 32}),
 }
+
+
+CASES["key mask"] = ((2, 1, 70, 70, 16), torch.float32, {"chunk_size": 7, "left_context": 10, "key_mask": HOLES})
+CASES["key mask, padding, fp16"] = (
+    (2, 2, 40, 70, 16),
+    torch.float16,
+    {"chunk_size": 25, "left_context": 30, "right_context": 4, "query_offset": 30, "key_mask": HOLES, **PADDED},
+)
 
 
 def compare(shape, dtype, device, positions=True, **options):

@@ -100,6 +100,53 @@ def test_optional_terms(without):
     compare(inputs, torch.float32, "cpu", chunk_size=16, left_context=16, scale=0.2)
 
 
+def make_key_mask(keys: int = 150) -> Tensor:
+    """Item 0: spans hidden, among them a whole tile of 64 keys and whole windows. Item 1: everything. Item 2: noise."""
+    mask = torch.ones(3, keys, dtype=torch.bool)
+    mask[0, 3:20] = mask[0, 60:130] = False
+    mask[1] = False
+    mask[2] = torch.rand(keys) < 0.5
+    return mask
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_key_mask(window):
+    inputs, key_mask = make_inputs(3, queries=150, dtype=torch.float32), make_key_mask()
+    compare(inputs, torch.float32, "cpu", key_mask=key_mask, **window)
+    padding = {"lengths": torch.tensor([150, 150, 101]), "starts": torch.tensor([0, 2, 30])}
+    compare(inputs, torch.float32, "cpu", key_mask=key_mask, **padding, **window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_key_mask_in_half_precision(dtype: torch.dtype):
+    inputs = make_inputs(3, queries=150, head_dim=24, dtype=dtype)
+    compare(inputs, dtype, "cpu", key_mask=make_key_mask(), chunk_size=16, left_context=40, right_context=2)
+
+
+def test_key_mask_while_streaming():
+    inputs = make_inputs(3, 2, 20, 150, head_dim=12, dtype=torch.float32)
+    compare(inputs, torch.float32, "cpu", key_mask=make_key_mask(), chunk_size=8, left_context=60, query_offset=125)
+
+
+def test_masked_keys_are_never_read(backend: str):
+    """Rows whose whole window is masked are exact zeros; so are the gradients of masked keys, also if they hold NaN."""
+    inputs, key_mask = make_inputs(3, 2, 150, dtype=torch.float32), make_key_mask()
+    options = {"chunk_size": 8, "left_context": 4, "key_mask": key_mask, "backend": backend}
+    upstream = torch.randn(3, 2, 150, 16)
+    expected = run(inputs, torch.float32, ops.chunked_attention, upstream, **options)
+    for name in ("key", "value"):
+        inputs[name] = inputs[name].masked_fill(~key_mask[:, None, :, None], float("nan"))
+    results = run(inputs, torch.float32, ops.chunked_attention, upstream, **options)
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+    sees = (ops.ChunkLayout(8, 4).mask(150) & key_mask[:, None]).any(-1)
+    assert 0 < sees[0].sum() < 150
+    for name in ("out", "grad of query"):
+        assert torch.equal(results[name].any(-1), sees[:, None].expand(-1, 2, -1)), name
+    for name in ("grad of key", "grad of value"):
+        assert not results[name].transpose(1, 2)[~key_mask].any()
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa: str):
     from bestrq2.ops.native import extension, extension_obstacle
@@ -108,7 +155,9 @@ def test_every_instruction_set(isa: str):
         pytest.skip(f"no {isa} here")
     try:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            compare(make_inputs(1, 2, 90, head_dim=20, dtype=dtype), dtype, "cpu", chunk_size=12, left_context=25)
+            inputs = make_inputs(1, 2, 90, head_dim=20, dtype=dtype)
+            compare(inputs, dtype, "cpu", chunk_size=12, left_context=25)
+            compare(inputs, dtype, "cpu", chunk_size=12, left_context=25, key_mask=torch.rand(1, 90) < 0.5)
     finally:
         assert any(extension().force_isa(name) for name in ("avx512", "avx2", "portable"))
 
@@ -157,6 +206,11 @@ def test_equals_scaled_dot_product_attention(backend: str):
     mask = ops.ChunkLayout(8, 16).mask(50)
     out = ops.chunked_attention(**inputs, chunk_size=8, left_context=16, backend=backend)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(*inputs.values(), attn_mask=mask))
+    key_mask = torch.rand(2, 50) < 0.7
+    key_mask[:, ::8] = True  # scaled_dot_product_attention wants a key in every row
+    out = ops.chunked_attention(**inputs, chunk_size=8, left_context=16, key_mask=key_mask, backend=backend)
+    mask = mask & key_mask[:, None, None]
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*inputs.values(), attn_mask=mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,8 +226,9 @@ def test_every_term_matters(dtype: torch.dtype):
     for name, position in changes.items():
         without = run({**inputs, "position": position}, torch.float64, **options)["out"]
         assert_term_matters(name, gold, without, dtype)
-    for change in ({"left_context": 4}, {"right_context": 3}, {"chunk_size": 10}, {"scale": 0.1}):
-        assert_term_matters(str(change), gold, run(inputs, torch.float64, **{**options, **change})["out"], dtype)
+    holes = {"key_mask": torch.arange(40).expand(2, -1) % 3 != 0}
+    for change in ({"left_context": 4}, {"right_context": 3}, {"chunk_size": 10}, {"scale": 0.1}, holes):
+        assert_term_matters(next(iter(change)), gold, run(inputs, torch.float64, **{**options, **change})["out"], dtype)
 
 
 def test_padding_is_zero_and_never_read(backend: str):

@@ -34,8 +34,9 @@ def attend(query, key, value, position=None, content_bias=None, position_bias=No
 def test_opcheck(backend: str, terms: int):
     if backend == "cpu" and not HAS_CPU:
         pytest.skip("the C++ extension is not built")
+    key_mask = torch.rand(2, 37) < 0.8 if terms == 6 else None
     tensors = [*make_inputs(37), None, None, None][:6] if terms == 6 else [*make_inputs(37)[:3], None, None, None]
-    arguments = (*tensors, torch.tensor([37, 20]), None, 5, 7, 2, 0, 36, 0.3, backend)
+    arguments = (*tensors, torch.tensor([37, 20]), None, key_mask, 5, 7, 2, 0, 36, 0.3, backend)
     torch.library.opcheck(torch.ops.bestrq2.chunked_attention.default, arguments)
     if backend == "reference":  # its backward asks autograd, which opcheck switches off when it calls it directly
         return
@@ -53,9 +54,10 @@ def test_compiles_once_for_every_length():
         inputs = make_inputs(frames)
         lengths = torch.tensor([frames, frames // 2])
         upstream = torch.randn(2, 2, frames, 16)
-        out = compiled(*inputs, lengths=lengths)
+        key_mask = torch.rand(2, frames) < 0.8
+        out = compiled(*inputs, lengths=lengths, key_mask=key_mask)
         gradients = torch.autograd.grad(out, inputs, upstream)
-        expected = attend(*inputs, lengths=lengths)
+        expected = attend(*inputs, lengths=lengths, key_mask=key_mask)
         assert torch.equal(out, expected)
         assert out.stride() == expected.stride()
         for ours, theirs in zip(gradients, torch.autograd.grad(expected, inputs, upstream)):
@@ -219,6 +221,8 @@ def broken(**changes):
         ({"content_bias": torch.zeros(16)}, r"content_bias must be \(H, d\) = \(2, 16\), got \(16,\)"),
         ({"position_bias": torch.zeros(16, 2)}, "position_bias must be"),
         ({"lengths": torch.ones(3, dtype=torch.int64)}, r"lengths must be an int32 or int64 tensor of shape \(2,\)"),
+        ({"key_mask": torch.ones(2, 20)}, r"key_mask must be a bool tensor of shape \(B, Tk\) = \(2, 20\), got"),
+        ({"key_mask": torch.ones(2, 1, 20).bool()}, r"key_mask must be .*got torch.bool \(2, 1, 20\)"),
         ({"starts": torch.ones(2)}, "starts must be an int32 or int64"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"chunk_size": 4, "left_context": -1}, "left_context must be at least 0"),

@@ -38,6 +38,7 @@ def scores(
     right_context: int | None = 0,
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
+    key_mask: Tensor | None = None,  # (B, Tk) bool
     query_offset: int = 0,
     position: Tensor | None = None,  # (H, R, d)
     position_zero: int | None = None,
@@ -56,6 +57,9 @@ def scores(
         query = query.masked_fill(padded_i[:, None, :, None], 0)
         key, value = (x.masked_fill(padded_j[:, None, :, None], 0) for x in (key, value))
         visible = visible & ~padded_i[..., :, None] & ~padded_j[..., None, :]
+    if key_mask is not None:
+        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (key, value))
+        visible = visible & key_mask[:, None, :]
     visible = visible if visible.dim() == 2 else visible[:, None]  # (Tq, Tk) or (B, 1, Tq, Tk)
 
     with_content = query if content_bias is None else query + content_bias[:, None]
