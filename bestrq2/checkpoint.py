@@ -1,16 +1,16 @@
 """Checkpoints: a folder of safetensors and one JSON file, written atomically, verified by checksum when read.
 
 ``step-00001000/`` holds ``model.safetensors`` (weights and buffers, quantizer included), ``training.safetensors``
-(optimizer moments and counters) and ``state.json`` (step, configuration, versions, SHA-256 of all three). Nothing
-in it is executable, and reading never unpickles.
+(optimizer moments and counters), with averaging ``ema.safetensors`` (as the first, with averaged weights), and
+``state.json`` (step, configuration, SHA-256 of all of them). Nothing in it is executable, and reading never unpickles.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
+WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors", "ema.safetensors", "state.json"
 FORMAT = "bestrq2-checkpoint-1"
 PREFIX = "step-"
 
@@ -36,15 +36,21 @@ class Checkpoint:
         step: completed training steps.
         config: the resolved configuration as nested dictionaries.
         extra: further JSON state of the trainer.
+        weights_file: what :meth:`weights` reads: the plain weights or the averaged ones.
     """
 
     folder: Path
     step: int
     config: dict[str, Any]
     extra: dict[str, Any]
+    weights_file: str = WEIGHTS
 
     def weights(self) -> dict[str, Tensor]:
-        return _load_tensors(self.folder / WEIGHTS)
+        return _load_tensors(self.folder / self.weights_file)
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights, if the run kept one."""
+        return _load_tensors(self.folder / AVERAGED) if (self.folder / AVERAGED).exists() else None
 
     def training_state(self) -> dict[str, Tensor]:
         return _load_tensors(self.folder / TRAINING)
@@ -58,11 +64,13 @@ def save_checkpoint(
     config: dict[str, Any],
     extra: dict[str, Any],
     keep_last: int,
+    averaged: Mapping[str, Tensor] | None = None,
+    keep: Collection[str] = (),
 ) -> Path:
     """Write ``parent/step-XXXXXXXX`` so that a crash at any moment leaves either all of it or none of it.
 
     Everything goes to a hidden folder, is flushed to disk, and is then renamed. Older checkpoints beyond ``keep_last``
-    are deleted only afterwards.
+    are deleted only afterwards, but for those whose folder names are in ``keep``.
 
     Raises:
         CheckpointError: if the disk is full or the folder cannot be written. Nothing partial remains, and the earlier
@@ -70,7 +78,7 @@ def save_checkpoint(
     """
     final = parent / f"{PREFIX}{step:08d}"
     partial = parent / f".writing-{final.name}"
-    tensors = {WEIGHTS: weights, TRAINING: training}
+    tensors = {WEIGHTS: weights, TRAINING: training} | ({AVERAGED: averaged} if averaged is not None else {})
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +105,8 @@ def save_checkpoint(
             f"({needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free). Earlier checkpoints are untouched."
         ) from error
     for old in list_checkpoints(parent)[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name not in keep:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -148,9 +157,15 @@ def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that a user means by a path: a ``step-*`` folder, a run folder, or its ``checkpoints`` folder.
 
+    The path of a checkpoint's ``ema.safetensors`` means that checkpoint with its averaged weights.
+
     Raises:
         CheckpointError: if there is none that is intact.
     """
+    if path.suffix == ".safetensors" and (path.parent / STATE).exists():
+        if path.name not in (WEIGHTS, AVERAGED):
+            raise CheckpointError(f"{path}: expected {WEIGHTS} or {AVERAGED} of a checkpoint")
+        return replace(read_checkpoint(path.parent), weights_file=path.name)
     if (path / STATE).exists():
         return read_checkpoint(path)
     problems: list[str] = []

@@ -121,9 +121,12 @@ class DataConfig:
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 1e-4
+    schedule: str = "cosine"  # after the warm-up: cosine | linear | constant | stable (at the peak until the cooldown)
     final_ratio: float = 0.001  # learning rate at the last step, as a share of the peak
+    cooldown: float = 0.2  # of "stable": the last share of all steps, in which the rate falls
     warmup: float = 0.05  # share of all steps
     weight_decay: float = 0.05
+    final_weight_decay: float | None = None  # moved to by a cosine; None: constant
     decay_all: bool = True  # published: on every parameter; false: not on norms, biases and tokens
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     epsilon: float = 1e-8
@@ -133,17 +136,30 @@ class OptimizerConfig:
 @dataclass
 class TrainConfig:
     steps: int = 200000
-    batch_size: int = 256
+    batch_size: int = 256  # clips per update, over all ranks and micro-batches
+    accumulate: int = 1  # micro-batches per update and rank: less memory, same update
+    strategy: str = "auto"  # several ranks: auto = ddp | fsdp (shard the model)
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    precision: str = "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16
+    precision: str = "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
+    ema_decay: float = 0.0  # of a moving average of the weights, e.g. 0.999; 0: none
     compile: bool = False  # torch.compile of the encoder and predictor blocks
     log_every: int = 50
     save_every: int = 5000
+    save_minutes: float = 30.0  # also save when this long has passed since the last time; 0: never
+    async_save: bool = True  # write checkpoints beside training (their tensors are copied first)
     keep_last: int = 3
+    keep_best: int = 0  # also keep this many of lowest validation loss (else mean training loss since the last save)
     max_bad_steps: int = 20  # consecutive non-finite steps before giving up
     pictures_every: int = 2000  # steps between pictures of mask and predictions; 0: none
     wandb: str | None = None  # also log to this Weights & Biases project
+
+
+@dataclass
+class ValidationConfig:
+    source: str | None = None  # audio that is not trained on, as data.source; None: no validation
+    every: int = 1000  # steps
+    clips: int = 256  # the same ones every time, with the same masks
 
 
 @dataclass
@@ -160,6 +176,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
 
 
@@ -316,11 +333,30 @@ def _validated(merged: DictConfig) -> Config:
         ("optimizer.betas", len(c.optimizer.betas) == 2, c.optimizer.betas, "two numbers"),
         ("train.steps", c.train.steps >= 1, c.train.steps, "at least 1"),
         ("train.batch_size", c.train.batch_size >= 1, c.train.batch_size, "at least 1"),
+        ("train.accumulate", c.train.accumulate >= 1, c.train.accumulate, "at least 1"),
+        ("train.strategy", c.train.strategy in ("auto", "ddp", "fsdp"), c.train.strategy, "auto, ddp or fsdp"),
+        ("train.ema_decay", 0 <= c.train.ema_decay < 1, c.train.ema_decay, "a number in [0, 1)"),
+        ("train.save_minutes", c.train.save_minutes >= 0, c.train.save_minutes, "0 or more minutes"),
+        ("train.keep_best", c.train.keep_best >= 0, c.train.keep_best, "0 or more"),
+        ("validation.every", c.validation.every >= 1, c.validation.every, "at least 1"),
+        ("validation.clips", c.validation.clips >= 1, c.validation.clips, "at least 1"),
+        (
+            "optimizer.schedule",
+            c.optimizer.schedule in ("cosine", "linear", "constant", "stable"),
+            c.optimizer.schedule,
+            "cosine, linear, constant or stable",
+        ),
+        ("optimizer.cooldown", 0 < c.optimizer.cooldown <= 1, c.optimizer.cooldown, "a share in (0, 1]"),
         ("train.log_every", c.train.log_every >= 1, c.train.log_every, "at least 1"),
         ("train.save_every", c.train.save_every >= 1, c.train.save_every, "at least 1"),
         ("train.keep_last", c.train.keep_last >= 1, c.train.keep_last, "at least 1"),
         ("train.pictures_every", c.train.pictures_every >= 0, c.train.pictures_every, "0 (none) or more"),
-        ("train.precision", c.train.precision in ("auto", "fp32", "bf16"), c.train.precision, "auto, fp32 or bf16"),
+        (
+            "train.precision",
+            c.train.precision in ("auto", "fp32", "bf16", "fp16"),
+            c.train.precision,
+            "auto, fp32, bf16 or fp16",
+        ),
     ]
     for key, fine, value, expected in expectations:
         if not fine:

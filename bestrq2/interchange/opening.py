@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestrq2.checkpoint import find_checkpoint
+from bestrq2.checkpoint import STATE, find_checkpoint
 from bestrq2.config import Config, ConfigError, config_from_dict
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_model
 from bestrq2.models.build import load_weights
@@ -37,8 +37,9 @@ class Source:
 
 
 def open_source(path: str | Path, *, heads: int | None = None, hop_length: int | None = None) -> Source:
-    """Read a run folder, a ``step-*`` folder, an encoder file or folder that :mod:`bestrq2.export` wrote, or a
-    published checkpoint (a ``.safetensors`` file, or the folder of its transformers export).
+    """Read a run folder, a ``step-*`` folder, a weights file inside of one (``ema.safetensors``), an encoder file or
+    folder that :mod:`bestrq2.export` wrote, or a published checkpoint (a ``.safetensors`` file, or the folder of its
+    transformers export).
 
     Args:
         heads, hop_length: what no tensor of a published checkpoint says; see :func:`from_published`.
@@ -49,7 +50,7 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
     """
     path = Path(path)
     refuse_pickle(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not (path.parent / STATE).exists():
         return _open_file(path, heads, hop_length)
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)

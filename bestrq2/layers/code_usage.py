@@ -27,22 +27,28 @@ class CodeUsage(nn.Module):
         self.register_buffer("total", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, codes: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Add codes ``(..., G)``; ``valid (...)`` bool leaves out padding. Returns this update's counts ``(G, V)``."""
+    def update(self, codes: Tensor, valid: Tensor | None = None, decay: bool = True) -> Tensor:
+        """Add codes ``(..., G)``; ``valid (...)`` bool leaves out padding; ``decay`` False adds to the same update,
+        for a batch in parts. Returns this update's counts ``(G, V)``."""
         books, size = self.counts.shape
         flat = codes.reshape(-1, books)
         weight = torch.ones(flat.shape[0], device=codes.device, dtype=torch.float64)
         if valid is not None:
             weight = valid.reshape(-1).to(torch.float64)
-        fresh = torch.stack([torch.bincount(flat[:, g], weight, minlength=size) for g in range(books)])
-        self.add(fresh)
+        # Unlike bincount, this does not make the host wait for a GPU; sums of zeros and ones are exact in any order.
+        fresh = torch.zeros(books, size, device=codes.device, dtype=torch.float64)
+        fresh.scatter_add_(1, flat.T.clamp(min=0), weight.expand(books, -1))
+        self.add(fresh, decay)
         return fresh
 
     @torch.no_grad()
-    def add(self, fresh: Tensor) -> None:
+    def add(self, fresh: Tensor, decay: bool = True) -> None:
         """Add counts ``(G, V)``, e.g. summed over ranks."""
-        self.counts.mul_(self.decay).add_(fresh)
-        self.total.mul_(self.decay).add_(fresh[0].sum())
+        if decay:
+            self.counts.mul_(self.decay)
+            self.total.mul_(self.decay)
+        self.counts.add_(fresh)
+        self.total.add_(fresh[0].sum())
 
     def metrics(self) -> dict[str, float]:
         """``codes_used``, ``perplexity`` and ``unigram`` accuracy in 0..1: means over codebooks; with several codebooks

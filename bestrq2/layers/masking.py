@@ -93,6 +93,12 @@ class RandomMasking:
             span_length,
         )
 
+    def num_predicted(self, lengths: Tensor, step: int) -> Tensor:
+        """``(B,)`` how many of ``lengths (B,)`` valid tokens each clip has to predict at this step."""
+        low, high = self.ratio
+        ratio = low + (high - low) * uniform(self.seed, step, 0)
+        return (lengths * ratio).long().clamp(min=1).minimum(lengths - 1)
+
     def plan(self, lengths: Tensor, step: int, index: Tensor, device: torch.device | str) -> MaskPlan:
         """Draw the plan of one batch.
 
@@ -102,9 +108,7 @@ class RandomMasking:
             index: ``(B,)`` int64 global index of each clip in the training order.
             device: where the plan is used; the choice is made there, without synchronisation.
         """
-        low, high = self.ratio
-        ratio = low + (high - low) * uniform(self.seed, step, 0)
-        num_predicted = (lengths * ratio).long().clamp(min=1).minimum(lengths - 1)
+        num_predicted = self.num_predicted(lengths, step)
         num_seen = lengths - num_predicted
         size, max_predicted, max_seen = int(lengths.max()), int(num_predicted.max()), int(num_seen.max())
         if self.shared_per_batch:

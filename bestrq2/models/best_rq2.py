@@ -40,6 +40,12 @@ class PretrainOutput:
 Encoder = ViTEncoder | ConformerEncoder
 
 
+def num_predicted(encoder: Encoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
+    """Targets in a batch of clips with these ``lengths (B,)`` in samples."""
+    tokens = torch.tensor([encoder.num_tokens(samples) for samples in lengths.tolist()], dtype=torch.int64)
+    return int(masking.num_predicted(tokens, step).sum())
+
+
 class BestRQ2(nn.Module):
     """Two-step pretraining: the encoder sees only unmasked patches, a predictor infers the codes of the masked ones.
 
@@ -76,6 +82,11 @@ class BestRQ2(nn.Module):
         hidden = self.predictor(context, patches.positions(), plan)
         loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
         return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
+
+    def num_predicted(self, lengths: Tensor, step: int) -> int:
+        """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
+        mean, so this is the weight of the batch beside others of the same step."""
+        return num_predicted(self.encoder, self.masking, lengths, step)
 
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
@@ -136,6 +147,11 @@ class BestRQ(nn.Module):
         target = plan.predicted if valid is None else torch.where(valid, plan.predicted, num_tokens)
         marked = torch.zeros(num_clips, num_tokens + 1, dtype=torch.bool, device=target.device)
         return marked.scatter_(1, target, True)[:, :num_tokens]
+
+    def num_predicted(self, lengths: Tensor, step: int) -> int:
+        """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
+        mean, so this is the weight of the batch beside others of the same step."""
+        return num_predicted(self.encoder, self.masking, lengths, step)
 
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""

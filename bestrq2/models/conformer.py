@@ -83,6 +83,10 @@ class ConformerEncoder(nn.Module):
         """Feature frames that :meth:`encode` gives for a clip of ``samples`` samples."""
         return self.front_end.num_frames(max(samples, self.min_samples)) // self.factor
 
+    def num_tokens(self, samples: int) -> int:
+        """Tokens of a clip of ``samples`` samples: here the same as :meth:`output_length`."""
+        return self.output_length(samples)
+
     def patches(self, waveform: Tensor, lengths: Tensor | None = None) -> Patches:
         """Stacked log-mel frames of a padded batch, ``(B, T, F * factor)``; no gradient.
 

@@ -103,6 +103,10 @@ class ViTEncoder(nn.Module):
         """Feature frames that :meth:`encode` gives for a clip of ``samples`` samples."""
         return self.front_end.num_frames(max(samples, self.min_samples)) // self.patch_width
 
+    def num_tokens(self, samples: int) -> int:
+        """Patches of a clip of ``samples`` samples: what the Transformer sees of it without a mask."""
+        return self.output_length(samples) * self.rows
+
     def patches(self, waveform: Tensor, lengths: Tensor | None = None) -> Patches:
         """Log-mel patches of a padded batch; no gradient.
 

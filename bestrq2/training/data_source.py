@@ -13,18 +13,18 @@ from bestrq2.training.statistics import measure_statistics
 FIRST_LOOK_CLIPS = 64
 
 
-def open_dataset(config: Config) -> CropDataset:
-    """Find the audio and say what was found and what was left out."""
+def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
+    """Find the audio and say, under the name ``purpose``, what was found and what was left out."""
     data, front = config.data, config.model.front_end
     shortest = (config.model.encoder.frames_per_token - 1) * front.hop_length / front.sampling_rate
     min_seconds = max(shortest, data.min_seconds or 0.0)
     if data.source is None:
         files = tiny_dataset()
-        print(f"Data: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
+        print(f"{purpose}: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
     else:
         files, report = collect(data.source, min_seconds=min_seconds)
         hours = sum(file.duration or 0.0 for file in files) / 3600
-        print(f"Data: {len(files)} files, {hours:.2f} h from {data.source}")
+        print(f"{purpose}: {len(files)} files, {hours:.2f} h from {data.source}")
         if report.skips:
             print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
     try:
@@ -40,7 +40,7 @@ def open_dataset(config: Config) -> CropDataset:
         raise ConfigError(f"data: {error}") from error
 
 
-def fill_statistics(config: Config, dataset: CropDataset) -> None:
+def fill_statistics(config: Config, dataset: CropDataset) -> Config:
     """Measure mean and deviation where "global" normalisation asks for them and the recipe gives none."""
     front, targets = config.model.front_end, config.model.targets
     if front.normalize == "global" and targets.normalize == "global":
@@ -50,7 +50,7 @@ def fill_statistics(config: Config, dataset: CropDataset) -> None:
         )
     section = front if front.normalize == "global" else targets if targets.normalize == "global" else None
     if section is None or (section.mean is not None and section.std is not None):
-        return
+        return config
     plain = build_encoder(config.model).front_end
     batch_size = min(8, config.train.batch_size)
     sample = batches(dataset, batch_size, num_steps=FIRST_LOOK_CLIPS // batch_size, workers=0)
@@ -60,3 +60,4 @@ def fill_statistics(config: Config, dataset: CropDataset) -> None:
         raise TrainingError(f"statistics for global normalisation: {error}") from error
     section.mean, section.std = round(measured.mean, 4), round(measured.std, 4)
     print(f"Statistics: mean {section.mean:.2f} dB, deviation {section.std:.2f} dB over {measured.clips} clips")
+    return config

@@ -22,7 +22,7 @@ from .data_identity import data_fingerprint
 from .embedding_cache import EmbeddingCache, build_cache, module_digest, open_frozen
 from .hardware import choose_device, describe_device
 from .interrupt import StopSignal
-from .optimizer import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from .optimizer import make_optimizer, optimizer_tensors, restore_optimizer, set_schedule
 from .report import save_report
 from .run_folder import MetricsLog, RunFolder
 
@@ -98,9 +98,7 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
     ):
         while done < settings.steps and not stop.requested:
             torch.manual_seed(mix(settings.seed, 2, done) >> 1)
-            rate = learning_rate(done, settings.steps, config.optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = set_schedule(optimizer, done, settings.steps, config.optimizer)
             index = list(range(done * settings.batch_size, (done + 1) * settings.batch_size))
             context, codes, lengths = collate(cache, index, order)
             output = model(context.to(device), codes.to(device), lengths, done, torch.tensor(index))

@@ -19,16 +19,18 @@ GPU_PEAKS = {
 }
 
 
-def choose_device(name: str) -> torch.device:
-    """``"auto"`` or a torch device name.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``"auto"`` or a torch device name; the GPU of this rank where there are several.
 
     Raises:
         ConfigError: for an unknown or absent device.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", local_rank % torch.cuda.device_count())
         return torch.device("cpu")
+    if name == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -55,6 +57,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     """
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"train.precision: bf16 is not supported by {torch.cuda.get_device_name(device)}")
+    if name == "fp16":
+        return torch.float16
     if name == "bf16" or (name == "auto" and has_fast_bf16(device)):
         return torch.bfloat16
     return None

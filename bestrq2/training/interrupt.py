@@ -12,14 +12,15 @@ class StopSignal:
 
     Attributes:
         requested: whether a signal arrived.
-        exit_code: 128 + its number, the convention of shells.
+        exit_code: 128 + its number, the convention of shells. Before a signal that of SIGTERM, for a process that
+            stops because another rank was asked to.
         name: e.g. "SIGTERM".
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self.exit_code = 0
-        self.name = ""
+        self.exit_code = 128 + signal.SIGTERM
+        self.name = "a signal to another rank"
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":

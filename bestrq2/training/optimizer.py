@@ -8,18 +8,41 @@ from torch import Tensor, nn
 
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import OptimizerConfig
+from bestrq2.training.distributed import placed_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Rate of update ``step`` (0-based): linear warm-up to the peak, then cosine to ``final_ratio`` of it."""
+    """Rate of update ``step`` (0-based): linear warm-up to the peak, then by ``config.schedule`` to ``final_ratio`` of
+    it: "cosine", "linear", "constant" (stays at the peak), or "stable" (at the peak until the last ``cooldown`` share
+    of all steps, then linear: warm-up, stable, decay)."""
     warmup = math.floor(steps * config.warmup)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    floor = config.final_ratio
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    start = warmup
+    if config.schedule == "stable":
+        start = max(warmup, steps - math.floor(steps * config.cooldown))
+    progress = min(1.0, max(0, step - start) / max(1, steps - 1 - start))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}.get(config.schedule, 1 - progress)
+    return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * left)
+
+
+def weight_decay(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Weight decay of update ``step``: constant, or by a cosine from ``weight_decay`` to ``final_weight_decay``."""
+    if config.final_weight_decay is None:
+        return config.weight_decay
+    left = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps - 1))))
+    return config.final_weight_decay + (config.weight_decay - config.final_weight_decay) * left
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, step: int, steps: int, config: OptimizerConfig) -> float:
+    """Give every parameter group its learning rate and weight decay for update ``step``; returns the rate."""
+    rate, decay = learning_rate(step, steps, config), weight_decay(step, steps, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = decay if group["decayed"] else 0.0
+    return rate
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -30,17 +53,20 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         if parameter.requires_grad:
             is_matrix = sum(size > 1 for size in parameter.shape) >= 2
             (decayed if config.decay_all or is_matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
     low, high = config.betas
-    return torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=on_gpu or None
+    )
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts by parameter name, for a checkpoint."""
+    """Moments and step counts by parameter name, for a checkpoint (a collective call when sharded)."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+            tensors[f"optimizer.{key}.{name}"] = whole(torch.as_tensor(value))
     return tensors
 
 
@@ -55,11 +81,13 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             continue
         if f"optimizer.step.{name}" not in tensors:
             continue  # never updated before the checkpoint was written
-        state = {"step": tensors[f"optimizer.step.{name}"].clone()}
+        count = tensors[f"optimizer.step.{name}"].clone()
+        fused = optimizer.param_groups[0].get("fused")
+        state = {"step": count.to(parameter.device) if fused else count}
         for key in MOMENTS:
             value = tensors.get(f"optimizer.{key}.{name}")
             if value is None or value.shape != parameter.shape:
                 found = None if value is None else tuple(value.shape)
                 raise CheckpointError(f"optimizer.{key}.{name}: expected {tuple(parameter.shape)}, found {found}")
-            state[key] = value.to(parameter.device, parameter.dtype, copy=True)
+            state[key] = placed_like(value, parameter)
         optimizer.state[parameter] = state

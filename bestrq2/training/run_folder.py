@@ -6,15 +6,18 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from bestrq2.checkpoint import list_checkpoints
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_yaml
+from bestrq2.data import Skip
 from bestrq2.version import __version__
 
 from .metrics_log import MetricsLog, read_metrics
@@ -37,8 +40,10 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, runs: Path, name: str | None, config: Config) -> "RunFolder":
+    def create(cls, runs: Path, name: str | None, config: Config, reuse: bool = False) -> "RunFolder":
         """Make a new folder ``runs/name``, or ``runs/<recipe>-NNN`` with the first free number.
+
+        ``reuse`` allows ``runs/name`` to exist: a run that ended before its first checkpoint begins again.
 
         Raises:
             ConfigError: if ``name`` exists already or the folder cannot be made.
@@ -47,9 +52,9 @@ class RunFolder:
             runs.mkdir(parents=True, exist_ok=True)
             if name is not None:
                 folder = runs / name
-                if folder.exists():
+                if folder.exists() and not reuse:
                     raise ConfigError(f"--name {name}: {folder} exists; use --resume {folder} to continue it")
-                folder.mkdir()
+                folder.mkdir(exist_ok=reuse)
             else:
                 number = 1
                 while True:
@@ -61,7 +66,7 @@ class RunFolder:
                         number += 1
             run = cls(folder)
             run.write_config(config)
-            run.checkpoints.mkdir()
+            run.checkpoints.mkdir(exist_ok=reuse)
         except OSError as error:
             raise ConfigError(f"cannot make a run folder in {runs}: {error}") from error
         return run
@@ -91,7 +96,36 @@ class RunFolder:
         values = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
         return config_from_dict(values)  # type: ignore[arg-type]
 
-    def write_versions(self, device: str) -> None:
+    def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
+        """Append the files that could not be read to ``skipped.txt`` (one per rank) and say so; never silent."""
+        if not skips:
+            return
+        try:
+            with (self.path / ("skipped.txt" if rank == 0 else f"skipped-rank{rank}.txt")).open("a") as file:
+                file.writelines(f"{skip}\n" for skip in skips)
+        except OSError as error:
+            tqdm.write(f"warning: the list of skipped files could not be written: {error}")
+        for skip in skips:
+            tqdm.write(f"warning: skipped {skip}")
+
+    def summarise(self, report: Path | None) -> None:
+        """Print what the run came to."""
+        rows = [row for row in read_metrics(self.path) if row["loss"]]
+        tail = rows[-max(10, len(rows) // 10) :]
+
+        def mean(name: str) -> float:
+            return sum(float(row[name]) for row in tail) / len(tail)
+
+        print(
+            f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
+            f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
+            f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
+        )
+        print(f"Features:  python -m bestrq2.embed {self.path} FILES_OR_FOLDER --out features")
+        if report is not None:
+            print(f"Picture:   {report}")
+
+    def write_versions(self, device: str, processes: int = 1) -> None:
         """Record what this run ran on, appended once per start."""
         record = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -103,6 +137,7 @@ class RunFolder:
             "processor": processor_name(),
             "device": device,
             "threads": torch.get_num_threads(),
+            "processes": processes,
             **{name: installed_version(name) for name in LIBRARIES},
         }
         _write(self.path / "versions.json", json.dumps([*self.read_versions(), record], indent=1) + "\n")

@@ -1,0 +1,151 @@
+"""``--find-batch``: how many clips fit into one pass of this machine, and how many are fastest."""
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bestrq2.config import Config
+from bestrq2.models import BestRQ, BestRQ2
+
+from .distributed import Ranks
+from .errors import TrainingError
+from .hardware import choose_device, choose_precision, describe_device
+from .memory import is_out_of_memory, peak_memory
+from .optimizer import make_optimizer, set_schedule
+
+LARGEST = 4096
+TIMED_SECONDS = 1.5
+WORTH = 1.03  # a larger batch has to be this much faster to go on on a CPU
+
+
+@dataclass(frozen=True)
+class Trial:
+    """``clips`` in one pass: seconds of a step, and the largest memory so far in MiB."""
+
+    clips: int
+    step_seconds: float
+    memory: float
+
+    @property
+    def clips_per_second(self) -> float:
+        return self.clips / self.step_seconds
+
+
+def find_batch(config: Config, model: BestRQ2 | BestRQ, ranks: Ranks) -> int:
+    """Try 1, 2, 4, ... clips of full length (and between the last that fits and the first that does not), print a table
+    and the settings that follow. Nothing is saved. Returns the exit code.
+
+    Raises:
+        TrainingError: if not even one clip fits.
+    """
+    if ranks.size > 1:
+        raise TrainingError("--find-batch measures one rank: start it as one process, without torchrun")
+    device = choose_device(config.train.device)
+    autocast = choose_precision(config.train.precision, device)
+    model = model.to(device).train()
+    print(f"Passes of {config.data.crop_seconds:g} s clips, {config.recipe}, on {describe_device(device)}")
+    print("   clips     s/step    clips/s   peak MiB")
+    trials: list[Trial] = []
+    clips, failed = 1, LARGEST + 1
+    why = f"{LARGEST} clips is the most that is tried"
+    while clips < failed:
+        if (problem := _would_not_fit(trials, clips, device)) is not None:
+            why = problem
+            break
+        trial = measure(config, model, clips, device, autocast)
+        if trial is None:
+            print(f"{clips:8d}   out of memory")
+            why, failed = f"{clips} clips do not fit", clips
+            largest = trials[-1].clips if trials else 0
+            clips = (largest + failed) // 2 if device.type == "cuda" else failed
+            if clips in (largest, failed) or (failed - largest) * 8 < failed:
+                break
+            continue
+        print(f"{clips:8d} {trial.step_seconds:10.3f} {trial.clips_per_second:10.1f} {trial.memory:10.0f}")
+        trials.append(trial)
+        if device.type == "cpu" and len(trials) > 2:
+            before = max(t.clips_per_second for t in trials[:-2])
+            if max(t.clips_per_second for t in trials[-2:]) < WORTH * before:
+                why = "more clips are not faster"
+                break
+        clips = clips * 2 if failed > LARGEST else (clips + failed) // 2
+        if clips == trials[-1].clips or (failed <= LARGEST and (failed - trials[-1].clips) * 8 < failed):
+            break
+    if not trials:
+        raise TrainingError(
+            f"not one clip of {config.data.crop_seconds:g} s fits ({why}): set "
+            "model.encoder.activation_checkpointing=true, a smaller data.crop_seconds or a smaller model"
+        )
+    _advise(config, trials, why)
+    return 0
+
+
+def measure(
+    config: Config, model: BestRQ2 | BestRQ, clips: int, device: torch.device, autocast: torch.dtype | None
+) -> Trial | None:
+    """Time training steps on noise of the longest length; None if memory does not suffice."""
+    samples = round(config.data.crop_seconds * config.model.front_end.sampling_rate)
+    optimizer = make_optimizer(model, config.optimizer)
+    set_schedule(optimizer, 0, config.train.steps, config.optimizer)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        waveform = 0.1 * torch.randn(clips, samples, generator=generator)
+        lengths, index = torch.full((clips,), samples), torch.arange(clips)
+        times: list[float] = []
+        while len(times) < 2 or (sum(times[1:]) < TIMED_SECONDS and len(times) < 10):
+            start = time.perf_counter()
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                output = model(waveform.to(device), lengths, len(times), index)
+            output.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            output.loss.item()
+            times.append(time.perf_counter() - start)
+        return Trial(clips, min(times[1:]), peak_memory(device))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        del optimizer
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _would_not_fit(trials: list[Trial], clips: int, device: torch.device) -> str | None:
+    """On a CPU nobody says "out of memory": the system ends the process. So stay below what is free."""
+    if device.type != "cpu" or len(trials) < 2:
+        return None
+    available = available_memory()
+    growth = (trials[-1].memory - trials[-2].memory) / (trials[-1].clips - trials[-2].clips)
+    needed = growth * (clips - trials[-1].clips)
+    if available is None or needed < 0.8 * available:
+        return None
+    return f"{clips} clips would need about {needed:.0f} MiB more, {available:.0f} MiB are free"
+
+
+def available_memory() -> float | None:
+    """Free memory of the machine in MiB, where Linux says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _advise(config: Config, trials: list[Trial], why: str) -> None:
+    fastest = max(trial.clips_per_second for trial in trials)
+    enough = min((t for t in trials if t.clips_per_second >= 0.97 * fastest), key=lambda t: t.clips)
+    print(f"Largest tried: {max(t.clips for t in trials)} clips ({why}); {enough.clips} are within 3 % of the fastest.")
+    batch_size = config.train.batch_size
+    accumulate = -(-batch_size // enough.clips)
+    seconds = batch_size / enough.clips_per_second
+    print(
+        f"For train.batch_size={batch_size} on one rank: train.accumulate={accumulate} "
+        f"({-(-batch_size // accumulate)} clips in one pass, about {seconds:.2f} s per step)"
+    )

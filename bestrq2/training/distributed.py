@@ -1,0 +1,157 @@
+"""Several processes that train one model: started by torchrun, or this one alone."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from bestrq2.config import ConfigError
+from bestrq2.layers.conformer import ConformerBlock
+from bestrq2.layers.conformer_convolution import MaskedBatchNorm
+from bestrq2.layers.transformer import Block
+
+T = TypeVar("T")
+
+# Decoding a damaged archive or finding the files of a large folder takes one rank minutes while the others wait.
+PATIENCE = timedelta(hours=1)
+
+
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank, size: its number, and how many there are (``RANK`` and ``WORLD_SIZE`` of torchrun).
+        local_rank: its number on this machine, which is also its GPU.
+
+    Control values travel between CPUs by gloo, gradients between GPUs by NCCL.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+
+    @classmethod
+    def start(cls) -> "Ranks":
+        """Join the processes that torchrun started; without torchrun, this process is the only one."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        ranks = cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        return ranks
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the logs and the checkpoints."""
+        return self.rank == 0
+
+    def say(self, message: str, **options: Any) -> None:
+        """Print, from the first rank only."""
+        if self.is_first:
+            print(message, **options)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in float64 and the same on every rank."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor`` summed over all ranks, on the CPU."""
+        total = tensor.detach().to("cpu", copy=True)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gathered(self, value: float) -> list[float]:
+        """``value`` of every rank, in their order."""
+        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.size)])
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make()`` gives on the first rank; an exception there is raised on every rank."""
+        if self.size == 1:
+            return make()
+        packet: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                packet[0] = make()
+            except Exception as error:
+                packet[1] = error
+        dist.broadcast_object_list(packet, src=0, device=torch.device("cpu"))
+        if packet[1] is not None:
+            raise packet[1]
+        return packet[0]
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def wrap_model(model: nn.Module, strategy: str, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The model as this rank trains it: itself, or with gradients averaged over the ranks.
+
+    Args:
+        model: on ``device``, the same on every rank.
+        strategy: "auto" and "ddp" replicate it (DistributedDataParallel); "fsdp" shards parameters, gradients and
+            optimizer state, block by block (FSDP2), for models that do not fit otherwise. One rank needs neither.
+
+    Raises:
+        ConfigError: for an unknown strategy.
+    """
+    if strategy not in ("auto", "ddp", "fsdp"):
+        raise ConfigError(f"train.strategy: expected auto, ddp or fsdp, got {strategy!r}")
+    if ranks.size == 1:
+        return model
+    if strategy == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (ranks.size,))
+        for module in list(model.modules()):
+            if isinstance(module, (Block, ConformerBlock)):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    # Other buffers are constants (filters, projections, codebooks): nothing to send before each pass.
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=any(isinstance(module, MaskedBatchNorm) for module in model.modules()),
+        gradient_as_bucket_view=True,
+    )
+
+
+def only_accumulate(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Context of a micro-batch: gradients are exchanged only with the ``last`` one of a step."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks (a collective call); any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def placed_like(full: Tensor, target: Tensor) -> Tensor:
+    """``full`` with the dtype, device and, if ``target`` is sharded, the sharding of ``target``."""
+    full = full.to(target.device, target.dtype, copy=True)
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(full, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    return full

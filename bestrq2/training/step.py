@@ -1,0 +1,91 @@
+"""What one step (or an interval of steps) was, as sums that add up over micro-batches, ranks and steps."""
+
+from dataclasses import astuple, dataclass, fields, replace
+
+from bestrq2.data import Batch
+from bestrq2.layers.masking import MaskPlan
+
+from .distributed import Ranks
+
+
+@dataclass
+class StepTotals:
+    """
+    Attributes:
+        loss, accuracy: sums over targets.
+        targets: predicted tokens.
+        tokens: predicted and seen ones.
+        audio_seconds, padded_seconds: of the batch, without and with its padding.
+        waited: seconds that the loop waited for data.
+        flops: matrix-product operations.
+        skipped_files: files that could not be read.
+        stops: ranks that were asked to stop.
+        overdue: positive when the first rank wants to save because of the time.
+    """
+
+    loss: float = 0.0
+    accuracy: float = 0.0
+    targets: float = 0.0
+    tokens: float = 0.0
+    audio_seconds: float = 0.0
+    padded_seconds: float = 0.0
+    waited: float = 0.0
+    flops: float = 0.0
+    skipped_files: float = 0.0
+    stops: float = 0.0
+    overdue: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Batch, sampling_rate: int, waited: float, stop: bool, overdue: bool) -> "StepTotals":
+        return cls(
+            audio_seconds=float(batch.lengths.sum()) / sampling_rate,
+            padded_seconds=batch.waveform.numel() / sampling_rate,
+            waited=waited,
+            skipped_files=len(batch.skips),
+            stops=float(stop),
+            overdue=float(overdue),
+        )
+
+    def add_plan(self, plan: MaskPlan, flops: float) -> None:
+        self.tokens += int(plan.predicted_lengths.sum()) + int(plan.seen_lengths.sum())
+        self.flops += flops
+
+    def add(self, other: "StepTotals") -> None:
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(self, entry.name) + getattr(other, entry.name))
+
+    def summed(self, ranks: Ranks) -> "StepTotals":
+        """Over all ranks; the same on each of them (a collective call)."""
+        return StepTotals(*ranks.sum(astuple(self)))
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(1.0, self.targets)
+
+    @property
+    def mean_accuracy(self) -> float:
+        return self.accuracy / max(1.0, self.targets)
+
+    @property
+    def realised_ratio(self) -> float:
+        return self.targets / max(1.0, self.tokens)
+
+    @property
+    def padding_share(self) -> float:
+        return 1 - self.audio_seconds / self.padded_seconds if self.padded_seconds else 0.0
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """Cut a batch into ``count`` parts of nearly equal size (fewer if it has fewer clips), each padded to its own
+    longest clip. Skips stay with the whole."""
+    size, parts, begin = len(batch), min(count, len(batch)), 0
+    if parts == 1:
+        return [batch]
+    result = []
+    for number in range(parts):
+        end = begin + size // parts + (number < size % parts)
+        lengths = batch.lengths[begin:end]
+        waveform = batch.waveform[begin:end, : int(lengths.max())]
+        result.append(replace(batch, waveform=waveform, lengths=lengths, index=batch.index[begin:end], skips=[]))
+        begin = end
+    return result

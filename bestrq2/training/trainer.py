@@ -1,0 +1,340 @@
+"""The pretraining loop, on one process or many."""
+
+import sys
+import time
+from contextlib import closing
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bestrq2 import ops
+from bestrq2.checkpoint import Checkpoint
+from bestrq2.config import Config, config_to_dict
+from bestrq2.data import Batch, CropDataset, batches
+from bestrq2.data.audio import REASONS
+from bestrq2.hashing import mix
+from bestrq2.layers.conformer import ConformerBlock
+from bestrq2.layers.transformer import Block
+from bestrq2.models import BestRQ, BestRQ2
+from bestrq2.models.best_rq2 import PretrainOutput
+from bestrq2.ops.native import extension_obstacle
+
+from .bad_batches import save_bad_batch
+from .data_identity import data_fingerprint
+from .distributed import Ranks, only_accumulate, whole
+from .errors import TrainingError
+from .evaluation import Evaluation
+from .feeder import Feeder
+from .first_look import first_look
+from .hardware import choose_device, choose_precision, describe_device, peak_flops
+from .interrupt import StopSignal
+from .memory import is_out_of_memory, out_of_memory
+from .metrics_log import MetricsLog, memory_metrics, skip_metrics
+from .optimizer import set_schedule
+from .report import save_report
+from .run_folder import RunFolder
+from .saver import Saver
+from .state import TrainingState
+from .step import StepTotals, micro_batches
+
+
+class Trainer:
+    """Trains ``model`` on ``dataset`` into the folder ``run``, from ``checkpoint`` on if there is one.
+
+    A step of all ranks together is the same for any number of them and any ``train.accumulate``: the audio of a step,
+    its masks and the weight of every target depend on the step alone (sums are rounded in another order; dropout draws
+    differ between ranks).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: BestRQ2 | BestRQ,
+        dataset: CropDataset,
+        run: RunFolder,
+        ranks: Ranks,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        settings = config.train
+        self.config, self.settings, self.dataset, self.run, self.ranks = config, settings, dataset, run, ranks
+        share = ranks.size * settings.accumulate
+        if settings.batch_size % ranks.size or settings.batch_size < share:
+            raise TrainingError(
+                f"train.batch_size: expected a multiple of {ranks.size} ranks, and at least {share} for "
+                f"train.accumulate={settings.accumulate}, got {settings.batch_size}"
+            )
+        self.device = choose_device(settings.device, ranks.local_rank)
+        self.autocast = choose_precision(settings.precision, self.device)
+        self.resumed = checkpoint is not None
+        self.state = TrainingState(config, model, ranks, self.device, self.autocast, checkpoint)
+        self.model = self.state.model
+        if settings.compile:
+            for module in self.model.modules():
+                if isinstance(module, (Block, ConformerBlock)):
+                    module.compile(dynamic=True)
+        self.fingerprint = ranks.from_first(lambda: data_fingerprint(dataset))
+        self.bad_in_a_row = 0
+
+    def train(self) -> int:
+        """Returns the exit code: 0, or 128 + signal number after a requested stop.
+
+        Raises:
+            TrainingError: if it cannot go on; the message says what to change.
+            CheckpointError: if the last checkpoint could not be written.
+            DataError: if too many files cannot be read.
+        """
+        settings, progress = self.settings, self.state.progress
+        self._describe()
+        self.log: MetricsLog | None = None
+        if self.ranks.is_first:
+            self.log = MetricsLog(self.run.path, progress.step, settings.wandb, config_to_dict(self.config))
+        if not self.resumed:
+            self._first_look()
+        self.saver = Saver(self.run, self.config, progress.step)
+        self.evaluation = Evaluation(self.config, self.model, self.ranks, self.device, self.autocast)
+        self.since_log, self.since_save = StepTotals(), StepTotals()
+        self.interval_start = time.perf_counter()
+        stream = batches(
+            self.dataset,
+            settings.batch_size,
+            start_step=progress.step,
+            num_steps=settings.steps - progress.step,
+            workers=self.config.data.workers,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            pin_memory=self.device.type == "cuda",
+        )
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=settings.steps,
+            initial=progress.step,
+            unit="step",
+            mininterval=0.2 if interactive else 10,
+            dynamic_ncols=True,
+            disable=not self.ranks.is_first,
+        )
+        stopping = False
+        with closing(self.saver), self.bar, StopSignal() as stop, closing(Feeder(stream, self.device)) as feeder:
+            for fed in feeder:
+                totals = self._step(fed.batch, feeder, fed.waited, stop.requested)
+                stopping = totals.stops > 0
+                self._after(totals, stopping)
+                if stopping:
+                    break
+        if self.log is not None:
+            self.log.close()
+        return self._finish(stop if stopping else None)
+
+    def _step(self, batch: Batch, feeder: Feeder, waited: float, stop: bool) -> StepTotals:
+        """One update. Returns what the step was, summed over all ranks."""
+        state, step = self.state, self.state.progress.step
+        self.rate = set_schedule(state.optimizer, step, self.settings.steps, self.config.optimizer)
+        parts = micro_batches(batch, self.settings.accumulate)
+        counts = [self.model.num_predicted(part.lengths, step) for part in parts]
+        total_count = sum(counts)
+        if self.ranks.size > 1:
+            total_count = int(self.ranks.sum([total_count])[0])
+        totals = StepTotals.of(batch, self.dataset.sampling_rate, waited, stop, self.ranks.is_first and self._overdue())
+        losses: list[Tensor] = []
+        try:
+            for number, (part, count) in enumerate(zip(parts, counts)):
+                output = self._forward_backward(
+                    part, step, number, count / max(1, total_count), number == len(parts) - 1
+                )
+                losses.append(torch.stack((output.loss.detach(), output.accuracy)) * count)
+                state.usage.update(output.codes, output.plan.predicted_valid(), decay=number == 0)
+                totals.add_plan(output.plan, self.model.flops(output.plan))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            longest = int(batch.lengths.max()) / self.dataset.sampling_rate
+            raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
+        norm = self._clip()
+        feeder.prefetch()
+        # The only wait for the device in a step.
+        loss, accuracy, self.grad_norm = torch.cat((torch.stack(losses).sum(0), norm[None])).tolist()
+        own_loss = loss
+        totals.loss, totals.accuracy, totals.targets = loss, accuracy, sum(counts)
+        totals = totals.summed(self.ranks)
+        self._update(batch, totals, own_loss)
+        state.optimizer.zero_grad(set_to_none=True)
+        self._count(batch, totals)
+        return totals
+
+    def _overdue(self) -> bool:
+        return self.saver.overdue()
+
+    def _forward_backward(self, part: Batch, step: int, number: int, weight: float, last: bool) -> PretrainOutput:
+        # Dropout and stochastic depth: a pure function of (seed, step, place), so that a resumed run repeats them.
+        place = self.ranks.rank * self.settings.accumulate + number
+        torch.manual_seed(mix(self.settings.seed, 2, step, *([place] if place else [])) >> 1)
+        with only_accumulate(self.state.parallel, last):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                output = self.state.parallel(part.waveform, part.lengths, step, part.index)
+            # Ranks are averaged, micro-batches are added: so every target of the step weighs the same.
+            factor = weight * self.ranks.size * self.state.scale.value
+            (output.loss if factor == 1.0 else output.loss * factor).backward()
+        return output
+
+    def _clip(self) -> Tensor:
+        """Undo the loss scale, clip, and give the gradient norm."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        scale = self.state.scale.value
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
+        return whole(norm).float()
+
+    def _update(self, batch: Batch, totals: StepTotals, own_loss: float) -> None:
+        state = self.state
+        finite = is_finite(totals.loss) and is_finite(self.grad_norm)
+        explained = state.scale.update(finite)
+        if finite:
+            state.optimizer.step()
+            if state.average is not None:
+                state.average.update()
+            self.bad_in_a_row = 0
+            return
+        number = state.progress.step + 1
+        state.progress.skipped_steps += 1
+        if explained:
+            self._warn(f"step {number}: fp16 overflow, update skipped, loss scale now {state.scale.value:g}")
+            return
+        self.bad_in_a_row += 1
+        own = [is_finite(value) for value in self.ranks.gathered(own_loss)]
+        if not own[self.ranks.rank] or all(own):  # the batch of the rank whose loss it was, or nobody knows whose
+            path = save_bad_batch(self.run.path, number, self.ranks.rank, batch, own_loss, self.grad_norm)
+            if path is not None:
+                tqdm.write(f"note: the batch is kept in {path} (python -m bestrq2.report --bad-batch {path})")
+        self._warn(f"step {number}: loss {totals.mean_loss}, gradient norm {self.grad_norm}: update skipped")
+
+    def _count(self, batch: Batch, totals: StepTotals) -> None:
+        progress = self.state.progress
+        progress.step += 1
+        progress.audio_seconds += totals.audio_seconds
+        progress.skipped_files += round(totals.skipped_files)
+        self.run.report_skips(batch.skips, self.ranks.rank)
+        self.state.skips.update(skip.reason for skip in batch.skips)
+
+    def _after(self, totals: StepTotals, stopping: bool) -> None:
+        """Log, evaluate and save where it is time to; all ranks agree on it."""
+        progress, settings = self.state.progress, self.settings
+        done, last = progress.step, progress.step == settings.steps
+        self.since_log.add(totals)
+        self.since_save.add(totals)
+        self.bar.update()
+        if done % settings.log_every == 0 or last:
+            self._log(totals)
+        if self.evaluation.due(done, last) and not stopping:
+            results = self.evaluation.run(done)
+            if self.log is not None:
+                self.log.write({"step": done, **results})
+        if done % settings.save_every == 0 or last or stopping or totals.overdue > 0:
+            snapshot = self.state.snapshot(data=self.fingerprint)
+            value = self.evaluation.validation_loss if self.evaluation.validates else self.since_save.mean_loss
+            if snapshot is not None:
+                self.saver.save(snapshot, value, wait=last or stopping)
+            self.since_save = StepTotals()
+        if self.bad_in_a_row >= settings.max_bad_steps:
+            raise TrainingError(
+                f"{self.bad_in_a_row} steps in a row were not finite: lower optimizer.learning_rate, set "
+                f"optimizer.max_grad_norm=1, or use train.precision=fp32. Checkpoints are in {self.run.checkpoints}."
+            )
+
+    def _log(self, totals: StepTotals) -> None:
+        usage = self.state.total_usage()
+        skips = self.ranks.sum([self.state.skips.get(reason, 0) for reason in REASONS])
+        memory = memory_metrics(self.device)
+        memory = {name: max(self.ranks.gathered(value)) for name, value in memory.items()}
+        if self.log is None:
+            return
+        progress, interval = self.state.progress, self.since_log
+        now = time.perf_counter()
+        seconds = now - self.interval_start
+        row = {
+            "step": progress.step,
+            "loss": totals.mean_loss,
+            "accuracy": totals.mean_accuracy,
+            **usage.metrics(),
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.rate,
+            "mask_ratio": totals.realised_ratio,
+            "padding_share": interval.padding_share,
+            "audio_seconds": progress.audio_seconds,
+            "audio_seconds_per_second": interval.audio_seconds / seconds,
+            "data_wait": interval.waited / seconds / self.ranks.size,
+            "mfu": interval.flops / seconds / (self.peak * self.ranks.size),
+            **memory,
+            "skipped_files": progress.skipped_files,
+            "skipped_steps": progress.skipped_steps,
+            "elapsed_seconds": self.state.elapsed,
+            **skip_metrics({reason: round(count) for reason, count in zip(REASONS, skips)}),
+        }
+        self.log.write(row)
+        self.bar.set_postfix_str(postfix(row), refresh=False)
+        self.interval_start, self.since_log = now, StepTotals()
+
+    def _describe(self) -> None:
+        config, model, device = self.config, self.model, self.device
+        say = self.ranks.say
+        encoder = sum(p.numel() for p in model.encoder.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        precision = "fp32" if self.autocast is None else f"{str(self.autocast).removeprefix('torch.')} autocast"
+        say(f"Model: {config.recipe} ({config.model.name}), encoder {encoder:,} parameters, {trained:,} trained")
+        say(f"Device: {describe_device(device)}, {precision}; operations: {', '.join(ops.available_backends())}")
+        if self.ranks.size > 1:
+            kind = "sharded over (FSDP2)" if self.settings.strategy == "fsdp" else "replicated on (DDP)"
+            share = self.settings.batch_size // self.ranks.size
+            say(f"Ranks: {kind} {self.ranks.size} processes, {share} clips of every step each")
+        if (missing := extension_obstacle()) is not None:
+            say(f"note: the slower PyTorch path runs: {missing}")
+        self.peak, source = peak_flops(device, self.autocast)
+        say(f"Run: {self.run.path} (utilisation against {self.peak / 1e12:.2f} TFLOP/s, {source})")
+        if self.ranks.is_first:
+            self.run.write_versions(describe_device(device), self.ranks.size)
+
+    def _first_look(self) -> None:
+        """Code usage of the targets before any training."""
+        if self.log is None:
+            return
+        look = first_look(self.model, self.dataset, self.config, self.device)
+        found = look.metrics()
+        print(
+            f"Targets: {found['codes_used']:.0f} of {self.model.quantizer.codebook_size} codes used by "
+            f"{float(look.total):.0f} patches, perplexity {found['perplexity']:.1f}, "
+            f"commonest code {found['unigram']:.1%}"
+        )
+        if (advice := look.advice()) is not None:
+            print(f"warning: {advice}", file=sys.stderr)
+        self.log.write({"step": 0, **found, "learning_rate": 0.0})
+
+    def _finish(self, stop: StopSignal | None) -> int:
+        if not self.ranks.is_first:
+            return 0 if stop is None else stop.exit_code
+        done = self.state.progress.step
+        title = f"{self.config.recipe}, {done} steps"
+        report = save_report(self.run.path, self.model.quantizer.codebook_size, title)
+        if self.saver.problem is not None:
+            raise self.saver.problem
+        if stop is not None:
+            print(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
+            return stop.exit_code
+        self.run.summarise(report)
+        return 0
+
+    def _warn(self, message: str) -> None:
+        if self.ranks.is_first:
+            tqdm.write(f"warning: {message}")
+
+
+def is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def postfix(row: dict[str, float]) -> str:
+    return (
+        f"loss {row['loss']:.3f}, acc {row['accuracy']:.3f} (unigram {row['unigram']:.3f}), "
+        f"ppl {row['perplexity']:.0f}, grad {row['grad_norm']:.2f}, lr {row['learning_rate']:.1e}, "
+        f"{row['audio_seconds_per_second']:.0f} s/s, wait {row['data_wait']:.0%}, mfu {row['mfu']:.1%}"
+    )
