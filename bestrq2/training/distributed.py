@@ -1,9 +1,11 @@
 """Several processes that train one model: started by torchrun, or this one alone."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -119,13 +121,18 @@ def wrap_model(model: nn.Module, strategy: str, ranks: Ranks, device: torch.devi
             if isinstance(module, (Block, ConformerBlock)):
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        # Its outputs are read, never written in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         return model
+    sync_buffers = any(isinstance(module, MaskedBatchNorm) for module in model.modules())
+    replicate: Any = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in signature(replicate).parameters  # torch 2.13
     # Other buffers are constants (filters, projections, codebooks): nothing to send before each pass.
-    return nn.parallel.DistributedDataParallel(
+    return replicate(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=any(isinstance(module, MaskedBatchNorm) for module in model.modules()),
         gradient_as_bucket_view=True,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": sync_buffers},
     )
 
 
@@ -133,8 +140,9 @@ def only_accumulate(model: nn.Module, last: bool) -> AbstractContextManager:
     """Context of a micro-batch: gradients are exchanged only with the ``last`` one of a step."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return nullcontext() if last else model.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
+    set_sync: Any = getattr(model, "set_requires_gradient_sync", None)
+    if set_sync is not None:
+        set_sync(last)
     return nullcontext()
 
 
