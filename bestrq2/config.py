@@ -7,6 +7,7 @@ run folder and in every checkpoint; :func:`build_model` rebuilds the model from 
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,9 @@ class DataConfig:
     crop_seconds: float = 10.0
     min_seconds: float | None = None  # None: one patch
     join_short: bool = False  # fill a crop with following clips of the same folder
+    batching: str = "crops"  # crops: batch_size crops per step | buckets: clips of similar length, taken whole
+    batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
+    domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
     workers: int = 2
 
 
@@ -185,6 +189,9 @@ def recipe_names() -> list[str]:
     return sorted(p.name[:-5] for p in resources.files("bestrq2.recipes").iterdir() if p.name.endswith(".yaml"))
 
 
+_FREE_KEYS = ("data.domain_weights.",)  # below these, the keys are the user's own names
+
+
 def _known_keys(schema: Any, prefix: str = "") -> list[str]:
     keys = []
     for entry in fields(schema):
@@ -203,7 +210,7 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
 def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     known = _known_keys(Config())
     for key in _leaves(layer):
-        if key and key not in known:
+        if key and key not in known and not key.startswith(_FREE_KEYS):
             close = get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key.split(".")[-1])][:1]
             hint = f"; did you mean {close[0]!r}?" if close else f"; known sections: {', '.join(_sections())}"
             raise ConfigError(f"{origin}: unknown configuration key {key!r}{hint}")
@@ -327,6 +334,49 @@ def _validated(merged: DictConfig) -> Config:
         ),
         ("model.masking.ratio", len(c.model.masking.ratio) == 2, c.model.masking.ratio, "two numbers [low, high]"),
         ("data.crop_seconds", c.data.crop_seconds > 0, c.data.crop_seconds, "a positive number of seconds"),
+        ("data.batching", c.data.batching in ("crops", "buckets"), c.data.batching, "crops or buckets"),
+        (
+            "data.join_short",
+            not (c.data.join_short and c.data.batching == "buckets"),
+            c.data.join_short,
+            "false with data.batching=buckets, which take every clip as it is",
+        ),
+        (
+            "data.batch_seconds",
+            c.data.batch_seconds is None or c.data.batching == "buckets",
+            c.data.batch_seconds,
+            "null: with data.batching=crops a step is train.batch_size crops",
+        ),
+        (
+            "data.batch_seconds",
+            c.data.batch_seconds is None or c.data.batch_seconds >= c.data.crop_seconds,
+            c.data.batch_seconds,
+            f"at least data.crop_seconds = {c.data.crop_seconds:g}",
+        ),
+        (
+            "data.domain_weights",
+            all(isfinite(weight) and weight >= 0 for weight in c.data.domain_weights.values()),
+            c.data.domain_weights,
+            "numbers >= 0",
+        ),
+        (
+            "data.domain_weights",
+            not c.data.domain_weights or any(c.data.domain_weights.values()),
+            c.data.domain_weights,
+            "a positive weight for at least one domain",
+        ),
+        (
+            "data.batching",
+            not c.frozen.source or c.data.batching == "crops",
+            c.data.batching,
+            "crops: the embeddings of a frozen encoder are cached clip by clip",
+        ),
+        (
+            "data.domain_weights",
+            not c.frozen.source or not c.data.domain_weights,
+            c.data.domain_weights,
+            "none: the embeddings of a frozen encoder are drawn by their hours",
+        ),
         ("data.workers", c.data.workers >= 0, c.data.workers, "0 or more"),
         ("optimizer.learning_rate", c.optimizer.learning_rate > 0, c.optimizer.learning_rate, "a positive number"),
         ("optimizer.warmup", 0 <= c.optimizer.warmup < 1, c.optimizer.warmup, "a share in [0, 1)"),

@@ -38,11 +38,30 @@ def test_yaml_file_based_on_a_recipe(tmp_path):
         ("train.precision=fp8", "train.precision: expected auto, fp32 or bf16, got 'fp8'"),
         ("steps", "expected overrides as key=value, got 'steps'"),
         ("model.masking.ratio=[0.5]", "model.masking.ratio: expected two numbers"),
+        ("data.batching=rows", "data.batching: expected crops or buckets, got 'rows'"),
+        ("data.batch_seconds=60", "data.batch_seconds: expected null: with data.batching=crops"),
+        ("data.domain_weights={speech: -1}", "data.domain_weights: expected numbers >= 0"),
+        ("data.domain_weights={speech: 0}", "data.domain_weights: expected a positive weight"),
+        ("data.domain_weights={speech: much}", "data.domain_weights.*much"),
     ],
 )
 def test_bad_overrides_name_the_key(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config("best_rq2_tiny", [override])
+
+
+def test_domain_weights_take_any_name(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("based_on: best_rq2_tiny\ndata: {domain_weights: {speech: 0.45, field recording: 0.2}}\n")
+    config = load_config(
+        str(path), ["data.domain_weights.music=0.35", "data.batching=buckets", "data.batch_seconds=60"]
+    )
+    assert config.data.domain_weights == {"speech": 0.45, "field recording": 0.2, "music": 0.35}
+    assert config_from_dict(config_to_dict(config)) == config
+    with pytest.raises(ConfigError, match=r"data.join_short: expected false with data.batching=buckets"):
+        load_config(str(path), ["data.batching=buckets", "data.join_short=true"])
+    with pytest.raises(ConfigError, match=r"data.batch_seconds: expected at least data.crop_seconds = 10, got 5"):
+        load_config("best_rq2_base", ["data.batching=buckets", "data.batch_seconds=5"])
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ _HOME = {
     "AudioFile": "manifest",
     "AudioInfo": "audio",
     "Batch": "batch",
+    "BucketDataset": "buckets",
     "CropDataset": "dataset",
     "DataError": "dataset",
+    "DomainSchedule": "domains",
     "ManifestError": "manifest",
     "Sample": "dataset",
     "SampleOrder": "order",
@@ -41,8 +43,10 @@ _HOME = {
 if TYPE_CHECKING:
     from .audio import AudioError, AudioInfo, Skip, audio_info, load_audio
     from .batch import Batch, batches, collate
+    from .buckets import BucketDataset
     from .clips import iterate_clips
     from .dataset import CropDataset, DataError, Sample
+    from .domains import DomainSchedule
     from .manifest import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
     from .order import SampleOrder
     from .scanning import SkipReport, collect, scan, tiny_dataset
@@ -59,8 +63,10 @@ __all__ = [
     "AudioFile",
     "AudioInfo",
     "Batch",
+    "BucketDataset",
     "CropDataset",
     "DataError",
+    "DomainSchedule",
     "ManifestError",
     "Sample",
     "SampleOrder",

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bestrq2.data.audio import DataError, Skip
 from bestrq2.data.dataset import Sample
+from bestrq2.data.plan import EqualSteps, StepPlan, rank_share
 
 __all__ = ["Batch", "batches", "collate"]
 
@@ -43,13 +44,14 @@ class Batch:
     """Samples padded with zeros to the longest: ``waveform`` (B, S) float32, ``lengths`` and ``index`` (B,) int64.
 
     ``lengths`` counts the samples before the padding and stays on the CPU; ``index`` is the global sample index (CPU);
-    ``skips`` are the files that could not be read on the way.
+    ``skips`` are the files that could not be read on the way; ``domains`` has the domain of every sample.
     """
 
     waveform: Tensor
     lengths: Tensor
     index: Tensor
     skips: list[Skip] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.waveform.shape[0]
@@ -80,6 +82,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         lengths=torch.tensor(lengths),
         index=torch.tensor([sample.index for sample in samples]),
         skips=[skip for sample in samples for skip in sample.skips],
+        domains=[sample.domain for sample in samples],
     )
 
 
@@ -98,13 +101,15 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Deliver the batches of steps ``start_step`` ... ``start_step + num_steps - 1``.
 
-    Step k of all ranks together holds the samples with global index k * batch_size ... (k + 1) * batch_size - 1, and
-    rank r its contiguous share, so the audio of a step depends neither on ``workers`` nor on ``world_size``, and a run
-    may resume at any step with other values of both. Epochs pass without a pause.
+    Step k of all ranks together holds the samples of ``dataset.plan(batch_size).samples(k)``, for a ``CropDataset``
+    those with global index k * batch_size ... (k + 1) * batch_size - 1, and rank r its contiguous share, so the audio
+    of a step depends neither on ``workers`` nor on ``world_size``, and a run may resume at any step with other values
+    of both. Every rank has at least one sample in every step. Epochs pass without a pause.
 
     Args:
         dataset: a map from global index to :class:`Sample`, such as ``CropDataset``; picklable if ``workers`` > 0.
-        batch_size: samples of a step over all ranks; a multiple of ``world_size``.
+        batch_size: samples of a step over all ranks; a multiple of ``world_size``. A ``BucketDataset`` multiplies it by
+            its seconds per row, takes as many samples as fit, and needs no multiple, only as many samples as ranks.
         start_step: first step.
         num_steps: None for no end.
         workers: processes that decode ahead; 0 decodes in this one, when asked. Each uses one thread.
@@ -121,8 +126,16 @@ def batches(
         ValueError: an argument out of range.
         DataError: a sample could not be made, or a worker was killed.
     """
-    if batch_size < 1 or world_size < 1 or batch_size % world_size:
-        raise ValueError(f"batch_size must be a positive multiple of world_size, got {batch_size} and {world_size}")
+    if batch_size < 1 or world_size < 1:
+        raise ValueError(f"batch_size and world_size must be positive, got {batch_size} and {world_size}")
+    plan: StepPlan = dataset.plan(batch_size) if hasattr(dataset, "plan") else EqualSteps(batch_size)
+    if isinstance(plan, EqualSteps) and batch_size % world_size:
+        raise ValueError(f"batch_size must be a multiple of world_size, got {batch_size} and {world_size}")
+    if plan.min_rows < world_size:
+        raise ValueError(
+            f"world_size must be at most {plan.min_rows}, the samples of the smallest step, got {world_size}: "
+            "raise the seconds of a batch, or shorten the crops"
+        )
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size = {world_size}), got {rank}")
     if start_step < 0 or workers < 0 or prefetch < 1 or (num_steps is not None and num_steps < 0):
@@ -130,7 +143,7 @@ def batches(
             "start_step, num_steps and workers must be >= 0 and prefetch >= 1, "
             f"got {start_step}, {num_steps}, {workers}, {prefetch}"
         )
-    steps = _Steps(batch_size, start_step, num_steps, rank, world_size)
+    steps = _Steps(plan, start_step, num_steps, rank, world_size)
     # Checked above at the call, not at the first batch: that is why the generator is another function.
     return _deliver(dataset, steps, workers, pin_memory, prefetch, start_method)
 
@@ -174,10 +187,9 @@ def _deliver(
 class _Steps:
     """The batch sampler: this rank's share of the global sample indices, step by step."""
 
-    def __init__(self, batch_size: int, start_step: int, num_steps: int | None, rank: int, world_size: int) -> None:
-        self.batch_size, self.start_step, self.num_steps = batch_size, start_step, num_steps
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
+    def __init__(self, plan: StepPlan, start_step: int, num_steps: int | None, rank: int, world_size: int) -> None:
+        self.plan, self.start_step, self.num_steps = plan, start_step, num_steps
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = (
@@ -186,8 +198,7 @@ class _Steps:
             else range(self.start_step, self.start_step + self.num_steps)
         )
         for step in steps:
-            first = step * self.batch_size + self.offset
-            yield list(range(first, first + self.share))
+            yield list(rank_share(self.plan.samples(step), self.rank, self.world_size))
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,46 @@
 """Crops of audio files by global sample index: which file, which part, what replaces it if it cannot be read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from bestrq2.data.audio import AudioError, DataError, Skip, audio_info, load_audio
+from bestrq2.data.domains import DomainSchedule, select_domains
 from bestrq2.data.manifest import AudioFile
 from bestrq2.data.order import SampleOrder, permute
+from bestrq2.data.plan import EqualSteps, StepPlan
 from bestrq2.hashing import mix, uniform
 
 __all__ = ["CropDataset", "DataError", "Sample"]
 
 # Domains of the hash: what is drawn must not be correlated with what else is drawn from the same seed and index.
-_CROP, _REPLACEMENT, _JOIN = 1, 2, 3
+_CROP, _REPLACEMENT, _JOIN, _STRATUM = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample: ``waveform`` (S,) float32, its global ``index``, and the files skipped on the way to it."""
+    """One training sample: ``waveform`` (S,) float32, its global ``index``, and the files skipped on the way to it.
+
+    ``domain`` is that of its file or, of joined files, of the first.
+    """
 
     waveform: np.ndarray
     index: int
     skips: tuple[Skip, ...] = field(default=())
+    domain: str = ""
+
+
+class _Stratum(NamedTuple):
+    """Units ``first`` ... ``last - 1`` in the order of the dataset; their slots begin at ``start``."""
+
+    first: int
+    last: int
+    start: int
+    order: SampleOrder
 
 
 class CropDataset(Dataset):
@@ -39,8 +56,12 @@ class CropDataset(Dataset):
     crosses file borders and every file is heard about once an epoch. A group with less audio than one
     crop gives all it has.
 
-    A file that cannot be read is replaced by another, drawn from (seed, index, attempt); the sample then carries a
-    :class:`Skip` for it. So the result depends on (files, seed, index) alone, never on workers, ranks or earlier calls.
+    With ``domain_weights``, sample n is from a domain drawn by share (see :class:`DomainSchedule`), and every domain
+    passes through epochs of its own, shorter ones more often. Domains of weight 0 are left out.
+
+    A file that cannot be read is replaced by another (with weights, of the same domain), drawn from (seed, index,
+    attempt); the sample then carries a :class:`Skip` for it. So the result depends on (files, seed, index) alone, never
+    on workers, ranks or earlier calls.
 
     Args:
         files: usable files; durations that are None are read from the headers now.
@@ -50,8 +71,14 @@ class CropDataset(Dataset):
         join_short: fill up short files as described; otherwise they are returned at their own length.
         min_seconds: a file that turns out shorter when read is skipped as "too short".
         max_attempts: different unreadable files (or groups) drawn for one sample until a :class:`DataError`.
+        domain_weights: weight of every domain, 0 to leave it out; None or empty: every second of audio counts alike.
 
-    ``num_slots`` is the length of an epoch in samples, ``seconds`` the audio in the files.
+    ``num_slots`` is the length of an epoch in samples, ``seconds`` the audio in the files. With weights, ``num_slots``
+    counts the epochs of all domains together.
+
+    Raises:
+        DataError: no files, or weights that do not fit the domains of the files.
+        ValueError: an argument out of range.
     """
 
     def __init__(
@@ -63,6 +90,7 @@ class CropDataset(Dataset):
         join_short: bool = False,
         min_seconds: float = 0.0,
         max_attempts: int = 16,
+        domain_weights: Mapping[str, float] | None = None,
     ) -> None:
         if not files:
             raise DataError("no files to train on")
@@ -75,6 +103,9 @@ class CropDataset(Dataset):
         if max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {max_attempts}")
         self.files = list(files)
+        self.schedule: DomainSchedule | None = None
+        if domain_weights:
+            self.files, self.schedule = select_domains(self.files, domain_weights)
         self.sampling_rate = sampling_rate
         self.crop_samples = round(crop_seconds * sampling_rate)
         self.seed = seed
@@ -96,60 +127,129 @@ class CropDataset(Dataset):
                 self._groups.append(np.array(indices))
                 group_slots.append(max(1, round(float(self._durations[indices].sum()) / crop_seconds)))
             slots[short] = 0
-        # A unit is a file, or after all files a group of short ones; slots are counted through them.
-        self._slots = np.concatenate([slots, np.array(group_slots, dtype=np.int64)])
+        # A unit is a file or a group of short ones. Units of one stratum, from which a sample may be replaced, stand
+        # together; slots are counted through them.
+        slots = np.concatenate([slots, np.array(group_slots, dtype=np.int64)])
+        strata = self._stratify()
+        self._units = np.argsort(strata, kind="stable")
+        self._slots = slots[self._units]
         self._ends = np.cumsum(self._slots)
         self.num_slots = int(self._ends[-1])
-        self.order = SampleOrder(self.num_slots, seed)
+        borders = [0, *(np.flatnonzero(np.diff(strata[self._units])) + 1).tolist(), len(self._units)]
+        self._strata: list[_Stratum] = []
+        for number, (first, last) in enumerate(pairwise(borders)):
+            start, end = int(self._ends[first] - self._slots[first]), int(self._ends[last - 1])
+            key = seed if len(borders) == 2 else mix(seed, _STRATUM, number)
+            self._strata.append(_Stratum(first, last, start, SampleOrder(end - start, key)))
 
     def __len__(self) -> int:
         """Samples in an epoch; a global index may go beyond, into the epochs that follow."""
         return self.num_slots
 
+    def _unit_domains(self) -> np.ndarray:
+        """(units,) position of each unit's domain in the schedule, all 0 without one."""
+        if self.schedule is None:
+            return np.zeros(len(self.files) + len(self._groups), np.int64)
+        number = {name: position for position, name in enumerate(self.schedule.names)}
+        heads = [*range(len(self.files)), *(int(group[0]) for group in self._groups)]
+        return np.array([number[self.files[head].domain] for head in heads])
+
+    def _stratify(self) -> np.ndarray:
+        """(units,) the stratum of each unit, files before groups, counted from 0 without gaps."""
+        return self._unit_domains()
+
+    def _draw(self, global_index: int) -> tuple[int, int]:
+        """The stratum of a sample, and how many samples of that stratum come before it."""
+        return (0, global_index) if self.schedule is None else self.schedule.draw(global_index)
+
+    def _longest(self, stratum: int) -> int:
+        """Samples that a sample of this stratum may have."""
+        return self.crop_samples
+
+    def plan(self, batch_size: int) -> StepPlan:
+        """Which samples make up a step of ``batch_size``."""
+        return EqualSteps(batch_size)
+
+    @property
+    def identity(self) -> tuple:
+        """The settings that decide which samples come when, beside the files: equal ones give an equal training."""
+        settings: tuple = (self.crop_samples, self.sampling_rate, self.seed, self.join_short, self.min_seconds)
+        if self.schedule is not None:
+            settings += ("domains", *zip(self.schedule.names, self.schedule.quotas))
+        return settings
+
+    def _substitutes(self, stratum: int) -> list[int]:
+        """Other strata that may replace a sample of this one once all its units have failed."""
+        return []
+
     def __getitem__(self, global_index: int) -> Sample:
-        epoch, slot = self.order.item(global_index)
+        stratum, number = self._draw(global_index)
+        longest = self._longest(stratum)
+        waiting: list[int] | None = None
         skips: list[Skip] = []
         failed: set[int] = set()
-        for attempt in range(min(self.max_attempts, int(np.count_nonzero(self._slots)))):
-            if attempt:
-                slot = mix(self.seed, _REPLACEMENT, global_index, attempt) % self.num_slots
-            unit = int(np.searchsorted(self._ends, slot, side="right"))
-            place = slot - int(self._ends[unit] - self._slots[unit])  # which slot of the unit
-            while unit in failed or not self._slots[unit]:  # one long broken file must not be drawn over and over
-                unit = (unit + 1) % len(self._slots)
-                place = slot % max(1, int(self._slots[unit]))
+        for attempt in range(self.max_attempts):
+            first, last, start, order = self._strata[stratum]
+            while failed and sum(first <= place < last for place in failed) >= np.count_nonzero(
+                self._slots[first:last]
+            ):
+                waiting = self._substitutes(stratum) if waiting is None else waiting
+                if not waiting:
+                    raise self._given_up(global_index, skips)
+                stratum = waiting.pop(0)
+                first, last, start, order = self._strata[stratum]
+            if attempt == 0:
+                epoch, slot = order.item(number)
+                slot += start
+            else:
+                slot = start + mix(self.seed, _REPLACEMENT, global_index, attempt) % order.num_items
+            place = int(np.searchsorted(self._ends, slot, side="right"))
+            inside = slot - int(self._ends[place] - self._slots[place])  # which slot of the unit
+            while place in failed or not self._slots[place]:  # one long broken file must not be drawn over and over
+                place = first + (place + 1 - first) % (last - first)
+                inside = slot % max(1, int(self._slots[place]))
+            unit = int(self._units[place])
             try:
                 if unit < len(self.files):
-                    waveform = self._crop(unit, place, global_index)
+                    domain = self.files[unit].domain
+                    waveform = self._crop(unit, inside, int(self._slots[place]), global_index, longest)
                 else:
-                    waveform = self._join(self._groups[unit - len(self.files)], unit, place, epoch, skips)
-                return Sample(waveform, global_index, tuple(skips))
+                    members = self._groups[unit - len(self.files)]
+                    domain = self.files[members[0]].domain
+                    waveform = self._join(members, unit, inside, int(self._slots[place]), epoch, skips)
+                return Sample(waveform, global_index, tuple(skips), domain)
             except AudioError as error:
                 skips.append(error.skip)
-                failed.add(unit)
+                failed.add(place)
+        raise self._given_up(global_index, skips)
+
+    @staticmethod
+    def _given_up(global_index: int, skips: list[Skip]) -> DataError:
         listed = "\n  ".join(str(skip) for skip in dict.fromkeys(skips))
-        raise DataError(
+        return DataError(
             f"gave up on training sample {global_index}: {len(dict.fromkeys(skips))} files drawn one after the other "
             f"could not be read:\n  {listed}"
         )
 
-    def _crop(self, index: int, place: int, global_index: int) -> np.ndarray:
-        """The sample of slot ``place`` of a file: a random crop, or the whole file if it is not longer."""
+    def _crop(self, index: int, place: int, slots: int, global_index: int, longest: int) -> np.ndarray:
+        """The sample of slot ``place`` of a file's ``slots``: a random crop, or all of a file that is not longer."""
         item = self.files[index]
-        rate, crop = self.sampling_rate, self.crop_samples
-        spare = int(self._durations[index] * rate) - crop
+        rate = self.sampling_rate
+        spare = int(self._durations[index] * rate) - longest
         if spare <= 0:
-            waveform = load_audio(item.path, rate, duration=crop / rate)
+            waveform = load_audio(item.path, rate, duration=longest / rate)
         else:
             draw = uniform(self.seed, _CROP, global_index, index)
-            start = min(spare, int((place + draw) / int(self._slots[index]) * (spare + 1)))
-            waveform = load_audio(item.path, rate, start=start / rate, duration=crop / rate)
+            start = min(spare, int((place + draw) / slots * (spare + 1)))
+            waveform = load_audio(item.path, rate, start=start / rate, duration=longest / rate)
         return self._checked(waveform, item)
 
-    def _join(self, members: np.ndarray, unit: int, place: int, epoch: int, skips: list[Skip]) -> np.ndarray:
-        """The sample of slot ``place`` of a group: files from there on in this epoch's order until the crop is full."""
+    def _join(
+        self, members: np.ndarray, unit: int, place: int, slots: int, epoch: int, skips: list[Skip]
+    ) -> np.ndarray:
+        """The sample of slot ``place`` of a group's ``slots``: files from there on until the crop is full."""
         num_files = len(members)
-        first = place * num_files // int(self._slots[unit])
+        first = place * num_files // slots
         pieces: list[np.ndarray] = []
         missing, failures = self.crop_samples, 0
         for step in range(num_files):

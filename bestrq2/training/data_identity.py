@@ -8,14 +8,15 @@ from bestrq2.data import AudioFile, CropDataset
 
 
 def data_fingerprint(dataset: CropDataset) -> str:
-    """Hash of the names and durations of the files and of the crop settings.
+    """Hash of the names and durations of the files, of the crop and batch settings, and of weighted domains.
 
     Folders are left out: moving the data, or mounting it elsewhere, does not change the order of training.
     """
     digest = hashlib.sha256()
-    settings = (dataset.crop_samples, dataset.sampling_rate, dataset.seed, dataset.join_short, dataset.min_seconds)
-    digest.update(repr(settings).encode())
+    digest.update(repr(dataset.identity).encode())
     digest.update(file_list_digest(dataset.files).encode())
+    if dataset.schedule is not None:
+        digest.update("\0".join(file.domain for file in dataset.files).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -23,5 +24,5 @@ def file_list_digest(files: Iterable[AudioFile]) -> str:
     """Hash of the names and durations of files, in their order."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{Path(file.path).name}\0{file.duration}\n".encode())
+        digest.update(f"{Path(file.path).name}\0{file.duration}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -1,11 +1,12 @@
 """From the configuration to the training data: find it, say what was found, measure what it needs."""
 
 import sys
+from typing import Any
 
 import torch
 
 from bestrq2.config import Config, ConfigError
-from bestrq2.data import CropDataset, batches, collect, tiny_dataset
+from bestrq2.data import BucketDataset, CropDataset, batches, collect, tiny_dataset
 from bestrq2.models import build_encoder
 from bestrq2.training.errors import TrainingError
 from bestrq2.training.statistics import measure_statistics
@@ -27,15 +28,22 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         print(f"{purpose}: {len(files)} files, {hours:.2f} h from {data.source}")
         if report.skips:
             print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
+    common: dict[str, Any] = {
+        "seed": config.train.seed,
+        "min_seconds": min_seconds,
+        "domain_weights": data.domain_weights,
+    }
     try:
-        return CropDataset(
-            files,
-            data.crop_seconds,
-            front.sampling_rate,
-            seed=config.train.seed,
-            join_short=data.join_short,
-            min_seconds=min_seconds,
-        )
+        if data.batching == "buckets":
+            # Per unit of batch size: a first look or a micro-step of fewer samples then has as much less audio.
+            row = None if data.batch_seconds is None else data.batch_seconds / config.train.batch_size
+            dataset: CropDataset = BucketDataset(
+                files, data.crop_seconds, front.sampling_rate, row_seconds=row, **common
+            )
+            dataset.plan(config.train.batch_size)  # fails here, not at the first step
+        else:
+            dataset = CropDataset(files, data.crop_seconds, front.sampling_rate, join_short=data.join_short, **common)
+        return dataset
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
 
