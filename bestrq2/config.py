@@ -169,6 +169,7 @@ class ValidationConfig:
 @dataclass
 class FrozenConfig:
     source: str | None = None  # train only a head on the embeddings of this encoder; None: pretrain
+    trust_remote_code: bool = False  # run Python code that a transformers folder brings along
     every_frame: bool = False  # predict the code of every frame, without masking
     cache: str | None = None  # folder of cached embeddings; None: inside the run folder
 

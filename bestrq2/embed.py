@@ -2,10 +2,16 @@
 
     python -m bestrq2.embed runs/best_rq2_tiny-001 recording.wav --out features
     python -m bestrq2.embed runs/best_rq2_tiny-001 FOLDER other.flac --out features --format parquet
+    python -m bestrq2.embed WAV2VEC2_FOLDER FOLDER --out features --layers all --pool mean+std
+
+SOURCE is a run or anything else that ``bestrq2.load`` opens, a local folder of a transformers audio model, an X-ARES
+encoder file, or FILE.py:NAME or PACKAGE.MODULE:NAME of a module with our ``encode``.
 
 ``--format npy`` writes ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width) with the
-mean over the frames of each file, and ``index.csv``. ``--format parquet`` writes one ``features.parquet`` with a row
-per file. Files of any length are processed in windows; a file gives the same features alone and in any batch.
+frames of each file pooled over time, and ``index.csv``. ``--format parquet`` writes one ``features.parquet`` with a row
+per file. With ``--layers`` features are (layers, frames, width) and clips (files, layers, width), in the order given;
+``all`` is every block and then the final output. Pooling: ``mean``, ``max``, or ``mean+std``, twice as wide. Files of
+any length are processed in windows; a file gives the same features alone and in any batch.
 """
 
 import argparse
@@ -23,9 +29,43 @@ from tqdm import tqdm
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, collect, iterate_clips
-from bestrq2.interchange import load
-from bestrq2.models import ConformerEncoder, ViTEncoder
+from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.training.hardware import choose_device
+
+
+POOLINGS = ("mean", "max", "mean+std")
+
+
+def pool(features: np.ndarray, pooling: str) -> np.ndarray:
+    """Frames ``(..., T, D)`` to one vector: ``(..., D)``, or ``(..., 2 D)`` for "mean+std".
+
+    Raises:
+        ValueError: for an unknown pooling.
+    """
+    if pooling == "mean":
+        return features.mean(-2)
+    if pooling == "max":
+        return features.max(-2)
+    if pooling == "mean+std":
+        return np.concatenate((features.mean(-2), features.std(-2)), -1)
+    raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+
+
+def parse_layers(text: str, depth: int) -> list[int | None]:
+    """``all``, or a comma-separated list of block numbers and ``final``.
+
+    Raises:
+        ConfigError: for anything else, or a block that the encoder does not have.
+    """
+    if text == "all":
+        return [*range(depth), None]
+    known = {**{str(number): number for number in range(depth)}, "final": None}
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            blocks = f"0..{depth - 1}" if depth else "no blocks in this encoder"
+            raise ConfigError(f"--layers: expected all, or {blocks} and final separated by commas, got {name!r}")
+    return [known[name] for name in names]
 
 
 class Writer(Protocol):
@@ -61,7 +101,7 @@ class NpyWriter:
 
 
 class ParquetWriter:
-    """One row per file; ``features`` is the flattened (frames, width) array."""
+    """One row per file; ``features`` and ``clip`` are flattened arrays."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -77,7 +117,7 @@ class ParquetWriter:
     def add(self, record: dict[str, Any], features: np.ndarray, clip: np.ndarray) -> None:
         vector = self.arrow.list_(self.arrow.float32())
         columns = {name: self.arrow.array([value]) for name, value in record.items()}
-        columns["clip"] = self.arrow.array([clip], vector)
+        columns["clip"] = self.arrow.array([clip.reshape(-1)], vector)
         columns["features"] = self.arrow.array([features.reshape(-1)], vector)
         table = self.arrow.table(columns)
         if self.writer is None:
@@ -129,14 +169,28 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
 
 @torch.inference_mode()
 def embed(
-    encoder: ViTEncoder | ConformerEncoder, files: list[AudioFile], *, batch_size: int = 8, layer: int | None = None
+    encoder: AudioEncoder,
+    files: list[AudioFile],
+    *,
+    batch_size: int = 8,
+    layer: int | None = None,
+    layers: Sequence[int | None] | None = None,
 ) -> Iterator[tuple[AudioFile, np.ndarray, float] | Skip]:
     """Encode files in order, ``batch_size`` at a time.
 
+    Args:
+        encoder: from :func:`bestrq2.load` or :func:`bestrq2.interchange.open_encoder`.
+        files: what to encode.
+        batch_size: files at a time.
+        layer: block whose output is taken; None: the final output.
+        layers: several of them at once, instead of ``layer``.
+
     Yields:
-        (file, features (frames, width) float32, seconds), or a Skip for a file that cannot be read.
+        (file, features (frames, width) float32, or (layers, frames, width) with ``layers``, seconds), or a Skip for a
+        file that cannot be read.
     """
-    device = next(encoder.parameters()).device
+    device = next(encoder.parameters()).device  # type: ignore[attr-defined]
+    wanted = [layer] if layers is None else list(layers)
     waiting: list[tuple[AudioFile, np.ndarray] | Skip] = []
 
     def flush() -> Iterator[tuple[AudioFile, np.ndarray, float] | Skip]:
@@ -145,8 +199,9 @@ def embed(
         if clips:
             lengths = torch.tensor([len(waveform) for _, waveform in clips])
             padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for _, w in clips], batch_first=True)
-            features, frames = encoder.encode(padded.to(device), lengths, layer)
-            encoded = iter([f[: int(n)].cpu().numpy() for f, n in zip(features, frames)])
+            features, frames = encoder.encode_layers(padded.to(device), lengths, wanted)
+            found = [features[:, row, :count].cpu().numpy() for row, count in enumerate(frames.tolist())]
+            encoded = iter([f[0] if layers is None else f for f in found])
         for item in waiting:
             if isinstance(item, Skip):
                 yield item
@@ -165,27 +220,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bestrq2.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="run folder or step-* folder")
+    parser.add_argument("source", metavar="SOURCE", help="run, exported or published encoder, transformers folder, ...")
     parser.add_argument("inputs", nargs="+", help="audio files, folders (recursive) or CSV/JSONL manifests")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--format", choices=("npy", "parquet"), default="npy")
     parser.add_argument("--layer", type=int, help="output of this block (0 is the first) instead of the final one")
+    parser.add_argument("--layers", metavar="LIST", help="several layers: all, or for example 0,3,final")
+    parser.add_argument("--pool", choices=POOLINGS, default="mean", help="frames to clip features (default: mean)")
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that a transformers folder brings along"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.batch_size < 1:
             raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
-        encoder = load(options.checkpoint, device=choose_device(options.device))
+        if options.layer is not None and options.layers is not None:
+            raise ConfigError("--layer and --layers: give one of them")
+        device = choose_device(options.device)
+        encoder = open_encoder(options.source, device, trust_remote_code=options.trust_remote_code)
         depth = encoder.depth
         if options.layer is not None and not 0 <= options.layer < depth:
             raise ConfigError(f"--layer: expected 0..{depth - 1}, got {options.layer}")
+        layers = parse_layers(options.layers, depth) if options.layers is not None else None
         named, messages = find_files(options.inputs)
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
         options.out.mkdir(parents=True, exist_ok=True)
         writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
-        return run(encoder, named, writer, options.batch_size, options.layer)
+        return run(encoder, named, writer, options.batch_size, options.layer, layers, options.pool)
     except (CheckpointError, ConfigError, DataError, ManifestError, AudioError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -195,16 +259,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(
-    encoder: ViTEncoder | ConformerEncoder,
+    encoder: AudioEncoder,
     named: list[tuple[str, AudioFile]],
     writer: Writer,
     batch_size: int,
-    layer: int | None,
+    layer: int | None = None,
+    layers: Sequence[int | None] | None = None,
+    pooling: str = "mean",
 ) -> int:
     files = [file for _, file in named]
     written, skips = 0, []
     with tqdm(total=len(files), desc="embedding", unit="file") as bar:
-        for (name, file), result in zip(named, embed(encoder, files, batch_size=batch_size, layer=layer)):
+        results = embed(encoder, files, batch_size=batch_size, layer=layer, layers=layers)
+        for (name, file), result in zip(named, results):
             bar.update()
             if isinstance(result, Skip):
                 skips.append(result)
@@ -214,11 +281,13 @@ def run(
                 "name": name,
                 "path": str(file.path),
                 "seconds": seconds,
-                "frames": len(features),
-                "width": features.shape[1],
+                "frames": features.shape[-2],
+                "width": features.shape[-1],
                 "hop_ms": encoder.hop_size_in_ms,
+                "layers": " ".join("final" if n is None else str(n) for n in ([layer] if layers is None else layers)),
+                "pooling": pooling,
             }
-            writer.add(record, features, features.mean(0))
+            writer.add(record, features, pool(features, pooling))
             written += 1
     for skip in skips:
         print(f"warning: skipped {skip}", file=sys.stderr)

@@ -73,12 +73,40 @@ def test_same_names_from_two_folders_are_kept_apart(run, folder, tmp_path):
     assert names == ["long.wav-2.npy", "long.wav.npy"]
 
 
+def test_layers_and_pooling(run, folder, tmp_path):
+    for name, options in (
+        ("all", ["--layers", "all", "--pool", "mean+std"]),
+        ("one", ["--layer", "1", "--pool", "max"]),
+    ):
+        assert embed.main([str(run), str(folder), "--out", str(tmp_path / name), *options]) == 0
+    with (tmp_path / "all" / "index.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["layers"], row["pooling"]) for row in rows} == {("0 1 final", "mean+std")}
+    encoder, clips = load(run), np.load(tmp_path / "all" / "clips.npy")
+    assert clips.shape == (5, 3, 256)
+    for number, row in enumerate(rows):
+        features = np.load(tmp_path / "all" / row["features"])
+        assert features.shape == (3, int(row["frames"]), 128)
+        waveform = torch.from_numpy(load_audio(row["path"]))[None]
+        for layer in (0, 1, None):
+            with torch.no_grad():
+                expected = encoder.encode(waveform, layer=layer)[0][0].numpy()
+            np.testing.assert_allclose(features[-1 if layer is None else layer], expected, atol=1e-5)
+        np.testing.assert_allclose(clips[number, :, :128], features.mean(1), atol=1e-6)
+        np.testing.assert_allclose(clips[number, :, 128:], features.std(1), atol=1e-6)
+        one = np.load(tmp_path / "one" / row["features"])
+        np.testing.assert_allclose(one, features[1], atol=1e-5)
+        np.testing.assert_allclose(np.load(tmp_path / "one" / "clips.npy")[number], one.max(0), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["RUN", "missing.wav"], "missing.wav"),
         (["nowhere", "AUDIO"], "no intact checkpoint"),
         (["RUN", "AUDIO", "--layer", "9"], r"--layer: expected 0..1, got 9"),
+        (["RUN", "AUDIO", "--layers", "0,2"], r"expected all, or 0..1 and final separated by commas, got '2'"),
+        (["RUN", "AUDIO", "--layers", "all", "--layer", "0"], "give one of them"),
         (["RUN", "BROKEN"], "no usable audio"),
         (["RUN", "AUDIO", "--batch-size", "0"], "--batch-size"),
     ],

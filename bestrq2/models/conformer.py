@@ -1,6 +1,7 @@
 """The Conformer encoder: log-mel frames, subsampling, Conformer blocks; with full context, in chunks, streaming."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from bestrq2.layers.masking import MaskPlan, valid_mask
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.ops import ChunkLayout
 
+from .layer_choice import block_list, check_layers, choose_layers
 from .streaming import StreamingState
 
 PIECE_SECONDS = 30.0  # encode() takes clips that are longer in pieces of about this length
@@ -168,26 +170,47 @@ class ConformerEncoder(nn.Module):
         Raises:
             ValueError: for wrong shapes or lengths, or an unknown layer.
         """
+        features, counts = self.encode_layers(waveform, lengths, (layer,), layout)
+        return features[0], counts
+
+    def encode_layers(
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        layers: Sequence[int | None] | None = None,
+        layout: ChunkLayout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Like :meth:`encode`, for several layers in one pass.
+
+        Args:
+            waveform, lengths, layout: see :meth:`encode`.
+            layers: 0..depth-1 for the output of a block, None for the final, normalised output. Default: every block,
+                then the final output.
+
+        Returns:
+            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``.
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
         lengths = check_lengths(waveform, lengths)
-        if layer is not None and not 0 <= layer < self.depth:
-            raise ValueError(f"layer must lie in 0..{self.depth - 1}, got {layer}")
+        wanted = check_layers(layers, self.depth)
         layout = layout or self.layout
         counts = torch.tensor([self.output_length(n) for n in lengths.tolist()], dtype=torch.int64)
         if not len(counts):
-            return waveform.new_zeros(0, 0, self.output_dim, dtype=torch.float32), counts
+            return waveform.new_zeros(len(wanted), 0, 0, self.output_dim, dtype=torch.float32), counts
         waveform = waveform[:, : int(lengths.max())]
         streams = self._obstacle(layout) is None
         chunk = self.factor * self.front_end.hop_length * ((layout.chunk_size if streams else None) or 1)
         piece = chunk * max(1, round(PIECE_SECONDS * self.sampling_rate / chunk))
-        layers: list[Tensor] = []
         if waveform.shape[1] <= piece or torch.is_grad_enabled():  # nothing is cut where gradients flow
             audio = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
             waveform = nn.functional.pad(
                 torch.where(audio, waveform, 0), (0, max(0, self.min_samples - waveform.shape[1]))
             )
             patches = self.patches(waveform, lengths.clamp(min=self.min_samples))
-            features = self(patches.values, patches.lengths, layout, layers)
-            features = (features if layer is None else layers[layer]).float()
+            blocks = block_list(wanted)
+            features = choose_layers(self(patches.values, patches.lengths, layout, blocks), blocks, wanted)
         else:
             state = self._new_state(waveform.shape[0], layout)
             outputs = []
@@ -195,14 +218,14 @@ class ConformerEncoder(nn.Module):
                 part = waveform[:, begin : begin + piece]
                 valid = (lengths - begin).clamp(min=0, max=part.shape[1])
                 tokens, grid = self._advance(part, valid, lengths <= begin + piece, state, layout if streams else None)
-                outputs.append(self._through_blocks(tokens, grid, state, layer) if streams else tokens)
-            features = torch.cat(outputs, dim=1)
+                outputs.append(self._through_blocks(tokens, grid, state, wanted) if streams else tokens[None])
+            features = torch.cat(outputs, dim=2)
             if not streams:
-                grid = FrameGrid.whole(features.shape[1], counts, features.device)
-                features = self.encoder(features, grid, layout, None, layers)
-                features = features if layer is None else layers[layer]
-            features = features.float()
-        inside = valid_mask(counts, features.shape[1], features.device)
+                grid = FrameGrid.whole(features.shape[2], counts, features.device)
+                blocks = block_list(wanted)
+                features = choose_layers(self.encoder(features[0], grid, layout, None, blocks), blocks, wanted)
+        features = features.float()
+        inside = valid_mask(counts, features.shape[2], features.device)
         return features if inside is None else features * inside[..., None], counts
 
     def start_stream(
@@ -270,7 +293,7 @@ class ConformerEncoder(nn.Module):
         ends = torch.ones(num_clips, dtype=torch.bool) if final else lengths < num_samples
         before = state.tokens
         tokens, grid = self._advance(waveform, lengths, ends, state, state.layout)
-        features = self._through_blocks(tokens, grid, state, None).float()
+        features = self._through_blocks(tokens, grid, state, [None])[0].float()
         valid = self._valid_tokens(state, before, features.shape[1])
         mask = valid_mask(valid, features.shape[1], features.device)
         return features if mask is None else features * mask[..., None], valid
@@ -317,12 +340,14 @@ class ConformerEncoder(nn.Module):
         ends = (1 + totals // self.front_end.hop_length) // self.factor
         return torch.where(totals == GOES_ON, count, (ends - first).clamp(min=0, max=count))
 
-    def _through_blocks(self, tokens: Tensor, grid: FrameGrid, state: StreamingState, layer: int | None) -> Tensor:
+    def _through_blocks(
+        self, tokens: Tensor, grid: FrameGrid, state: StreamingState, wanted: Sequence[int | None]
+    ) -> Tensor:
+        """Tokens ``(B, t, D)`` -> ``(L, B, t, D)``."""
         if not tokens.shape[1]:
-            return tokens
-        layers: list[Tensor] = []
-        output = self.encoder(tokens, grid, state.layout, state.blocks, layers if layer is not None else None)
-        return output if layer is None else layers[layer]
+            return tokens.expand(len(wanted), *tokens.shape)
+        blocks = block_list(wanted)
+        return choose_layers(self.encoder(tokens, grid, state.layout, state.blocks, blocks), blocks, wanted)
 
     def flops(self, tokens: int, frames: int) -> float:
         """Matrix-product operations of one forward pass over one clip, ``tokens`` of whose ``frames`` are present.

@@ -1,5 +1,6 @@
 """The ViT encoder of BEST-RQ-2: patches of a log-mel spectrogram, a linear embedding, fixed positions, Transformer."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +11,8 @@ from bestrq2.layers.masking import MaskPlan, take
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.positions import published_short_clip_positions, rotary_angles, sincos_2d
 from bestrq2.layers.transformer import Transformer, TransformerSettings
+
+from .layer_choice import block_list, check_layers, choose_layers
 
 PositionKind = Literal["sincos", "rope"]
 
@@ -190,16 +193,35 @@ class ViTEncoder(nn.Module):
         Raises:
             ValueError: for wrong shapes or lengths, or an unknown layer.
         """
+        features, totals = self.encode_layers(waveform, lengths, (layer,))
+        return features[0], totals
+
+    def encode_layers(
+        self, waveform: Tensor, lengths: Tensor | None = None, layers: Sequence[int | None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Like :meth:`encode`, for several layers in one pass.
+
+        Args:
+            waveform, lengths: see :meth:`encode`.
+            layers: 0..depth-1 for the output of a block, None for the final, normalised output. Default: every block,
+                then the final output.
+
+        Returns:
+            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``.
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
         lengths = check_lengths(waveform, lengths)
-        if layer is not None and not 0 <= layer < self.depth:
-            raise ValueError(f"layer must lie in 0..{self.depth - 1}, got {layer}")
+        wanted = check_layers(layers, self.depth)
         inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
         waveform = torch.where(inside, waveform, 0)
         if waveform.shape[1] < self.min_samples:
             waveform = nn.functional.pad(waveform, (0, self.min_samples - waveform.shape[1]))
         lengths = lengths.clamp(min=self.min_samples)
         totals = [self.output_length(int(samples)) for samples in lengths]
-        features = waveform.new_zeros(len(totals), max(totals, default=0), self.output_dim, dtype=torch.float32)
+        shape = (len(wanted), len(totals), max(totals, default=0), self.output_dim)
+        features = waveform.new_zeros(shape, dtype=torch.float32)
         window = self.window_columns
         windows = [(clip, start) for clip, total in enumerate(totals) for start in range(0, total, window)]
         for group in range(0, len(windows), WINDOWS_AT_ONCE):
@@ -212,19 +234,19 @@ class ViTEncoder(nn.Module):
                 pieces.append(waveform[clip, begin:end])
                 kept.append((clip, start, min(start + window, totals[clip]), start - first))
             piece_lengths = torch.tensor([len(piece) for piece in pieces])
-            encoded = self._encode_window(nn.utils.rnn.pad_sequence(pieces, batch_first=True), piece_lengths, layer)
-            for row, (clip, start, end, offset) in enumerate(kept):
-                features[clip, start:end] = encoded[row, offset : offset + end - start]
+            padded = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+            for number, encoded in enumerate(self._encode_window(padded, piece_lengths, wanted)):
+                for row, (clip, start, end, offset) in enumerate(kept):
+                    features[number, clip, start:end] = encoded[row, offset : offset + end - start]
         return features, torch.tensor(totals, dtype=torch.int64)
 
-    def _encode_window(self, waveform: Tensor, lengths: Tensor, layer: int | None) -> Tensor:
+    def _encode_window(self, waveform: Tensor, lengths: Tensor, wanted: Sequence[int | None]) -> Tensor:
         patches = self.patches(waveform, lengths)
         positions = patches.positions()
         if self.published_positions:
             positions = published_short_clip_positions(positions, patches.columns)
-        layers: list[Tensor] = []
+        blocks = block_list(wanted)
         tokens = self.embed(patches.values, positions[None])
-        output = self(tokens, positions[None], patches.lengths, layers if layer is not None else None)
-        if layer is not None:
-            output = layers[layer]
-        return output.float().unflatten(1, (patches.columns, self.rows)).mean(2)
+        output = self(tokens, positions[None], patches.lengths, blocks)
+        tokens = choose_layers(output, blocks, wanted).float()
+        return tokens.unflatten(2, (patches.columns, self.rows)).mean(3)

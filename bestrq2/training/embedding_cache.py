@@ -8,14 +8,11 @@ of files.
 
 import bisect
 import hashlib
-import importlib
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +22,7 @@ from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
-from bestrq2.interchange.opening import load
+from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.tensors import write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
@@ -34,74 +31,6 @@ from bestrq2.training.data_identity import file_list_digest
 
 FILES_PER_SHARD = 32
 WINDOWS_AT_ONCE = 8
-
-
-class FrozenEncoder(Protocol):
-    """What a frozen encoder must have: ours, or any module with the same interface."""
-
-    sampling_rate: int
-    output_dim: int
-    hop_size_in_ms: float
-
-    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
-
-
-class XaresAdapter(nn.Module):
-    """Our ``encode`` on an X-ARES encoder, one clip at a time because it takes no lengths."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.sampling_rate: int = encoder.sampling_rate  # type: ignore[assignment]
-        self.output_dim: int = encoder.output_dim  # type: ignore[assignment]
-        self.hop_size_in_ms: float = encoder.hop_size_in_ms  # type: ignore[assignment]
-
-    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        ends = [waveform.shape[1]] * len(waveform) if lengths is None else lengths.tolist()
-        clips = [self.encoder(clip[None, : int(end)])[0].float() for clip, end in zip(waveform, ends)]
-        padded = nn.utils.rnn.pad_sequence(clips, batch_first=True)
-        return padded, torch.tensor([len(clip) for clip in clips])
-
-
-def open_frozen(source: str) -> nn.Module:
-    """The encoder that ``--frozen-encoder`` names, in evaluation mode and without gradients.
-
-    Args:
-        source: anything :func:`bestrq2.load` opens; an X-ARES encoder file (.py, which is executed: use files that you
-            trust); or ``module:attribute`` for a class or function that gives a module with our ``encode`` interface.
-
-    Raises:
-        CheckpointError, ConfigError: if there is no such encoder, or it lacks part of the interface.
-    """
-    if source.endswith(".py"):
-        encoder: Any = XaresAdapter(_xares_class(Path(source))())
-    elif ":" in source and not Path(source).exists():
-        module, attribute = source.split(":", 1)
-        try:
-            encoder = getattr(importlib.import_module(module), attribute)()
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"--frozen-encoder {source}: {error}") from error
-    else:
-        encoder = load(source)
-    missing = [
-        name for name in ("encode", "sampling_rate", "output_dim", "hop_size_in_ms") if not hasattr(encoder, name)
-    ]
-    if missing:
-        raise ConfigError(f"--frozen-encoder {source}: the encoder has no {', '.join(missing)}")
-    return encoder.eval().requires_grad_(False)
-
-
-def _xares_class(path: Path) -> Callable[[], nn.Module]:
-    spec = importlib.util.spec_from_file_location(f"_frozen_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ConfigError(f"--frozen-encoder {path}: no such file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    found = [value for name, value in vars(module).items() if name.endswith("Encoder")]
-    if len(found) != 1:
-        raise ConfigError(f"--frozen-encoder {path}: expected one name ending in 'Encoder', found {len(found)}")
-    return found[0]
 
 
 def module_digest(module: nn.Module) -> str:
@@ -214,7 +143,7 @@ def build_cache(
         ConfigError: for targets that do not fit an encoder without a frequency axis, or another sampling rate.
     """
     targets = Targets(config)
-    source: FrozenEncoder = encoder  # type: ignore[assignment]
+    source: AudioEncoder = encoder  # type: ignore[assignment]
     if source.sampling_rate != config.model.front_end.sampling_rate:
         raise ConfigError(
             f"model.front_end.sampling_rate: expected the frozen encoder's {source.sampling_rate} Hz, "
@@ -259,7 +188,7 @@ def _verified(path: Path) -> dict[str, Any] | None:
 
 
 def _write_shard(
-    path: Path, files: Sequence[AudioFile], encoder: FrozenEncoder, targets: Targets, crop: int, device: torch.device
+    path: Path, files: Sequence[AudioFile], encoder: AudioEncoder, targets: Targets, crop: int, device: torch.device
 ) -> dict[str, Any]:
     contexts, codes, skips = [], [], []
     shortest = round(2 * targets.seconds * encoder.sampling_rate)

@@ -13,13 +13,14 @@ from bestrq2.checkpoint import Checkpoint, save_checkpoint
 from bestrq2.config import Config, ConfigError, config_to_dict
 from bestrq2.data import CropDataset, SampleOrder
 from bestrq2.hashing import mix
+from bestrq2.interchange import open_encoder
 from bestrq2.layers.code_usage import CodeUsage
 from bestrq2.layers.masking import RandomMasking
 from bestrq2.models.build import load_weights, transformer_settings
 from bestrq2.models.frozen import FrozenHead
 
 from .data_identity import data_fingerprint
-from .embedding_cache import EmbeddingCache, build_cache, module_digest, open_frozen
+from .embedding_cache import EmbeddingCache, build_cache, module_digest
 from .hardware import choose_device, describe_device
 from .interrupt import StopSignal
 from .optimizer import make_optimizer, optimizer_tensors, restore_optimizer, set_schedule
@@ -41,6 +42,12 @@ def build_head(config: Config, input_dim: int) -> FrozenHead:
     )
 
 
+def open_frozen(config: Config) -> nn.Module:
+    """The encoder that ``--frozen-encoder`` names; see :func:`bestrq2.interchange.open_encoder`."""
+    frozen = config.frozen
+    return open_encoder(frozen.source or "", trust_remote_code=frozen.trust_remote_code)  # type: ignore[return-value]
+
+
 def collate(cache: EmbeddingCache, index: list[int], order: SampleOrder) -> tuple[torch.Tensor, ...]:
     """Padded ``context (B, T, D)``, ``codes (B, T, G)`` and ``lengths (B,)`` of these places in the training order."""
     windows = [cache[order.item(i)[1]] for i in index]
@@ -54,7 +61,7 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
     source, settings = config.frozen.source or "", config.train
     device = choose_device(settings.device)
     cache_root = Path(config.frozen.cache) if config.frozen.cache else run.path / "embeddings"
-    cache = build_cache(cache_root, config, dataset.files, open_frozen(source), device)
+    cache = build_cache(cache_root, config, dataset.files, open_frozen(config), device)
     for skip in cache.skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
     model = build_head(config, cache.width).to(device).train()
@@ -130,7 +137,7 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
     if stop.requested:
         print(f"Stopped by {stop.name} after step {done}; continue with --resume {run.path}")
         return stop.exit_code
-    after = module_digest(open_frozen(source))
+    after = module_digest(open_frozen(config))
     if after != cache.digest:
         raise ConfigError(f"frozen.source: {source} changed on disk during the run (sha256 {after[:16]})")
     proof = {"source": source, "sha256_before": cache.digest, "sha256_after": after}

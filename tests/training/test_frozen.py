@@ -10,10 +10,11 @@ import bestrq2
 from bestrq2 import train
 from bestrq2.checkpoint import newest_intact
 from bestrq2.config import ConfigError, load_config
+from bestrq2.interchange import open_encoder
 from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.interchange.xares import write_encoder_module
 from bestrq2.models import build_model
-from bestrq2.training.embedding_cache import align, module_digest, open_frozen
+from bestrq2.training.embedding_cache import align, module_digest
 from bestrq2.training.run_folder import read_metrics
 
 TARGETS = ["model.front_end.mean=-47", "model.front_end.std=31", "model.targets.codebook_size=32"]
@@ -115,7 +116,7 @@ def test_other_sources(encoder_file, tmp_path, monkeypatch, capsys):
     write_encoder_module(tmp_path / "mine.py", source.config, source.weights, "xares")
     waveform = 0.1 * torch.randn(2, 20000)
     lengths = torch.tensor([20000, 9000])
-    features, frames = open_frozen(str(tmp_path / "mine.py")).encode(waveform, lengths)
+    features, frames = open_encoder(str(tmp_path / "mine.py")).encode(waveform, lengths)
     expected, expected_frames = bestrq2.load(encoder_file).encode(waveform, lengths)
     assert frames.tolist() == expected_frames.tolist()
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
