@@ -11,6 +11,7 @@
 #include "chunked_attention.h"
 #include "isa.h"
 #include "masked_cross_entropy.h"
+#include "masked_cross_entropy_weight.h"
 #include "parallel.h"
 #include "quantize.h"
 #include "quantize_cuda.h"
@@ -154,6 +155,20 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("logits"), py::arg("bf16"), py::arg("rows"), py::arg("classes"), py::arg("index"),
       py::arg("targets"), py::arg("weights"), py::arg("scale"), py::arg("label_smoothing"), py::arg("z_loss"),
       py::arg("gradient"), py::arg("losses"), py::arg("correct"), py::arg("threads"));
+  m.def("has_weight_gradient", bestrq2::has_weight_gradient);
+  m.def(
+      "weight_gradient",
+      [](std::uintptr_t gradient, std::uintptr_t rows, std::int64_t count, std::int64_t classes, std::int64_t features,
+         bool overwrite, std::uintptr_t total, int threads) {
+        bestrq2::WeightGradient w{};
+        w.gradient = at<const std::uint16_t>(gradient), w.rows = at<const std::uint16_t>(rows);
+        w.count = count, w.classes = classes, w.features = features, w.overwrite = overwrite;
+        w.total = at<float>(total), w.threads = threads;
+        const py::gil_scoped_release release;
+        bestrq2::weight_gradient(w);
+      },
+      py::kw_only(), py::arg("gradient"), py::arg("rows"), py::arg("count"), py::arg("classes"), py::arg("features"),
+      py::arg("overwrite"), py::arg("total"), py::arg("threads"));
   m.def("chunked_attention_forward", [](const py::dict& arguments) {
     const auto a = chunked_attention(arguments);
     const py::gil_scoped_release release;

@@ -61,6 +61,14 @@ Isa best_isa() { return chosen().isa; }
 
 bool use_vnni() { return chosen().vnni; }
 
+bool use_bf16_dot() {
+#ifdef BESTRQ2_X86
+  return best_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 bool force_isa(Isa isa, bool vnni) {
   if (!supported(isa) || (vnni && (isa != Isa::avx512 || !vnni_supported()))) return false;
   chosen().isa = isa;

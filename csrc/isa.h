@@ -6,12 +6,14 @@ namespace bestrq2 {
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
 
 // The best set that this processor and this build support, or the one that BESTRQ2_ISA (portable | avx2 | avx512 |
-// avx512_vnni) asks
-// for when it is supported. Decided once per process.
+// avx512_vnni) asks for when it is supported. Decided once per process.
 Isa best_isa();
 
 // Whether best_isa() is avx512 and 8-bit dot products (AVX-512 VNNI) may be used as well.
 bool use_vnni();
+
+// Whether best_isa() is avx512 and the processor has bf16 dot products (AVX-512 BF16).
+bool use_bf16_dot();
 
 // Force a set (tests compare all of them); returns false when processor or build lacks it.
 bool force_isa(Isa isa, bool vnni = false);

@@ -20,8 +20,8 @@ CHUNK_BYTES = 16 * 2**20
 MIN_CHUNK_ROWS = 128
 """Fewer rows would make the accumulation of the weight gradient a visible cost."""
 
-CLASSES_PER_SUM = 2048
-"""Classes whose bf16 weight gradient is formed and added in fp32 while it is still in the cache."""
+CLASSES_PER_PRODUCT = 2048
+"""Classes whose bf16 logit gradients are converted to fp32 at a time, on a processor without bf16 dot products."""
 
 
 def chunk_rows(rows: int, num_classes: int, item_bytes: int) -> int:
@@ -68,7 +68,7 @@ def run_cpu(
     grad_hidden = hidden.new_zeros(hidden.shape) if index is not None and wanted[0] else hidden.new_empty(0)
     if index is None and wanted[0]:
         grad_hidden = hidden.new_empty(hidden.shape)
-    grad_weight = _WeightGradient(cast_weight) if wanted[1] else None
+    grad_weight = _WeightGradient(cast_weight, weight.dtype) if wanted[1] else None
     grad_bias = torch.zeros(num_classes) if wanted[2] else None
 
     step = chunk_rows(count, num_classes, dtype.itemsize)
@@ -123,21 +123,45 @@ def run_cpu(
 
 
 class _WeightGradient:
-    """Sum over chunks of ``logits.T @ h``, in fp32 whatever the dtype of the products."""
+    """Sum over chunks of ``logits.T @ h``, in fp32 whatever the dtype of the products.
 
-    def __init__(self, weight: Tensor) -> None:
-        self.shape, self.dtype = weight.shape, weight.dtype
+    No CPU product of PyTorch takes bf16 and returns fp32, and rounding the product of every chunk to bf16 would lose
+    what the fp32 sum is for. Our own kernel (csrc/masked_cross_entropy_bf16.cpp) adds to the fp32 sum from its
+    registers; where the processor lacks the instructions, which is also where bf16 products are emulated, the operands
+    are converted.
+    """
+
+    def __init__(self, weight: Tensor, result: torch.dtype) -> None:
+        self.shape, self.dtype, self.result = weight.shape, weight.dtype, result
         self.total: Tensor = torch.empty(0)
 
     def add(self, logits: Tensor, h: Tensor, *, last: bool) -> None:
-        if not self.total.numel():
-            if self.dtype == torch.float32 or last:  # the only chunk: the product accumulates in fp32 by itself
-                self.total = torch.mm(logits.T, h)
-                return
-            self.total = torch.zeros(self.shape)
+        """Add one chunk: ``logits`` (rows, V) holds its logit gradients, ``h`` (rows, D) its rows."""
+        first = not self.total.numel()
+        if first and (self.dtype == torch.float32 or (last and self.result == self.dtype)):
+            self.total = torch.mm(logits.T, h)  # also for the only chunk: one product, rounded once, at its end
+            return
         if self.dtype == torch.float32:
             self.total.addmm_(logits.T, h)
             return
-        for first in range(0, self.shape[0], CLASSES_PER_SUM):
-            part = slice(first, first + CLASSES_PER_SUM)
-            self.total[part] += logits[:, part].T @ h
+        extension = native.extension()
+        own = extension.has_weight_gradient()
+        if first:
+            self.total = torch.empty(self.shape) if own else torch.zeros(self.shape)
+        if own:
+            h = h.contiguous()
+            extension.weight_gradient(
+                gradient=logits.data_ptr(),
+                rows=h.data_ptr(),
+                count=logits.shape[0],
+                classes=self.shape[0],
+                features=self.shape[1],
+                overwrite=first,
+                total=self.total.data_ptr(),
+                threads=torch.get_num_threads(),
+            )
+            return
+        h = h.float()
+        for begin in range(0, self.shape[0], CLASSES_PER_PRODUCT):
+            part = slice(begin, begin + CLASSES_PER_PRODUCT)
+            self.total[part].addmm_(logits[:, part].float().T, h)

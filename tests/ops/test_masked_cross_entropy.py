@@ -9,7 +9,7 @@ from accuracy import assert_no_worse_than_torch, assert_term_matters
 from cross_entropy_cases import BACKENDS, FULL, grads_of, make, plain, usable
 
 from bestrq2 import ops
-from bestrq2.ops import reference
+from bestrq2.ops import masked_cross_entropy_cpu, native, reference
 
 
 @pytest.fixture(params=BACKENDS)
@@ -182,6 +182,68 @@ def test_fp16_gradients_survive_many_rows(backend, device):
     exact = hidden.detach().double().requires_grad_()
     (gold,) = torch.autograd.grad(65536 * F.cross_entropy(exact @ weight.double().T, targets), exact)
     torch.testing.assert_close(grad.double(), gold, rtol=2e-2, atol=2e-3 * gold.abs().max().item())
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def isa(request):
+    """With AVX-512 BF16 where there is one, and without."""
+    if native.extension_obstacle() is not None or not native.extension().force_isa(request.param):
+        pytest.skip("the C++ extension or this processor lacks it")
+    yield request.param
+    native.extension().force_isa("avx512_vnni") or native.extension().force_isa("avx512")
+
+
+def test_bf16_weight_gradient_is_summed_in_fp32_over_chunks(isa, device, monkeypatch):
+    """The fp32 gradient of 64 chunks: rounding the product of each to bf16 would show a hundredfold."""
+    hidden, weight, targets, bias, *_ = make((1024,), 40, 203, device=device)
+    monkeypatch.setattr(masked_cross_entropy_cpu, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(masked_cross_entropy_cpu, "MIN_CHUNK_ROWS", 16)
+
+    def weight_gradient():
+        leaf = weight.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = ops.masked_cross_entropy(hidden, leaf, targets, bias=bias, backend="cpu")
+        return torch.autograd.grad(loss, leaf)[0]
+
+    # The same rounded logit gradients, multiplied in float64.
+    pieces = []
+    add = masked_cross_entropy_cpu._WeightGradient.add
+
+    def recorded(self, logits, h, *, last):
+        pieces.append(logits.double().T @ h.double())
+        add(self, logits, h, last=last)
+
+    monkeypatch.setattr(masked_cross_entropy_cpu._WeightGradient, "add", recorded)
+    grad = weight_gradient()
+    gold = sum(pieces)
+    error, rounded = (
+        (x.double() - gold).norm() / gold.norm() for x in (grad, sum(p.bfloat16().float() for p in pieces))
+    )
+    print(f"{len(pieces)} chunks: error {error:.1e}, with every product rounded to bf16 {rounded:.1e}")
+    assert len(pieces) == 64
+    assert error < 1e-6 < rounded / 100
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "classes", "features"), [(1, 1, 1), (2, 8, 16), (7, 130, 48), (65, 257, 49), (33, 300, 100)]
+)
+def test_weight_gradient_kernel(count, classes, features, threads):
+    """Odd shapes, both forms (add and overwrite), and the memory around the result."""
+    if native.extension_obstacle() is not None or not native.extension().has_weight_gradient():
+        pytest.skip("needs the C++ extension and AVX-512 BF16")
+    gradient, rows = torch.randn(count, classes).bfloat16(), torch.randn(count, features).bfloat16()
+    memory = torch.randn(classes + 2, features)
+    for overwrite in (False, True):
+        before = memory.clone()
+        native.extension().weight_gradient(
+            gradient=gradient.data_ptr(), rows=rows.data_ptr(), count=count, classes=classes, features=features,
+            overwrite=overwrite, total=memory[1:].data_ptr(), threads=threads,
+        )  # fmt: skip
+        gold = (0 if overwrite else before[1:-1].double()) + gradient.double().T @ rows.double()
+        torch.testing.assert_close(memory[1:-1].double(), gold, rtol=1e-5, atol=1e-5)
+        assert torch.equal(memory[0], before[0])
+        assert torch.equal(memory[-1], before[-1])
 
 
 def test_gradcheck_reference():
