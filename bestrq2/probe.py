@@ -1,242 +1,241 @@
-"""Classify clips by a frozen encoder's features, beside two baselines.
+"""What a frozen encoder's features know, beside two baselines.
 
-    python -m bestrq2.probe runs/best_rq2_tiny-001 clips.csv --label instrument --group recording --out probe
     python -m bestrq2.probe runs/best_rq2_tiny-001        # speech, music or environment, on the 24 clips of the package
+    python -m bestrq2.probe ENCODER clips.csv --label instrument --group recording --head linear,mlp,knn
+    python -m bestrq2.probe ENCODER clips.csv --label tags --kind multilabel --separator ';' --split part
+    python -m bestrq2.probe ENCODER clips.csv --kind events --events events.tsv --group recording
+    python -m bestrq2.probe ENCODER clips.csv --kind retrieval --label phrase --group speaker
+    python -m bestrq2.probe ENCODER clips.csv --kind regression --label bpm --group track --layers all
 
 The manifest (CSV, TSV or JSON lines) has a column with the path of each clip, one with its label and, better, one that
-says which clips belong together (speaker, recording, package): a group is never split between training and test. A
-linear probe and 10 nearest neighbours are cross-validated on the clip's mean feature; the same is done with the
-statistics of a log-mel spectrogram and with the same encoder before any training. Intervals are 95 % bootstrap
-intervals over groups.
+says which clips belong together (speaker, recording, package): a group is never split between training and test.
+Heads are cross-validated over groups, or trained and tested as the column --split says; regularisation is chosen inside
+the training clips. The same is done with the statistics of a log-mel spectrogram (for events, of every frame) and with
+the same encoder before any training. Intervals are 95 % bootstrap intervals over groups, differences are paired.
+
+  classification  one label a clip: balanced accuracy, accuracy, macro F1, mAP, confusion matrix
+  multilabel      any number of labels a clip: mAP, F1 at a threshold
+  events          labels with onset and offset in seconds: mAP and F1 of frames, F1 of segments
+  retrieval       clips with the same label match: R@1, R@5, mAP by cosine, nothing is trained
+  regression      a number: R2, Spearman's correlation, mean absolute error
+
 Needs scikit-learn: pip install 'bestrq2[probe]'.
 """
 
 import argparse
-import csv
-import json
 import sys
-from importlib import resources
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
-from bestrq2.data import AudioFile, ManifestError, Skip
-from bestrq2.data.manifest import read_rows
-from bestrq2.embed import embed
-from bestrq2.interchange.opening import Source, open_source
+from bestrq2.data import ManifestError, iterate_clips
+from bestrq2.interchange.opening import open_source
 from bestrq2.interchange.tensors import assemble_encoder
-from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
-from bestrq2.probing.evaluation import (
-    ProbeKind,
-    Task,
-    balanced_accuracy,
-    bootstrap,
-    confusion,
-    interval,
-    make_task,
-    predict,
-    require_sklearn,
-)
-from bestrq2.probing.features import log_mel_statistics, pool
-from bestrq2.probing.picture import save_confusions
+from bestrq2.models import build_encoder
+from bestrq2.probing import report
+from bestrq2.probing.assembly import Experiment, assemble
+from bestrq2.probing.evaluation import Outcome
+from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, untrained_copy
+from bestrq2.probing.heads import require_sklearn
+from bestrq2.probing.labels import LabelledClips, read_clips
+from bestrq2.probing.task import Head, ProbeKind, ProbeTask, packaged_task
+from bestrq2.training.embedding_cache import open_frozen
 from bestrq2.training.hardware import choose_device
 
-ENCODER, RANDOM, LOG_MEL = "encoder", "random initialisation", "log-mel statistics"
-Predictions = dict[tuple[str, ProbeKind], np.ndarray]
-KINDS: tuple[ProbeKind, ...] = ("linear", "knn")
+DEFAULT_HEADS = {"retrieval": "cosine", "events": "linear"}
 
 
-def read_labels(manifest: Path, label: str, group: str | None) -> tuple[list[AudioFile], list[str], list[str], int]:
-    """Files, labels and groups of the rows that have a label; how many have none.
-
-    Raises:
-        ManifestError: for a missing column, or no labelled row.
-    """
-    files, labels, groups, unlabelled = [], [], [], 0
-    for file, row in read_rows(manifest):
-        for column in filter(None, (label, group)):
-            if column not in row:
-                raise ManifestError(f"{manifest}: no column {column!r}; its columns are {list(row)}")
-        if row[label] in (None, ""):
-            unlabelled += 1
-            continue
-        if group and row[group] in (None, ""):
-            raise ManifestError(f"{manifest}: {file.path} has no {group!r}, so nothing says which clips belong with it")
-        files.append(file)
-        labels.append(str(row[label]))
-        groups.append(str(row[group]) if group else file.path)
-    if not files:
-        raise ManifestError(f"{manifest}: no row has a {label!r}")
-    return files, labels, groups, unlabelled
-
-
-def encoder_features(
-    encoder: ViTEncoder | ConformerEncoder, files: list[AudioFile], pooling: str, layer: int | None, batch_size: int
-) -> list[np.ndarray | Skip]:
-    """Pooled features of each file, or why it cannot be read."""
-    results = embed(encoder, files, batch_size=batch_size, layer=layer)
-    return [result if isinstance(result, Skip) else pool(result[1], pooling) for result in results]
-
-
-def untrained(source: Source, seed: int) -> ViTEncoder | ConformerEncoder:
-    """The same encoder with the weights that training would start from."""
+def open_pair(options: argparse.Namespace) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """The encoder, the same before training, and what the report says about them."""
+    source = options.encoder
+    if source.endswith(".py") or (":" in source and not Path(source).exists()):
+        encoder = open_frozen(source)
+        return encoder, untrained_copy(encoder, options.seed), {"encoder": source, "step": 0}
+    opened = open_source(source, heads=options.heads, hop_length=options.hop_length)
+    encoder = assemble_encoder(opened.config, opened.weights, opened.origin)
+    config = opened.config
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = build_encoder(source.config.model, source.config.data.crop_seconds, seed=source.config.train.seed)
-    return encoder.eval().requires_grad_(False)
+        torch.manual_seed(options.seed)
+        fresh = build_encoder(config.model, config.data.crop_seconds, seed=config.train.seed)
+    return encoder, fresh.eval().requires_grad_(False), {"encoder": str(opened.origin), "step": opened.step}
 
 
-def evaluate(
-    features: dict[str, np.ndarray], task: Task, regularisation: float | None
-) -> tuple[dict[str, Any], Predictions]:
-    """Every probe on every kind of features.
-
-    Returns:
-        results for JSON, and predictions by (features, probe).
-    """
-    results: dict[str, Any] = {}
-    predictions: Predictions = {}
-    for kind in KINDS:
-        samples = {}
-        for name, values in features.items():
-            predicted = predictions[name, kind] = predict(values, task, kind, regularisation)
-            samples[name] = bootstrap(predicted, task)
-            low, high = interval(samples[name])
-            entry = {"balanced_accuracy": balanced_accuracy(predicted, task), "low": low, "high": high}
-            results.setdefault(name, {})[kind] = entry
-        for name in features:
-            if name != ENCODER:
-                low, high = interval(samples[ENCODER] - samples[name])
-                own, other = (results[which][kind]["balanced_accuracy"] for which in (ENCODER, name))
-                results[name][kind]["encoder_minus_this"] = {
-                    "difference": own - other,
-                    "low": low,
-                    "high": high,
-                }
-    return results, predictions
+def chosen_layers(options: argparse.Namespace, encoder: Any) -> list[int | None]:
+    """Numbers of blocks, None for the final output."""
+    depth = getattr(encoder, "depth", 0)
+    wanted = str(options.layer) if options.layer is not None else options.layers
+    if wanted == "all":
+        return [*range(depth), None]
+    try:
+        layers = [None if part == "final" else int(part) for part in wanted.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--layers: expected all, final or numbers separated by commas, got {wanted!r}") from error
+    if any(layer is not None and not 0 <= layer < depth for layer in layers):
+        raise ConfigError(f"--layers: expected 0..{depth - 1} or final, got {wanted}")
+    return layers
 
 
-def report(results: dict[str, Any], task: Task) -> str:
-    lines = [f"{'balanced accuracy':24} {'linear probe':>26} {'10 nearest neighbours':>26}"]
-    for name, entry in results.items():
-        cells = [f"{e['balanced_accuracy']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in map(entry.get, KINDS)]
-        lines.append(f"{name:24} {cells[0]:>26} {cells[1]:>26}")
-    lines.append(f"{'chance':24} {1 / len(task.classes):>26.3f} {1 / len(task.classes):>26.3f}")
-    for name in (LOG_MEL, RANDOM):
-        cells = []
-        for kind in KINDS:
-            gap = results[name][kind]["encoder_minus_this"]
-            cells.append(f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]")
-        lines.append(f"{'  encoder - ' + name[:12]:24} {cells[0]:>26} {cells[1]:>26}")
-    return "\n".join(lines)
+def task_of(options: argparse.Namespace) -> ProbeTask:
+    """The task that the options describe."""
+    choices: dict[str, Any] = {
+        name: value
+        for name in ("kind", "separator", "events", "group", "split", "pooling", "folds", "regularisation")
+        if (value := getattr(options, name)) is not None
+    }
+    choices |= {name: getattr(options, name) for name in ("threshold", "segment_seconds", "drop_rare", "seed")}
+    if options.label:
+        choices["label"] = options.label[0] if len(options.label) == 1 else tuple(options.label)
+    if options.split_values:
+        choices["train_values"], choices["test_values"] = (tuple(part.split(",")) for part in options.split_values)
+    wheres = []
+    for text in options.where:
+        column, equals, values = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--where: expected COLUMN=VALUE, got {text!r}")
+        wheres.append((column, tuple(values.split(","))))
+    choices["where"] = tuple(wheres)
+    if options.manifest is None:
+        return packaged_task(**choices)
+    return ProbeTask(manifest=options.manifest, **choices)
+
+
+def heads_of(options: argparse.Namespace, task: ProbeTask) -> list[str]:
+    if task.kind == "retrieval":
+        return ["cosine"]
+    heads = (options.head or DEFAULT_HEADS.get(task.kind, "linear,knn")).split(",")
+    for head in heads:
+        if head not in get_args(Head):
+            raise ConfigError(f"--head: expected some of {', '.join(get_args(Head))}, got {head!r}")
+    return heads
+
+
+def extract_all(
+    labels: LabelledClips, pair: dict[str, Any], layers: Sequence[int | None], task: ProbeTask, batch_size: int
+) -> Features:
+    """Features of every clip, with a progress bar."""
+    encoder = pair[ENCODER]
+    with tqdm(total=len(labels), desc="encoding", unit="clip") as bar:
+        return extract(
+            iterate_clips(labels.files, encoder.sampling_rate),
+            pair,
+            sampling_rate=encoder.sampling_rate,
+            hop=encoder.hop_size_in_ms / 1000,
+            layers=layers,
+            pooling=None if task.kind == "events" else task.pooling,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
 
 
 def run(options: argparse.Namespace) -> None:
     require_sklearn()
-    manifest, label, group = options.manifest, options.label, options.group
-    if manifest is None:
-        manifest = Path(str(resources.files("bestrq2.data").joinpath("tiny", "labels.csv")))
-        label, group = label or "domain", group or "item"
-    files, labels, groups, unlabelled = read_labels(manifest, label or "label", group)
-    source = open_source(options.run, heads=options.heads, hop_length=options.hop_length)
-    trained = assemble_encoder(source.config, source.weights, source.origin)
-    if options.layer is not None and not 0 <= options.layer < trained.depth:
-        raise ConfigError(f"--layer: expected 0..{trained.depth - 1}, got {options.layer}")
+    task = task_of(options)
+    heads = heads_of(options, task)
+    labels = read_clips(task)
+    encoder, untrained, origin = open_pair(options)
+    layers = chosen_layers(options, encoder)
     device = choose_device(options.device)
-    rows: dict[str, list[np.ndarray | Skip]] = {}
-    for name, encoder in ((ENCODER, trained), (RANDOM, untrained(source, options.seed))):
-        rows[name] = encoder_features(encoder.to(device), files, options.pooling, options.layer, options.batch_size)
-    rows[LOG_MEL] = log_mel_statistics(files, trained.sampling_rate)
-    usable = [i for i in range(len(files)) if not any(isinstance(values[i], Skip) for values in rows.values())]
-    for skip in (row for row in rows[ENCODER] if isinstance(row, Skip)):
+    pair = {ENCODER: encoder.to(device), RANDOM: untrained.to(device)}
+    features = extract_all(labels, pair, layers, task, options.batch_size)
+    for skip in features.skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
-    if not usable:
-        raise ConfigError(f"{manifest}: none of its {len(files)} files can be read")
-    task = make_task([labels[i] for i in usable], [groups[i] for i in usable], options.folds, options.seed)
-    features = {name: np.stack([np.asarray(values[i], np.float64) for i in usable]) for name, values in rows.items()}
-    counts = np.bincount(task.labels)
-    print(
-        f"{len(usable)} clips, {task.groups.max() + 1} groups, {task.folds.max() + 1} folds; "
-        f"classes: {', '.join(f'{name} {count}' for name, count in zip(task.classes, counts))}"
-    )
-    if unlabelled:
-        print(f"warning: {unlabelled} rows without a label left out", file=sys.stderr)
-    if group is None:
-        print(
-            "warning: no --group: clips of one recording may lie in training and test, and scores too high",
-            file=sys.stderr,
-        )
-    results, predictions = evaluate(features, task, options.regularisation)
-    print(report(results, task))
-    write(options, task, [files[i] for i in usable], results, predictions, source)
+    if not features.usable:
+        raise ConfigError(f"{task.path}: none of its {len(labels)} files can be read")
+    experiment = assemble(labels, features, task, float(encoder.hop_size_in_ms) / 1000)  # type: ignore[arg-type]
+    announce(experiment)
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    with tqdm(total=len(experiment.values) * len(heads), desc="probing", unit="head", leave=False) as bar:
+        for name in experiment.values:
+            outcomes[name] = {}
+            for head in heads:
+                outcomes[name][head] = experiment.probe(name, head)
+                bar.update()
+    print(report.text(outcomes, experiment))
+    if len(layers) > 1:
+        print("The best of several layers was chosen with the test clips: its score is too high by the choice.")
+    shown = {name: str(value) for name, value in vars(options).items() if value not in (None, [])}
+    written = report.write(options.out, outcomes, experiment, {**origin, "options": shown})
+    print(f"Written: {', '.join(map(str, written))}")
 
 
-def write(
-    options: argparse.Namespace,
-    task: Task,
-    files: list[AudioFile],
-    results: dict[str, Any],
-    predictions: Predictions,
-    source: Source,
-) -> None:
-    out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    document = {
-        "encoder": str(source.origin),
-        "step": source.step,
-        "options": {name: str(value) for name, value in vars(options).items() if value is not None},
-        "clips": len(files),
-        "groups": int(task.groups.max()) + 1,
-        "folds": int(task.folds.max()) + 1,
-        "classes": task.classes,
-        "chance": 1 / len(task.classes),
-        "results": results,
-    }
-    (out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
-    with (out / "predictions.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "fold", *(f"{name} {kind}" for name, kind in predictions)])
-        for i, item in enumerate(files):
-            guesses = [task.classes[values[i]] for values in predictions.values()]
-            writer.writerow([item.path, task.classes[task.labels[i]], task.folds[i], *guesses])
-    titles = {"linear": "encoder, linear probe", "knn": "encoder, nearest neighbours"}
-    matrices = {titles[kind]: confusion(predictions[ENCODER, kind], task) for kind in KINDS}
-    save_confusions(out / "confusion.png", matrices, task.classes)
-    print(f"Written: {out / 'results.json'}, {out / 'predictions.csv'}, {out / 'confusion.png'}")
+def announce(experiment: Experiment) -> None:
+    """What is tested, and what was left out of it."""
+    clips, task = experiment.clips, experiment.task
+    parts = [f"{len(clips)} clips", f"{clips.groups.max() + 1} groups"]
+    if clips.parts is not None:
+        sides = Counter(clips.parts.tolist())
+        names = ("in the gallery", "queries") if task.kind == "retrieval" else ("to train on", "to test on")
+        parts += [f"{sides[side]} {name}" for side, name in enumerate(names)]
+    elif experiment.rows is not None:
+        parts.append(f"{experiment.folds.max() + 1} folds")
+    if experiment.rows is not None and experiment.rows.hop:
+        parts.append(f"{len(experiment.rows.targets)} frames of {1000 * experiment.rows.hop:g} ms")
+    line = ", ".join(parts)
+    if task.kind not in ("regression", "retrieval"):
+        single = clips.targets.ndim == 1
+        counts = [
+            int((clips.targets == c).sum() if single else clips.targets[:, c].sum()) for c in range(len(clips.classes))
+        ]
+        line += f"; classes: {', '.join(f'{name} {count}' for name, count in zip(clips.classes, counts))}"
+    print(line)
+    for reason, count in clips.left_out.items():
+        print(f"warning: {count} rows {reason} left out", file=sys.stderr)
+    for warning in clips.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bestrq2.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="anything bestrq2.load opens")
-    parser.add_argument("manifest", type=Path, nargs="?", help="labelled clips (default: the 24 clips of the package)")
-    parser.add_argument("--label", help="column with the class (default: label)")
-    parser.add_argument("--group", help="column whose clips are never split (default: every clip stands alone)")
-    parser.add_argument("--out", type=Path, default=Path("probe"), help="output folder (default: probe)")
-    parser.add_argument("--folds", type=int, default=5, help="at most; no more than the groups of the rarest class")
-    parser.add_argument("--pooling", choices=("mean", "mean+std"), default="mean", help="over the frames of a clip")
-    parser.add_argument("--layer", type=int, help="output of this block (0 is the first) instead of the final one")
-    parser.add_argument(
-        "--regularisation", type=float, help="C of the logistic regression (default: chosen inside the training folds)"
+    add = parser.add_argument
+    add("encoder", metavar="ENCODER", help="anything bestrq2.load opens, an X-ARES encoder file, or module:name")
+    add("manifest", nargs="?", help="labelled clips (default: the 24 clips of the package)")
+    add("--kind", choices=get_args(ProbeKind), help="default: classification")
+    add("--label", action="append", help="column with the label; several for multilabel columns of 0 and 1")
+    add("--separator", help="between the labels of one multilabel cell (default: ';'); alone: none of the labels")
+    add("--events", help="table of events: path, onset, offset, label (seconds)")
+    add("--group", help="column whose clips are never split (default: every clip stands alone)")
+    add("--split", help="column that says which clips train and which test, instead of cross-validation")
+    add(
+        "--split-values",
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="values of --split (default: train test; for retrieval: gallery query); several separated by commas",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the folds and of the random initialisation")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--heads", type=int, help="attention heads of a published RUN that does not say them")
-    parser.add_argument(
-        "--hop-length", type=int, help="samples between frames of a published RUN that does not say them"
-    )
-    options = parser.parse_args(arguments)
+    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only such rows; several values by commas")
+    add("--drop-rare", action="store_true", help="leave out classes that too few groups have, instead of an error")
+    add("--head", help="some of linear,mlp,knn (default: linear,knn; linear for events)")
+    add("--regularisation", type=float, help="inverse L2 strength (default: chosen inside the training clips)")
+    add("--folds", type=int, help="at most, no more than the groups of the rarest class (default: 5); 0: one per group")
+    add("--pooling", choices=("mean", "mean+std"), help="over the frames of a clip (default: mean)")
+    add("--layers", default="final", help="all, or numbers of blocks (0 is the first) and final (default: final)")
+    add("--layer", type=int, help="the same as --layers with one number")
+    add("--threshold", type=float, default=0.5, help="above which a label counts as predicted (default: 0.5)")
+    add("--segment-seconds", type=float, default=1.0, help="of the segment-based F1 of events (default: 1)")
+    add("--out", type=Path, default=Path("probe"), help="output folder (default: probe)")
+    add("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
+    add("--seed", type=int, default=0, help="of folds, random initialisation, MLP and bootstrap")
+    add("--device", default="auto")
+    add("--heads", type=int, help="attention heads of a published ENCODER that does not say them")
+    add("--hop-length", type=int, help="samples between frames of a published ENCODER that does not say them")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     try:
-        if options.batch_size < 1 or (options.regularisation or 1) <= 0:
-            raise ConfigError("--batch-size and --regularisation: expected positive numbers")
+        if options.batch_size < 1:
+            raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
         run(options)
-    except (CheckpointError, ConfigError, ManifestError, OSError) as error:
+    except (CheckpointError, ConfigError, FeatureError, ManifestError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

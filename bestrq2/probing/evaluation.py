@@ -1,175 +1,211 @@
-"""Cross-validated probes and intervals. Nothing here knows about audio.
+"""From features and labels to out-of-fold scores and metrics with intervals. Nothing here knows about audio.
 
-Letters: N clips, D width of the features, C classes, K folds.
+Letters: N rows (clips, or frames of clips), D width of the features, C classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from bestrq2.config import ConfigError
-
-ProbeKind = Literal["linear", "knn"]
-NEIGHBOURS, TEMPERATURE = 10, 0.07  # as X-ARES
-STRENGTHS = (0.002, 0.02, 0.2, 2.0)
-
-
-def require_sklearn() -> Any:
-    """
-    Raises:
-        ConfigError: if scikit-learn is not installed, saying how to get it.
-    """
-    try:
-        import sklearn
-    except ImportError as error:
-        raise ConfigError("probes need scikit-learn: pip install 'bestrq2[probe]'") from error
-    return sklearn
+from . import metrics
+from .events import frame_labels, segment_decisions, segment_labels
+from .folds import NEVER, inner_folds
+from .heads import scores_of, standardise
+from .labels import LabelledClips
+from .metrics import Estimate, Values, estimate
+from .retrieval import rank, retrieval_values
+from .task import STRENGTHS, ProbeTask
 
 
-@dataclass(frozen=True)
-class Task:
-    """Labels to be predicted, and what must not be split between training and test.
+@dataclass
+class Rows:
+    """What heads are fitted to: one row per clip, or per frame.
 
     Attributes:
-        labels: ``(N,)`` int64 class of each clip.
-        groups: ``(N,)`` int64; clips of one group (speaker, recording, package) share a fold.
-        classes: names, by number.
-        folds: ``(N,)`` int64 fold in which a clip is tested.
+        targets: ``(N,)`` int64 or float64, or ``(N, C)`` bool.
+        groups, folds: ``(N,)`` int64.
+        classes: names.
+        clip: ``(N,)`` number of the clip.
+        hop: seconds per row, None when a row is a clip.
     """
 
-    labels: np.ndarray
+    targets: np.ndarray
     groups: np.ndarray
-    classes: list[str]
     folds: np.ndarray
+    classes: list[str]
+    clip: np.ndarray
+    hop: float | None = None
 
 
-def make_task(labels: Sequence[str], groups: Sequence[str], num_folds: int = 5, seed: int = 0) -> Task:
-    """Number classes and groups, and deal whole groups to stratified folds.
+@dataclass
+class Outcome:
+    """One head on one kind of features.
+
+    Attributes:
+        metrics: by name.
+        per_class: one row per class; empty for regression and retrieval.
+        scores: ``(N, C)`` of every row by heads that never saw its group; NaN where a row only trains.
+        strengths: regularisation used in each fold.
+    """
+
+    metrics: dict[str, Estimate]
+    per_class: list[dict[str, float | str]] = field(default_factory=list)
+    scores: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    strengths: list[float] = field(default_factory=list)
+
+
+def clip_rows(clips: LabelledClips, folds: np.ndarray) -> Rows:
+    return Rows(clips.targets, clips.groups, folds, clips.classes, np.arange(len(clips)))
+
+
+def frame_rows(clips: LabelledClips, folds: np.ndarray, num_frames: Sequence[int], hop: float) -> Rows:
+    """One row per frame of ``hop`` seconds; ``num_frames`` of every clip."""
+    labels = [frame_labels(rows, n, hop, len(clips.classes)) for rows, n in zip(clips.events, num_frames)]
+    clip = np.repeat(np.arange(len(clips)), num_frames)
+    return Rows(np.concatenate(labels), clips.groups[clip], folds[clip], clips.classes, clip, hop)
+
+
+def choose_strength(
+    head: str, features: np.ndarray, targets: np.ndarray, groups: np.ndarray, num_classes: int, whole: bool = True
+) -> float:
+    """The best of the head's ``STRENGTHS`` over 3 folds of whole groups inside the training set, or over the first of
+    them alone if not ``whole``: by balanced accuracy, mAP or squared error; the strongest regularisation among equals,
+    or one from the middle where a class has a single group."""
+    strengths = STRENGTHS[head]
+    inner = inner_folds(targets, groups, num_classes)
+    if inner is None:
+        return strengths[len(strengths) // 2]
+    parts = range(int(inner.max()) + 1) if whole else range(1)
+    tested = np.isin(inner, parts)
+    merits = np.zeros(len(strengths))
+    for number, strength in enumerate(strengths):
+        scores = np.zeros((len(targets), 1 if targets.dtype.kind == "f" else num_classes))
+        for part in parts:
+            train, test = standardise(features[inner != part], features[inner == part])
+            scores[inner == part] = scores_of(head, train, targets[inner != part], test, num_classes, strength)
+        merits[number] = _merit(scores[tested], targets[tested])
+    return strengths[int(np.argmax(np.round(np.nan_to_num(merits, nan=-np.inf), 9)))]
+
+
+def _merit(scores: np.ndarray, targets: np.ndarray) -> float:
+    if targets.dtype.kind == "f":
+        return -float(((scores[:, 0] - targets) ** 2).mean())
+    groups, one = np.zeros(len(targets), dtype=np.int64), np.ones((1, 1))
+    if targets.ndim == 2:
+        values = [metrics.average_precision(s, t, groups, one)[0] for s, t in zip(scores.T, targets.T) if t.any()]
+        return float(np.mean(values)) if values else 0.0
+    predicted = scores.argmax(1)
+    return float(np.mean([(predicted[targets == c] == c).mean() for c in np.unique(targets)]))
+
+
+def cross_validate(
+    features: np.ndarray, rows: Rows, head: str, regularisation: float | None = None, seed: int = 0
+) -> tuple[np.ndarray, list[float]]:
+    """Scores ``(N, C)`` of every row by heads trained on the other folds, NaN for rows that only train, and the
+    regularisation of each fold (chosen inside its training rows if None). Features ``(N, D)`` are standardised with
+    the statistics of the training rows."""
+    num_classes = len(rows.classes)
+    scores = np.full((len(features), 1 if rows.targets.dtype.kind == "f" else num_classes), np.nan)
+    strengths = []
+    for fold in np.unique(rows.folds[rows.folds != NEVER]):
+        test = rows.folds == fold
+        targets, strength = rows.targets[~test], regularisation
+        if head == "knn":
+            strength = 1.0  # not used
+        elif strength is None:
+            quick = head == "mlp" or rows.hop is not None
+            groups = rows.groups[~test]
+            strength = choose_strength(head, features[~test], targets, groups, num_classes, whole=not quick)
+        train, asked = standardise(features[~test], features[test])
+        scores[test] = scores_of(head, train, targets, asked, num_classes, strength, seed)
+        strengths.append(strength)
+    return scores, [] if head == "knn" else strengths
+
+
+def measure(scores: np.ndarray, rows: Rows, clips: LabelledClips, seconds: Sequence[float], task: ProbeTask) -> Outcome:
+    """Metrics of out-of-fold scores; ``seconds`` of every clip, for segments."""
+    tested = rows.folds != NEVER
+    groups = np.unique(rows.groups[tested], return_inverse=True)[1].astype(np.int64)
+    scores, targets = scores[tested], rows.targets[tested]
+    prefix = "" if rows.hop is None else "frame_"
+
+    def values(weights: np.ndarray) -> Values:
+        if targets.dtype.kind == "f":
+            return metrics.regression(scores[:, 0], targets, groups, weights)
+        if targets.ndim == 1:
+            return metrics.single_label(scores, targets, groups, weights)
+        return metrics.several_labels(scores, targets, groups, weights, task.threshold, prefix)
+
+    number = int(groups.max()) + 1
+    results = estimate(values, number, task.seed)
+    if targets.dtype.kind == "f":
+        return Outcome(results)
+    if targets.ndim == 1:
+        classes = np.arange(len(rows.classes))
+        truth, active = targets[:, None] == classes, scores.argmax(1)[:, None] == classes
+    else:
+        truth, active = targets, scores >= task.threshold
+    table = metrics.per_class(scores, truth, active, rows.classes)
+    if rows.hop is not None:
+        segments = _segments(active, rows.clip[tested], clips, seconds, rows.hop, task.segment_seconds)
+        # Clips of one group follow each other in neither order, so segments carry the group of their clip.
+        clip_groups = dict(zip(rows.clip[tested].tolist(), groups.tolist()))
+        segment_groups = np.array([clip_groups[int(c)] for c in segments[2]], dtype=np.int64)
+        results |= estimate(
+            lambda weights: metrics.f_scores(segments[0], segments[1], segment_groups, weights, "segment_"),
+            number,
+            task.seed,
+        )
+        for c, row in enumerate(table):
+            hits = int((segments[0][:, c] & segments[1][:, c]).sum())
+            both = int(segments[0][:, c].sum() + segments[1][:, c].sum())
+            row["segment_F1"] = 2 * hits / both if both else np.nan
+    return Outcome(results, table)
+
+
+def _segments(
+    active: np.ndarray, clip: np.ndarray, clips: LabelledClips, seconds: Sequence[float], hop: float, segment: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Decisions, truth ``(S, C)`` and clip ``(S,)`` of the segments of all tested clips."""
+    decisions, truth, origin = [], [], []
+    for number in np.unique(clip):
+        own = active[clip == number]
+        decisions.append(segment_decisions(own, hop, seconds[number], segment))
+        truth.append(segment_labels(clips.events[number], seconds[number], segment, active.shape[1]))
+        origin.append(np.full(len(truth[-1]), number))
+    return np.concatenate(decisions), np.concatenate(truth), np.concatenate(origin)
+
+
+def probe_features(
+    features: np.ndarray, rows: Rows, clips: LabelledClips, seconds: Sequence[float], task: ProbeTask, head: str
+) -> Outcome:
+    """Everything one head says about one kind of features ``(N, D)``."""
+    scores, strengths = cross_validate(features, rows, head, task.regularisation, task.seed)
+    outcome = measure(scores, rows, clips, seconds, task)
+    outcome.scores, outcome.strengths = scores, strengths
+    return outcome
+
+
+def probe_retrieval(features: np.ndarray, clips: LabelledClips, task: ProbeTask) -> Outcome:
+    """R@1, R@5 and mAP of pooled features ``(N, D)``; ``scores (Q, 5)`` are the per-query columns of
+    :func:`~bestrq2.probing.retrieval.rank`.
 
     Raises:
-        ConfigError: for fewer than two classes or folds, or a class with fewer than two groups, which can never be
-            trained on and tested at once.
+        ConfigError: if no query has a match in the gallery.
     """
-    require_sklearn()
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    classes, y = np.unique(np.asarray(labels), return_inverse=True)
-    _, g = np.unique(np.asarray(groups), return_inverse=True)
-    if len(classes) < 2:
-        raise ConfigError(f"expected at least two different labels, got {[str(name) for name in classes]}")
-    if num_folds < 2:
-        raise ConfigError(f"--folds: expected at least 2, got {num_folds}")
-    groups_of = [len(np.unique(g[y == c])) for c in range(len(classes))]
-    alone = [repr(str(name)) for name, count in zip(classes, groups_of) if count < 2]
-    if alone:
-        raise ConfigError(
-            f"labels {', '.join(alone)} occur in one group only, so they cannot be tested on clips from another; "
-            "choose other groups (--group) or leave these labels out"
-        )
-    splitter = StratifiedGroupKFold(min(num_folds, min(groups_of)), shuffle=True, random_state=seed)
-    folds = np.zeros(len(y), dtype=np.int64)
-    for number, (_, test) in enumerate(splitter.split(np.zeros(len(y)), y, g)):
-        folds[test] = number
-    return Task(y.astype(np.int64), g.astype(np.int64), [str(name) for name in classes], folds)
+    ranked = rank(features, clips, exclude_group=task.group is not None)
+    groups = np.unique(clips.groups[ranked["query"]], return_inverse=True)[1].astype(np.int64)
+    results = estimate(lambda weights: retrieval_values(ranked, groups, weights), int(groups.max()) + 1, task.seed)
+    return Outcome(results, scores=np.stack(list(ranked.values()), 1))
 
 
-def choose_regularisation(features: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float:
-    """C of the logistic regression by balanced accuracy over 3 folds of whole groups inside the training set: the best
-    of ``STRENGTHS``, the strongest regularisation among equals, or the third where a class has a single group."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    smallest = min(len(np.unique(groups[labels == c])) for c in np.unique(labels))
-    if smallest < 2:
-        return STRENGTHS[len(STRENGTHS) // 2]
-    hits = np.zeros((len(STRENGTHS), len(labels)), dtype=bool)
-    splitter = StratifiedGroupKFold(min(3, smallest), shuffle=True, random_state=0)
-    for train, test in splitter.split(features, labels, groups):
-        for number, strength in enumerate(STRENGTHS):
-            model = LogisticRegression(C=strength, max_iter=2000).fit(features[train], labels[train])
-            hits[number, test] = model.predict(features[test]) == labels[test]
-    scores = np.mean([hits[:, labels == c].mean(1) for c in np.unique(labels)], axis=0)
-    return STRENGTHS[int(scores.argmax())]
-
-
-def predict(features: np.ndarray, task: Task, kind: ProbeKind, regularisation: float | None = None) -> np.ndarray:
-    """Class of every clip, by a probe that was trained on the other folds.
-
-    Features are standardised with the statistics of the training folds. "linear" is logistic regression with inverse
-    strength ``regularisation`` (None: chosen inside the training folds); "knn" weighs the 10 nearest
-    training clips by exp(cosine / 0.07).
-
-    Args:
-        features: ``(N, D)``.
-
-    Returns:
-        ``(N,)`` int64.
-    """
-    require_sklearn()
-    from sklearn.linear_model import LogisticRegression
-
-    predicted = np.zeros(len(features), dtype=np.int64)
-    for fold in np.unique(task.folds):
-        test = task.folds == fold
-        mean, std = features[~test].mean(0), features[~test].std(0)
-        scaled = (features - mean) / np.where(std > 0, std, 1.0)
-        if kind == "linear":
-            strength = regularisation
-            if strength is None:
-                strength = choose_regularisation(scaled[~test], task.labels[~test], task.groups[~test])
-            model = LogisticRegression(C=strength, max_iter=2000).fit(scaled[~test], task.labels[~test])
-            predicted[test] = model.predict(scaled[test])
-        else:
-            predicted[test] = _neighbours(scaled[~test], task.labels[~test], scaled[test], len(task.classes))
-    return predicted
-
-
-def _neighbours(train: np.ndarray, labels: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
-    def unit(x: np.ndarray) -> np.ndarray:
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-    cosine = unit(test) @ unit(train).T
-    count = min(NEIGHBOURS, len(train))
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :count]
-    weight = np.exp(np.take_along_axis(cosine, nearest, 1) / TEMPERATURE)
-    votes = np.zeros((len(test), num_classes))
-    for neighbour in range(count):
-        votes[np.arange(len(test)), labels[nearest[:, neighbour]]] += weight[:, neighbour]
-    return votes.argmax(1)
-
-
-def balanced_accuracy(predicted: np.ndarray, task: Task) -> float:
-    """Mean recall over classes."""
-    return float(np.mean([(predicted[task.labels == c] == c).mean() for c in range(len(task.classes))]))
-
-
-def bootstrap(predicted: np.ndarray, task: Task, resamples: int = 2000, seed: int = 0) -> np.ndarray:
-    """Balanced accuracies of ``resamples`` tests whose groups were drawn with replacement, ``(resamples,)``.
-
-    Whole groups are drawn, because clips of one group fail together. The same seed draws the same groups, so that
-    differences between two probes are paired. A class that no drawn group has is left out of its mean.
-    """
-    num_groups, num_classes = int(task.groups.max()) + 1, len(task.classes)
-    correct = np.zeros((num_groups, num_classes))
-    total = np.zeros((num_groups, num_classes))
-    np.add.at(correct, (task.groups, task.labels), predicted == task.labels)
-    np.add.at(total, (task.groups, task.labels), 1.0)
-    draws = np.random.default_rng(seed).multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=resamples)
-    tested = draws @ total
-    with np.errstate(invalid="ignore"):
-        return np.nanmean(np.where(tested > 0, (draws @ correct) / np.maximum(tested, 1), np.nan), axis=1)
-
-
-def interval(samples: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval."""
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def confusion(predicted: np.ndarray, task: Task) -> np.ndarray:
-    """``(C, C)`` counts: true class by predicted class."""
-    matrix = np.zeros((len(task.classes), len(task.classes)), dtype=np.int64)
-    np.add.at(matrix, (task.labels, predicted), 1)
-    return matrix
+def chance(rows: Rows | None, outcome: Outcome) -> float:
+    """The main metric of scores that know nothing: one over the classes, the share of positives, of matches, or 0."""
+    if rows is None:
+        return float(outcome.scores[:, -1].mean())
+    if rows.targets.dtype.kind == "f":
+        return 0.0
+    if rows.targets.ndim == 1:
+        return 1 / len(rows.classes)
+    return float(np.mean(rows.targets[rows.folds != NEVER].mean(0)))

@@ -26,3 +26,25 @@ def save_confusions(path: Path, matrices: dict[str, np.ndarray], classes: list[s
                 axis.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def save_per_class(path: Path, bars: dict[str, list], chance: list, classes: list[str], title: str) -> None:
+    """Draw one value per class for every kind of features, with a tick where chance is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    place = np.arange(len(classes))
+    thickness = 0.8 / len(bars)
+    figure, axis = pyplot.subplots(figsize=(7, 1.5 + 0.5 * len(classes)), layout="constrained")
+    for number, (name, values) in enumerate(bars.items()):
+        offset = (number - (len(bars) - 1) / 2) * thickness
+        axis.barh(place + offset, np.nan_to_num(np.asarray(values, dtype=float)), thickness * 0.9, label=name)
+    axis.vlines(chance, place - 0.45, place + 0.45, color="black", linewidth=1.5, label="chance")
+    axis.set_yticks(place, classes)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), title=title)
+    axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ import torch
 
 from bestrq2 import probe
 from bestrq2.config import load_config
-from bestrq2.data import AudioFile
 from bestrq2.interchange.tensors import write_encoder_file
+from bestrq2.layers import LogMel
 from bestrq2.models import build_model
-from bestrq2.probing.features import log_mel_statistics, pool
+from bestrq2.probing.features import clip_statistics, frame_statistics, log_mel_frames, pool
 
 SMALL = ["model.front_end.mean=-47", "model.front_end.std=31", "model.encoder.depth=1", "model.encoder.width=64"]
 
@@ -45,10 +44,19 @@ def test_packaged_clips(encoder_file, tmp_path, capsys):
                 np.mean([row[f"{name} {kind}"] == label for row in rows if row["label"] == label])
                 for label in document["classes"]
             ]
-            value = entry[kind]
-            assert value["balanced_accuracy"] == pytest.approx(np.mean(recalls))
-            assert value["low"] <= value["balanced_accuracy"] <= value["high"]
-            assert f"{value['balanced_accuracy']:.3f} [" in printed
+            value = entry[kind]["balanced_accuracy"]
+            assert value["value"] == pytest.approx(np.mean(recalls))
+            assert value["low"] <= value["value"] <= value["high"]
+            assert f"{value['value']:.3f} [" in printed
+            assert ("encoder_minus_this" in value) == (name != "encoder")
+            assert [row["recall"] for row in entry[kind]["per_class"]] == pytest.approx(recalls)
+    own, other = (document["results"][name]["knn"]["mAP"] for name in ("encoder", "log-mel statistics"))
+    assert other["encoder_minus_this"]["value"] == pytest.approx(own["value"] - other["value"])
+    with (tmp_path / "out" / "results.csv").open() as file:
+        table = {(row["features"], row["head"], row["metric"]): row for row in csv.DictReader(file)}
+    assert len(table) == 3 * 2 * 4
+    for (name, head, metric), row in table.items():
+        assert float(row["value"]) == document["results"][name][head][metric]["value"]
     assert (tmp_path / "out" / "confusion.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -81,7 +89,7 @@ def test_own_manifest(encoder_file, tmp_path, capsys):
     assert "1 rows without a label" in printed.err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["clips"] == 12
-    assert all(entry["linear"]["balanced_accuracy"] == 1.0 for entry in results["results"].values())
+    assert all(entry["linear"]["balanced_accuracy"]["value"] == 1.0 for entry in results["results"].values())
     assert probe.main(arguments) == 0
     assert "no --group" in capsys.readouterr().err
     assert probe.main([*arguments, "--group", "singer"]) == 2
@@ -94,14 +102,20 @@ def test_without_sklearn(encoder_file, tmp_path, monkeypatch, capsys):
     assert "pip install 'bestrq2[probe]'" in capsys.readouterr().err
 
 
-def test_statistics_by_hand(tmp_path):
-    noise = 0.1 * np.random.default_rng(0).normal(size=16000)
-    soundfile.write(tmp_path / "a.wav", noise, 16000, subtype="FLOAT")
-    (row,) = log_mel_statistics([AudioFile(str(tmp_path / "a.wav"))])
-    from bestrq2 import LogMel
-
-    frames = LogMel(n_fft=1024, win_length=400, hop_length=160, num_mels=64)(torch.tensor(noise)[None])[0][0].numpy()
+def test_statistics_by_hand():
+    noise = 0.1 * np.random.default_rng(0).normal(size=16000).astype(np.float32)
+    log_mel = LogMel(n_fft=1024, win_length=400, hop_length=160, num_mels=64)
+    frames = log_mel(torch.from_numpy(noise)[None])[0][0].numpy()
+    rows = log_mel_frames(noise, log_mel)
     expected = [frames.mean(0), frames.std(0), [np.mean(np.abs(band[1:] - band[:-1])) for band in frames.T]]
-    np.testing.assert_allclose(row, np.concatenate(expected), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(clip_statistics(rows), np.concatenate(expected), rtol=1e-4, atol=1e-4)
+    # Frames of 40 ms: the 10 ms frames 4 .. 7 lie in the second. The last one of 101 lies behind 25 of them.
+    blocks = frame_statistics(rows, 25, 0.04)
+    second = frames[4:8]
+    change = np.abs(frames[4:8] - frames[3:7])
+    np.testing.assert_allclose(blocks[1], np.concatenate((second.mean(0), second.std(0), change.mean(0))), atol=1e-3)
+    # Frames of 4 ms: most have no 10 ms frame of their own and take the nearest.
+    fine = frame_statistics(rows, 250, 0.004)
+    np.testing.assert_allclose(fine[3, :64], frames[1], atol=1e-3)
+    np.testing.assert_allclose(fine[4, :64], frames[2], atol=1e-3)
     assert pool(frames, "mean+std").shape == (128,)
-    assert Path(tmp_path / "a.wav").exists()

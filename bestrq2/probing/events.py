@@ -1,0 +1,120 @@
+"""Labels with onset and offset: their table, and the grids of frames and segments they are scored on.
+
+A frame i of hop h covers the seconds ``i h .. (i + 1) h``. It has a label if its centre lies in an event; an event that
+covers no centre marks the frame its own middle lies in, so that none disappears on a coarse grid.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, isfinite
+from pathlib import Path
+
+import numpy as np
+
+from bestrq2.data import AudioFile, ManifestError
+
+_COLUMNS = {
+    "path": ("path", "audio_filepath", "file", "filename"),
+    "onset": ("onset", "start"),
+    "offset": ("offset", "end"),
+    "label": ("label", "event_label"),
+}
+
+
+@dataclass
+class EventTable:
+    """``of_clip``: of every clip ``(E, 3)`` rows of onset, offset (seconds) and class."""
+
+    classes: list[str]
+    of_clip: list[np.ndarray]
+    warnings: list[str]
+
+
+def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manifest: Path) -> EventTable:
+    """Events of the clips, from a CSV or TSV table with columns path (or file, filename), onset (or start), offset (or
+    end) and label (or event_label).
+
+    Paths are relative to the table's folder, or to the manifest's, or absolute. A row without onset, offset and label
+    says that a clip has no event, as does the absence of rows.
+
+    Raises:
+        ManifestError: for a missing column, a row that is no event, or a table none of whose paths is in the manifest.
+        OSError: if it cannot be read.
+    """
+    source = Path(table)
+    number = {os.path.abspath(file.path): i for i, file in enumerate(files)}
+    found: list[list[tuple[float, float, str]]] = [[] for _ in files]
+    foreign = rows = 0
+    with source.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, delimiter="\t" if source.suffix.lower() == ".tsv" else ",")
+        header = list(reader.fieldnames or [])
+        names = {}
+        for column, choices in _COLUMNS.items():
+            names[column] = next((name for name in choices if name in header), "")
+            if not names[column]:
+                raise ManifestError(f"{source}: no column {column!r} (or {', '.join(choices[1:])}), only {header}")
+        for row in reader:
+            rows += 1
+            path = row[names["path"]] or ""
+            places = (os.path.abspath(os.path.join(folder, path)) for folder in (source.parent, manifest.parent))
+            clip = next((number[place] for place in places if place in number), None)
+            event = _event(f"{source}:{reader.line_num}", *(row[names[name]] for name in ("onset", "offset", "label")))
+            if clip is None:
+                foreign += 1
+            elif event is not None:
+                found[clip].append(event)
+    classes = sorted({label for events in found for _, _, label in events})
+    if not classes:
+        raise ManifestError(f"{source}: none of its {rows} rows is an event of a clip in {manifest}")
+    of_clip = [
+        np.array([(on, off, classes.index(label)) for on, off, label in events], dtype=np.float64).reshape(-1, 3)
+        for events in found
+    ]
+    return EventTable(classes, of_clip, [f"{foreign} events of files that the manifest lacks"] if foreign else [])
+
+
+def _event(where: str, onset: str | None, offset: str | None, label: str | None) -> tuple[float, float, str] | None:
+    cells = [(cell or "").strip() for cell in (onset, offset, label)]
+    if not any(cells):
+        return None
+    try:
+        begin, end = float(cells[0]), float(cells[1])
+    except ValueError as error:
+        raise ManifestError(f"{where}: onset and offset must be seconds, got {cells[0]!r} and {cells[1]!r}") from error
+    if not (isfinite(begin) and isfinite(end) and 0 <= begin < end and cells[2]):
+        raise ManifestError(f"{where}: expected 0 <= onset < offset and a label, got {cells}")
+    return begin, end, cells[2]
+
+
+def frame_labels(events: np.ndarray, num_frames: int, hop: float, num_classes: int) -> np.ndarray:
+    """``(E, 3)`` events -> ``(T, C)`` bool for frames of ``hop`` seconds. What lies behind the last frame is lost."""
+    labels = np.zeros((num_frames, num_classes), dtype=bool)
+    for onset, offset, number in events:
+        first, last = ceil(onset / hop - 0.5), ceil(offset / hop - 0.5)  # centres in onset <= t < offset
+        if first >= last:
+            first = int((onset + offset) / 2 / hop)
+            last = first + 1
+        labels[first:last, int(number)] = True
+    return labels
+
+
+def segment_labels(events: np.ndarray, seconds: float, segment: float, num_classes: int) -> np.ndarray:
+    """``(S, C)`` bool: whether any part of an event lies in the segment. The last segment may be shorter."""
+    labels = np.zeros((num_segments(seconds, segment), num_classes), dtype=bool)
+    for onset, offset, number in events:
+        labels[int(onset / segment) : ceil(offset / segment), int(number)] = True
+    return labels
+
+
+def segment_decisions(active: np.ndarray, hop: float, seconds: float, segment: float) -> np.ndarray:
+    """``(T, C)`` decisions on frames -> ``(S, C)``: whether any frame whose centre lies in the segment is active."""
+    decisions = np.zeros((num_segments(seconds, segment), active.shape[1]), dtype=bool)
+    place = ((np.arange(len(active)) + 0.5) * hop / segment).astype(np.int64).clip(max=len(decisions) - 1)
+    np.logical_or.at(decisions, place, active)
+    return decisions
+
+
+def num_segments(seconds: float, segment: float) -> int:
+    return max(1, ceil(round(seconds / segment, 6)))

@@ -1,0 +1,188 @@
+"""What is fitted to frozen features. Everything here sees training features and labels, and test features alone.
+
+Every head gives scores: class probabilities ``(N, C)`` for single labels, one probability per label ``(N, C)`` for
+several, the number ``(N, 1)`` for regression. Targets decide which: int64 ``(N,)``, bool ``(N, C)``, float64 ``(N,)``.
+
+Letters: N clips or frames, D width of the features, C classes.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bestrq2.config import ConfigError
+
+NEIGHBOURS, TEMPERATURE = 10, 0.07  # as X-ARES
+HIDDEN = 256
+MLP_STEPS, MLP_BATCH, MLP_RATE = 200, 128, 3e-3
+_BLOCK = 1024  # test rows compared with all training rows at once
+
+
+def require_sklearn() -> Any:
+    """
+    Raises:
+        ConfigError: if scikit-learn is not installed, saying how to get it.
+    """
+    try:
+        import sklearn
+    except ImportError as error:
+        raise ConfigError("probes need scikit-learn: pip install 'bestrq2[probe]'") from error
+    return sklearn
+
+
+def standardise(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both with the mean and deviation of the training rows; columns that do not vary there become 0."""
+    mean, std = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
+    varies = std > 1e-7 * np.abs(mean)  # below, it is float32 rounding of a constant
+    scale = np.where(varies, 1 / np.where(varies, std, 1.0), 0.0).astype(train.dtype)
+    mean = mean.astype(train.dtype)
+    return (train - mean) * scale, (test - mean) * scale
+
+
+def scores_of(
+    head: str,
+    train: np.ndarray,
+    targets: np.ndarray,
+    test: np.ndarray,
+    num_classes: int,
+    strength: float,
+    seed: int = 0,
+) -> np.ndarray:
+    """Fit ``head`` to standardised features and score the test rows.
+
+    Args:
+        train, test: ``(N, D)``.
+        targets: of the training rows; classes that have none get the score 0.
+        strength: inverse of the L2 penalty: the loss summed over N rows, plus ``|w|^2 / (2 strength)``.
+
+    Returns:
+        ``(N_test, C)`` float64, or ``(N_test, 1)``.
+    """
+    if targets.ndim == 1 and targets.dtype.kind != "f" and len(np.unique(targets)) == 1:
+        return np.eye(num_classes)[np.full(len(test), targets[0])]
+    if head == "knn":
+        return _neighbours(train, targets, test, num_classes)
+    if head == "mlp":
+        return _mlp(train, targets, test, num_classes, strength, seed)
+    if targets.ndim == 2:
+        return _sigmoids(train, targets, test, strength)
+    if targets.dtype.kind == "f":
+        from sklearn.linear_model import Ridge
+
+        return Ridge(alpha=1 / strength).fit(train, targets).predict(test)[:, None]
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 2000 iterations are enough for a probe
+        model = LogisticRegression(C=strength, max_iter=2000).fit(train, targets)
+    scores = np.zeros((len(test), num_classes))
+    scores[:, model.classes_] = model.predict_proba(test)
+    return scores
+
+
+def _neighbours(train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
+    """The 10 nearest training rows, weighted by exp(cosine / 0.07)."""
+    if targets.ndim == 2:
+        values = targets.astype(np.float64)
+    else:
+        values = targets[:, None] if targets.dtype.kind == "f" else np.eye(num_classes)[targets]
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+    known, asked = unit(train), unit(test)
+    scores = np.zeros((len(test), values.shape[1]))
+    for start in range(0, len(test), _BLOCK):
+        cosine = asked[start : start + _BLOCK] @ known.T
+        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS]
+        weight = np.exp((np.take_along_axis(cosine, nearest, 1) - 1) / TEMPERATURE)
+        scores[start : start + _BLOCK] = (weight[..., None] * values[nearest]).sum(1) / weight.sum(1, keepdims=True)
+    return scores
+
+
+def _sigmoids(train: np.ndarray, targets: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
+    """Logistic regression for every label at once: their objectives share nothing, so one L-BFGS minimises the sum."""
+    x, y = torch.from_numpy(np.ascontiguousarray(train)), torch.from_numpy(targets.astype(train.dtype))
+    share = targets.mean(0)
+    mixed = (share > 0) & (share < 1)
+    weight = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, requires_grad=True)
+    share = share.clip(1e-6, 1 - 1e-6)
+    bias = torch.tensor(np.log(share / (1 - share)), dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=200, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+    columns = torch.from_numpy(mixed)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = (x @ weight + bias)[:, columns]
+        # Divided by N, so that the tolerance means the same for any amount of data.
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[:, columns], reduction="sum")
+        loss = (loss + weight[:, columns].square().sum() / (2 * strength)) / len(x)
+        loss.backward()
+        return loss
+
+    if mixed.any():
+        with torch.enable_grad():
+            optimizer.step(closure)
+    with torch.no_grad():
+        scores = torch.sigmoid(torch.from_numpy(test) @ weight + bias).double().numpy()
+    scores[:, ~mixed] = share[~mixed].round()
+    return scores
+
+
+def _mlp(
+    train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_classes: int, strength: float, seed: int
+) -> np.ndarray:
+    """One hidden layer of 256 ReLUs by Adam with a cosine schedule: 200 steps of 128 rows, or 3 passes if more."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.from_numpy(np.ascontiguousarray(train, dtype=np.float32))
+    single, regression = targets.ndim == 1, targets.dtype.kind == "f"
+    mean, scale = (float(targets.mean()), float(targets.std()) or 1.0) if regression else (0.0, 1.0)
+    y = torch.from_numpy((targets - mean) / scale if regression else targets)
+    y = y.float()[:, None] if regression else y.long() if single else y.float()
+    width = 1 if regression else num_classes
+
+    def uniform(rows: int, columns: int) -> Tensor:
+        return ((torch.rand(rows, columns, generator=generator) * 2 - 1) / rows**0.5).requires_grad_()
+
+    parameters = [uniform(x.shape[1], HIDDEN), torch.zeros(HIDDEN, requires_grad=True)]
+    parameters += [uniform(HIDDEN, width), torch.zeros(width, requires_grad=True)]
+    batch = min(MLP_BATCH, len(x))
+    steps = max(MLP_STEPS, 3 * len(x) // batch)
+    optimizer = torch.optim.Adam(parameters)
+
+    def forward(rows: Tensor) -> Tensor:
+        return torch.relu(rows @ parameters[0] + parameters[1]) @ parameters[2] + parameters[3]
+
+    order = torch.empty(0, dtype=torch.int64)
+    with torch.enable_grad():
+        for step in range(steps):
+            if len(order) < batch:
+                order = torch.cat((order, torch.randperm(len(x), generator=generator)))
+            rows, order = order[:batch], order[batch:]
+            output = forward(x[rows])
+            if regression:
+                loss = (output - y[rows]).square().mean() / 2
+            elif single:
+                loss = torch.nn.functional.cross_entropy(output, y[rows])
+            else:
+                loss = (
+                    torch.nn.functional.binary_cross_entropy_with_logits(output, y[rows], reduction="none")
+                    .sum(1)
+                    .mean()
+                )
+            penalty = sum(weight.square().sum() for weight in parameters[::2]) / (2 * strength * len(x))
+            optimizer.zero_grad()
+            (loss + penalty).backward()
+            optimizer.param_groups[0]["lr"] = MLP_RATE * (1 + np.cos(np.pi * step / steps)) / 2
+            optimizer.step()
+    with torch.no_grad():
+        output = forward(torch.from_numpy(np.ascontiguousarray(test, dtype=np.float32))).double()
+    if regression:
+        return (output * scale + mean).numpy()
+    return (output.softmax(1) if single else output.sigmoid()).numpy()

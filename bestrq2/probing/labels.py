@@ -1,0 +1,243 @@
+"""Labels of clips from a manifest. What cannot be used is counted by reason, never dropped in silence.
+
+Letters: N clips, C classes.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite, isnan
+from typing import Any
+
+import numpy as np
+
+from bestrq2.config import ConfigError
+from bestrq2.data import AudioFile, ManifestError
+from bestrq2.data.manifest import read_rows
+
+from .events import read_events
+from .task import ProbeTask
+
+TRAIN, TEST = 0, 1  # of a fixed split: gallery and queries in retrieval
+_YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
+
+
+@dataclass
+class LabelledClips:
+    """
+    Attributes:
+        files: N of them.
+        targets: classification and retrieval ``(N,)`` int64 class; multilabel and events ``(N, C)`` bool, for events
+            whether the class occurs; regression ``(N,)`` float64.
+        classes: names, by number; empty for regression.
+        groups: ``(N,)`` int64.
+        parts: ``(N,)`` TRAIN or TEST, or None for cross-validation.
+        events: of every clip ``(E, 3)`` float64 rows (onset, offset, class); empty unless the kind is "events".
+        left_out: rows that are not here, by reason.
+        warnings: what is doubtful about those that are.
+    """
+
+    files: list[AudioFile]
+    targets: np.ndarray
+    classes: list[str]
+    groups: np.ndarray
+    parts: np.ndarray | None = None
+    events: list[np.ndarray] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, kept: Sequence[int] | np.ndarray) -> "LabelledClips":
+        """Those clips alone, groups numbered anew."""
+        kept = np.asarray(kept, dtype=np.int64)
+        return replace(
+            self,
+            files=[self.files[i] for i in kept],
+            targets=self.targets[kept],
+            groups=np.unique(self.groups[kept], return_inverse=True)[1].astype(np.int64),
+            parts=None if self.parts is None else self.parts[kept],
+            left_out=self.left_out.copy(),
+            warnings=list(self.warnings),
+            events=[self.events[i] for i in kept] if self.events else [],
+        )
+
+
+def read_clips(task: ProbeTask) -> LabelledClips:
+    """Read the manifest of a task.
+
+    Raises:
+        ManifestError: for a missing column, a group that is not given, a label that is none, or no usable row.
+        ConfigError: for labels that no probe can be trained on and tested.
+        OSError: if a file cannot be read.
+    """
+    rows = read_rows(task.path)
+    known = dict.fromkeys(name for _, row in rows for name in row)
+    columns = [*(task.label_columns if task.kind != "events" else ()), task.group, task.split]
+    for column in [*filter(None, columns), *(name for name, _ in task.where)]:
+        if column not in known:
+            raise ManifestError(f"{task.path}: no column {column!r}; its columns are {list(known)}")
+    left_out: Counter[str] = Counter()
+    files, values, groups, parts = [], [], [], []
+    for file, row in rows:
+        if any(str(row.get(name)) not in allowed for name, allowed in task.where):
+            left_out["outside of --where"] += 1
+            continue
+        part = _part(task, row, left_out)
+        if part is None:
+            continue
+        value = _value(task, file, row)
+        if value is None:
+            left_out["without a label" if task.kind != "regression" else "without a finite number"] += 1
+            continue
+        if task.group and _missing(row.get(task.group)):
+            raise ManifestError(
+                f"{task.path}: {file.path} has no {task.group!r}, so nothing says which clips belong with it"
+            )
+        files.append(file)
+        values.append(value)
+        groups.append(str(row[task.group]) if task.group else file.path)
+        parts.append(part)
+    if not files:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise ManifestError(f"{task.path}: no row can be used: {reasons}")
+    numbers = np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+    clips = LabelledClips(files, np.zeros(0), [], numbers, np.asarray(parts) if task.split else None)
+    clips.left_out = left_out
+    _set_targets(clips, task, values)
+    if task.group is None and task.kind != "retrieval" and not task.split:
+        clips.warnings.append("no --group: clips of one recording may lie in training and test, and scores too high")
+    if clips.parts is not None and task.group and task.kind != "retrieval":
+        shared = set(clips.groups[clips.parts == TRAIN]) & set(clips.groups[clips.parts == TEST])
+        if shared:
+            clips.warnings.append(f"{len(shared)} groups have clips in training and in test")
+    return clips
+
+
+def _missing(value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and isnan(value))
+    )
+
+
+def _part(task: ProbeTask, row: dict[str, Any], left_out: Counter[str]) -> int | None:
+    if not task.split:
+        return TEST
+    retrieval = task.kind == "retrieval"
+    value = "" if _missing(row.get(task.split)) else str(row[task.split])
+    if value in (task.train_values or (("gallery",) if retrieval else ("train",))):
+        return TRAIN
+    if value in (task.test_values or (("query",) if retrieval else ("test",))):
+        return TEST
+    left_out[f"with {task.split} {value!r}"] += 1
+    return None
+
+
+def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
+    """The label of a row in the form of its kind, or None where there is none."""
+    cells = [row.get(name) for name in task.label_columns]
+    if task.kind == "events":
+        return ()
+    if any(_missing(cell) for cell in cells):
+        return None
+    if task.kind == "regression":
+        try:
+            number = float(cells[0])  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ManifestError(f"{task.path}: {file.path}: {task.label!r} is no number: {cells[0]!r}") from error
+        return number if isfinite(number) else None
+    if task.kind != "multilabel":
+        return str(cells[0])
+    if len(cells) == 1:
+        parts = cells[0] if isinstance(cells[0], list) else str(cells[0]).split(task.separator)
+        return sorted({str(part).strip() for part in parts if str(part).strip()})
+    chosen = []
+    for name, cell in zip(task.label_columns, cells):
+        text = str(cell).strip().lower()
+        if text not in _YES | _NO:
+            raise ManifestError(f"{task.path}: {file.path}: expected 0 or 1 in column {name!r}, got {cell!r}")
+        if text in _YES:
+            chosen.append(name)
+    return chosen
+
+
+def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> None:
+    if task.kind == "regression":
+        clips.targets = np.asarray(values, dtype=np.float64)
+        return
+    if task.kind in ("classification", "retrieval"):
+        names, numbers = np.unique(np.asarray(values), return_inverse=True)
+        clips.classes, clips.targets = [str(name) for name in names], numbers.astype(np.int64)
+        return
+    if task.kind == "events":
+        assert task.events is not None
+        found = read_events(task.events, clips.files, task.path)
+        clips.classes, clips.events = found.classes, found.of_clip
+        clips.warnings += found.warnings
+        values = [sorted({clips.classes[int(c)] for c in rows[:, 2]}) for rows in clips.events]
+    else:
+        clips.classes = (
+            list(task.label_columns) if len(task.label_columns) > 1 else sorted({v for x in values for v in x})
+        )
+    number = {name: i for i, name in enumerate(clips.classes)}
+    clips.targets = np.zeros((len(values), len(clips.classes)), dtype=bool)
+    for row, chosen in enumerate(values):
+        clips.targets[row, [number[name] for name in chosen]] = True
+
+
+def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.ndarray]:
+    """The clips that a probe can be trained on and tested with, after those that cannot be read were left out.
+
+    A class can be tested if it occurs in at least two groups, or, with a fixed split, in training and in test.
+    Multi-label classes that cannot are left out as classes, their clips stay.
+
+    Returns:
+        the clips, and their numbers among those given.
+
+    Raises:
+        ConfigError: if too little remains, or single labels cannot be tested and ``drop_rare`` is not set.
+    """
+    everything = np.arange(len(clips))
+    if task.kind == "retrieval":
+        return clips, everything
+    if task.kind == "regression":
+        if np.ptp(clips.targets) == 0:
+            raise ConfigError(f"{task.path}: every {task.label!r} is {clips.targets[0]:g}: there is nothing to predict")
+        return clips, everything
+    single = task.kind == "classification"
+    has = clips.targets[:, None] == np.arange(len(clips.classes)) if single else clips.targets
+    testable = np.array([_testable(clips, has[:, c]) for c in range(len(clips.classes))], dtype=bool)
+    gone = [name for name, fine in zip(clips.classes, testable) if not fine]
+    where = "training and test" if clips.parts is not None else "two groups"
+    if gone and single and not task.drop_rare:
+        raise ConfigError(
+            f"labels {', '.join(map(repr, gone))} do not occur in {where}, so they cannot be tested on clips from "
+            "elsewhere; choose other groups (--group) or leave these labels out (--drop-rare)"
+        )
+    if gone:
+        clips.warnings.append(f"classes left out because they do not occur in {where}: {', '.join(gone)}")
+    if testable.sum() < (2 if single else 1):
+        expected = "two different labels" if single else "one label"
+        raise ConfigError(f"expected at least {expected} that can be tested, got {clips.classes} without {gone}")
+    renumber = np.cumsum(testable) - 1
+    if single:
+        numbers = np.flatnonzero(testable[clips.targets])
+        kept = clips.take(numbers)
+        if len(kept) < len(clips):
+            kept.left_out["of classes that are too rare"] += len(clips) - len(kept)
+        kept.targets = renumber[kept.targets].astype(np.int64)
+    else:
+        numbers, kept = everything, clips.take(everything)
+        kept.targets = clips.targets[:, testable]
+        kept.events = [rows[testable[rows[:, 2].astype(int)]].copy() for rows in clips.events]
+        for rows in kept.events:
+            rows[:, 2] = renumber[rows[:, 2].astype(int)]
+    kept.classes = [name for name, fine in zip(clips.classes, testable) if fine]
+    return kept, numbers
+
+
+def _testable(clips: LabelledClips, has: np.ndarray) -> bool:
+    if clips.parts is None:
+        return len(np.unique(clips.groups[has])) >= 2
+    return all(bool(has[clips.parts == part].any()) for part in (TRAIN, TEST))
