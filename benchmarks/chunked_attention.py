@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ _TENSORS = ("query", "key", "value", "position", "content_bias", "position_bias"
 _MOST_BYTES = 6 * 2**30  # the materialised forms keep about six (B, H, T, 2T) tensors between forward and backward
 
 
-def _options(case: Case) -> dict[str, int | None]:
+def _options(case: Case) -> dict[str, Any]:
     return {name: case.inputs[name] for name in ("chunk_size", "left_context", "right_context")}
 
 
@@ -62,21 +63,23 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         raise ValueError(f"chunked_attention: a shape reads like {_JUDGED} or {_FULL}, got {shape!r}")
     batch, heads, frames, dim = (int(number) for number in match.groups()[:4])
     chunk, left, right = (None, None, 0) if match[5] is None else (int(match[i]) for i in (5, 6, 7))
-    make = {"dtype": dtype, "device": device}
-    inputs: dict[str, object] = {
-        name: seeded(batch, frames, heads, dim, seed=i, **make).transpose(1, 2).requires_grad_()
+
+    def make(*size: int, seed: int) -> Tensor:
+        return seeded(*size, dtype=dtype, device=device, seed=seed)
+
+    inputs: dict[str, Any] = {
+        name: make(batch, frames, heads, dim, seed=i).transpose(1, 2).requires_grad_()
         for i, name in enumerate(_TENSORS[:3])
     }
-    inputs["position"] = seeded(heads, 2 * frames - 1, dim, seed=3, **make).requires_grad_()
+    inputs["position"] = make(heads, 2 * frames - 1, dim, seed=3).requires_grad_()
     for i, name in enumerate(_TENSORS[4:]):
-        inputs[name] = seeded(heads, dim, seed=4 + i, **make).requires_grad_()
+        inputs[name] = make(heads, dim, seed=4 + i).requires_grad_()
     inputs |= {"chunk_size": chunk, "left_context": left, "right_context": right}
     from bestrq2.ops import ChunkLayout
 
     pairs = float(ChunkLayout(chunk, left, right).mask(frames).sum()) * batch * heads
-    product = (
-        2.0 * pairs * dim
-    )  # each visible pair: content, position and value forward; five of the like backward more
+    # Each visible pair: content, position and value forward; backward eight, position and content scores among them.
+    product = 2.0 * pairs * dim
     tensor = batch * heads * frames * dim * dtype.itemsize
     # On a CPU all sums are fp32, whatever the inputs.
     arithmetic = "float32" if device.type == "cpu" else str(dtype).removeprefix("torch.")
@@ -89,7 +92,7 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         work=Work(flops=3 * product, bytes=4 * tensor, arithmetic=arithmetic),
         backward_work=Work(flops=8 * product, bytes=8 * tensor, arithmetic=arithmetic),
         differentiable=_TENSORS,
-        upstream=seeded(batch, heads, frames, dim, seed=9, **make),
+        upstream=make(batch, heads, frames, dim, seed=9),
         gold=_gold,
     )
 
@@ -102,12 +105,13 @@ def _gold(case: Case) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     for b in range(batch):
         for h in range(heads):
-            tensors = {}
+            tensors: dict[str, Any] = {}
             for name in _TENSORS:
                 x = case.inputs[name].detach()
                 part = x[b : b + 1, h : h + 1] if x.dim() == 4 else x[h : h + 1]
                 tensors[name] = part.double().requires_grad_()
             out = ops.reference.chunked_attention(**tensors, **_options(case))
+            assert case.upstream is not None
             upstream = case.upstream[b : b + 1, h : h + 1].double()
             gradients = torch.autograd.grad(out, list(tensors.values()), upstream)
             parts = {"out": out.detach(), **{f"grad {name}": x for name, x in zip(_TENSORS, gradients)}}

@@ -13,12 +13,19 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import Case, Provider, Skip, Work, seeded
+
+if TYPE_CHECKING:
+    from bestrq2.layers.conformer import Conformer, ConformerBlock
+    from bestrq2.layers.conformer_attention import RelativeAttention
+    from bestrq2.layers.conformer_convolution import ConvMode
+    from bestrq2.ops import ChunkLayout
 
 OP = "encode"
 BASELINE = "SpeechBrain, materialised"
@@ -44,7 +51,7 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         raise ValueError(f"encode: a shape reads like {QUICK_SHAPES[0]} or {SHAPES['cpu'][0]}, got {shape!r}")
     batch, frames, width, heads, depth = (int(number) for number in match.groups()[:5])
     layout = ChunkLayout() if match[6] is None else ChunkLayout(int(match[6]), int(match[7]))
-    mode = "full" if layout.chunk_size is None else "chunk"
+    mode: ConvMode = "full" if layout.chunk_size is None else "chunk"
     settings = ConformerSettings(
         width, depth, heads, 4 * width, _KERNEL, mode, dropout=0.0, symmetric_positions=True, scale_by_width=True
     )
@@ -52,7 +59,9 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     for number, parameter in enumerate(model.parameters()):
         if parameter.dim() > 1:
             fan = parameter[0].numel()
-            parameter.copy_(seeded(*parameter.shape, dtype=torch.float32, device="cpu", seed=number, scale=fan**-0.5))
+            parameter.copy_(
+                seeded(*parameter.shape, dtype=torch.float32, device=torch.device("cpu"), seed=number, scale=fan**-0.5)
+            )
     model = model.to(device, dtype)
     keys = float(layout.mask(frames).sum()) / frames
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
@@ -97,7 +106,7 @@ def _fits(case: Case) -> None:
         raise Skip(f"its T x T tensors would need more than {_MOST_BYTES / 2**30:.0f} GiB")
 
 
-def _attention(attn: torch.nn.Module, x: Tensor, table: Tensor, visible: Tensor) -> Tensor:
+def _attention(attn: RelativeAttention, x: Tensor, table: Tensor, visible: Tensor) -> Tensor:
     """SpeechBrain's formula: both score matrices in full, relative shift by pad and view, mask, fp32 softmax."""
     batch, frames, width = x.shape
     heads = attn.heads
@@ -111,19 +120,26 @@ def _attention(attn: torch.nn.Module, x: Tensor, table: Tensor, visible: Tensor)
     return attn.proj((weights @ value).transpose(1, 2).reshape(batch, frames, width))
 
 
-def _dense(model: torch.nn.Module, x: Tensor, visible: Tensor, layout: object) -> Tensor:
+def _dense(model: Conformer, x: Tensor, visible: Tensor, layout: ChunkLayout) -> Tensor:
     from bestrq2.layers.conformer_attention import FrameGrid, relative_sinusoids
 
     frames = x.shape[1]
     grid = FrameGrid(frames)
     # From offset T - 1 (the farthest past) down to 1 - T, as the shift expects.
     table = relative_sinusoids(1 - frames, frames - 1, x.shape[2], True, x.device).flip(0).to(x.dtype)
-    for block in model.blocks:
+    for block in map(_block, model.blocks):
         x = x + 0.5 * block.ff1(x)
         x = x + _attention(block.attn, block.attn_norm(x), table, visible)
         x = x + block.conv(x, grid, layout, None)
         x = block.norm(x + 0.5 * block.ff2(x))
     return model.norm(x)
+
+
+def _block(module: torch.nn.Module) -> ConformerBlock:
+    from bestrq2.layers.conformer import ConformerBlock
+
+    assert isinstance(module, ConformerBlock)
+    return module
 
 
 def _speechbrain(case: Case) -> Callable[[], Tensor]:
