@@ -30,15 +30,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import ManifestError, iterate_clips
-from bestrq2.interchange.opening import open_source
-from bestrq2.interchange.tensors import assemble_encoder
-from bestrq2.models import build_encoder
+from bestrq2.embed import parse_layers
+from bestrq2.interchange import open_encoder, open_source
+from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
 from bestrq2.probing import report
 from bestrq2.probing.assembly import Experiment, assemble
 from bestrq2.probing.evaluation import Outcome
@@ -46,20 +45,18 @@ from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, ex
 from bestrq2.probing.heads import require_sklearn
 from bestrq2.probing.labels import LabelledClips, read_clips
 from bestrq2.probing.task import Head, ProbeKind, ProbeTask, packaged_task
-from bestrq2.training.embedding_cache import open_frozen
 from bestrq2.training.hardware import choose_device
 
 DEFAULT_HEADS = {"retrieval": "cosine", "events": "linear"}
 
 
-def open_pair(options: argparse.Namespace) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+def open_pair(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The encoder, the same before training, and what the report says about them."""
-    source = options.encoder
-    if source.endswith(".py") or (":" in source and not Path(source).exists()):
-        encoder = open_frozen(source)
-        return encoder, untrained_copy(encoder, options.seed), {"encoder": source, "step": 0}
-    opened = open_source(source, heads=options.heads, hop_length=options.hop_length)
-    encoder = assemble_encoder(opened.config, opened.weights, opened.origin)
+    hints = {"heads": options.heads, "hop_length": options.hop_length}
+    encoder = open_encoder(options.encoder, trust_remote_code=options.trust_remote_code, **hints)
+    if not isinstance(encoder, (ViTEncoder, ConformerEncoder)):
+        return encoder, untrained_copy(encoder, options.seed), {"encoder": options.encoder, "step": 0}  # type: ignore[arg-type]
+    opened = open_source(options.encoder, **hints)
     config = opened.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -67,19 +64,13 @@ def open_pair(options: argparse.Namespace) -> tuple[nn.Module, nn.Module, dict[s
     return encoder, fresh.eval().requires_grad_(False), {"encoder": str(opened.origin), "step": opened.step}
 
 
-def chosen_layers(options: argparse.Namespace, encoder: Any) -> list[int | None]:
-    """Numbers of blocks, None for the final output."""
-    depth = getattr(encoder, "depth", 0)
-    wanted = str(options.layer) if options.layer is not None else options.layers
-    if wanted == "all":
-        return [*range(depth), None]
-    try:
-        layers = [None if part == "final" else int(part) for part in wanted.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--layers: expected all, final or numbers separated by commas, got {wanted!r}") from error
-    if any(layer is not None and not 0 <= layer < depth for layer in layers):
-        raise ConfigError(f"--layers: expected 0..{depth - 1} or final, got {wanted}")
-    return layers
+def chosen_layers(options: argparse.Namespace, depth: int) -> list[int | None]:
+    """Numbers of blocks, None for the final output.
+
+    Raises:
+        ConfigError: for one that the encoder does not have.
+    """
+    return parse_layers(str(options.layer) if options.layer is not None else options.layers, depth)
 
 
 def task_of(options: argparse.Namespace) -> ProbeTask:
@@ -140,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     heads = heads_of(options, task)
     labels = read_clips(task)
     encoder, untrained, origin = open_pair(options)
-    layers = chosen_layers(options, encoder)
+    layers = chosen_layers(options, encoder.depth)
     device = choose_device(options.device)
     pair = {ENCODER: encoder.to(device), RANDOM: untrained.to(device)}
     features = extract_all(labels, pair, layers, task, options.batch_size)
@@ -148,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"warning: skipped {skip}", file=sys.stderr)
     if not features.usable:
         raise ConfigError(f"{task.path}: none of its {len(labels)} files can be read")
-    experiment = assemble(labels, features, task, float(encoder.hop_size_in_ms) / 1000)  # type: ignore[arg-type]
+    experiment = assemble(labels, features, task, encoder.hop_size_in_ms / 1000)
     announce(experiment)
     outcomes: dict[str, dict[str, Outcome]] = {}
     with tqdm(total=len(experiment.values) * len(heads), desc="probing", unit="head", leave=False) as bar:
@@ -196,7 +187,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m bestrq2.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("encoder", metavar="ENCODER", help="anything bestrq2.load opens, an X-ARES encoder file, or module:name")
+    add(
+        "encoder",
+        metavar="ENCODER",
+        help="run, exported or published encoder, transformers folder, X-ARES .py, module:name",
+    )
     add("manifest", nargs="?", help="labelled clips (default: the 24 clips of the package)")
     add("--kind", choices=get_args(ProbeKind), help="default: classification")
     add("--label", action="append", help="column with the label; several for multilabel columns of 0 and 1")
@@ -224,6 +219,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     add("--seed", type=int, default=0, help="of folds, random initialisation, MLP and bootstrap")
     add("--device", default="auto")
+    add("--trust-remote-code", action="store_true", help="run Python code that a transformers folder brings along")
     add("--heads", type=int, help="attention heads of a published ENCODER that does not say them")
     add("--hop-length", type=int, help="samples between frames of a published ENCODER that does not say them")
     return parser.parse_args(arguments)

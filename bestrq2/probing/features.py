@@ -7,13 +7,14 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bestrq2.data import AudioFile, Skip
+from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 
 ENCODER, RANDOM, LOG_MEL = "encoder", "random initialisation", "log-mel statistics"
@@ -24,16 +25,6 @@ Clip = tuple[AudioFile, np.ndarray]
 
 class FeatureError(ValueError):
     """Features that no probe can use: not finite, or no frame at all."""
-
-
-class Encoder(Protocol):
-    """What is probed: ours, or any module with the same interface. ``encode_layers`` and ``depth`` only if layers are
-    asked for."""
-
-    sampling_rate: int
-    hop_size_in_ms: float
-
-    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass
@@ -73,11 +64,8 @@ def encode(encoder: Any, waveforms: Sequence[np.ndarray], layers: Sequence[int |
         if list(layers) == [None]:
             features, frames = encoder.encode(padded, lengths)
             features = features[None]
-        elif hasattr(encoder, "encode_layers"):
-            features, frames = encoder.encode_layers(padded, lengths, list(layers))
         else:
-            outputs = [encoder.encode(padded, lengths, layer) for layer in layers]
-            features, frames = torch.stack([output[0] for output in outputs]), outputs[0][1]
+            features, frames = encoder.encode_layers(padded, lengths, list(layers))
     return [features[:, clip, : int(n)].float().cpu().numpy() for clip, n in enumerate(frames)]
 
 
@@ -180,8 +168,9 @@ def _check(name: str, file: AudioFile, values: np.ndarray) -> None:
 
 
 def untrained_copy(encoder: nn.Module, seed: int = 0) -> nn.Module:
-    """The encoder with weights drawn anew, in evaluation mode: by ``reset_parameters`` where a layer has it, else the
-    values of a parameter in random order. The global generators stay as they are.
+    """The encoder with weights drawn anew, in evaluation mode: transformers models from their configuration, other
+    layers by ``reset_parameters`` where they have it, else the values of a parameter in random order. The global
+    generators stay as they are.
 
     For an encoder whose own initialisation is known, build it anew instead.
     """
@@ -190,6 +179,9 @@ def untrained_copy(encoder: nn.Module, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         fresh = copy.deepcopy(encoder)
+        if isinstance(fresh, TransformersEncoder):
+            fresh.model = type(fresh.model)(fresh.model.config).to(next(fresh.parameters()).device)
+            return fresh.eval().requires_grad_(False)
         for module in fresh.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
