@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import threading
@@ -9,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd, isfinite
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames
+from bestrq2.data.errors import REASONS, AudioError, DataError, Skip
+from bestrq2.data.members import SampleReader, Section, open_member
 
 __all__ = [
     "EXTENSIONS",
@@ -32,19 +35,6 @@ __all__ = [
 ]
 
 EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})
-REASONS = (
-    "missing",  # no such file
-    "not readable",  # permissions, an I/O error, a directory or device
-    "empty file",  # zero bytes
-    "not decodable",  # not audio, or damaged before its first sample
-    "truncated",  # more than 1 % of what the file promises is not there
-    "no samples",  # a valid file without audio, or none in the span asked for
-    "not finite",  # NaN or infinite samples
-    "out of range",  # samples beyond any integer format: squares of them overflow float32
-    "too short",  # less than the caller's minimum
-    "silent",  # found by a check: no sample above SILENCE
-    "duplicate",  # found by a check: decodes to the same samples as an earlier file
-)
 SILENCE = 1e-4  # -80 dB of full scale, three steps of a 16-bit file
 TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a real cut is larger
 LARGEST_SAMPLE = 2.0**31
@@ -60,49 +50,6 @@ _UNKNOWN = 1 << 60  # libsndfile gives 2^63 - 1 frames for a stream that does no
 def is_audio(path: str | os.PathLike[str]) -> bool:
     """Whether the extension is one that :func:`load_audio` is meant for."""
     return Path(path).suffix.lower() in EXTENSIONS
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A file (or a part of one) that was left out: ``reason`` is one of ``REASONS``, ``detail`` may be empty."""
-
-    path: str
-    reason: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        # A file name that is not UTF-8 must not turn a report into a UnicodeEncodeError.
-        name = os.fsencode(self.path).decode("utf-8", "backslashreplace")
-        return f"{name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
-
-class AudioError(Exception):
-    """A file that cannot be used. ``path``, ``reason`` (one of ``REASONS``) and ``detail`` say which and why."""
-
-    def __init__(self, path: str | os.PathLike[str], reason: str, detail: str = "") -> None:
-        if reason not in REASONS:
-            raise ValueError(f"reason must be one of {REASONS}, got {reason!r}")
-        self.skip = Skip(os.fspath(path), reason, detail)
-        super().__init__(str(self.skip))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AudioError, (self.path, self.reason, self.detail)
-
-    @property
-    def path(self) -> str:
-        return self.skip.path
-
-    @property
-    def reason(self) -> str:
-        return self.skip.reason
-
-    @property
-    def detail(self) -> str:
-        return self.skip.detail
-
-
-class DataError(RuntimeError):
-    """A source of audio that gives nothing to work with; the message says what was found and why it was left out."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +103,7 @@ def load_audio(
     decoder's state; libsndfile then lands some milliseconds off now and then in Vorbis.
 
     Args:
-        path: file of any format libsndfile reads.
+        path: file of any format libsndfile reads, or the address of a clip in an archive (see ``members``).
         sampling_rate: of the result, in Hz.
         start: first instant, in seconds from the beginning of the file.
         duration: length in seconds; None for the rest of the file. A part that crosses the end is shorter.
@@ -224,20 +171,27 @@ def audio_digest(path: str | os.PathLike[str]) -> AudioDigest:
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
-    """Open a file, check what its header promises, and turn every foreign exception into an AudioError."""
+def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile | SampleReader]:
+    """Open a file or a clip in an archive and check what its header promises; every fault becomes an AudioError."""
     name = os.fspath(path)
     try:
-        status = os.stat(name)
-        # Opening a pipe or a device could block for ever.
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise AudioError(name, "not readable", kind)
-        if status.st_size == 0:
-            raise AudioError(name, "empty file")
-        missing = missing_fraction(name)
-        # As bytes, because soundfile cannot encode file names that are not UTF-8.
-        with soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name) as file:
+        with contextlib.ExitStack() as stack:
+            member = open_member(name)
+            file: soundfile.SoundFile | SampleReader
+            if member is None:
+                _check_regular(name)
+                with open(name, "rb") as opened:
+                    missing = missing_fraction(opened)
+                # As bytes, because soundfile cannot encode file names that are not UTF-8.
+                file = stack.enter_context(soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name))
+            elif isinstance(member, SampleReader):
+                missing, file = 0.0, member
+            else:
+                content = stack.enter_context(member)
+                missing = missing_fraction(content)
+                content.seek(0)
+                stack.callback(_raise_failure, content)
+                file = stack.enter_context(soundfile.SoundFile(content))
             low, high = SAMPLING_RATES
             if not low <= file.samplerate <= high:
                 raise AudioError(name, "not decodable", f"sampling rate {file.samplerate} Hz")
@@ -251,14 +205,30 @@ def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
     except OSError as error:
         raise AudioError(name, "not readable", error.strerror or str(error)) from error
     except soundfile.LibsndfileError as error:
-        if not os.access(name, os.R_OK):
+        if member is None and not os.access(name, os.R_OK):
             raise AudioError(name, "not readable", "permission denied") from error
         raise AudioError(name, "not decodable", error.error_string.strip()) from error
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AudioError(name, "not decodable", str(error)) from error
 
 
-def _read(file: soundfile.SoundFile, path: str, start: int, stop: int | None) -> np.ndarray:
+def _check_regular(name: str) -> None:
+    status = os.stat(name)
+    # Opening a pipe or a device could block for ever.
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError(name, "not readable", "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    if status.st_size == 0:
+        raise AudioError(name, "empty file")
+
+
+def _raise_failure(content: BinaryIO) -> None:
+    """An I/O error that the decoder saw as the end of its file."""
+    section = content.raw if isinstance(content, io.BufferedReader) else None
+    if isinstance(section, Section) and section.failure is not None:
+        raise section.failure
+
+
+def _read(file: soundfile.SoundFile | SampleReader, path: str, start: int, stop: int | None) -> np.ndarray:
     """Decode samples [start, stop) of an open file as mono float32; fewer where the file ends."""
     at = 0
     if start:
@@ -280,7 +250,7 @@ def _read(file: soundfile.SoundFile, path: str, start: int, stop: int | None) ->
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
-def _blocks(file: soundfile.SoundFile, path: str, count: int | None) -> Iterator[np.ndarray]:
+def _blocks(file: soundfile.SoundFile | SampleReader, path: str, count: int | None) -> Iterator[np.ndarray]:
     """Decode up to ``count`` samples from the present position in bounded blocks, checked and mixed to mono."""
     position = file.tell()
     promised = file.frames if file.frames < _UNKNOWN else None
@@ -309,9 +279,17 @@ def _blocks(file: soundfile.SoundFile, path: str, count: int | None) -> Iterator
     if wanted is not None and wanted - position > TRUNCATED_ABOVE * promised:
         if not position and failure:
             raise AudioError(path, "not decodable", failure)
-        if failure or not file.subtype.startswith("MPEG") or mp3_counts_frames(path):
+        if failure or not file.subtype.startswith("MPEG") or _counts_frames(path):
             detail = f"{position} of {promised} samples" + (f": {failure}" if failure else "")
             raise AudioError(path, "truncated", detail)
+
+
+def _counts_frames(path: str) -> bool:
+    member = open_member(path)
+    if isinstance(member, SampleReader):
+        return True
+    with open(path, "rb") if member is None else member as content:
+        return mp3_counts_frames(content)
 
 
 def _mono(block: np.ndarray, path: str) -> np.ndarray:
@@ -332,7 +310,7 @@ _stderr_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _quiet_seek(file: soundfile.SoundFile) -> Iterator[None]:
+def _quiet_seek(file: soundfile.SoundFile | SampleReader) -> Iterator[None]:
     """Silence libmpg123 while it finds its way: on every seek in a healthy MP3 it prints an error about bit counts.
 
     It writes to file descriptor 2 itself and libsndfile offers no switch, so the descriptor points to the null device

@@ -14,34 +14,33 @@ __all__ = ["missing_fraction", "mp3_counts_frames"]
 _STREAMED = 0x7FF00000  # sizes from here on are placeholders of programs that wrote to a pipe
 
 
-def missing_fraction(path: str) -> float:
-    """Fraction of the promised audio bytes that ``path`` lacks: 0.0 if complete, or if nothing is promised.
+def missing_fraction(file: BinaryIO) -> float:
+    """Fraction of the promised audio bytes that an open file lacks: 0.0 if complete, or if nothing is promised.
 
     Raises:
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(12)
-        if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
-            return _missing_in_chunk(file, size, b"data", "<I")
-        if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-            return _missing_in_chunk(file, size, b"SSND", ">I")
-        tag = _xing(file)
-        if tag is not None and tag[1]:
-            start, promised = tag
-            return max(0.0, 1.0 - (size - start) / promised)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
+        return _missing_in_chunk(file, size, b"data", "<I")
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return _missing_in_chunk(file, size, b"SSND", ">I")
+    tag = _xing(file)
+    if tag is not None and tag[1]:
+        start, promised = tag
+        return max(0.0, 1.0 - (size - start) / promised)
     return 0.0
 
 
-def mp3_counts_frames(path: str) -> bool:
+def mp3_counts_frames(file: BinaryIO) -> bool:
     """Whether an MP3 says how many frames it has; without that its length is an estimate from the first frame.
 
     Raises:
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        return _xing(file) is not None
+    return _xing(file) is not None
 
 
 def _missing_in_chunk(file: BinaryIO, size: int, name: bytes, number: str) -> float:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bestrq2.data.audio import is_audio
+from bestrq2.data.errors import Skip
+from bestrq2.data.members import group_of, is_archive
 
 __all__ = [
     "AudioFile",
-    "FolderListing",
     "ManifestError",
     "discover_folder",
     "read_manifest",
@@ -43,7 +44,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class AudioFile:
-    """One audio file. ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read."""
+    """One audio file, or a clip in an archive by its address (see ``members``).
+
+    ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read.
+    """
 
     path: str
     duration: float | None = None
@@ -54,15 +58,20 @@ class AudioFile:
     @property
     def group(self) -> str:
         """Files of one group may follow each other in one training sample: same domain, else same folder."""
-        return self.domain or os.path.dirname(self.path)
+        return self.domain or group_of(self.path)
 
 
 @dataclass(frozen=True)
-class FolderListing:
-    """What :func:`discover_folder` found: audio ``files`` by extension, and how many others, by extension."""
+class Listing:
+    """What a folder or an archive holds: audio ``files``, how many other files by extension, what could not be read.
+
+    ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
+    """
 
     files: list[AudioFile]
     ignored: Counter[str] = field(default_factory=Counter)
+    skips: list[Skip] = field(default_factory=list)
+    archives: list[tuple[str, str]] = field(default_factory=list)
 
 
 def is_manifest(path: str | os.PathLike[str]) -> bool:
@@ -70,7 +79,7 @@ def is_manifest(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in _JSON_LINES | set(_TABLES)
 
 
-def discover_folder(folder: str | os.PathLike[str]) -> FolderListing:
+def discover_folder(folder: str | os.PathLike[str]) -> Listing:
     """List the audio files below ``folder`` in sorted order, following links, each real folder visited once.
 
     Hidden files and folders (a leading dot) are left out. The first folder level becomes the ``domain`` of a file, so
@@ -86,6 +95,7 @@ def discover_folder(folder: str | os.PathLike[str]) -> FolderListing:
     os.listdir(root)  # an unreadable top folder is an error, not an empty one
     files: list[AudioFile] = []
     ignored: Counter[str] = Counter()
+    archives: list[tuple[str, str]] = []
     visited: set[tuple[int, int]] = set()
 
     def unreadable(_: OSError) -> None:
@@ -109,9 +119,11 @@ def discover_folder(folder: str | os.PathLike[str]) -> FolderListing:
                 continue
             if is_audio(name):
                 files.append(AudioFile(os.path.join(where, name), domain=domain))
-            else:
+            elif not name.endswith(".tar.index.json"):  # written by this library beside a shard
                 ignored[Path(name).suffix.lower() or "(no extension)"] += 1
-    return FolderListing(files, ignored)
+                if is_archive(name):
+                    archives.append((os.path.join(where, name), domain))
+    return Listing(files, ignored, archives=archives)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, Any]]]:
@@ -227,7 +239,7 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
                 name = os.path.abspath(item.path)
                 if os.path.commonpath([base, name]) == base:
                     name = os.path.relpath(name, base)
-                duration = "" if item.duration is None else f"{item.duration:.6f}"
+                duration = "" if item.duration is None else repr(float(item.duration))  # to the last bit
                 writer.writerow([name, duration, item.sampling_rate or "", item.domain, item.label])
             file.flush()
             os.fsync(file.fileno())

@@ -5,7 +5,7 @@ import csv
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.resources import files as package_files
@@ -14,19 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bestrq2.data.audio import EXTENSIONS, SILENCE, AudioError, DataError, Skip, audio_digest, audio_info, is_audio
-from bestrq2.data.manifest import (
-    AudioFile,
-    ManifestError,
-    discover_folder,
-    is_manifest,
-    read_manifest,
-    write_manifest,
-)
+from bestrq2.data.audio import EXTENSIONS, SILENCE, AudioError, DataError, Skip, audio_digest, audio_info
+from bestrq2.data.manifest import AudioFile, ManifestError, write_manifest
+from bestrq2.data.members import ARCHIVES
+from bestrq2.data.sources import Source, find_audio
 
 __all__ = ["SkipReport", "collect", "main", "scan", "tiny_dataset"]
-
-Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 @dataclass
@@ -162,9 +155,9 @@ def collect(
     num_threads: int | None = None,
     progress: bool = False,
 ) -> tuple[list[AudioFile], SkipReport]:
-    """Find the audio a user means: a folder, a manifest, one file, several of these, or None for the packaged clips.
+    """Find the audio a user means (see :func:`find_audio`), or the packaged clips for None, and :func:`scan` it.
 
-    Arguments and result as for :func:`scan`.
+    Arguments and result as for :func:`scan`; the report also counts what was found damaged in archives.
 
     Raises:
         DataError: nothing there, or nothing usable; the message counts what was found and why it was left out.
@@ -172,36 +165,24 @@ def collect(
     """
     if source is None:
         return scan(tiny_dataset(), min_seconds=min_seconds, source="the packaged clips")
-    sources = [os.fspath(part) for part in ([source] if isinstance(source, str | os.PathLike) else source)]
-    names = ", ".join(sources) or "an empty list of sources"
-    files: list[AudioFile] = []
-    ignored: Counter[str] = Counter()
-    for part in sources:
-        if os.path.isdir(part):
-            try:
-                listing = discover_folder(part)
-            except OSError as error:
-                raise DataError(f"folder {part} cannot be listed: {error.strerror or error}") from error
-            files += listing.files
-            ignored += listing.ignored
-        elif not os.path.exists(part):
-            raise DataError(f"{part} does not exist; expected a folder, a .csv or .jsonl manifest, or an audio file")
-        elif is_manifest(part):
-            try:
-                files += read_manifest(part)
-            except OSError as error:
-                raise DataError(f"manifest {part} cannot be read: {error.strerror or error}") from error
-        elif is_audio(part):
-            files.append(AudioFile(part))
-        else:
-            raise DataError(f"{part} is neither a folder, a .csv or .jsonl manifest, nor an audio file")
-    if not files:
-        beside = f"; it holds {_count_words(ignored)}" if ignored else ""
-        raise DataError(f"no audio files in {names} (looked for {' '.join(sorted(EXTENSIONS))}){beside}")
+    found = find_audio(source, progress=progress)
+    if not found.files:
+        report = SkipReport(found.skips, found.ignored)
+        beside = f"; it holds {_count_words(found.ignored)}" if found.ignored else ""
+        lines = "".join(f"\n  {line}" for line in report.examples())
+        raise DataError(
+            f"no audio files in {found.name} (looked for {' '.join(sorted(EXTENSIONS | ARCHIVES))}){beside}{lines}"
+        )
     usable, report = scan(
-        files, min_seconds=min_seconds, check=check, num_threads=num_threads, progress=progress, source=names
+        found.files,
+        min_seconds=min_seconds,
+        check=check,
+        num_threads=num_threads,
+        progress=progress,
+        source=found.name,
     )
-    report.ignored = ignored
+    report.skips[:0] = found.skips
+    report.ignored = found.ignored
     return usable, report
 
 
@@ -225,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bestrq2.data.manifest",
         description="List the usable audio files of a folder, with durations, in a CSV manifest for training.",
     )
-    parser.add_argument("source", nargs="+", help="folder, audio file or manifest")
+    parser.add_argument("source", nargs="+", help="folder, manifest, tar shards (a pattern), HDF5, Arrow, Parquet")
     parser.add_argument("--out", required=True, metavar="CSV", help="manifest to write; skipped files go beside it")
     parser.add_argument("--check", action="store_true", help="decode everything; find silent and duplicate files too")
     parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")

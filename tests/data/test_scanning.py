@@ -84,7 +84,7 @@ def test_nothing_usable(tmp_path, mixed_folder):
     (tmp_path / "empty" / "a.txt").touch()
     with pytest.raises(DataError, match=r"it holds 1 \.txt"):
         collect(tmp_path / "empty")
-    with pytest.raises(DataError, match="neither a folder"):
+    with pytest.raises(DataError, match="of no kind that is known; expected a folder"):
         collect(tmp_path / "empty" / "a.txt")
 
 

@@ -1,0 +1,292 @@
+"""Pack audio into tar shards in webdataset's naming: few large files where many small ones are slow.
+
+    python -m bestrq2.data.shards recordings/ --out shards/
+    python -m bestrq2.train --data shards/
+
+The files are packed as they are, in their order, each with a .json of its duration, sampling rate, domain and label:
+training from the shards is, bit for bit, training from the files. Clips of HDF5 files, which are samples and no files,
+become FLAC of the same samples.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import soundfile
+from tqdm import tqdm
+
+from bestrq2.data.audio import AudioError, DataError, Skip, is_audio
+from bestrq2.data.manifest import AudioFile, ManifestError, write_manifest
+from bestrq2.data.members import SampleReader, address, open_member, split_address
+from bestrq2.data.scanning import collect
+from bestrq2.data.tar_index import list_tar, open_tar_member
+
+__all__ = ["Packed", "main", "pack"]
+
+_MAGIC = ((b"fLaC", ".flac"), (b"OggS", ".ogg"), (b"RIFF", ".wav"), (b"RF64", ".wav"), (b"FORM", ".aiff"))
+_SUMS = "SHA256SUMS"
+
+
+@dataclass
+class Packed:
+    """The ``shards`` that were written, their ``files`` by address, and what could not be read on the way."""
+
+    shards: list[Path] = field(default_factory=list)
+    files: list[AudioFile] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+
+
+def pack(
+    files: Sequence[AudioFile],
+    out: str | os.PathLike[str],
+    *,
+    max_bytes: int = 1 << 30,
+    prefix: str = "shards",
+    progress: bool = False,
+) -> Packed:
+    """Write shards of at most ``max_bytes`` (more only for a single larger file) into the new folder ``out``.
+
+    The folder appears when everything in it is written, read back and equal, or not at all. Beside the shards are their
+    indices, ``manifest.csv`` with the address of every clip, and ``SHA256SUMS`` for ``sha256sum -c``.
+
+    Args:
+        files: in the order to keep; durations and sampling rates that are known are kept, to the last bit.
+        out: must not exist, or be empty.
+        max_bytes: size of a shard.
+        prefix: shards are named ``prefix-000000.tar`` and so on.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: ``out`` is not empty, nothing could be read, or what was written reads back differently.
+        OSError: the folder cannot be written.
+    """
+    target = Path(out)
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+    if not re.fullmatch(r"[^\s./{}*?\[\]][^\s/{}*?\[\]]*", prefix):
+        raise ValueError(
+            f"prefix must be a file name without dots in front, spaces, braces or wildcards, got {prefix!r}"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target} exists and is not an empty folder; name another one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        packed = Packed()
+        shard: _Shard | None = None
+        with tqdm(total=len(files), desc="packing", unit="file", disable=not progress) as bar:
+            for clip in _clips(files, packed.skips, bar):
+                if shard is not None and shard.size + clip.size > max_bytes - tarfile.RECORDSIZE:
+                    packed.files += shard.finish()
+                    shard = None
+                if shard is None:
+                    shard = _Shard(partial / f"{prefix}-{len(packed.shards):06d}.tar")
+                    packed.shards.append(target / shard.path.name)
+                shard.add(clip)
+        if shard is not None:
+            packed.files += shard.finish()
+        if not packed.files:
+            listed = "".join(f"\n  {skip}" for skip in packed.skips[:10])
+            raise DataError(f"none of {len(files)} files could be packed:{listed}")
+        write_manifest(partial / "manifest.csv", packed.files)
+        with open(partial / _SUMS, "w", encoding="utf-8") as file:
+            for written in packed.shards:
+                file.write(f"{_sha256(partial / written.name)}  {written.name}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            target.rmdir()  # empty, or this fails
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    moved = [item.path.replace(str(partial), str(target), 1) for item in packed.files]
+    packed.files = [replace(item, path=path) for item, path in zip(packed.files, moved)]
+    return packed
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """What is packed of a file: its ``name`` in the shard, its bytes, the text of its .json, and the file itself."""
+
+    name: str
+    content: bytes
+    sidecar: bytes
+    item: AudioFile
+
+    @property
+    def sidecar_name(self) -> str:
+        return self.name.rpartition(".")[0] + ".json"
+
+    @property
+    def size(self) -> int:
+        """Bytes in a shard: two headers, and every content filled up to whole blocks."""
+        whole = [-(-len(content) // tarfile.BLOCKSIZE) for content in (self.content, self.sidecar)]
+        return (2 + sum(whole)) * tarfile.BLOCKSIZE
+
+
+def _clips(files: Sequence[AudioFile], skips: list[Skip], bar: tqdm) -> Iterator[_Clip]:
+    """The content of one file after the other; what cannot be read is added to ``skips``."""
+    for item, stem in zip(files, _names(files)):
+        bar.update()
+        try:
+            content, extension = _content(item)
+        except AudioError as error:
+            skips.append(error.skip)
+            continue
+        except OSError as error:
+            reason = "missing" if isinstance(error, FileNotFoundError) else "not readable"
+            skips.append(Skip(item.path, reason, error.strerror or str(error)))
+            continue
+        row = {"duration": item.duration, "sampling_rate": item.sampling_rate, "domain": item.domain}
+        row["label"] = item.label
+        text = json.dumps({key: value for key, value in row.items() if value is not None})
+        yield _Clip(stem + extension, content, text.encode(), item)
+
+
+def _names(files: Sequence[AudioFile]) -> list[str]:
+    """A unique name without extension for every file: its place below the folder that all have in common.
+
+    A dot in a file's name would end webdataset's key, and one in front would hide it, so dots become underscores.
+    """
+    places = [os.path.abspath(item.path.replace("::", os.sep)) for item in files]
+    folders = {os.path.dirname(place) for place in places}
+    base = os.path.commonpath(folders) if folders else ""
+    used: set[str] = set()
+    names = []
+    for place in places:
+        folder, name = os.path.split(os.path.relpath(place, base))
+        stem = os.path.splitext(name)[0] if is_audio(name) else name
+        parts = [f"_{part[1:]}" if part.startswith(".") else part for part in folder.split(os.sep) if part]
+        path = "/".join([*parts, stem.replace(".", "_")])
+        unique, number = path, 2
+        while unique in used:
+            unique, number = f"{path}~{number}", number + 1
+        used.add(unique)
+        names.append(unique)
+    return names
+
+
+def _content(item: AudioFile) -> tuple[bytes, str]:
+    """The bytes of an audio file and its extension."""
+    member = open_member(item.path)
+    if isinstance(member, SampleReader):
+        samples = member.stored
+        buffer = io.BytesIO()
+        subtype = "PCM_16" if samples.dtype.itemsize <= 2 and samples.dtype.kind == "i" else "PCM_24"
+        soundfile.write(buffer, samples, member.samplerate, format="FLAC", subtype=subtype)
+        return buffer.getvalue(), ".flac"
+    with open(item.path, "rb") if member is None else member as file:
+        content = file.read()
+    if not content:
+        raise AudioError(item.path, "empty file")
+    parts = split_address(item.path)
+    name = item.path if parts is None else parts[1]
+    if is_audio(name):
+        return content, os.path.splitext(name)[1].lower()
+    return content, next((extension for magic, extension in _MAGIC if content.startswith(magic)), ".mp3")
+
+
+class _Shard:
+    """One shard while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._written: list[tuple[AudioFile, str, str]] = []  # file, name in the shard, hash of its bytes
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by finish)
+        self._tar = tarfile.open(  # noqa: SIM115
+            fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+        )
+
+    def add(self, clip: _Clip) -> None:
+        for name, content in ((clip.name, clip.content), (clip.sidecar_name, clip.sidecar)):
+            header = tarfile.TarInfo(name)  # no time and no owner: the same files give the same shard
+            header.size, header.mode = len(content), 0o644
+            self._tar.addfile(header, io.BytesIO(content))
+        vars(self._tar)["members"].clear()  # else tarfile keeps them all
+        self._written.append((clip.item, clip.name, hashlib.sha256(clip.content).hexdigest()))
+        self.size += clip.size
+
+    def finish(self) -> list[AudioFile]:
+        """Close the shard, read it back, and return its clips by address.
+
+        Raises:
+            DataError: a clip reads back differently.
+        """
+        with self._file:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        listing = list_tar(str(self.path))
+        expected = [replace(item, path=address(str(self.path), name)) for item, name, _ in self._written]
+        if listing.files != expected or listing.skips:
+            what = "; ".join(map(str, listing.skips)) or "other clips"
+            raise DataError(f"{self.path} does not read back as it was written: {what}")
+        for _, name, digest in self._written:
+            with open_tar_member(str(self.path), name) as member:
+                if hashlib.sha256(member.read()).hexdigest() != digest:
+                    raise DataError(f"{self.path}: {name} does not read back as it was written")
+        return expected
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m bestrq2.data.shards``: pack tar shards; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bestrq2.data.shards",
+        description="Pack audio, as it is and in its order, into tar shards for training.",
+    )
+    parser.add_argument("source", nargs="+", help="folder, manifest, tar shards, HDF5, Arrow, Parquet or audio file")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the shards")
+    parser.add_argument("--max-bytes", type=float, default=1e9, metavar="N", help="size of a shard (default: 1e9)")
+    parser.add_argument("--prefix", default="shards", help="of the names (default: shards-000000.tar ...)")
+    parser.add_argument("--check", action="store_true", help="decode everything; leave silent and duplicate files out")
+    parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    try:
+        files, report = collect(
+            options.source, min_seconds=options.min_seconds, check=options.check, progress=sys.stderr.isatty()
+        )
+        packed = pack(files, out, max_bytes=int(options.max_bytes), prefix=options.prefix, progress=sys.stderr.isatty())
+        report.skips += packed.skips
+        if report.skips:
+            with open(out / "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                writer = csv.writer(file)
+                writer.writerow(["path", "reason", "detail"])
+                writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
+    except (DataError, ManifestError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing written", file=sys.stderr)
+        return 130
+    hours = sum(item.duration or 0.0 for item in packed.files) / 3600
+    print(
+        f"{out}: {len(packed.shards)} shards, {len(packed.files)} files, {hours:.2f} h, read back and equal; {report}"
+    )
+    for line in report.examples():
+        print(f"  {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
