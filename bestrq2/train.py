@@ -66,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=1000 data.crop_seconds=4")
     # Intermixed, so that overrides may stand before, between and behind the options.
     options = parser.parse_intermixed_args(arguments)
+    if options.resume and "=" in options.resume and not Path(options.resume).exists():
+        options.overrides.insert(0, options.resume)  # "--resume train.steps=100": an override followed the bare option
+        options.resume = ""
     ranks = Ranks.start()
     try:
         return run(options, ranks)
@@ -77,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> int:
+    if ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and options.resume is None:
+        raise ConfigError("--max-restarts: torchrun repeats this command line, so it needs --name NAME --resume")
     overrides = list(options.overrides)
     if options.data is not None:
         # Quoted: a folder may be called "a: b" or "2024".
@@ -87,8 +92,6 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     if folder is not None:
         return resume(folder, overrides, ranks)
     config = load_config(options.config or DEFAULT_RECIPE, overrides)
-    if ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and options.resume is None:
-        raise ConfigError("--max-restarts: torchrun repeats this command line, so it needs --name NAME --resume")
     dataset = ranks.from_first(lambda: open_dataset(config))
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:

@@ -11,11 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from bestrq2.config import ConfigError
 from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.conformer_convolution import MaskedBatchNorm
 from bestrq2.layers.transformer import Block
+
+from .rendezvous import agree_on_round
 
 T = TypeVar("T")
 
@@ -45,7 +48,10 @@ class Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        name = agree_on_round(store, rank, size, PATIENCE)
+        own_part = dist.PrefixStore(name, store)
+        dist.init_process_group(backend, timeout=PATIENCE, store=own_part, rank=rank, world_size=size)
         return ranks
 
     @property

@@ -1,10 +1,12 @@
-"""SIGINT and SIGTERM: finish the step, save, leave. A second signal ends the process at once."""
+"""SIGINT and SIGTERM: finish the step, save, leave. A later second signal ends the process at once."""
 
 import signal
 import sys
+import time
 from types import FrameType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+IMPATIENCE_SECONDS = 2.0  # a second signal within this time is an echo of the first
 
 
 class StopSignal:
@@ -21,6 +23,7 @@ class StopSignal:
         self.requested = False
         self.exit_code = 128 + signal.SIGTERM
         self.name = "a signal to another rank"
+        self._since = 0.0
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -34,6 +37,10 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            sys.exit(128 + number)
+            # Schedulers signal every process of a job, and torchrun passes the signal on to its processes once more.
+            if time.monotonic() - self._since > IMPATIENCE_SECONDS:
+                sys.exit(128 + number)
+            return
+        self._since = time.monotonic()
         self.requested, self.exit_code, self.name = True, 128 + number, signal.Signals(number).name
         print(f"\n{self.name}: finishing the step and saving (again to leave at once)", file=sys.stderr)

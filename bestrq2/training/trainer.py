@@ -124,7 +124,8 @@ class Trainer:
                     break
         if self.log is not None:
             self.log.close()
-        return self._finish(stop if stopping else None)
+        # The others wait: torchrun ends all processes as soon as one of them has stopped.
+        return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
 
     def _step(self, batch: Batch, feeder: Feeder, waited: float, stop: bool) -> StepTotals:
         """One update. Returns what the step was, summed over all ranks."""
@@ -310,8 +311,6 @@ class Trainer:
         self.log.write({"step": 0, **found, "learning_rate": 0.0})
 
     def _finish(self, stop: StopSignal | None) -> int:
-        if not self.ranks.is_first:
-            return 0 if stop is None else stop.exit_code
         done = self.state.progress.step
         title = f"{self.config.recipe}, {done} steps"
         report = save_report(self.run.path, self.model.quantizer.codebook_size, title)

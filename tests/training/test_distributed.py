@@ -1,0 +1,204 @@
+"""Several ranks train the same curve as one, restart after a killed rank, and resume with another number of ranks."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from bestrq2.checkpoint import list_checkpoints, read_checkpoint
+from bestrq2.config import ConfigError, load_config
+from bestrq2.data import CropDataset, batches, tiny_dataset
+from bestrq2.train import main, run, seeded_model
+from bestrq2.training.data_source import open_dataset
+from bestrq2.training.distributed import Ranks
+from bestrq2.training.errors import TrainingError
+from bestrq2.training.run_folder import RunFolder, read_metrics
+from bestrq2.training.step import micro_batches
+from bestrq2.training.trainer import Trainer
+
+SMALL = [
+    "model.front_end.mean=-47.5",
+    "model.front_end.std=31.8",
+    "train.steps=8",
+    "train.batch_size=6",
+    "train.save_every=4",
+    "train.ema_decay=0.9",
+    "train.pictures_every=0",
+    "optimizer.max_grad_norm=1.0",
+    "model.encoder.width=32",
+    "model.encoder.hidden=48",
+    "model.encoder.depth=2",
+    "model.predictor.width=32",
+    "model.predictor.hidden=48",
+    "model.predictor.depth=1",
+    "validation.source=DATA",
+    "validation.every=4",
+    "validation.clips=5",
+]
+COLUMNS = ("loss", "accuracy", "unigram", "perplexity", "grad_norm", "learning_rate", "mask_ratio")
+VALUES = (*COLUMNS, "validation/loss", "validation/accuracy")
+
+
+def ragged_folder(folder: Path) -> Path:
+    """Clips of different lengths, so that ranks and micro-batches have different numbers of targets; one is broken."""
+    folder.mkdir()
+    for number, file in enumerate(tiny_dataset()[:7]):
+        samples, rate = soundfile.read(file.path)
+        soundfile.write(folder / f"{number}.wav", samples[: 9000 + 3000 * number], rate)
+    (folder / "broken.wav").write_bytes((folder / "6.wav").read_bytes()[:44] + b"")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return ragged_folder(tmp_path_factory.mktemp("data") / "audio")
+
+
+def options(data: Path, runs: Path, name: str, *more: str) -> list[str]:
+    small = [value.replace("DATA", str(data)) for value in SMALL]
+    return ["--runs", str(runs), "--name", name, "--data", str(data), *small, *more]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(options(data, runs, "alone")) == 0
+    return runs / "alone"
+
+
+def torchrun(arguments: list[str], *launcher: str, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [*command, "-m", "bestrq2.train", *arguments], capture_output=True, text=True, timeout=180, env=environment
+    )
+    assert not check or process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+def assert_same_curve(run: Path, expected: Path, rtol: float = 2e-5) -> None:
+    rows, wanted = read_metrics(run), read_metrics(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    for row, want in zip(rows, wanted):
+        for name in VALUES:
+            if want.get(name):
+                assert float(row[name]) == pytest.approx(float(want[name]), rel=rtol, abs=1e-7), (row["step"], name)
+
+
+def assert_same_checkpoint(run: Path, expected: Path) -> None:
+    """AdamW divides by the root of tiny second moments, which magnifies rounding: hence the absolute tolerance."""
+    found, wanted = (read_checkpoint(list_checkpoints(path / "checkpoints")[-1]) for path in (run, expected))
+    for of in ("weights", "averaged_weights"):
+        ours, theirs = getattr(found, of)(), getattr(wanted, of)()
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=2e-5, msg=name)
+    assert found.training_state().keys() == wanted.training_state().keys()
+    assert found.extra["audio_seconds"] == pytest.approx(wanted.extra["audio_seconds"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_the_curve_of_one(tmp_path, data, alone, strategy):
+    torchrun(options(data, tmp_path, "two", f"train.strategy={strategy}", "train.accumulate=2", "data.workers=1"))
+    assert_same_curve(tmp_path / "two", alone)
+    assert_same_checkpoint(tmp_path / "two", alone)
+
+
+def test_accumulation_is_the_same_update(tmp_path, data, alone):
+    assert main(options(data, tmp_path, "parts", "train.accumulate=4")) == 0
+    assert_same_curve(tmp_path / "parts", alone)
+    assert_same_checkpoint(tmp_path / "parts", alone)
+
+
+def test_equal_weights_of_micro_batches_would_be_seen(data, alone):
+    """The tests above notice if every part counted the same instead of by its targets."""
+    config = load_config("best_rq2_tiny", [value.replace("DATA", str(data)) for value in SMALL])
+    config.data.source = str(data)
+    model = seeded_model(config).eval()
+    batch = next(batches(open_dataset(config), 6, num_steps=1))
+    parts = micro_batches(batch, 4)
+    counts = [model.num_predicted(part.lengths, 0) for part in parts]
+    losses = [model(part.waveform, part.lengths, 0, part.index).loss.item() for part in parts]
+    whole = model(batch.waveform, batch.lengths, 0, batch.index)
+    assert sum(counts) == int(whole.plan.predicted_lengths.sum())
+    weighted = sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)
+    assert weighted == pytest.approx(whole.loss.item(), rel=1e-6)
+    assert abs(sum(losses) / len(losses) - whole.loss.item()) > 5 * 2e-5 * whole.loss.item()
+
+
+def test_resume_with_another_number_of_ranks(tmp_path, data, alone):
+    shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    torchrun(["--resume", str(tmp_path / "run"), "train.strategy=fsdp"])  # one rank until step 4, then two
+    assert_same_curve(tmp_path / "run", alone)
+    shutil.rmtree(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert_same_curve(tmp_path / "run", alone)
+    assert_same_checkpoint(tmp_path / "run", alone)
+
+
+def test_killed_rank_restarts_from_the_last_checkpoint(tmp_path, data, alone):
+    slow = options(data, tmp_path, "killed", "--resume")
+    launcher = ["--nproc-per-node", "2", "--max-restarts", "2", "--monitor-interval", "0.2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "bestrq2.train", *slow]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(tmp_path / "killed" / "checkpoints"):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert "Resuming" in output
+    assert_same_curve(tmp_path / "killed", alone)
+
+
+def test_sigterm_reaches_all_ranks(tmp_path, data, alone):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bestrq2.train"]
+    process = subprocess.Popen(
+        [*command, *options(data, tmp_path, "stopped", "train.steps=100000")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while len(read_metrics(tmp_path / "stopped")) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGTERM)  # one rank alone: they stop together, after the same step
+    output, _ = process.communicate(timeout=60)
+    assert "continue with --resume" in output, output
+    step = int(read_metrics(tmp_path / "stopped")[-1]["step"])
+    assert list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{step:08d}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch_size=5"], "train.batch_size: expected a multiple of 2 ranks"),
+        (["train.batch_size=6", "train.accumulate=4"], "at least 8 for train.accumulate=4, got 6"),
+    ],
+)
+def test_unfit_batch_sizes_are_refused(tmp_path, overrides, message):
+    config = load_config("best_rq2_tiny", overrides)
+    with pytest.raises(TrainingError, match=message):
+        Trainer(config, seeded_model(config), CropDataset(tiny_dataset()), RunFolder(tmp_path), Ranks(0, 2))
+
+
+def test_restarts_need_a_name_to_resume(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(ConfigError, match="--name NAME --resume"):
+        run(Namespace(resume=None), Ranks(0, 2))
