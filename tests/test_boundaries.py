@@ -19,7 +19,15 @@ LAYERS = [
     ("bestrq2.models",),
     ("bestrq2.interchange",),
     ("bestrq2.training", "bestrq2.probing"),
-    ("bestrq2.train", "bestrq2.embed", "bestrq2.stats", "bestrq2.export", "bestrq2.probe", "bestrq2.stream"),
+    (
+        "bestrq2.train",
+        "bestrq2.embed",
+        "bestrq2.stats",
+        "bestrq2.export",
+        "bestrq2.probe",
+        "bestrq2.stream",
+        "bestrq2.report",
+    ),
 ]
 FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 ALL_FILES = sorted(

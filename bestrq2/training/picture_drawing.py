@@ -38,7 +38,7 @@ def draw_clips(path: Path, clips: list[ClipPicture], title: str, codebook_size: 
         _draw_seen(column[1], clip)
         column[1].set_title(f"what the encoder saw: {clip.masked.mean():.0%} of the patches are masked (grey)")
         for book in range(books):
-            name = f"codebook {book + 1} of {len(clip.true)}, " if len(clip.true) > 1 else ""
+            name = f"codebook {book}, " if len(clip.true) > 1 else ""
             if strips:
                 codes, chance = column[2 + 2 * book : 4 + 2 * book]
                 _draw_code_bands(codes, clip, book)

@@ -20,6 +20,7 @@ from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 
 from .code_colours import code_colours
+from .distributed import whole
 from .metrics_log import MetricsLog
 from .picture_drawing import draw_clips
 
@@ -188,14 +189,9 @@ def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput,
 def predict(model: BestRQ2 | BestRQ, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Most likely codes and the probability of the true ones, both ``(B, Np, G)``, from ``hidden (B, Np, D)``."""
     guesses, probabilities = [], []
-    weights, biases = _whole(model.head.weight), _whole(model.head.bias)
+    weights, biases = whole(model.head.weight), whole(model.head.bias)
     for g, (weight, bias) in enumerate(zip(weights, biases)):
         logits = hidden.float() @ weight.float().T + bias.float()
         guesses.append(logits.argmax(-1))
         probabilities.append(logits.softmax(-1).gather(-1, codes[..., g, None]).squeeze(-1))
     return torch.stack(guesses, -1), torch.stack(probabilities, -1)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """A parameter that may be sharded over ranks."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -1,43 +1,44 @@
-"""The picture of a run: loss, masked accuracy beside its baseline, code usage, speed."""
+"""The report of a run: ``report.html`` with everything in one file, and ``report.png`` with the curves alone."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from .run_folder import read_metrics
+from .report_curves import draw_curves
+from .report_page import page
+from .run_record import RunRecord
 
 
-def save_report(folder: Path, codebook_size: int, title: str) -> Path | None:
-    """Draw ``report.png`` from ``metrics.csv``. Returns its path, or None when nothing was logged yet."""
-    import matplotlib
+def save_report(folder: Path, codebook_size: int | None = None, title: str | None = None) -> Path | None:
+    """Write ``report.html`` and ``report.png`` into a run folder, from what lies there; the run may be going on.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in read_metrics(folder) if row["loss"]]
-    if not rows:
+    Returns:
+        path of the HTML; None when nothing was logged yet, or when the disk does not take the report (with a warning:
+        it can be made again at any time by ``python -m bestrq2.report RUN``).
+    """
+    run = RunRecord(folder)
+    if not run.rows:
         return None
-    steps = [int(row["step"]) for row in rows]
+    if title is None:
+        title = f"{run.setting('recipe', run.name)}, {run.step} steps"
+    try:
+        return write_report([run], folder / "report.html", f"{run.name} ({title})")
+    except OSError as error:
+        print(f"warning: the report could not be written: {error}", file=sys.stderr)
+        return None
 
-    def column(name: str) -> list[float]:
-        return [float(row[name]) for row in rows]
 
-    figure, ((loss, accuracy), (usage, speed)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    figure.suptitle(title)
-    loss.plot(steps, column("loss"), color="tab:blue", linewidth=1)
-    loss.set(title="Loss", ylabel="cross-entropy of masked codes (nats)")
-    accuracy.plot(steps, column("accuracy"), color="tab:green", linewidth=1, label="masked accuracy")
-    accuracy.plot(steps, column("unigram"), color="tab:gray", linestyle="--", label="always the commonest code")
-    accuracy.set(title="Masked accuracy", ylabel="share of masked patches", ylim=(0, None))
-    accuracy.legend()
-    usage.plot(steps, column("perplexity"), color="tab:purple", label="perplexity")
-    usage.plot(steps, column("codes_used"), color="tab:orange", label="codes used")
-    usage.axhline(codebook_size, color="tab:gray", linestyle=":", label=f"codebook ({codebook_size})")
-    usage.set(title="Target codes", ylabel="codes", yscale="log", xlabel="step")
-    usage.legend()
-    speed.plot(steps, column("audio_seconds_per_second"), color="tab:red", linewidth=1)
-    speed.set(title="Throughput", ylabel="seconds of audio per second", xlabel="step", ylim=(0, None))
-    for axis in (loss, accuracy, usage, speed):
-        axis.grid(alpha=0.3)
-    path = folder / "report.png"
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+def write_report(runs: Sequence[RunRecord], path: Path, title: str) -> Path:
+    """Write ``path`` (HTML) and a PNG of the curves beside it, about one run or several in comparison.
+
+    Raises:
+        OSError: if the files cannot be written.
+    """
+    picture = path.with_suffix(".png")
+    partial = picture.with_name(picture.name + ".partial")
+    drawn = draw_curves(partial, list(runs), title)
+    if drawn:
+        partial.replace(picture)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page(runs, title, picture if drawn else None), encoding="utf-8")
+    return partial.replace(path)

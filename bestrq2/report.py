@@ -1,0 +1,74 @@
+"""Report on runs, at any time: also of a run that goes on, was stopped, or crashed.
+
+    python -m bestrq2.report RUN                         # RUN/report.html and RUN/report.png
+    python -m bestrq2.report RUN RUN2 --out both.html    # curves of several runs over each other
+    python -m bestrq2.report --bad-batch RUN/bad_batches/step-00001234-rank-0.safetensors
+
+The HTML holds its pictures and needs no network.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bestrq2.training.bad_batch_report import describe_bad_batch
+from bestrq2.training.errors import TrainingError
+from bestrq2.training.report import write_report
+from bestrq2.training.run_record import RunRecord
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bestrq2.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--out", type=Path, help="HTML file (default: report.html in the run folder; comparison.html for several runs)"
+    )
+    parser.add_argument("--bad-batch", type=Path, metavar="FILE", help="print and draw a batch kept in RUN/bad_batches")
+    options = parser.parse_args(arguments)
+    if bool(options.runs) == bool(options.bad_batch):
+        parser.error("expected run folders, or --bad-batch FILE")
+    try:
+        if options.bad_batch:
+            if options.out is not None and options.out.suffix != ".png":
+                raise TrainingError(f"--out: expected a name ending in .png, got {options.out}")
+            for line in describe_bad_batch(options.bad_batch, options.out):
+                print(line)
+        else:
+            for line in report(options.runs, options.out):
+                print(line)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(folders: list[Path], out: Path | None) -> list[str]:
+    """Write the report; returns what to say.
+
+    Raises:
+        TrainingError: if a folder is no run, nothing was logged in any, or the report cannot be written.
+    """
+    runs = [RunRecord(folder) for folder in folders]
+    for run in runs:
+        if not (run.folder / "config.yaml").exists():
+            raise TrainingError(f"{run.folder}: expected a run folder with config.yaml")
+        if not run.rows:
+            raise TrainingError(f"{run.folder}: nothing was logged yet (no row in metrics.csv)")
+    if out is None:
+        out = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
+    if out.suffix != ".html":
+        raise TrainingError(f"--out: expected a name ending in .html, got {out}")
+    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    if len(runs) == 1:
+        title += f" ({runs[0].setting('recipe', 'unknown recipe')}, {runs[0].step} steps)"
+    try:
+        path = write_report(runs, out, title)
+    except OSError as error:
+        raise TrainingError(f"{out}: cannot be written: {error}") from error
+    return [f"Report:  {path}", f"Curves:  {path.with_suffix('.png')}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
