@@ -112,7 +112,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    source: str | None = None  # folder or CSV/JSONL manifest; None: the 24 clips inside the package
+    # Folder, CSV/JSONL manifest, tar shards (a pattern such as shards-{000000..000009}.tar), .h5, .parquet or a saved
+    # Hugging Face dataset, or a list of these; None: the 24 clips inside the package.
+    source: Any = None
     crop_seconds: float = 10.0
     min_seconds: float | None = None  # None: one patch
     join_short: bool = False  # fill a crop with following clips of the same folder
@@ -335,6 +337,14 @@ def _validated(merged: DictConfig) -> Config:
         ),
         ("model.masking.ratio", len(c.model.masking.ratio) == 2, c.model.masking.ratio, "two numbers [low, high]"),
         ("data.crop_seconds", c.data.crop_seconds > 0, c.data.crop_seconds, "a positive number of seconds"),
+        (
+            "data.source",
+            c.data.source is None
+            or isinstance(c.data.source, str)
+            or (isinstance(c.data.source, list) and c.data.source and all(isinstance(s, str) for s in c.data.source)),
+            c.data.source,
+            "a name or a list of names",
+        ),
         ("data.batching", c.data.batching in ("crops", "buckets"), c.data.batching, "crops or buckets"),
         (
             "data.join_short",

@@ -28,9 +28,9 @@ class BucketDataset(CropDataset):
     filled up with repeats (of other crops, where clips are longer than the crop) to as many rows as a batch of the
     longest clips has.
 
-    A step of ``batch_size`` has as many rows as fit into ``batch_size * row_seconds`` seconds, the padding to the
-    longest clip counted. Every sample is cut to the longest planned length of its bucket, so a duration that a manifest
-    states too short never breaks this bound.
+    A step of ``batch_size`` has as many rows as fit into ``batch_size * row_seconds`` seconds, at least one, where the
+    padding to the longest clip counts. Every sample is cut to the longest planned length of its bucket, so a duration
+    that a manifest states too short never breaks this bound.
 
     With ``domain_weights``, the shares hold over an epoch, whose length is chosen so that they are exact and every clip
     is heard at least once; they count samples, and batches of one duration may mix the domains differently.
@@ -117,11 +117,7 @@ class BucketDataset(CropDataset):
         return sorted(others, key=lambda i: (abs(int(self._bucket_of[i]) - int(own)), i))
 
     def plan(self, batch_size: int) -> "BucketSteps":
-        """Which samples make up a step of ``batch_size * row_seconds`` padded seconds.
-
-        Raises:
-            ValueError: not even one of the longest clips fits.
-        """
+        """Which samples make up a step of ``batch_size * row_seconds`` padded seconds."""
         if batch_size not in self._plans:
             self._plans[batch_size] = BucketSteps(self, batch_size)
         return self._plans[batch_size]
@@ -135,15 +131,10 @@ class BucketSteps:
     """The steps of a :class:`BucketDataset` for one batch size; ``steps_per_epoch`` is the same in all epochs."""
 
     def __init__(self, dataset: BucketDataset, batch_size: int) -> None:
-        budget = floor(batch_size * dataset.row_seconds * dataset.sampling_rate + 0.5)
         longest = int(dataset.bucket_samples[-1])
+        # Never less than one of the longest clips: a first look may ask for a small part of a step.
+        budget = max(longest, floor(batch_size * dataset.row_seconds * dataset.sampling_rate + 0.5))
         self.min_rows = budget // longest
-        if self.min_rows < 1:
-            rate = dataset.sampling_rate
-            raise ValueError(
-                f"a batch of {budget / rate:g} s must hold at least one of the longest clips, {longest / rate:g} s: "
-                "raise the seconds of a batch, or shorten the crops"
-            )
         ends: list[np.ndarray] = []
         position = 0
         for end, samples in zip(dataset.bucket_ends.tolist(), dataset.bucket_samples.tolist()):

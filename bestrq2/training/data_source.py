@@ -23,9 +23,10 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         files = tiny_dataset()
         print(f"{purpose}: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
     else:
-        files, report = collect(data.source, min_seconds=min_seconds)
+        files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty())
+        name = data.source if isinstance(data.source, str) else ", ".join(data.source)
         hours = sum(file.duration or 0.0 for file in files) / 3600
-        print(f"{purpose}: {len(files)} files, {hours:.2f} h from {data.source}")
+        print(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
         if report.skips:
             print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
     common: dict[str, Any] = {
@@ -37,13 +38,8 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         if data.batching == "buckets":
             # Per unit of batch size: a first look or a micro-step of fewer samples then has as much less audio.
             row = None if data.batch_seconds is None else data.batch_seconds / config.train.batch_size
-            dataset: CropDataset = BucketDataset(
-                files, data.crop_seconds, front.sampling_rate, row_seconds=row, **common
-            )
-            dataset.plan(config.train.batch_size)  # fails here, not at the first step
-        else:
-            dataset = CropDataset(files, data.crop_seconds, front.sampling_rate, join_short=data.join_short, **common)
-        return dataset
+            return BucketDataset(files, data.crop_seconds, front.sampling_rate, row_seconds=row, **common)
+        return CropDataset(files, data.crop_seconds, front.sampling_rate, join_short=data.join_short, **common)
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
 

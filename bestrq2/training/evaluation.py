@@ -36,7 +36,11 @@ class Evaluation:
         self.validates = settings.source is not None
         self.validation_loss: float | None = None
         if self.validates:
-            held_out = replace(config, data=replace(config.data, source=settings.source))
+            # The same crops every time: neither shares of domains nor batches of similar length.
+            crops = replace(
+                config.data, source=settings.source, batching="crops", batch_seconds=None, domain_weights={}
+            )
+            held_out = replace(config, data=crops)
             self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation"))
             self.clips = min(settings.clips, len(self.dataset))
 

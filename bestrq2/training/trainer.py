@@ -64,6 +64,12 @@ class Trainer:
                 f"train.batch_size: expected a multiple of {ranks.size} ranks, and at least {share} for "
                 f"train.accumulate={settings.accumulate}, got {settings.batch_size}"
             )
+        # Ranks that cut a step into different numbers of micro-batches would wait for each other for ever.
+        if (rows := dataset.plan(settings.batch_size).min_rows) < share:
+            raise TrainingError(
+                f"data.batch_seconds: expected room for {share} clips of full length ({ranks.size} ranks times "
+                f"train.accumulate={settings.accumulate}), got room for {rows}"
+            )
         self.device = choose_device(settings.device, ranks.local_rank)
         self.autocast = choose_precision(settings.precision, self.device)
         self.resumed = checkpoint is not None

@@ -163,9 +163,9 @@ def test_domain_weights(numbered):
     assert set(heard) == set(range(300))
 
 
-def test_a_million_files():
+def test_many_files():
     """A plan costs no more than sorting the durations, and a step far into training no more than the first."""
-    dataset = BucketDataset(_files(_durations(1_000_000)), 10.0)
+    dataset = BucketDataset(_files(_durations(200_000)), 10.0)
     start = time.perf_counter()
     plan = dataset.plan(64)
     planned = time.perf_counter() - start
@@ -174,7 +174,7 @@ def test_a_million_files():
         for index in plan.samples(step):
             dataset._draw(index)
     print(f"plan {planned:.4f} s, four steps {time.perf_counter() - start:.4f} s")
-    assert planned < 2
+    assert planned < 1
     # 64-bit indices; steps cover each place of an epoch once
     borders = sorted((plan.samples(step).start, plan.samples(step).stop) for step in range(plan.steps_per_epoch))
     assert borders[0][0] == 0
@@ -194,5 +194,5 @@ def test_rejects_bad_arguments():
     files = _files(DURATIONS[:5])
     with pytest.raises(ValueError, match="row_seconds"):
         BucketDataset(files, 10.0, row_seconds=0)
-    with pytest.raises(ValueError, match=r"a batch of 2 s must hold at least one of the longest clips, .* s: raise"):
-        BucketDataset(files, 10.0, row_seconds=1.0).plan(2)
+    plan = BucketDataset(files, 10.0, row_seconds=0.1).plan(2)  # 0.2 s: still one clip at a time
+    assert [len(plan.samples(step)) for step in range(plan.steps_per_epoch)] == [1] * plan.steps_per_epoch

@@ -1,0 +1,99 @@
+"""The training command on the sources and batchings of bestrq2.data: the same curve from every container."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bestrq2.data import collect, tiny_dataset, write_manifest
+from bestrq2.data.shards import pack
+from bestrq2.train import main
+from bestrq2.training.run_folder import read_metrics
+
+QUICK = [
+    "model.front_end.mean=-47.5",
+    "model.front_end.std=31.8",
+    "train.steps=4",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "data.crop_seconds=1.5",
+    "data.workers=0",
+    "model.encoder.width=32",
+    "model.encoder.hidden=48",
+    "model.encoder.depth=2",
+    "model.predictor.width=32",
+    "model.predictor.hidden=48",
+    "model.predictor.depth=1",
+]
+CURVE = ("step", "loss", "accuracy", "perplexity", "grad_norm", "padding_share", "audio_seconds")
+
+
+def _curve(run: Path) -> list[tuple[str, ...]]:
+    return [tuple(row[name] for name in CURVE) for row in read_metrics(run)]
+
+
+def _train(runs: Path, name: str, source: Path | str, *options: str) -> list[tuple[str, ...]]:
+    assert main(["--runs", str(runs), "--name", name, "--data", str(source), *QUICK, *options]) == 0
+    return _curve(runs / name)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A folder of clips of several lengths and domains, a manifest of it, and shards of it."""
+    import soundfile
+
+    root = tmp_path_factory.mktemp("sources")
+    for number, item in enumerate(tiny_dataset()):
+        folder = root / "audio" / item.domain
+        folder.mkdir(parents=True, exist_ok=True)
+        samples, rate = soundfile.read(item.path, dtype="int16")
+        soundfile.write(folder / f"{number:02d}.flac", samples[: 12000 + 800 * number], rate)
+    files, _ = collect(root / "audio")
+    write_manifest(root / "clips.csv", files)
+    shards = pack(collect(root / "clips.csv")[0], root / "shards", max_bytes=200_000).shards
+    assert len(shards) > 3
+    return root
+
+
+def test_the_same_curve_from_a_manifest_and_from_shards(sources, tmp_path):
+    """Equal to the last bit; and a run of one may go on with the other."""
+    by_manifest = _train(tmp_path, "manifest", sources / "clips.csv", "train.save_every=2", "train.keep_last=5")
+    count = len(list((sources / "shards").glob("*.tar")))
+    pattern = f"{sources}/shards/shards-{{000000..{count - 1:06d}}}.tar"
+    assert _train(tmp_path, "pattern", pattern) == by_manifest
+    shutil.rmtree(tmp_path / "manifest" / "checkpoints" / "step-00000004")
+    assert main(["--runs", str(tmp_path), "--resume", str(tmp_path / "manifest"), f"data.source={pattern}"]) == 0
+    assert _curve(tmp_path / "manifest") == by_manifest
+
+
+def test_a_damaged_shard_is_said(sources, tmp_path, capsys):
+    shutil.copytree(sources / "shards", tmp_path / "shards")
+    shard = tmp_path / "shards" / "shards-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:70_000])
+    _train(tmp_path, "damaged", tmp_path / "shards")
+    printed = capsys.readouterr().err
+    assert "1 truncated" in printed
+    assert "1 damaged archive" in printed
+    assert "the shard was cut, and members may be lost" in printed
+
+
+def test_buckets_and_domain_weights(sources, tmp_path):
+    """Resumed in the middle, the curve is that of the whole run; padding stays small."""
+    options = (
+        "data.batching=buckets",
+        "data.batch_seconds=8",
+        "data.domain_weights={speech: 0.5, music: 0.3, env: 0.2}",
+        "train.save_every=2",
+    )
+    whole = _train(tmp_path, "whole", sources / "shards", *options)
+    _train(tmp_path, "part", sources / "clips.csv", *options)
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-00000004")
+    assert main(["--runs", str(tmp_path), "--resume", str(tmp_path / "part")]) == 0
+    assert _curve(tmp_path / "part") == whole
+    assert all(float(row["padding_share"]) < 0.15 for row in read_metrics(tmp_path / "whole")[1:])
+
+
+def test_several_sources(sources, tmp_path, capsys):
+    names = f"[{sources / 'audio' / 'speech'},{sources / 'shards' / 'shards-000000.tar'}]"
+    assert main(["--runs", str(tmp_path), "--name", "two", f"data.source={names}", *QUICK, "train.steps=1"]) == 0
+    assert "shards-000000.tar" in capsys.readouterr().out
