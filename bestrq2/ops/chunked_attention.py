@@ -60,8 +60,8 @@ def chunked_attention(
     dtype.
 
     Args:
-        query: (B, H, Tq, d), fp32, bf16, fp16 or fp64, of any strides; d <= 256 for the compiled backends (Triton in
-            fp32: d <= 64), which do not take fp64.
+        query: (B, H, Tq, d), fp32, bf16, fp16 or fp64, of any strides; d <= 256 for the compiled backends, which do not
+            take fp64.
         key: (B, H, Tk, d), dtype of query.
         value: (B, H, Tk, d), dtype of query.
         chunk_size: frames per chunk, counted from position 0 whatever the offset; None: one chunk for everything.
@@ -218,8 +218,6 @@ def _triton_obstacle(query: Tensor) -> str | None:
         return "float64 runs on the reference backend only"
     if query.shape[-1] > chunked_attention_cpu.MAX_HEAD_DIM:
         return f"head size {query.shape[-1]} exceeds {chunked_attention_cpu.MAX_HEAD_DIM}"
-    if query.dtype == torch.float32 and query.shape[-1] > 64:
-        return f"head size {query.shape[-1]} in fp32 exceeds 64 (its tiles would spill registers): use bf16 or fp16"
     return triton_obstacle(query.device)
 
 

@@ -1,6 +1,8 @@
 """Chunked attention with relative positions on GPUs; ``launch`` imports triton, this package does not."""
 
-CANDIDATES = {
+from typing import Any
+
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
     key: [
         {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
         for rows in (16, 32, 64, 128)
@@ -11,5 +13,15 @@ CANDIDATES = {
     ]
     for kernel in ("forward", "backward_query", "backward_key")
     for key in (f"{kernel}/64", f"{kernel}/128", f"{kernel}/64/fp32")
+}
+CANDIDATES |= {
+    f"{kernel}/128/fp32": [
+        {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": 1, "PRECISION": precision}
+        for precision in ("tf32x3", "ieee")
+        for rows in (16, 32)
+        for columns in (16, 32, 64)
+        for warps in (4, 8)
+    ]
+    for kernel in ("forward", "backward_query", "backward_key")
 }
 """What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""

@@ -60,7 +60,8 @@ class _Call:
             "HAS_LENGTHS": self.lengths is not None,
             "HAS_STARTS": self.starts is not None,
             "HAS_KEY_MASK": self.key_mask is not None,
-            "PRECISION": "tf32x3" if self.query.dtype == torch.float32 else "tf32",  # read for fp32 only
+            # Read for fp32 only. Configurations of large heads replace it by "ieee": fewer registers, no matrix unit.
+            "PRECISION": "tf32x3" if self.query.dtype == torch.float32 else "tf32",
             "BD": padded_dim(self.head_dim),
             **config,
         }

@@ -82,4 +82,4 @@ def test_compiles_without_spills(name, key, key_mask, config, architecture):
     print(f"{name} sm_{architecture}: {report}")
     assert report.spill_bytes == 0
     assert report.shared_bytes <= SHARED_LIMIT[architecture]
-    assert report.matrix_instructions
+    assert report.matrix_instructions or config.get("PRECISION") == "ieee"

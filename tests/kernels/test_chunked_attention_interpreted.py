@@ -47,6 +47,9 @@ CASES = {
     "more queries than keys": ((1, 1, 80, 40, 16), torch.float32, {"chunk_size": 25, "left_context": 50}),
     "band": ((1, 1, 90, 90, 16), torch.float32, {"chunk_size": 1, "left_context": 9, "right_context": 4}),
     "fp16": ((1, 2, 70, 70, 32), torch.float16, {"chunk_size": 25, "left_context": 25}),
+    "head size 96": ((1, 1, 40, 70, 96), torch.float32, {"chunk_size": 32, "left_context": 32, "query_offset": 30}),
+    "head size 128": ((1, 1, 50, 50, 128), torch.float32, {"chunk_size": 16, "left_context": 16}),
+    "head size 200": ((1, 1, 20, 40, 200), torch.float32, {"chunk_size": 16, "left_context": 16, "query_offset": 20}),
     "fp16, head size 128": ((1, 1, 70, 70, 128), torch.float16, {"chunk_size": 32, "left_context": 32}),
 }
 
