@@ -44,7 +44,7 @@ from bestrq2.probing.evaluation import Outcome
 from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, untrained_copy
 from bestrq2.probing.heads import require_sklearn
 from bestrq2.probing.labels import LabelledClips, read_clips
-from bestrq2.probing.task import Head, ProbeKind, ProbeTask, packaged_task
+from bestrq2.probing.task import SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
 from bestrq2.training.hardware import choose_device
 
 DEFAULT_HEADS = {"retrieval": "cosine", "events": "linear"}
@@ -80,7 +80,9 @@ def task_of(options: argparse.Namespace) -> ProbeTask:
         for name in ("kind", "separator", "events", "group", "split", "pooling", "folds", "regularisation")
         if (value := getattr(options, name)) is not None
     }
-    choices |= {name: getattr(options, name) for name in ("threshold", "segment_seconds", "drop_rare", "seed")}
+    choices |= {
+        name: getattr(options, name) for name in ("threshold", "segment_seconds", "scaling", "drop_rare", "seed")
+    }
     if options.label:
         choices["label"] = options.label[0] if len(options.label) == 1 else tuple(options.label)
     if options.split_values:
@@ -211,6 +213,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--regularisation", type=float, help="inverse L2 strength (default: chosen inside the training clips)")
     add("--folds", type=int, help="at most, no more than the groups of the rarest class (default: 5); 0: one per group")
     add("--pooling", choices=("mean", "mean+std"), help="over the frames of a clip (default: mean)")
+    add("--scaling", choices=SCALINGS, default="all", help="of retrieval: by gallery and queries, by sides, none")
     add("--layers", default="final", help="all, or numbers of blocks (0 is the first) and final (default: final)")
     add("--layer", type=int, help="the same as --layers with one number")
     add("--threshold", type=float, default=0.5, help="above which a label counts as predicted (default: 0.5)")

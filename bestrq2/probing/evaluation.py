@@ -194,7 +194,7 @@ def probe_retrieval(features: np.ndarray, clips: LabelledClips, task: ProbeTask)
     Raises:
         ConfigError: if no query has a match in the gallery.
     """
-    ranked = rank(features, clips, exclude_group=task.group is not None)
+    ranked = rank(features, clips, task.group is not None, task.scaling)
     groups = np.unique(clips.groups[ranked["query"]], return_inverse=True)[1].astype(np.int64)
     results = estimate(lambda weights: retrieval_values(ranked, groups, weights), int(groups.max()) + 1, task.seed)
     return Outcome(results, scores=np.stack(list(ranked.values()), 1))

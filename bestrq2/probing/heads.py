@@ -7,6 +7,7 @@ Letters: N clips or frames, D width of the features, C classes.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -138,51 +139,58 @@ def _sigmoids(train: np.ndarray, targets: np.ndarray, test: np.ndarray, strength
 def _mlp(
     train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_classes: int, strength: float, seed: int
 ) -> np.ndarray:
-    """One hidden layer of 256 ReLUs by Adam with a cosine schedule: 200 steps of 128 rows, or 3 passes if more."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.from_numpy(np.ascontiguousarray(train, dtype=np.float32))
-    single, regression = targets.ndim == 1, targets.dtype.kind == "f"
-    mean, scale = (float(targets.mean()), float(targets.std()) or 1.0) if regression else (0.0, 1.0)
-    y = torch.from_numpy((targets - mean) / scale if regression else targets)
-    y = y.float()[:, None] if regression else y.long() if single else y.float()
-    width = 1 if regression else num_classes
+    """One hidden layer of 256 ReLUs by Adam with a cosine schedule: 200 steps of 128 rows, or 3 passes if more.
 
-    def uniform(rows: int, columns: int) -> Tensor:
-        return ((torch.rand(rows, columns, generator=generator) * 2 - 1) / rows**0.5).requires_grad_()
-
-    parameters = [uniform(x.shape[1], HIDDEN), torch.zeros(HIDDEN, requires_grad=True)]
-    parameters += [uniform(HIDDEN, width), torch.zeros(width, requires_grad=True)]
+    The gradient of every loss here (cross-entropy, its binary form, half the squared error) with respect to the output
+    is the prediction minus the target, so it is written out.
+    """
+    generator = np.random.default_rng(seed)
+    x = np.ascontiguousarray(train, dtype=np.float32)
+    y, mean, scale, link = _outputs(targets, num_classes)
     batch = min(MLP_BATCH, len(x))
     steps = max(MLP_STEPS, 3 * len(x) // batch)
-    optimizer = torch.optim.Adam(parameters)
+    shapes = [(x.shape[1], HIDDEN), (HIDDEN,), (HIDDEN, y.shape[1]), (y.shape[1],)]
+    ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
+    flat = np.zeros(ends[-1], dtype=np.float32)
+    gradient, first, second = np.zeros_like(flat), np.zeros_like(flat), np.zeros_like(flat)
 
-    def forward(rows: Tensor) -> Tensor:
-        return torch.relu(rows @ parameters[0] + parameters[1]) @ parameters[2] + parameters[3]
+    def views(vector: np.ndarray) -> list[np.ndarray]:
+        return [vector[a:b].reshape(shape) for a, b, shape in zip(ends, ends[1:], shapes)]
 
-    order = torch.empty(0, dtype=torch.int64)
-    with torch.enable_grad():
-        for step in range(steps):
-            if len(order) < batch:
-                order = torch.cat((order, torch.randperm(len(x), generator=generator)))
-            rows, order = order[:batch], order[batch:]
-            output = forward(x[rows])
-            if regression:
-                loss = (output - y[rows]).square().mean() / 2
-            elif single:
-                loss = torch.nn.functional.cross_entropy(output, y[rows])
-            else:
-                loss = (
-                    torch.nn.functional.binary_cross_entropy_with_logits(output, y[rows], reduction="none")
-                    .sum(1)
-                    .mean()
-                )
-            penalty = sum(weight.square().sum() for weight in parameters[::2]) / (2 * strength * len(x))
-            optimizer.zero_grad()
-            (loss + penalty).backward()
-            optimizer.param_groups[0]["lr"] = MLP_RATE * (1 + np.cos(np.pi * step / steps)) / 2
-            optimizer.step()
-    with torch.no_grad():
-        output = forward(torch.from_numpy(np.ascontiguousarray(test, dtype=np.float32))).double()
-    if regression:
-        return (output * scale + mean).numpy()
-    return (output.softmax(1) if single else output.sigmoid()).numpy()
+    w1, b1, w2, b2 = views(flat)
+    g1, gb1, g2, gb2 = views(gradient)
+    for weight in (w1, w2):
+        weight[...] = generator.uniform(-1, 1, weight.shape) / len(weight) ** 0.5
+    decay = np.float32(1 / (strength * len(x)))
+    order = np.zeros(0, dtype=np.int64)
+    for step in range(1, steps + 1):
+        if len(order) < batch:
+            order = np.concatenate((order, generator.permutation(len(x))))
+        chosen, order = order[:batch], order[batch:]
+        rows = x[chosen]
+        hidden = np.maximum(rows @ w1 + b1, 0)
+        error = (link(hidden @ w2 + b2) - y[chosen]) / batch
+        back = (error @ w2.T) * (hidden > 0)
+        g1[...], gb1[...] = rows.T @ back + decay * w1, back.sum(0)
+        g2[...], gb2[...] = hidden.T @ error + decay * w2, error.sum(0)
+        first += 0.1 * (gradient - first)
+        second += 0.001 * (gradient * gradient - second)
+        rate = MLP_RATE * (1 + np.cos(np.pi * (step - 1) / steps)) / 2 / (1 - 0.9**step)
+        flat -= np.float32(rate) * first / (np.sqrt(second / np.float32(1 - 0.999**step)) + 1e-8)
+    output = link(np.maximum(np.ascontiguousarray(test, dtype=np.float32) @ w1 + b1, 0) @ w2 + b2)
+    return output.astype(np.float64) * scale + mean
+
+
+def _outputs(targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, float, float, Callable[..., np.ndarray]]:
+    """Targets as float32 ``(N, C)``, their mean and scale, and what turns outputs into predictions of them."""
+    if targets.dtype.kind == "f":
+        mean, scale = float(targets.mean()), float(targets.std()) or 1.0
+        return ((targets - mean) / scale).astype(np.float32)[:, None], mean, scale, np.asarray
+    if targets.ndim == 2:
+        return targets.astype(np.float32), 0.0, 1.0, lambda x: 1 / (1 + np.exp(-np.clip(x, -60, 60)))
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        grown = np.exp(x - x.max(1, keepdims=True))
+        return grown / grown.sum(1, keepdims=True)
+
+    return np.eye(num_classes, dtype=np.float32)[targets], 0.0, 1.0, softmax

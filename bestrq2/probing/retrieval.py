@@ -2,7 +2,9 @@
 
 With a fixed split, test clips query the training clips (the gallery). Without, every clip queries all others, except
 those of its own group where groups are given: the same phrase from another voice, not the same recording again.
-Features are centred and scaled by the mean and deviation of the gallery, which needs no label.
+Cosines are those of features centred and scaled, without labels: by the mean and deviation of gallery and queries
+together, by those of each side alone (which takes out what differs between two collections, and needs many queries),
+or not at all. (By the gallery alone, bands that are silent there would outweigh all others.)
 """
 
 import numpy as np
@@ -17,11 +19,19 @@ COLUMNS = ("query", "R@1", "R@5", "mAP", "chance")
 _BLOCK = 512
 
 
-def rank(features: np.ndarray, clips: LabelledClips, exclude_group: bool) -> dict[str, np.ndarray]:
+def rank(
+    features: np.ndarray, clips: LabelledClips, exclude_group: bool, scaling: str = "all"
+) -> dict[str, np.ndarray]:
     """Of every query: whether a match is the nearest ("R@1"), among the five nearest ("R@5"), the average precision of
     the whole ranking ("mAP"), and the mean of what a random ranking gives for the first ("chance").
 
     Equal similarities count as the worse order.
+
+    Args:
+        features: ``(N, D)``.
+        clips: with what matches, and which clips query.
+        exclude_group: without a split, keep the query's own group out of its gallery.
+        scaling: "all", "sides" or "none".
 
     Returns:
         these, ``(Q,)`` each, and "query", the numbers of the clips ``(Q,)``; queries without a match are not there.
@@ -33,7 +43,10 @@ def rank(features: np.ndarray, clips: LabelledClips, exclude_group: bool) -> dic
         queries = gallery = np.arange(len(clips))
     else:
         queries, gallery = np.flatnonzero(clips.parts == TEST), np.flatnonzero(clips.parts == TRAIN)
-    known, asked = standardise(features[gallery], features[queries])
+    known, asked = features[gallery], features[queries]
+    if scaling != "none":
+        both = features[np.union1d(queries, gallery)]
+        known, asked = (standardise(side if scaling == "sides" else both, side)[1] for side in (known, asked))
     known, asked = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (known, asked))
     found: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for start in range(0, len(queries), _BLOCK):

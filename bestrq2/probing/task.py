@@ -10,6 +10,7 @@ from bestrq2.config import ConfigError
 ProbeKind = Literal["classification", "multilabel", "events", "retrieval", "regression"]
 Head = Literal["linear", "mlp", "knn"]
 Pooling = Literal["mean", "mean+std"]
+SCALINGS = ("all", "sides", "none")
 
 # Inverse strengths of L2 regularisation among which the training folds choose. An MLP gets more freedom: what only
 # shrinks the weights of a linear head silences its hidden units.
@@ -49,6 +50,8 @@ class ProbeTask:
         regularisation: inverse strength of the L2 penalty; None: chosen inside the training folds.
         threshold: above which a label counts as predicted ("multilabel", "events").
         segment_seconds: length of the segments of the segment-based F1 ("events").
+        scaling: of "retrieval", see :mod:`bestrq2.probing.retrieval`: "all" (gallery and queries together), "sides"
+            (each by itself) or "none".
         drop_rare: leave out classes that occur in too few groups to be tested, instead of an error.
         seed: of the folds, of the MLP and of the bootstrap.
 
@@ -72,6 +75,7 @@ class ProbeTask:
     regularisation: float | None = None
     threshold: float = 0.5
     segment_seconds: float = 1.0
+    scaling: str = "all"
     drop_rare: bool = False
     seed: int = 0
 
@@ -80,6 +84,7 @@ class ProbeTask:
             ("kind", self.kind in get_args(ProbeKind), self.kind, f"one of {', '.join(get_args(ProbeKind))}"),
             ("head", self.head in get_args(Head), self.head, f"one of {', '.join(get_args(Head))}"),
             ("pooling", self.pooling in get_args(Pooling), self.pooling, f"one of {', '.join(get_args(Pooling))}"),
+            ("scaling", self.scaling in SCALINGS, self.scaling, f"one of {', '.join(SCALINGS)}"),
             ("folds", self.folds == 0 or self.folds >= 2, self.folds, "at least 2, or 0 for one per group"),
             (
                 "regularisation",

@@ -119,3 +119,126 @@ def test_statistics_by_hand():
     np.testing.assert_allclose(fine[3, :64], frames[1], atol=1e-3)
     np.testing.assert_allclose(fine[4, :64], frames[2], atol=1e-3)
     assert pool(frames, "mean+std").shape == (128,)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """24 clips of 2 s in 8 takes: a low tone, a high tone or both at known times, over noise."""
+    folder = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    clips, events = ["path,tags,take,tone,part"], ["path,onset,offset,label"]
+    for i in range(24):
+        time = np.arange(32000) / 16000
+        wave, tags = 0.01 * rng.normal(size=32000), []
+        for name, pitch, wanted in (("low", 300, i % 3 != 1), ("high", 3000, i % 3 != 0)):
+            if wanted:
+                onset = 0.25 * rng.integers(0, 5)
+                wave += 0.2 * np.sin(2 * np.pi * pitch * time) * ((time >= onset) & (time < onset + 0.5))
+                tags.append(name)
+                events.append(f"{i}.wav,{onset},{onset + 0.5},{name}")
+        soundfile.write(folder / f"{i}.wav", wave, 16000)
+        clips.append(f"{i}.wav,{';'.join(tags)},{i // 3},{i % 3},{'query' if i < 12 else 'gallery'}")
+    (folder / "clips.csv").write_text("\n".join(clips))
+    (folder / "events.csv").write_text("\n".join(events))
+    return folder
+
+
+def run_kind(encoder_file, sounds, out, *options):
+    arguments = [str(encoder_file), str(sounds / "clips.csv"), "--out", str(out), *options]
+    assert probe.main(arguments) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def test_multilabel(encoder_file, sounds, tmp_path):
+    options = ["--kind", "multilabel", "--label", "tags", "--group", "take", "--head", "linear,mlp", "--folds", "2"]
+    document = run_kind(encoder_file, sounds, tmp_path, *options, "--pooling", "mean+std")
+    assert document["classes"] == ["high", "low"]
+    assert document["chance"] == pytest.approx(16 / 24)
+    for entry in document["results"].values():
+        for head in ("linear", "mlp"):
+            assert entry[head]["mAP"]["value"] > 0.95
+            assert entry[head]["macro_F1"]["value"] > 0.7
+    with (tmp_path / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 24 * 2
+    assert (tmp_path / "per_class.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_events(encoder_file, sounds, tmp_path, capsys):
+    options = ["--kind", "events", "--events", str(sounds / "events.csv"), "--group", "take", "--folds", "3"]
+    document = run_kind(encoder_file, sounds, tmp_path, *options, "--segment-seconds", "0.5")
+    assert "frames of 40 ms" in capsys.readouterr().out
+    assert document["rows"] == 24 * 50
+    assert document["chance"] == pytest.approx(16 * 0.5 / (24 * 2), rel=0.05)
+    for entry in document["results"].values():
+        scores = entry["linear"]
+        assert scores["frame_mAP"]["value"] > 0.9
+        assert scores["frame_macro_F1"]["value"] > 0.7
+        assert scores["segment_macro_F1"]["value"] > 0.7
+        assert {row["class"] for row in scores["per_class"]} == {"high", "low"}
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24 * 50 * 2
+    assert rows[2]["onset"] == "0.040"
+
+
+def test_retrieval(encoder_file, sounds, tmp_path, capsys):
+    options = ["--kind", "retrieval", "--label", "tone", "--split", "part"]
+    document = run_kind(encoder_file, sounds, tmp_path, *options)
+    assert "12 in the gallery, 12 queries" in capsys.readouterr().out
+    assert document["chance"] == pytest.approx(1 / 3)
+    scores = document["results"]["log-mel statistics"]["cosine"]
+    assert scores["R@1"]["value"] == 1.0
+    assert scores["mAP"]["value"] > 0.7
+
+
+def test_regression_and_layers(encoder_file, sounds, tmp_path):
+    options = ["--kind", "regression", "--label", "tone", "--group", "take", "--folds", "3", "--layers", "all"]
+    document = run_kind(encoder_file, sounds, tmp_path, *options, "--head", "linear", "--pooling", "mean+std")
+    names = ["encoder, layer 0", "encoder", "random initialisation, layer 0", "random initialisation"]
+    assert list(document["results"]) == [*names, "log-mel statistics"]
+    assert document["results"]["log-mel statistics"]["linear"]["R2"]["value"] > 0.5
+    first, last = (document["results"][name]["linear"]["R2"]["value"] for name in names[:2])
+    assert first != last
+    gap = document["results"]["random initialisation, layer 0"]["linear"]["R2"]["encoder_minus_this"]["value"]
+    assert gap == pytest.approx(first - document["results"][names[2]]["linear"]["R2"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "7"], "--layers: expected all"),
+        (["--head", "svm"], "--head: expected some of linear, mlp, knn, got 'svm'"),
+        (["--where", "tags"], "--where: expected COLUMN=VALUE"),
+        (["--kind", "events"], "a table of events"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--kind", "regression"], "'tags' is no number: 'low'"),
+        (["--where", "tone=0,1", "--group", "tone"], "do not occur in two groups"),
+        (
+            ["--label", "take", "--split", "part", "--split-values", "query", "gallery"],
+            "do not occur in training and",
+        ),
+    ],
+)
+def test_bad_options(encoder_file, sounds, tmp_path, capsys, options, message):
+    arguments = [str(encoder_file), str(sounds / "clips.csv"), "--out", str(tmp_path), *options]
+    assert probe.main([*arguments, *([] if "--label" in options else ["--label", "tags"])]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_encoder(sounds, tmp_path):
+    """A module by file and name, whose baseline is itself with weights drawn anew."""
+    (tmp_path / "tiny.py").write_text(
+        "import torch\n"
+        "class Tiny(torch.nn.Module):\n"
+        "    sampling_rate, output_dim, hop_size_in_ms = 16000, 8, 10.0\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(5)\n"
+        "        self.layer = torch.nn.Conv1d(1, 8, 400, stride=160, padding=200)\n"
+        "    def forward(self, audio):\n"
+        "        return self.layer(audio[:, None]).abs().transpose(1, 2)[:, : audio.shape[1] // 160]\n"
+    )
+    source = f"{tmp_path}/tiny.py:Tiny"
+    document = run_kind(source, sounds, tmp_path / "out", "--label", "tone", "--group", "take", "--head", "linear")
+    own, other = (document["results"][name]["linear"]["mAP"]["value"] for name in ("encoder", "random initialisation"))
+    assert own != other

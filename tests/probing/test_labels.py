@@ -1,0 +1,153 @@
+"""What a manifest says, what it leaves out, and what is refused."""
+
+import numpy as np
+import pytest
+
+from bestrq2.config import ConfigError
+from bestrq2.data import ManifestError
+from bestrq2.probing.events import frame_labels, read_events, segment_decisions, segment_labels
+from bestrq2.probing.labels import TEST, TRAIN, read_clips
+from bestrq2.probing.task import ProbeTask, packaged_task
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="clips.csv"):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_single_labels(write):
+    manifest = write("path,kind,take\na.wav,dog,1\nb.wav,cat,1\nc.wav, ,2\nd.wav,dog,3\n")
+    clips = read_clips(ProbeTask(manifest=manifest, label="kind", group="take"))
+    assert [clips.classes[t] for t in clips.targets] == ["dog", "cat", "dog"]
+    assert clips.groups.tolist() == [0, 0, 1]
+    assert clips.left_out == {"without a label": 1}
+    assert not clips.warnings
+    assert "no --group" in read_clips(ProbeTask(manifest=manifest, label="kind")).warnings[0]
+    assert len(read_clips(packaged_task())) == 24
+
+
+def test_missing_columns_and_groups(write):
+    manifest = write("path,kind,take\na.wav,dog,1\nb.wav,cat,\n")
+    with pytest.raises(ManifestError, match=r"no column 'label'; its columns are \['path', 'kind', 'take'\]"):
+        read_clips(ProbeTask(manifest=manifest))
+    with pytest.raises(ManifestError, match=r"b\.wav has no 'take'"):
+        read_clips(ProbeTask(manifest=manifest, label="kind", group="take"))
+    with pytest.raises(ManifestError, match="no row can be used: 2 outside of --where"):
+        read_clips(ProbeTask(manifest=manifest, label="kind", where=(("take", ("7",)),)))
+
+
+def test_fixed_split(write):
+    manifest = write("path,kind,part,take\na.wav,x,train,1\nb.wav,y,dev,2\nc.wav,x,test,1\nd.wav,y,,3\ne.wav,,dev,4\n")
+    clips = read_clips(ProbeTask(manifest=manifest, label="kind", split="part", group="take"))
+    assert clips.parts.tolist() == [TRAIN, TEST]
+    assert clips.left_out == {"with part 'dev'": 2, "with part ''": 1}
+    assert clips.warnings == ["1 groups have clips in training and in test"]
+    task = ProbeTask(manifest=manifest, label="kind", split="part", train_values=("train", "dev"))
+    assert read_clips(task).parts.tolist() == [TRAIN, TRAIN, TEST]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,tags\na.wav,dog; cat\nb.wav,;\nc.wav,\nd.wav,cat\n",
+        "path,tags\na.wav,cat;dog;cat\nb.wav, ; \nc.wav, \nd.wav,;cat\n",
+    ],
+)
+def test_several_labels_in_a_cell(write, text):
+    clips = read_clips(ProbeTask(manifest=write(text), label="tags", kind="multilabel"))
+    assert clips.classes == ["cat", "dog"]
+    assert clips.targets.tolist() == [[True, True], [False, False], [True, False]]
+    assert clips.left_out == {"without a label": 1}
+
+
+def test_several_labels_in_a_list(write):
+    manifest = write('{"path": "a.wav", "tags": ["dog", "cat"]}\n{"path": "b.wav", "tags": []}\n', "clips.jsonl")
+    clips = read_clips(ProbeTask(manifest=manifest, label="tags", kind="multilabel"))
+    assert clips.targets.tolist() == [[True, True], [False, False]]
+
+
+def test_several_columns(write):
+    manifest = write("path,dog,cat\na.wav,1,0\nb.wav,yes,True\nc.wav,0,\n")
+    task = ProbeTask(manifest=manifest, label=("dog", "cat"), kind="multilabel")
+    clips = read_clips(task)
+    assert clips.classes == ["dog", "cat"]
+    assert clips.targets.tolist() == [[True, False], [True, True]]
+    write("path,dog,cat\na.wav,1,0\nb.wav,often,1\n")
+    with pytest.raises(ManifestError, match="expected 0 or 1 in column 'dog', got 'often'"):
+        read_clips(task)
+
+
+def test_numbers(write):
+    task = ProbeTask(
+        manifest=write("path,bpm\na.wav,120\nb.wav,nan\nc.wav,\nd.wav,90.5\n"), label="bpm", kind="regression"
+    )
+    clips = read_clips(task)
+    assert clips.targets.tolist() == [120.0, 90.5]
+    assert clips.left_out == {"without a finite number": 2}
+    write("path,bpm\na.wav,fast\n")
+    with pytest.raises(ManifestError, match="'bpm' is no number: 'fast'"):
+        read_clips(task)
+
+
+def test_events(write, tmp_path):
+    manifest = write("path\nx/a.wav\nx/b.wav\nc.wav\n")
+    table = write(
+        "filename\tonset\toffset\tevent_label\n"
+        "x/a.wav\t0.5\t1.0\tdog\nx/a.wav\t0.7\t2\tcat\nother.wav\t0\t1\tcow\nc.wav\t\t\t\n"
+        + f"{tmp_path}/x/b.wav\t0\t.1\tdog\n",
+        "events.tsv",
+    )
+    clips = read_clips(ProbeTask(manifest=manifest, kind="events", events=table))
+    assert clips.classes == ["cat", "dog"]
+    assert [rows.tolist() for rows in clips.events] == [[[0.5, 1.0, 1.0], [0.7, 2.0, 0.0]], [[0.0, 0.1, 1.0]], []]
+    assert clips.targets.tolist() == [[True, True], [False, True], [False, False]]
+    assert clips.warnings[0] == "1 events of files that the manifest lacks"
+    for row, message in (
+        ("c.wav,1,0.5,dog", "expected 0 <= onset < offset and a label"),
+        ("c.wav,-1,0.5,dog", "expected 0 <= onset"),
+        ("c.wav,0,nan,dog", "expected 0 <= onset"),
+        ("c.wav,0,1,", "expected 0 <= onset < offset and a label"),
+        ("c.wav,0,soon,dog", r"events.csv:2: onset and offset must be seconds, got '0' and 'soon'"),
+        ("d.wav,0,1,dog", "none of its 1 rows is an event of a clip"),
+    ):
+        bad = write(f"path,onset,offset,label\n{row}\n", "events.csv")
+        with pytest.raises(ManifestError, match=message):
+            read_events(bad, clips.files, tmp_path / "clips.csv")
+    bad = write("path,onset,label\na.wav,0,dog\n", "events.csv")
+    with pytest.raises(ManifestError, match=r"no column 'offset' \(or end\)"):
+        read_events(bad, clips.files, tmp_path / "clips.csv")
+
+
+def test_frames_and_segments():
+    events = np.array([[0.15, 0.35, 0], [0.52, 0.54, 1], [0.9, 5.0, 0]])
+    frames = frame_labels(events, 10, 0.1, 2)  # centres .05 .15 .25 .35 ...
+    assert np.flatnonzero(frames[:, 0]).tolist() == [1, 2, 9]  # 0.15 is inside, 0.35 is not; cut at the end
+    assert np.flatnonzero(frames[:, 1]).tolist() == [5]  # covers no centre, and is not lost
+    assert np.flatnonzero(segment_labels(np.array([[0.2, 1.0, 0], [2.4, 2.45, 1]]), 2.5, 1.0, 2)[:, 0]).tolist() == [0]
+    assert segment_labels(np.array([[2.4, 2.45, 1]]), 2.5, 1.0, 2).tolist() == [[0, 0], [0, 0], [0, 1]]
+    active = np.zeros((6, 1), bool)
+    active[3] = True  # centre at 1.4 s
+    assert segment_decisions(active, 0.4, 2.5, 1.0)[:, 0].tolist() == [False, True, False]
+    active[5] = True  # centre at 2.2 s
+    assert segment_decisions(active, 0.4, 2.5, 1.0)[:, 0].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"kind": "guess"}, "probe kind: expected one of classification"),
+        ({"head": "svm"}, "probe head: expected one of linear, mlp, knn, got 'svm'"),
+        ({"kind": "events"}, "probe events: expected a table of events, got None"),
+        ({"label": ("a", "b")}, "probe label: expected one column for classification"),
+        ({"folds": 1}, "probe folds: expected at least 2, or 0"),
+        ({"regularisation": 0.0}, "probe regularisation: expected a positive number"),
+        ({"threshold": 1.5}, "probe threshold"),
+    ],
+)
+def test_impossible_tasks(choices, message):
+    with pytest.raises(ConfigError, match=message):
+        ProbeTask(**choices)
