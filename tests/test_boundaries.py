@@ -77,7 +77,7 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text().splitlines()) <= 420
 
 
 def test_importing_the_operations_is_light():

@@ -8,12 +8,10 @@ from torch.autograd.function import once_differentiable
 
 from . import native, reference
 from .dispatch import choose_backend
+from .masked_cross_entropy_checks import check_rows, validate
 from .masked_cross_entropy_cpu import run_cpu
 
 __all__ = ["masked_cross_entropy"]
-
-REDUCTIONS = ("mean", "sum", "none")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def masked_cross_entropy(
@@ -27,6 +25,8 @@ def masked_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     return_accuracy: bool = False,
+    recompute: bool | None = None,
+    max_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return ``cross_entropy(linear(hidden, weight, bias), targets)`` over the masked rows.
@@ -41,15 +41,19 @@ def masked_cross_entropy(
 
     Differentiable once in ``hidden``, ``weight`` and ``bias``; the gradients of ``weight`` and ``bias`` are accumulated
     in fp32 over chunks of rows, no gradient is filtered or approximated, and the result is deterministic. Nothing is
-    computed for inputs that do not require a gradient. For ``"mean"`` and ``"sum"`` the gradients are computed along
-    with the loss and kept for the backward; for ``"none"`` the backward computes the logits once more.
+    computed for inputs that do not require a gradient. Two forms: the gradients are computed along with the loss and
+    kept for the backward (the default for ``"mean"`` and ``"sum"``: the fewest operations), or the forward computes
+    losses only and keeps nothing, and the backward computes the logits once more (``recompute=True``, always for
+    ``"none"``: a third more operations). The second is for many losses of one graph, one per codebook for instance,
+    whose gradients would otherwise all be held at once; its forward is also what runs where no gradient is needed.
 
     Inside ``torch.autocast`` the products run in the autocast dtype like ``F.linear``; the gradients have the dtype of
     their inputs, and that of an fp32 weight is not rounded to the autocast dtype on its way.
 
-    On a GPU the host never waits: it does not learn how many rows are masked, so the products run over all rows given.
-    Where the row indices are known, ``masked_cross_entropy(hidden[rows], weight, targets[rows])`` saves that work.
-    On a CPU the masked rows are gathered inside.
+    On a GPU the host never waits, so it never learns how many rows are masked. With a mask the rows that count are
+    listed on the device and kernels of our own leave out the others. If nearly every row counts, or a bound of their
+    number is known, ``max_rows`` replaces those kernels by library products over so many rows: use the number of rows
+    for a mask that only excludes padding. On a CPU the masked rows are gathered inside.
 
     Args:
         hidden: (..., D) rows in fp32, bf16, fp16 or fp64, of any strides.
@@ -62,6 +66,10 @@ def masked_cross_entropy(
         label_smoothing: in [0, 1].
         z_loss: coefficient of ``lse^2``, at least 0.
         return_accuracy: also return the top-1 accuracy of the masked rows.
+        recompute: compute the logits again in the backward instead of keeping gradients; None: as above. Inside
+            ``torch.no_grad`` it changes nothing.
+        max_rows: the caller's promise that at most so many rows of the mask count. More of them are an error for CPU
+            tensors and make the loss NaN on a GPU.
         backend: ``"triton"``, ``"cpu"``, ``"reference"``; None chooses the first that can run the call.
 
     Returns:
@@ -72,7 +80,8 @@ def masked_cross_entropy(
     Raises:
         TypeError: for wrong dtypes.
         ValueError: for wrong shapes, devices or options; for CPU tensors also for a masked row whose target is outside
-            [0, V) and for a negative or NaN weight of ``"mean"``, naming the first such row. GPU backends do not wait
+            [0, V) and for a negative or NaN weight of ``"mean"``, naming the first such row, and for more masked rows
+            than ``max_rows``. GPU backends do not wait
             for the data: there a masked row with such a target makes the loss NaN.
         RuntimeError: if the requested backend cannot run the call.
 
@@ -84,7 +93,9 @@ def masked_cross_entropy(
         (torch.Size([]), torch.Size([]))
     """
     dtype = _compute_dtype(hidden)
-    _validate(hidden, weight, targets, mask, bias, reduction, label_smoothing, z_loss, dtype)
+    validate(hidden, weight, targets, mask, bias, reduction, label_smoothing, z_loss, max_rows, dtype)
+    if recompute is False and reduction == "none":
+        raise ValueError('masked_cross_entropy: reduction "none" always recomputes; got recompute=False')
     with_grad = torch.is_grad_enabled()
     loss, accuracy = _MaskedCrossEntropy.apply(
         hidden,
@@ -93,7 +104,9 @@ def masked_cross_entropy(
         targets,
         None if mask is None else mask.detach(),
         reduction,
-        (dtype, float(label_smoothing), float(z_loss), backend or ""),
+        bool(recompute),
+        (dtype, float(label_smoothing), float(z_loss)),
+        (max_rows, backend or ""),
         (
             with_grad and hidden.requires_grad,
             with_grad and weight.requires_grad,
@@ -105,45 +118,47 @@ def masked_cross_entropy(
 
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, mask, reduction, options, wanted):  # type: ignore[override]
+    def forward(ctx, hidden, weight, bias, targets, mask, reduction, recompute, options, execution, wanted):  # type: ignore[override]
         rows = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
         targets_N = targets.reshape(-1)
         mask_N = None if mask is None else mask.reshape(-1)
-        in_forward = reduction != "none"
+        keep = reduction != "none" and not recompute
         losses, accuracy, factor, *grads = torch.ops.bestrq2.masked_cross_entropy.default(
-            rows, weight, targets_N, mask_N, bias, reduction == "mean", *options[:3],
-            *(want and in_forward for want in wanted), options[3],
+            rows, weight, targets_N, mask_N, bias, reduction == "mean", *options,
+            *(want and keep for want in wanted), *execution,
         )  # fmt: skip
-        ctx.options, ctx.wanted, ctx.in_forward, ctx.shape = options, wanted, in_forward, hidden.shape
-        if in_forward:
+        ctx.reduction, ctx.options, ctx.execution, ctx.wanted = reduction, options, execution, wanted
+        ctx.keep, ctx.shape = keep, hidden.shape
+        if keep:
             ctx.save_for_backward(factor, *grads)
-            loss = losses.sum()
         else:
             ctx.save_for_backward(rows, weight, bias, targets_N, mask_N)
-            loss = losses.reshape(targets.shape)
         ctx.mark_non_differentiable(accuracy)
-        return loss, accuracy
+        return losses.reshape(targets.shape) if reduction == "none" else losses.sum(), accuracy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _grad_accuracy):  # type: ignore[override]
-        if ctx.in_forward:
+        if ctx.keep:
             factor, *grads = ctx.saved_tensors
-            scale = grad_loss * factor
         else:
-            rows, weight, bias, targets, mask = ctx.saved_tensors
-            row_weights = grad_loss.reshape(-1)
-            if mask is not None:
-                row_weights = torch.where(mask != 0, row_weights * mask, 0)
-            _, _, scale, *grads = torch.ops.bestrq2.masked_cross_entropy.default(
-                rows, weight, targets, row_weights, bias, False, *ctx.options[:3], *ctx.wanted, ctx.options[3]
-            )
+            rows, weight, bias, targets, row_weights = ctx.saved_tensors
+            if ctx.reduction == "none":  # the upstream gradient of a row is a weight of that row
+                upstream = grad_loss.reshape(-1)
+                row_weights = (
+                    upstream if row_weights is None else torch.where(row_weights != 0, upstream * row_weights, 0)
+                )
+            _, _, factor, *grads = torch.ops.bestrq2.masked_cross_entropy.default(
+                rows, weight, targets, row_weights, bias, ctx.reduction == "mean", *ctx.options, *ctx.wanted,
+                *ctx.execution,
+            )  # fmt: skip
+        scale = factor if ctx.reduction == "none" else grad_loss * factor
         grad_hidden, grad_weight, grad_bias = (
             _scaled(grad, scale) if want else None for grad, want in zip(grads, ctx.wanted)
         )
         if grad_hidden is not None:
             grad_hidden = grad_hidden.reshape(ctx.shape)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
@@ -168,64 +183,11 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _validate(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    dtype: torch.dtype,
-) -> None:
-    op = "masked_cross_entropy"
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not 0.0 <= z_loss < float("inf"):
-        raise ValueError(f"{op}: z_loss must be a finite number >= 0, got {z_loss}")
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"{op}: expected hidden (..., D) and weight (V, D), got hidden {tuple(hidden.shape)} and weight "
-            f"{tuple(weight.shape)}"
-        )
-    if weight.shape[0] < 1 or weight.shape[1] < 1:
-        raise ValueError(f"{op}: weight must have at least one class and one feature, got {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"{op}: expected targets {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
-    if mask is not None:
-        if mask.shape != targets.shape:
-            raise ValueError(f"{op}: expected mask {tuple(targets.shape)}, got {tuple(mask.shape)}")
-        if mask.dtype != torch.bool and mask.dtype not in DTYPES:
-            raise TypeError(f"{op}: mask must be bool or floating row weights, got {mask.dtype}")
-        if mask.requires_grad:
-            raise ValueError(f"{op}: row weights are not differentiable; pass mask.detach()")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: expected bias {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
-        if tensor is None:
-            continue
-        if tensor.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but hidden is on {hidden.device}")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(f"{op}: {name} is a DTensor; pass local tensors (the classes are not sharded here)")
-        if name in ("hidden", "weight", "bias"):
-            if tensor.dtype not in DTYPES:
-                raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
-            autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (dtype, tensor.dtype)
-            if tensor.dtype != dtype and not autocast:
-                raise TypeError(f"{op}: {name} is {tensor.dtype} but the products run in {dtype}")
-
-
 _library = torch.library.Library("bestrq2", "FRAGMENT")
 _library.define(
     "masked_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_weights, Tensor? bias, "
     "bool normalize, ScalarType dtype, float label_smoothing, float z_loss, "
-    "bool grad_hidden, bool grad_weight, bool grad_bias, str backend) "
+    "bool grad_hidden, bool grad_weight, bool grad_bias, int? max_rows, str backend) "
     "-> (Tensor losses, Tensor accuracy, Tensor factor, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -245,6 +207,7 @@ def _run(
     grad_hidden: bool,
     grad_weight: bool,
     grad_bias: bool,
+    max_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Weighted losses (N,), accuracy, and the wanted gradients of their sum, which times ``factor`` are the true ones.
@@ -252,7 +215,7 @@ def _run(
     ``factor`` is 1 unless the products run in fp16, whose range the division by many rows would leave.
     """
     if hidden.device.type == "cpu":
-        _check_rows(targets, row_weights, weight.shape[0], weights_may_be_negative=not normalize)
+        check_rows(targets, row_weights, weight.shape[0], max_rows, weights_may_be_negative=not normalize)
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
     chosen = choose_backend(
         "masked_cross_entropy",
@@ -265,8 +228,10 @@ def _run(
     )
     wanted = (grad_hidden, grad_weight, grad_bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        run = {"triton": _run_triton, "cpu": run_cpu, "reference": _run_reference}[chosen]
-        return run(hidden, weight, targets, row_weights, bias, normalize, dtype, label_smoothing, z_loss, wanted)
+        arguments = (hidden, weight, targets, row_weights, bias, normalize, dtype, label_smoothing, z_loss, wanted)
+        if chosen == "triton":
+            return _run_triton(*arguments, max_rows)
+        return (run_cpu if chosen == "cpu" else _run_reference)(*arguments)
 
 
 def _triton_obstacle(hidden: Tensor) -> str | None:
@@ -276,7 +241,7 @@ def _triton_obstacle(hidden: Tensor) -> str | None:
 
 
 def _run_triton(*arguments: Any) -> tuple[Tensor, ...]:
-    from bestrq2.kernels.masked_cross_entropy import masked_cross_entropy
+    from bestrq2.kernels.masked_cross_entropy.launch import masked_cross_entropy
 
     return masked_cross_entropy(*arguments)
 
@@ -321,24 +286,6 @@ def _nonzero(total: Tensor) -> Tensor:
     return torch.where(total == 0, 1, total)
 
 
-def _check_rows(
-    targets: Tensor, row_weights: Tensor | None, num_classes: int, *, weights_may_be_negative: bool
-) -> None:
-    """Name the first row that cannot be computed. Only for CPU tensors, where reading a value waits for nothing."""
-    op = "masked_cross_entropy"
-    if row_weights is not None and row_weights.dtype != torch.bool and not weights_may_be_negative:
-        bad = ~(row_weights >= 0)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"{op}: row weights must be >= 0, got {row_weights[row].item()} in row {row}")
-    bad = (targets < 0) | (targets >= num_classes)
-    if row_weights is not None:
-        bad &= row_weights != 0
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: target {int(targets[row])} of row {row} is outside the {num_classes} classes")
-
-
 @torch.library.register_fake("bestrq2::masked_cross_entropy", lib=_library)
 def _fake(
     hidden: Tensor,
@@ -353,6 +300,7 @@ def _fake(
     grad_hidden: bool,
     grad_weight: bool,
     grad_bias: bool,
+    max_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
     loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32

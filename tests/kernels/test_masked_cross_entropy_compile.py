@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
 from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for  # noqa: E402
-from bestrq2.kernels.masked_cross_entropy import compile_cases  # noqa: E402
+from bestrq2.kernels.masked_cross_entropy.compile_cases import compile_cases  # noqa: E402
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)

@@ -26,3 +26,66 @@ def test_contract_in_the_interpreter():
     assert result.returncode == 0, result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+TILES = """
+import torch
+from bestrq2 import ops
+from bestrq2.kernels import tuning
+from bestrq2.kernels.masked_cross_entropy import launch
+
+small = {"BM": 16, "BN": 16, "BK": 16, "num_warps": 1, "num_stages": 1}
+configs = {f"{kernel}/32": small for kernel in ("logits", "hidden_gradient", "weight_gradient", "loss")}
+configs["chunk"] = {"bytes": 1, "rows_multiple": 32}
+generator = torch.Generator().manual_seed(0)
+buffers, empty = [], torch.empty
+
+def poisoned(*sizes, **options):
+    buffers.append(empty(*sizes, **options))
+    return buffers[-1].fill_(float("nan") if buffers[-1].is_floating_point() else -1)
+
+def check(rows, features, classes, count, first=0, max_rows=None):
+    hidden, weight = (torch.randn(n, features, generator=generator) for n in (rows, classes))
+    bias, targets = torch.randn(classes, generator=generator), torch.randint(classes, (rows,), generator=generator)
+    weights = torch.zeros(rows)
+    weights[first + torch.randperm(rows - first, generator=generator)[:count]] = 1.5
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    results = []
+    for backend in ("triton", "reference"):
+        options = dict(bias=bias, label_smoothing=0.1, z_loss=0.01, return_accuracy=True, backend=backend)
+        buffers.clear()
+        loss, hits = ops.masked_cross_entropy(hidden, weight, targets, mask=weights, max_rows=max_rows, **options)
+        logits = [buffer for buffer in buffers if buffer.dim() == 2 and buffer.shape[1] == classes]
+        gradients = torch.autograd.grad(loss, inputs)
+        with torch.no_grad():
+            buffers.clear()
+            alone = ops.masked_cross_entropy(hidden, weight, targets, mask=weights, **options)
+        results.append((loss, hits, *gradients, *alone))
+        if backend == "triton":
+            chosen = logits
+            assert not any(buffer.shape[-1] == classes for buffer in buffers), "losses alone need no logits"
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    return chosen[0]
+
+torch.empty = poisoned
+with tuning.override("masked_cross_entropy", configs):
+    for rows, features, classes in ((97, 20, 50), (64, 16, 16), (33, 1, 300), (130, 47, 17), (5, 3, 1)):
+        for count in sorted({0, 1, min(rows, 33), rows}):
+            check(rows, features, classes, count)
+            check(rows, features, classes, count, max_rows=count)
+    buffer = check(32, 20, 50, count=7)
+    assert buffer[:7].isfinite().all() and buffer[7:].isnan().all(), "slots behind the count are left alone"
+    launch.PROGRAMS = 1
+    check(40, 20, 333, count=21)  # one share of all classes
+    launch.PROGRAMS = 9
+    check(40, 20, 333, count=21)
+print("checked")
+"""
+
+
+def test_tiles_chunks_and_shares_in_the_interpreter():
+    """Small tiles, so that few rows meet every edge: ragged tiles, several chunks, empty ones, several shares."""
+    result = subprocess.run(
+        [sys.executable, "-c", TILES], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "checked", result.stdout + result.stderr

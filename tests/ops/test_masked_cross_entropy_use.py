@@ -21,13 +21,13 @@ def backend(request, device):
     return usable(request, device)
 
 
-@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("mask", "bound"), [(False, False), (True, False), (True, True)], ids=["all", "mask", "bound"])
 @pytest.mark.parametrize("grads", [False, True])
-def test_opcheck(backend, device, mask, grads):
+def test_opcheck(backend, device, mask, bound, grads):
     hidden, weight, targets, bias, _, row_weights = make((37,), device=device)
     arguments = (
         hidden, weight, targets, row_weights if mask else None, bias if mask else None, True, torch.float32,
-        0.1, 1e-3, grads, grads, grads and mask, backend,
+        0.1, 1e-3, grads, grads, grads and mask, 30 if bound else None, backend,
     )  # fmt: skip
     opcheck(torch.ops.bestrq2.masked_cross_entropy.default, arguments)
 
@@ -59,22 +59,23 @@ def test_compiles_without_recompiling(backend, device, reduction):
     assert counter.frame_count == 1
 
 
-def test_autocast_runs_products_like_linear(backend, device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_runs_products_like_linear(backend, device, dtype):
     hidden, weight, targets, bias, mask, _ = make((4, 64), 256, device=device)
 
     def run(h, w, b):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=dtype):
             return ops.masked_cross_entropy(h, w, targets, bias=b, mask=mask, backend=backend)
 
     def torchs(h, w, b):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=dtype):
             return F.cross_entropy(F.linear(h[mask], w, b).float(), targets[mask])
 
     def gold(h, w, b):
         return F.cross_entropy(F.linear(h[mask], w, b), targets[mask])
 
     gold_value, gold_grads = grads_of(gold, (hidden.double(), weight.double(), bias.double()))
-    for inputs in ((hidden, weight, bias), (hidden.bfloat16(), weight, bias)):
+    for inputs in ((hidden, weight, bias), (hidden.to(dtype), weight, bias)):
         value, grads = grads_of(run, inputs)
         base, base_grads = grads_of(torchs, inputs)
         assert value.dtype == torch.float32
@@ -123,6 +124,9 @@ def test_rejects_bad_input(device):
         (ValueError, r"expected bias \(203,\), got \(202,\)", {"bias": bias[1:]}),
         (TypeError, r"bias is torch.float16 but the products run in torch.float32", {"bias": bias.half()}),
         (ValueError, r"unknown backend 'gpu'", {"backend": "gpu"}),
+        (ValueError, r"max_rows bounds the rows that a mask selects", {"max_rows": 5}),
+        (ValueError, r"max_rows must be at least 0, got -1", {"mask": mask, "max_rows": -1}),
+        (ValueError, r'reduction "none" always recomputes', {"reduction": "none", "recompute": False}),
         (ValueError, r"bias is on meta", {"bias": bias.to("meta")}),
     ]
     for error, message, options in cases:
@@ -164,11 +168,14 @@ def test_second_derivative_is_an_error(backend, device):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("recompute", [None, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_second_backward_gives_the_same(backend, device, reduction):
+def test_second_backward_gives_the_same(backend, device, reduction, recompute):
     hidden, weight, targets, bias, mask, _ = make(device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    loss = ops.masked_cross_entropy(hidden, weight, targets, bias=bias, mask=mask, reduction=reduction, backend=backend)
+    loss = ops.masked_cross_entropy(
+        hidden, weight, targets, bias=bias, mask=mask, reduction=reduction, recompute=recompute, backend=backend
+    )
     loss = loss.sum()
     loss.backward(retain_graph=True)
     first = [x.grad.clone() for x in leaves]
@@ -177,6 +184,55 @@ def test_second_backward_gives_the_same(backend, device, reduction):
     loss.backward()
     for x, grad in zip(leaves, first):
         torch.testing.assert_close(x.grad, 4 * grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_recomputing_form_is_the_same_function(backend, device, reduction, dtype):
+    """Same gradients under an upstream gradient, and nothing but inputs kept for the backward."""
+    hidden, weight, targets, bias, _, row_weights = make(dtype=dtype, device=device)
+
+    def run(recompute, h, w, b):
+        return ops.masked_cross_entropy(
+            h, w, targets, bias=b, mask=row_weights, reduction=reduction, recompute=recompute, backend=backend, **FULL
+        )
+
+    saved = []
+    kept, kept_grads = grads_of(functools.partial(run, None), (hidden, weight, bias))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        value, grads = grads_of(functools.partial(run, True), (hidden, weight, bias))
+    inputs = {x.untyped_storage().data_ptr() for x in (hidden, weight, bias, targets, row_weights)}
+    assert saved
+    assert {x.untyped_storage().data_ptr() for x in saved} <= inputs
+    torch.testing.assert_close(value, kept, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=0)
+    tolerance = 4 * torch.finfo(dtype).eps  # both forms run the same products, but scale before or after rounding
+    for grad, expected in zip(grads, kept_grads):
+        torch.testing.assert_close(grad, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("recompute", [None, True])
+def test_bound_of_the_masked_rows(backend, device, recompute):
+    """Exactly met, generous, and larger than the input: the same result. Too small: an error, or NaN on a GPU."""
+    hidden, weight, targets, bias, mask, row_weights = make(device=device)
+    hidden = hidden.masked_fill(~mask.unsqueeze(-1), float("nan"))
+    count = int(row_weights.count_nonzero())
+
+    def run(max_rows, h, w, b):
+        return ops.masked_cross_entropy(
+            h, w, targets, bias=b, mask=row_weights, max_rows=max_rows, recompute=recompute, backend=backend
+        )
+
+    expected, expected_grads = grads_of(functools.partial(run, None), (hidden, weight, bias))
+    for most in (count, count + 20, 10**6):
+        value, grads = grads_of(functools.partial(run, most), (hidden, weight, bias))
+        torch.testing.assert_close(value, expected)
+        for grad, expected_grad in zip(grads, expected_grads):
+            torch.testing.assert_close(grad, expected_grad)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=f"{count} rows are masked but max_rows is {count - 1}"):
+            run(count - 1, hidden, weight, bias)
+    elif backend == "triton":
+        assert run(count - 1, hidden, weight, bias).isnan()
 
 
 def test_upstream_gradient_scales(backend, device):
@@ -199,7 +255,7 @@ def test_only_wanted_gradients_are_computed(backend, device, reduction, wanted):
     assert [x.grad is not None for x in leaves] == [bool(want) for want in wanted]
     outputs = torch.ops.bestrq2.masked_cross_entropy(
         hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), None, bias.detach(), True, torch.float32,
-        0.0, 0.0, *(bool(want) for want in wanted), backend,
+        0.0, 0.0, *(bool(want) for want in wanted), None, backend,
     )  # fmt: skip
     assert [grad.numel() > 0 for grad in outputs[3:]] == [bool(want) for want in wanted]
 

@@ -1,0 +1,91 @@
+"""What ``masked_cross_entropy`` accepts, and the errors for everything else."""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def validate(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    max_rows: int | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise TypeError or ValueError for what no backend accepts; looks at no value of a tensor."""
+    op = "masked_cross_entropy"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"{op}: z_loss must be a finite number >= 0, got {z_loss}")
+    if max_rows is not None and mask is None:
+        raise ValueError(f"{op}: max_rows bounds the rows that a mask selects, but there is no mask")
+    if max_rows is not None and max_rows < 0:
+        raise ValueError(f"{op}: max_rows must be at least 0, got {max_rows}")
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"{op}: expected hidden (..., D) and weight (V, D), got hidden {tuple(hidden.shape)} and weight "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"{op}: weight must have at least one class and one feature, got {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"{op}: expected targets {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
+    if mask is not None:
+        if mask.shape != targets.shape:
+            raise ValueError(f"{op}: expected mask {tuple(targets.shape)}, got {tuple(mask.shape)}")
+        if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+            raise TypeError(f"{op}: mask must be bool or floating row weights, got {mask.dtype}")
+        if mask.requires_grad:
+            raise ValueError(f"{op}: row weights are not differentiable; pass mask.detach()")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: expected bias {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but hidden is on {hidden.device}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(f"{op}: {name} is a DTensor; pass local tensors (the classes are not sharded here)")
+        if name in ("hidden", "weight", "bias"):
+            if tensor.dtype not in DTYPES:
+                raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+            autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (dtype, tensor.dtype)
+            if tensor.dtype != dtype and not autocast:
+                raise TypeError(f"{op}: {name} is {tensor.dtype} but the products run in {dtype}")
+
+
+def check_rows(
+    targets: Tensor,
+    row_weights: Tensor | None,
+    num_classes: int,
+    max_rows: int | None,
+    *,
+    weights_may_be_negative: bool,
+) -> None:
+    """Name the first row that cannot be computed. Only for CPU tensors, where reading a value waits for nothing."""
+    op = "masked_cross_entropy"
+    if row_weights is not None and row_weights.dtype != torch.bool and not weights_may_be_negative:
+        bad = ~(row_weights >= 0)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"{op}: row weights must be >= 0, got {row_weights[row].item()} in row {row}")
+    if max_rows is not None and row_weights is not None and (count := int(row_weights.count_nonzero())) > max_rows:
+        raise ValueError(f"{op}: {count} rows are masked but max_rows is {max_rows}")
+    bad = (targets < 0) | (targets >= num_classes)
+    if row_weights is not None:
+        bad &= row_weights != 0
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{op}: target {int(targets[row])} of row {row} is outside the {num_classes} classes")

@@ -1,0 +1,80 @@
+"""Every kernel variant of every shipped configuration, as arguments of an ahead-of-time compilation."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..tuning import all_configs
+from .launch import MERGE_ROWS, OP, precision
+from .loss import loss_kernel, merge_kernel
+from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
+from .softmax_gradient import softmax_gradient_kernel
+
+FLAGS = (False, True)
+SIZES = {"row_stride": "i32", "start": "i32", "chunk": "i32", "N": "i32", "D": "i32", "V": "i32", "share": "i32"}
+OPTIONS = {"scale": "fp32", "label_smoothing": "fp32", "z_loss": "fp32"}
+ROWS = {"p_targets": "*i64", "p_weights": "*fp32", "p_index": "*i64", "p_count": "*i64"}
+RESULTS = {"p_losses": "*fp32", "p_correct": "*fp32"}
+PARTS = {"p_parts": "*fp32", "p_first": "*i32"}
+
+
+def compile_cases() -> list[dict[str, Any]]:
+    return [case for file, configs in all_configs(OP).items() for case in _cases(file, configs)]
+
+
+def _cases(file: str, configs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    flags: dict[str, Any]
+    for dtype in ("bf16", "fp16", "fp32"):
+        rows = {"p_logits": f"*{dtype}", "start": "i32", "num_classes": "i32", **ROWS, **RESULTS, **OPTIONS}
+        for index, weights in ((i, w) for i in FLAGS for w in FLAGS):
+            flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True}
+            yield _case(softmax_gradient_kernel, f"{file}-{dtype}", rows, flags, configs["softmax_gradient"])
+
+        bits = 32 if dtype == "fp32" else 16
+        pointers = dict.fromkeys(("p_hidden", "p_weight", "p_logits", "p_dz", "p_out"), f"*{dtype}")
+        pointers["p_total"] = "*fp32"
+        for biased in FLAGS:
+            name = f"{file}-{dtype}{'-bias' if biased else ''}"
+            bias = {"p_bias": f"*{dtype}" if biased else "*fp32"}
+            exact = {"PRECISION": precision(bits)}
+            signature = pointers | bias | ROWS | SIZES | PARTS
+            yield _case(logits_kernel, name, signature, {"HAS_BIAS": biased, **exact}, configs[f"logits/{bits}"])
+            for index, smooth in ((i, s) for i in FLAGS for s in FLAGS):
+                flags = {"HAS_INDEX": index, "HAS_BIAS": biased, "SMOOTH": smooth, **exact}
+                yield _case(loss_kernel, name, signature, flags, configs[f"loss/{bits}"])
+        for kernel, key in ((hidden_gradient_kernel, "hidden_gradient"), (weight_gradient_kernel, "weight_gradient")):
+            signature = pointers | ROWS | SIZES
+            yield _case(kernel, f"{file}-{dtype}", signature, exact, configs[f"{key}/{bits}"])
+    # Under autocast the rows are fp32 and the products 16-bit.
+    mixed = {"p_hidden": "*fp32", "p_weight": "*bf16", "p_bias": "*bf16", "p_logits": "*bf16", "p_dz": "*bf16"}
+    mixed |= {"p_total": "*fp32", **ROWS, **SIZES, **PARTS}
+    flags = {"HAS_BIAS": True, "PRECISION": precision(16)}
+    yield _case(logits_kernel, f"{file}-mixed", mixed, flags, configs["logits/16"])
+    flags |= {"HAS_INDEX": True, "SMOOTH": True}
+    yield _case(loss_kernel, f"{file}-mixed", mixed, flags, configs["loss/16"])
+    exact = {"PRECISION": precision(16)}
+    yield _case(weight_gradient_kernel, f"{file}-mixed", mixed, exact, configs["weight_gradient/16"])
+
+    merge = {**PARTS, **ROWS, **RESULTS, **OPTIONS, "N": "i32", "V": "i32", "shares": "i32"}
+    for index, weights in ((i, w) for i in FLAGS for w in FLAGS):
+        flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights}
+        yield _case(merge_kernel, file, merge, flags, {"BM": MERGE_ROWS, "num_warps": 4, "num_stages": 3})
+
+
+def _case(
+    kernel: Any, name: str, types: dict[str, str], flags: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any]:
+    constants = {key: value for key, value in {**flags, **config}.items() if key not in ("num_warps", "num_stages")}
+    signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+    set_flags = [key.lower() for key, value in flags.items() if value is True]
+    aligned = ("p_", "row_stride", "D", "V", "num_classes", "chunk", "share")
+    return {
+        "name": "-".join([kernel.__name__.removesuffix("_kernel"), name, *set_flags]),
+        "kernel": kernel,
+        "signature": signature,
+        "constexprs": constants,
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+        "divisible_by_16": tuple(
+            argument for argument in signature if argument.startswith(aligned) and argument != "p_count"
+        ),
+    }

@@ -1,0 +1,293 @@
+"""Which kernels and products run, over chunks of logits that stay in the L2.
+
+    for each chunk of rows                              (rows, V), about 1536 x 8192 in bf16: 24 MiB
+        logits = h @ weight.T + bias
+        logits = softmax gradient, losses, accuracy     Triton, in place, one program per row
+        grad_hidden        = logits @ weight            each row is written exactly once
+        grad_weight       += logits.T @ h               fp32
+        grad_bias         += logits.sum(0)              fp32
+
+* Every row counts, or the caller gave an upper bound of their number: the products are the library's.
+* Row weights without a bound: the rows that count are listed first on the device, and Triton products stop at their
+  number (products.py).
+* No gradient is wanted: one fused kernel and no logits (loss.py).
+
+Nothing here waits for the GPU: every shape follows from the number of rows given, not from how many of them are masked.
+The order of all sums is fixed; there are no atomics.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..tuning import load_configs
+from .loss import loss_kernel, merge_kernel
+from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
+from .softmax_gradient import softmax_gradient_kernel
+
+OP = "masked_cross_entropy"
+PROGRAMS = 264  # enough for two on every multiprocessor of an H100; more shares only add to the merge
+MERGE_ROWS = 128
+
+
+@dataclass
+class _Rows:
+    """The rows that count: inputs, options and results that every form of the computation shares."""
+
+    hidden: Tensor  # (N, D), unit feature stride
+    weight: Tensor  # (V, D) contiguous, in the dtype of the products
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (N,)
+    weights: Tensor | None  # (N,) fp32, divided by their sum where the mean is wanted
+    index: Tensor | None  # (N,) the rows that count first, None: every row
+    count: Tensor | None  # () how many they are
+    scale: float
+    label_smoothing: float
+    z_loss: float
+    losses: Tensor  # (N,) fp32
+    correct: Tensor  # (N,) fp32
+    configs: dict[str, Any]
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.weight.dtype.itemsize
+
+    def tile(self, kernel: str) -> dict[str, Any]:
+        return {**self.configs[f"{kernel}/{self.bits}"], "PRECISION": precision(self.bits)}
+
+    def or_unused(self, tensor: Tensor | None) -> Tensor:
+        """A pointer for an argument that the kernel does not read where ``tensor`` is None."""
+        return self.losses if tensor is None else tensor
+
+
+def precision(bits: int) -> str:
+    """fp32 products are IEEE fp32, as PyTorch's are unless TF32 was allowed."""
+    return "ieee" if bits == 32 else "tf32"  # without meaning for 16-bit operands
+
+
+def chunk_rows(rows: int, num_classes: int, item_bytes: int, config: dict[str, int]) -> int:
+    """Rows of one chunk: an even division of ``rows`` into chunks of about ``config["bytes"]`` of logits at most."""
+    multiple = config["rows_multiple"]
+    most = max(multiple, config["bytes"] // (num_classes * item_bytes))
+    chunks = max(1, -(-rows // most))
+    return max(multiple, -(-rows // chunks // multiple) * multiple)
+
+
+def rows_that_count(row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers (N,), those of weight other than 0 first and in order, and how many those are, on the device."""
+    selected = row_weights != 0
+    return torch.argsort(selected, descending=True, stable=True), selected.sum()
+
+
+def _softmax_gradient(r: _Rows, logits: Tensor, start: int) -> None:
+    """Fill losses and accuracy of a chunk and overwrite its logits by the gradient of ``losses.sum()``."""
+    softmax_gradient_kernel[(logits.shape[0],)](
+        logits, r.targets, r.or_unused(r.weights), r.or_unused(r.index), r.or_unused(r.count), r.losses, r.correct,
+        start, logits.shape[1], r.scale, r.label_smoothing, r.z_loss,
+        HAS_INDEX=r.index is not None, HAS_WEIGHTS=r.weights is not None, GRADIENT=True,
+        **r.configs["softmax_gradient"],
+    )  # fmt: skip
+
+
+def _fused_losses(r: _Rows) -> None:
+    """Fill losses and accuracy; no logits are stored."""
+    rows, features = r.hidden.shape
+    classes, tile = r.weight.shape[0], r.tile("loss")
+    blocks, tiles = triton.cdiv(rows, tile["BM"]), triton.cdiv(classes, tile["BN"])
+    tiles_per_share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
+    shares = triton.cdiv(tiles, tiles_per_share)
+    parts = torch.empty(4, shares, rows, device=r.hidden.device)
+    first = torch.empty(shares, rows, dtype=torch.int32, device=r.hidden.device)
+    selection = {"HAS_INDEX": r.index is not None}
+    loss_kernel[(blocks, shares)](
+        r.hidden, r.weight, r.or_unused(r.bias), r.targets, r.or_unused(r.index), r.or_unused(r.count), parts, first,
+        r.hidden.stride(0), rows, features, classes, tiles_per_share * tile["BN"],
+        HAS_BIAS=r.bias is not None, SMOOTH=r.label_smoothing > 0, **selection, **tile,
+    )  # fmt: skip
+    merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+        parts, first, r.targets, r.or_unused(r.weights), r.or_unused(r.index), r.or_unused(r.count),
+        r.losses, r.correct, rows, classes, shares, r.scale, r.label_smoothing, r.z_loss,
+        HAS_WEIGHTS=r.weights is not None, **selection, BM=MERGE_ROWS,
+    )  # fmt: skip
+
+
+def _bounded_gradients(
+    r: _Rows, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> None:
+    """Losses and gradients over ``r.index[: r.count]``: tiles behind the count end at once."""
+    assert r.index is not None
+    assert r.count is not None
+    (rows, features), classes = r.hidden.shape, r.weight.shape[0]
+    step = chunk_rows(rows, classes, r.weight.dtype.itemsize, r.configs["chunk"])
+    logits = torch.empty(min(step, rows), classes, dtype=r.weight.dtype, device=r.hidden.device)
+    slots = torch.arange(min(step, rows), device=r.hidden.device).unsqueeze(1) if grad_bias is not None else None
+    for start in range(0, rows, step):
+        chunk = min(step, rows - start)
+        tile = r.tile("logits")
+        logits_kernel[(triton.cdiv(chunk, tile["BM"]), triton.cdiv(classes, tile["BN"]))](
+            r.hidden, r.weight, r.or_unused(r.bias), r.index, r.count, logits,
+            r.hidden.stride(0), start, chunk, features, classes, HAS_BIAS=r.bias is not None, **tile,
+        )  # fmt: skip
+        _softmax_gradient(r, logits[:chunk], start)
+        if grad_hidden is not None:
+            tile = r.tile("hidden_gradient")
+            hidden_gradient_kernel[(triton.cdiv(chunk, tile["BM"]), triton.cdiv(features, tile["BN"]))](
+                logits, r.weight, r.index, r.count, grad_hidden, start, chunk, features, classes, **tile
+            )
+        if grad_weight is not None:
+            tile = r.tile("weight_gradient")
+            weight_gradient_kernel[(triton.cdiv(classes, tile["BM"]), triton.cdiv(features, tile["BN"]))](
+                logits, r.hidden, r.index, r.count, grad_weight,
+                r.hidden.stride(0), start, chunk, features, classes, **tile,
+            )  # fmt: skip
+        if grad_bias is not None and slots is not None:  # rows of the buffer behind the count hold anything
+            grad_bias += torch.where(slots[:chunk] < r.count - start, logits[:chunk], 0).sum(0, dtype=torch.float32)
+
+
+@cache
+def _fp32_products(device: torch.device, dtype: torch.dtype) -> str:
+    """How this torch adds a product of ``dtype`` matrices in fp32: "addmm", "mm" (then add) or "" (not at all)."""
+    a, total = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        return "addmm"
+    except (RuntimeError, TypeError):
+        pass
+    try:
+        torch.mm(a, a, out_dtype=torch.float32)
+        return "mm"
+    except (RuntimeError, TypeError):
+        return ""
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in fp32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+        return
+    way = _fp32_products(a.device, a.dtype)
+    if way == "addmm":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # where neither call exists the operands are converted: rounding each product would lose the fp32 sum
+        total += torch.mm(a, b, out_dtype=torch.float32) if way else torch.mm(a.float(), b.float())
+
+
+def _library_gradients(
+    r: _Rows, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> None:
+    """Losses and gradients of every row of ``r.hidden``, by library products."""
+    rows, classes, dtype = len(r.hidden), len(r.weight), r.weight.dtype
+    step = chunk_rows(rows, classes, dtype.itemsize, r.configs["chunk"])
+    buffer = torch.empty(min(step, rows), classes, dtype=dtype, device=r.hidden.device)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        h = r.hidden[part].to(dtype)
+        logits = buffer[: len(h)]
+        if r.bias is None:
+            torch.mm(h, r.weight.T, out=logits)
+        else:
+            torch.addmm(r.bias, h, r.weight.T, out=logits)
+        _softmax_gradient(r, logits, start)
+        if grad_hidden is not None and dtype == grad_hidden.dtype:
+            torch.mm(logits, r.weight, out=grad_hidden[part])
+        elif grad_hidden is not None:
+            grad_hidden[part] = torch.mm(logits, r.weight)
+        if grad_weight is not None:
+            _add_product(grad_weight, logits.T, h)
+        if grad_bias is not None:
+            grad_bias += logits.sum(0, dtype=torch.float32)
+
+
+def masked_cross_entropy(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (N,)
+    row_weights: Tensor | None,  # (N,)
+    bias: Tensor | None,  # (V,)
+    normalize: bool,
+    dtype: torch.dtype,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: tuple[bool, bool, bool],
+    max_rows: int | None = None,
+) -> tuple[Tensor, ...]:
+    """What the operator ``bestrq2::masked_cross_entropy`` returns."""
+    (rows, features), num_classes, device = hidden.shape, weight.shape[0], hidden.device
+    on_gpu = device.type == "cuda"
+    losses, correct = torch.zeros(2, rows, device=device).unbind()
+    factor = torch.ones((), device=device)
+
+    weights, index, count, scale, total = None, None, None, 1.0, factor * rows
+    if row_weights is not None:
+        weights = row_weights.float()
+        index, count = rows_that_count(row_weights)
+        total = weights.sum()
+    total = torch.where(total == 0, 1, total)
+    coefficients = weights
+    if normalize and dtype == torch.float16:  # divided by many rows, the gradient of one would leave the range of fp16
+        factor = 1 / total
+    elif normalize and weights is not None:
+        coefficients = weights / total
+    elif normalize:
+        scale = 1 / max(rows, 1)
+
+    def zeros(want: bool, *shape: int, like: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.zeros(shape, dtype=like, device=device) if want else None
+
+    grad_hidden = zeros(wanted[0], rows, features, like=hidden.dtype)
+    grad_weight, grad_bias = zeros(wanted[1], num_classes, features), zeros(wanted[2], num_classes)
+    r = _Rows(
+        hidden if hidden.stride(1) == 1 or features == 1 else hidden.contiguous(),
+        weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous(), targets.contiguous(),
+        coefficients, index, count, float(scale), float(label_smoothing), float(z_loss), losses, correct,
+        load_configs(OP, torch.cuda.get_device_name(device) if on_gpu else None),
+    )  # fmt: skip
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        if rows == 0:
+            pass
+        elif not any(wanted):
+            _fused_losses(r)
+        elif index is None:
+            _library_gradients(r, grad_hidden, grad_weight, grad_bias)
+        elif max_rows is None:
+            _bounded_gradients(r, grad_hidden, grad_weight, grad_bias)
+        else:
+            _gathered_gradients(r, max_rows, grad_hidden, grad_weight, grad_bias)
+    if count is not None and max_rows is not None:
+        losses = torch.where(count > max_rows, float("nan"), losses)
+    accuracy = (correct if weights is None else correct * weights).sum() / total
+    sources = (hidden, weight, weight if bias is None else bias)
+    grads = (
+        source.new_empty(0) if grad is None else grad.to(source.dtype)
+        for grad, source in zip((grad_hidden, grad_weight, grad_bias), sources)
+    )
+    return losses * factor, accuracy, factor, *grads
+
+
+def _gathered_gradients(
+    r: _Rows, most: int, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> None:
+    """Losses and gradients of at most ``most`` rows that count, gathered for the library products."""
+    assert r.index is not None
+    assert r.count is not None
+    assert r.weights is not None
+    index = r.index[:most]
+    # Rows behind the count fill up to the bound. They may hold NaN, and 0 * NaN would reach the weight's gradient.
+    counts = (torch.arange(len(index), device=index.device) < r.count).unsqueeze(1)
+    g = _Rows(
+        torch.where(counts, r.hidden[index], 0), r.weight, r.bias, r.targets[index], r.weights[index], None, None,
+        r.scale, r.label_smoothing, r.z_loss, r.losses[index], r.correct[index], r.configs,
+    )  # fmt: skip
+    rows_gradient = None if grad_hidden is None else torch.empty_like(g.hidden)
+    _library_gradients(g, rows_gradient, grad_weight, grad_bias)
+    r.losses.index_copy_(0, index, g.losses)
+    r.correct.index_copy_(0, index, g.correct)
+    if grad_hidden is not None and rows_gradient is not None:
+        grad_hidden.index_copy_(0, index, rows_gradient)

@@ -1,0 +1,93 @@
+"""Loss, top-1 hit and logit gradient of rows of logits, in place: one program a row."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_gradient_kernel(
+    p_logits,  # (rows, V) contiguous; overwritten with its gradient
+    p_targets,  # (N,) int64
+    p_weights,  # (N,) fp32, already divided by their sum where the mean is wanted
+    p_index,  # (N,) int64: row of the inputs of every slot
+    p_count,  # () int64: slots that exist
+    p_losses,  # (N,) fp32
+    p_correct,  # (N,) fp32
+    start,  # slot of the first row of logits
+    num_classes,
+    scale,  # multiplies every weight
+    label_smoothing,
+    z_loss,
+    HAS_INDEX: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Loss, top-1 hit and logit gradient of one row: the formulas of ``reference.masked_cross_entropy_gradients``.
+
+    The first loop keeps, per position of the block, a running maximum, the sum of exponentials relative to it, the sum
+    of logits and the first class that reached the maximum; they are merged across the block once, at the end. The
+    second loop reads the row again, from the L1 or L2 cache, and writes the gradient.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    p_row = p_logits + i_row * num_classes
+    i_row += start
+    if HAS_INDEX:
+        if i_row >= tl.load(p_count):
+            return
+        i_row = tl.load(p_index + i_row)
+    o_v = tl.arange(0, BLOCK_V)
+    weight = scale
+    if HAS_WEIGHTS:
+        weight = scale * tl.load(p_weights + i_row)
+
+    if weight == 0.0:
+        tl.store(p_losses + i_row, 0.0)
+        tl.store(p_correct + i_row, 0.0)
+        if GRADIENT:
+            for start in range(0, num_classes, BLOCK_V):
+                b_zero = tl.zeros([BLOCK_V], dtype=tl.float32)
+                tl.store(p_row + start + o_v, b_zero.to(p_logits.dtype.element_ty), mask=start + o_v < num_classes)
+    else:
+        target = tl.load(p_targets + i_row)
+        valid = (target >= 0) & (target < num_classes)
+        target = tl.where(valid, target, 0)
+        z_target = tl.load(p_row + target).to(tl.float32)
+
+        b_max = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)  # [BLOCK_V]
+        b_sum = tl.zeros([BLOCK_V], dtype=tl.float32)
+        b_total = tl.zeros([BLOCK_V], dtype=tl.float32)
+        b_first = tl.zeros([BLOCK_V], dtype=tl.int32)
+        for start in range(0, num_classes, BLOCK_V):
+            m_v = start + o_v < num_classes
+            b_z = tl.load(p_row + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+            b_larger = tl.where(b_z > b_max, b_z, b_max)
+            # Where nothing but -inf was seen the difference would be NaN.
+            b_base = tl.where(b_larger == float("-inf"), 0.0, b_larger)
+            b_sum = b_sum * tl.exp(b_max - b_base) + tl.exp(b_z - b_base)
+            b_first = tl.where(b_z > b_max, start + o_v, b_first)
+            b_total += tl.where(m_v, b_z, 0.0)
+            b_max = b_larger
+        z_max = tl.max(b_max, axis=0)
+        b_base = tl.where(b_max == float("-inf"), z_max, b_max)
+        total = tl.sum(b_sum * tl.exp(b_base - z_max), axis=0)
+        first = tl.min(tl.where(b_max == z_max, b_first, 2147483647), axis=0)
+        log_total = tl.log(total)
+        lse = z_max + log_total
+        kept = 1.0 - label_smoothing
+        loss = log_total - kept * (z_target - z_max) + z_loss * lse * lse
+        if label_smoothing > 0.0:  # also keeps a class of logit -inf harmless where there is no smoothing
+            loss -= label_smoothing * (tl.sum(b_total, axis=0) / num_classes - z_max)
+        loss = tl.where(valid, weight * loss, float("nan"))
+        tl.store(p_losses + i_row, loss)
+        tl.store(p_correct + i_row, tl.where(first == target, 1.0, 0.0))
+
+        if GRADIENT:
+            factor = weight * (1.0 + 2.0 * z_loss * lse) / total
+            uniform = weight * label_smoothing / num_classes
+            for start in range(0, num_classes, BLOCK_V):
+                m_v = start + o_v < num_classes
+                b_z = tl.load(p_row + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+                b_grad = tl.exp(b_z - z_max) * factor - uniform
+                b_grad = tl.where(start + o_v == target, b_grad - weight * kept, b_grad)
+                tl.store(p_row + start + o_v, b_grad.to(p_logits.dtype.element_ty), mask=m_v)
