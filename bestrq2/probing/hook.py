@@ -1,7 +1,8 @@
 """One number for a training loop: a probe on an encoder in memory, which is left as it was.
 
     task = ProbeTask(manifest="clips.csv", label="instrument", group="recording")
-    values = run_probe(model.encoder, task, untrained=first_weights)   # every k steps
+    values = run_probe(model.encoder, task, untrained=first_weights)  # every k steps
+    log({f"probe/{name}": value for name, value in values.items()})
 
 Decoded audio and the results of both baselines are kept, so that later calls only encode and fit.
 """
@@ -114,6 +115,7 @@ def run_probe(
     *,
     untrained: nn.Module | Callable[[], nn.Module] | None = None,
     batch_size: int = 8,
+    detailed: bool = False,
 ) -> dict[str, float]:
     """Probe an encoder in memory. The result is a pure function of its weights and of the task.
 
@@ -128,10 +130,13 @@ def run_probe(
             with weights drawn anew (see :func:`~bestrq2.probing.features.untrained_copy`).
         batch_size: clips encoded together.
 
+        detailed: return everything below; else only the main metric, its interval and baselines, and chance.
+
     Returns:
-        every metric of the task under its name (``task.metric`` is the main one), with ``_low`` and ``_high`` of its
-        95 % interval; the same under "log_mel/" and "random/"; "chance"; "clips"; "seconds" that the call took. Metrics
-        of an encoder whose features are not finite are NaN.
+        the task's main metric by its name (``task.metric``), the ends of its 95 % interval with ``_low`` and ``_high``,
+        what the baselines reach under "log_mel/" and "random/", and "chance". ``detailed``: the same for every metric,
+        intervals of the baselines, "clips", and "seconds" that the call took. Metrics of an encoder whose features are
+        not finite are NaN.
 
     Raises:
         ConfigError, ManifestError, OSError: if the task cannot be read, tested, or scikit-learn is missing.
@@ -151,7 +156,12 @@ def run_probe(
             own = prepared.measure({ENCODER: encoder}, hop, False, batch_size)
         except FeatureError:
             own = {name.removeprefix("random/"): float("nan") for name in known if name.startswith("random/")}
-    return {**known, **own, "seconds": time.perf_counter() - began}
+    values = {**known, **own, "seconds": time.perf_counter() - began}
+    if detailed:
+        return values
+    main = task.metric
+    names = (main, f"{main}_low", f"{main}_high", f"log_mel/{main}", f"random/{main}", "chance")
+    return {name: values[name] for name in names}
 
 
 def _prepare(task: ProbeTask, sampling_rate: int) -> PreparedProbe:

@@ -64,12 +64,12 @@ def test_modes_return_after_an_error(encoder):
 
 
 def test_is_a_function_of_weights_and_task(encoder):
-    first = run_probe(encoder, untrained=lambda: untrained_copy(encoder, 3))
+    first = run_probe(encoder, untrained=lambda: untrained_copy(encoder, 3), detailed=True)
     torch.manual_seed(99)
     np.random.seed(99)
-    second = run_probe(encoder.train(), batch_size=5)
+    second = run_probe(encoder.train(), batch_size=5, detailed=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        third = run_probe(encoder)
+        third = run_probe(encoder, detailed=True)
     for other in (second, third):
         assert {k: v for k, v in first.items() if k != "seconds"} == pytest.approx(
             {k: v for k, v in other.items() if k != "seconds"}
@@ -80,6 +80,9 @@ def test_is_a_function_of_weights_and_task(encoder):
             assert 0 <= low <= value <= high <= 1
     assert first["clips"] == 24
     assert first["chance"] == pytest.approx(1 / 3)
+    main = "balanced_accuracy"
+    short = [main, f"{main}_low", f"{main}_high", f"log_mel/{main}", f"random/{main}", "chance"]
+    assert run_probe(encoder) == {name: first[name] for name in short}
 
 
 def test_baselines_are_computed_once(encoder, monkeypatch):
@@ -127,6 +130,6 @@ def test_changed_labels_are_read_again(encoder, tmp_path):
     rows = read_rows(packaged_task().path)
     manifest.write_text("path,kind\n" + "".join(f"{f.path},{r['domain']}\n" for f, r in rows if r["domain"] != "env"))
     task = ProbeTask(manifest=str(manifest), label="kind", head="knn")
-    assert run_probe(encoder, task)["clips"] == 16
+    assert run_probe(encoder, task, detailed=True)["clips"] == 16
     manifest.write_text("path,kind\n" + "".join(f"{f.path},{r['domain']}\n" for f, r in rows))
-    assert run_probe(encoder, task)["clips"] == 24
+    assert run_probe(encoder, task, detailed=True)["clips"] == 24
