@@ -213,8 +213,9 @@ def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -
             config=dict(config) if config else None,
         )
     except Exception as error:  # its own hierarchy of errors: no key, no network, no such entity
+        reason = str(error).rstrip(".")
         raise ConfigError(
-            f"train.wandb={project}: W&B did not start: {error}. WANDB_MODE=offline logs without a network."
+            f"train.wandb={project}: W&B did not start: {reason}. WANDB_MODE=offline logs without a network."
         ) from error
 
 
