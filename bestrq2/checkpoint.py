@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors", "ema.safetensors", "state.json"
 FORMAT = "bestrq2-checkpoint-1"
 PREFIX = "step-"
+# Hidden folders that a kill may leave behind: a checkpoint half written, one half deleted.
+WRITING, DISCARDED = ".writing-", ".discarded-"
 
 
 class CheckpointError(Exception):
@@ -69,15 +72,16 @@ def save_checkpoint(
 ) -> Path:
     """Write ``parent/step-XXXXXXXX`` so that a crash at any moment leaves either all of it or none of it.
 
-    Everything goes to a hidden folder, is flushed to disk, and is then renamed. Older checkpoints beyond ``keep_last``
-    are deleted only afterwards, but for those whose folder names are in ``keep``.
+    Everything goes to a hidden folder, is flushed to disk, and is then renamed. Checkpoints of earlier steps beyond
+    ``keep_last`` are deleted only afterwards, but for those whose folder names are in ``keep``. Those of later steps
+    are left alone: a run that passed over a damaged one must not take it for the newest.
 
     Raises:
         CheckpointError: if the disk is full or the folder cannot be written. Nothing partial remains, and the earlier
             checkpoints are untouched.
     """
     final = parent / f"{PREFIX}{step:08d}"
-    partial = parent / f".writing-{final.name}"
+    partial = parent / f"{WRITING}{final.name}"
     tensors = {WEIGHTS: weights, TRAINING: training} | ({AVERAGED: averaged} if averaged is not None else {})
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     try:
@@ -94,7 +98,7 @@ def save_checkpoint(
         _flush(partial / STATE)
         _flush(partial)
         if final.exists():  # a resumed run reaches a step again: same content, but possibly the damaged copy
-            shutil.rmtree(final)
+            _discard(final)
         partial.rename(final)
         _flush(parent)
     except (OSError, SafetensorError) as error:
@@ -104,15 +108,36 @@ def save_checkpoint(
             f"could not save the checkpoint of step {step} to {final}: {error} "
             f"({needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free). Earlier checkpoints are untouched."
         ) from error
-    for old in list_checkpoints(parent)[:-keep_last]:
+    for old in [folder for folder in list_checkpoints(parent) if _step_of(folder) <= step][:-keep_last]:
         if old.name not in keep:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                _discard(old)
     return final
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted(p for p in parent.glob(f"{PREFIX}*") if p.is_dir())
+    """Checkpoint folders ``step-<number>``, oldest first. Copies under other names are none of ours."""
+    found = (p for p in parent.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir())
+    return sorted(found, key=_step_of)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Delete what a killed process left half written or half deleted. No other process may be writing there."""
+    for pattern in (f"{WRITING}*", f"{DISCARDED}*"):
+        for folder in parent.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint so that a kill in between leaves nothing that looks like one."""
+    hidden = folder.with_name(f"{DISCARDED}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -121,18 +146,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: if a file is missing, damaged or of another format, naming it.
     """
-    path = folder / STATE
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    state = document.get("state") if isinstance(document, dict) else None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: not the state of a bestrq2 checkpoint")
-    if document.get("sha256") != _digest(state):
-        raise CheckpointError(f"{path}: damaged (checksum differs)")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {state['format']!r}")
+    state = read_state(folder)
     for name, expected in state["files"].items():
         try:
             actual = _sha256(folder / name)
@@ -141,6 +155,30 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if actual != expected:
             raise CheckpointError(f"{folder / name}: damaged (checksum {actual[:12]}, expected {expected[:12]})")
     return Checkpoint(folder, state["step"], state["config"], state["extra"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``step``, ``config``, ``extra`` and the checksums of a checkpoint, without a look at its tensors.
+
+    Raises:
+        CheckpointError: if its JSON file is missing, damaged or of another format.
+    """
+    path = folder / STATE
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    state = document.get("state") if isinstance(document, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not the state of a bestrq2 checkpoint")
+    if document.get("sha256") != _digest(state):
+        raise CheckpointError(f"{path}: damaged (checksum differs)")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {state.get('format')!r}")
+    for name, kind in (("step", int), ("files", dict), ("config", dict), ("extra", dict)):
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{path}: {name}: expected {kind.__name__}, found {type(state.get(name)).__name__}")
+    return state
 
 
 def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:

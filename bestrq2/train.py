@@ -16,6 +16,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 # Threads that wait must not spin: on a laptop whose other core is busy, spinning made small models 2.7 times slower.
@@ -24,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from bestrq2.checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_intact
+from bestrq2.checkpoint import Checkpoint, CheckpointError, clear_leftovers, list_checkpoints, newest_intact
 from bestrq2.config import Config, ConfigError, load_config, recipe_names, with_overrides
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.hashing import mix
@@ -33,7 +35,7 @@ from bestrq2.training.batch_finder import find_batch
 from bestrq2.training.data_identity import data_fingerprint
 from bestrq2.training.data_source import fill_statistics, open_dataset
 from bestrq2.training.distributed import Ranks
-from bestrq2.training.errors import TrainingError
+from bestrq2.training.errors import OutOfMemory, TrainingError
 from bestrq2.training.frozen import train_head
 from bestrq2.training.run_folder import RunFolder
 from bestrq2.training.trainer import Trainer
@@ -73,8 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options, ranks)
     except FAILURES as error:
-        ranks.say(f"error: {error}", file=sys.stderr)
+        if ranks.is_first or isinstance(error, OutOfMemory):
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step, or a second time
+        ranks.say("interrupted", file=sys.stderr)
+        return 130
     finally:
         ranks.close()
 
@@ -90,14 +96,25 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         overrides.append(f"frozen.source={json.dumps(options.frozen_encoder)}")
     folder = ranks.from_first(lambda: folder_to_resume(options))
     if folder is not None:
-        return resume(folder, overrides, ranks)
+        with alone_in(folder, ranks):
+            return resume(folder, overrides, ranks)
     config = load_config(options.config or DEFAULT_RECIPE, overrides)
     dataset = ranks.from_first(lambda: open_dataset(config))
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:
         return find_batch(config, seeded_model(config), ranks)
     new = ranks.from_first(lambda: RunFolder.create(options.runs, options.name, config, options.resume is not None))
-    return start(config, dataset, new, None, ranks)
+    with alone_in(new, ranks):
+        return start(config, dataset, new, None, ranks)
+
+
+@contextmanager
+def alone_in(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """No other process trains into this folder; what a killed one left half written in it is cleared away."""
+    with ExitStack() as stack:
+        ranks.from_first(lambda: stack.enter_context(run.locked()))
+        ranks.from_first(lambda: clear_leftovers(run.checkpoints))
+        yield
 
 
 def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
@@ -115,26 +132,32 @@ def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
 
 
 def resume(run: RunFolder, overrides: list[str], ranks: Ranks) -> int:
-    config = with_overrides(run.read_config(), overrides)
     checkpoint = ranks.from_first(lambda: newest_checkpoint(run))
-    ranks.say(f"Resuming {run.path} from step {checkpoint.step} ({checkpoint.folder.name})")
+    saved = None if checkpoint is None else checkpoint.config
+    config = with_overrides(ranks.from_first(lambda: run.read_config(saved)), overrides)
+    if checkpoint is None:
+        ranks.say(f"{run.path} ended before its first checkpoint: it begins again")
+    else:
+        ranks.say(f"Resuming {run.path} from step {checkpoint.step} ({checkpoint.folder.name})")
     dataset = ranks.from_first(lambda: open_dataset(config))
-    found, expected = ranks.from_first(lambda: data_fingerprint(dataset)), checkpoint.extra["data"]
+    found = ranks.from_first(lambda: data_fingerprint(dataset))
+    expected = found if checkpoint is None else checkpoint.extra.get("data")
     if found != expected:
         raise TrainingError(
             f"the training data changed since the checkpoint was written (fingerprint {found} instead of {expected}): "
             "files, durations or crop settings differ. Restore them, or start a new run."
         )
-    if overrides and ranks.is_first:
-        run.write_config(config)
+    if overrides:
+        ranks.from_first(lambda: run.write_config(config))
     return start(config, dataset, run, checkpoint, ranks)
 
 
-def newest_checkpoint(run: RunFolder) -> Checkpoint:
+def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
+    """None if the run ended before it wrote any."""
     checkpoint, problems = newest_intact(run.checkpoints)
     for problem in problems:
         print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
-    if checkpoint is None:
+    if checkpoint is None and problems:
         raise CheckpointError(f"{run.checkpoints}: no intact checkpoint to resume from")
     return checkpoint
 

@@ -83,6 +83,14 @@ class Ranks:
         """``value`` of every rank, in their order."""
         return self.sum([value if rank == self.rank else 0.0 for rank in range(self.size)])
 
+    def texts(self, text: str) -> list[str]:
+        """``text`` of every rank, in their order (a collective call)."""
+        if self.size == 1:
+            return [text]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, text)
+        return found
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What ``make()`` gives on the first rank; an exception there is raised on every rank."""
         if self.size == 1:

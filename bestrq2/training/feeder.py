@@ -40,6 +40,11 @@ class Feeder:
         waited = time.perf_counter() - start
         self._next = None if batch is None else Fed(batch.to(self.device, non_blocking=True), waited)
 
+    @property
+    def error(self) -> Exception | None:
+        """Why the next batch, already asked for, cannot be had."""
+        return self._next if isinstance(self._next, Exception) else None
+
     def __iter__(self) -> Iterator[Fed]:
         while True:
             self.prefetch()

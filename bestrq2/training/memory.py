@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .errors import TrainingError
+from .errors import OutOfMemory
 from .metrics_log import peak_resident_bytes
 
 
@@ -24,14 +24,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(
     error: BaseException, model: nn.Module, device: torch.device, clips: int, seconds: float
-) -> TrainingError:
+) -> OutOfMemory:
     """The numbers, and what to change."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = ""
     if device.type == "cuda":
         total = f" of {torch.cuda.get_device_properties(device).total_memory / 2**20:.0f} MiB"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return TrainingError(
+    return OutOfMemory(
         f"out of memory on {device}: {clips} clips of up to {seconds:.1f} s in one pass; weights, gradients and "
         f"optimizer take {16 * trained / 2**20:.0f} MiB, the peak was {peak_memory(device):.0f} MiB{total}. Split the "
         "batch (train.accumulate=2 or more: the update stays the same), or set model.encoder.activation_checkpointing="

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,15 +73,19 @@ class MetricsLog:
         self._warned: set[str] = set()
         self._pending: list[dict[str, str]] = []
         self._file: io.FileIO | None = None
+        existed = self.path.exists()
         kept = [row for row in read_metrics(folder) if int(row["step"]) <= last_step]
         self.columns = [*COLUMNS, *(name for name in (kept[0] if kept else ()) if name not in COLUMNS)]
         try:
+            self._keep_damaged()
             self._replace(kept)
         except OSError as error:
             raise TrainingError(f"{self.path}: the log cannot be written: {error}") from error
-        self._board: SummaryWriter | None = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=last_step + 1 if kept else None
-        )
+        self._board: SummaryWriter | None = None
+        try:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1 if existed else None)
+        except OSError as error:
+            self._give_up("TensorBoard", error)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Log one row: ``step`` and any numbers. Several rows may have the same step; names with a slash, such as
@@ -100,6 +105,11 @@ class MetricsLog:
                 self._run.log({name: value for name, value in row.items() if name != "step"}, step=step)
             except Exception as error:
                 self._give_up("W&B", error)
+
+    def has(self, step: int, names: Iterable[str]) -> bool:
+        """Whether a row of this step gives these numbers, from before a kill."""
+        rows = [row for row in read_metrics(self.folder) if row["step"] == str(step)]
+        return any(all(row.get(name) for name in names) for row in rows)
 
     def image(self, name: str, step: int, picture: Path | str | np.ndarray) -> None:
         """Log a picture: a PNG file or ``(H, W, 3)`` uint8."""
@@ -122,6 +132,15 @@ class MetricsLog:
                 self._run.log({name: wandb.Image(picture)}, step=step)
             except Exception as error:
                 self._give_up("W&B", error)
+
+    def flush(self) -> None:
+        """Hand everything to the system, so that a kill loses none of it."""
+        self._save()
+        if self._board is not None:
+            try:
+                self._board.flush()
+            except Exception as error:
+                self._give_up("TensorBoard", error)
 
     def close(self) -> None:
         self._save()
@@ -164,6 +183,14 @@ class MetricsLog:
         except OSError:
             os.ftruncate(self._file.fileno(), size)
             raise
+
+    def _keep_damaged(self) -> None:
+        """Put a log of which more than the last line is unreadable aside, because it is about to be replaced."""
+        lines = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+        if lines - 1 > len(read_metrics(self.folder)):
+            aside = self.path.with_name("metrics.damaged.csv")
+            shutil.copyfile(self.path, aside)
+            self._warn("damaged", f"{self.path} is damaged: its readable rows are kept, and the file as {aside.name}")
 
     def _replace(self, rows: Sequence[Mapping[str, str]], columns: list[str] | None = None) -> None:
         columns = columns or self.columns
@@ -238,10 +265,10 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     path = folder / "metrics.csv"
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", errors="replace") as file:
         text = file.read()
     complete = [line for line in text[: text.rfind("\n") + 1].splitlines() if "\0" not in line]
-    return [row for row in csv.DictReader(complete) if (row.get("step") or "").isdigit() and None not in row.values()]
+    return [row for row in csv.DictReader(complete) if (row.get("step") or "").isdecimal() and None not in row.values()]
 
 
 def series(rows: Iterable[Mapping[str, str]], name: str) -> tuple[np.ndarray, np.ndarray]:

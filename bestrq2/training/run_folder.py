@@ -6,20 +6,24 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+from yaml import YAMLError
 
 from bestrq2.checkpoint import list_checkpoints
-from bestrq2.config import Config, ConfigError, config_from_dict, config_to_yaml
+from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml
 from bestrq2.data import Skip
 from bestrq2.version import __version__
 
+from .errors import TrainingError
 from .metrics_log import MetricsLog, read_metrics
 
 __all__ = ["MetricsLog", "RunFolder", "git_revision", "installed_version", "read_metrics"]
@@ -90,11 +94,67 @@ class RunFolder:
         return max(found, key=lambda run: max(p.stat().st_mtime for p in list_checkpoints(run.checkpoints)))
 
     def write_config(self, config: Config) -> None:
-        _write(self.path / "config.yaml", config_to_yaml(config))
+        """
+        Raises:
+            ConfigError: if the file cannot be written; the one there stays as it was.
+        """
+        try:
+            _write(self.path / "config.yaml", config_to_yaml(config))
+        except OSError as error:
+            raise ConfigError(f"{self.path / 'config.yaml'} cannot be written: {error}") from error
 
-    def read_config(self) -> Config:
-        values = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
-        return config_from_dict(values)  # type: ignore[arg-type]
+    def read_config(self, saved: Mapping[str, Any] | None = None) -> Config:
+        """The configuration in ``config.yaml``.
+
+        Args:
+            saved: the configuration of a checkpoint of this run. It is taken, with a warning, if the file cannot be
+                read or lacks entries that ``saved`` has: a file cut short would mean defaults.
+
+        Raises:
+            ConfigError: if the file is damaged and ``saved`` is not given.
+        """
+        path = self.path / "config.yaml"
+        try:
+            loaded = OmegaConf.load(path)
+            values = OmegaConf.to_container(loaded) if isinstance(loaded, DictConfig) else {}
+            problem = _first_missing(values, saved or config_to_dict(Config()))  # type: ignore[arg-type]
+            if problem is None:
+                return config_from_dict(values)  # type: ignore[arg-type]
+            problem = f"no entry {problem}"
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+            if isinstance(error, ConfigError):
+                raise
+            problem = str(error).splitlines()[0]
+        if saved is None:
+            raise ConfigError(f"{path}: damaged or cut short ({problem})")
+        print(
+            f"warning: {path} is damaged or cut short ({problem}); the configuration of the checkpoint is used",
+            file=sys.stderr,
+        )
+        return config_from_dict(dict(saved))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training into this folder. The system unlocks it however this one ends.
+
+        Raises:
+            TrainingError: if another process does. File systems without locks are not protected.
+        """
+        try:
+            import fcntl
+
+            file = (self.path / ".lock").open("a")
+        except (ImportError, OSError):
+            yield
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainingError(f"{self.path}: another process trains in this run folder; stop it first") from error
+            except OSError:
+                pass
+            yield
 
     def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
         """Append the files that could not be read to ``skipped.txt`` (one per rank) and say so; never silent."""
@@ -140,14 +200,30 @@ class RunFolder:
             "processes": processes,
             **{name: installed_version(name) for name in LIBRARIES},
         }
-        _write(self.path / "versions.json", json.dumps([*self.read_versions(), record], indent=1) + "\n")
+        try:
+            _write(self.path / "versions.json", json.dumps([*self.read_versions(), record], indent=1) + "\n")
+        except OSError as error:
+            print(f"warning: {self.path / 'versions.json'} could not be written: {error}", file=sys.stderr)
 
     def read_versions(self) -> list[dict[str, Any]]:
         """The record of every start of this run, oldest first."""
         try:
-            return json.loads((self.path / "versions.json").read_text())
+            found = json.loads((self.path / "versions.json").read_text())
         except (OSError, ValueError):
             return []
+        return found if isinstance(found, list) else []
+
+
+def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key that ``expected`` has and ``values`` has not."""
+    for key, entry in expected.items():
+        if key not in values:
+            return f"{prefix}{key}"
+        if isinstance(entry, Mapping):
+            inner = values[key] if isinstance(values[key], Mapping) else {}
+            if (found := _first_missing(inner, entry, f"{prefix}{key}.")) is not None:
+                return found
+    return None
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bestrq2.checkpoint import PREFIX, CheckpointError, save_checkpoint
+from bestrq2.checkpoint import PREFIX, CheckpointError, list_checkpoints, read_state, save_checkpoint
 from bestrq2.config import Config, config_to_dict
 
 from .run_folder import RunFolder
@@ -21,19 +21,24 @@ class Saver:
     """Writes snapshots, on the first rank, one at a time, beside training if ``train.async_save``.
 
     A checkpoint appears under its name only when it is whole and on the disk, however the process ends. A failure (a
-    full disk) is said at once; training goes on, because a later save may succeed.
+    full disk) is said at once; training goes on, because a later save may succeed. What decides about ``keep_best``
+    is in every checkpoint, so that a kill between a checkpoint and the note about it forgets nothing.
 
     Attributes:
+        saved_step: of the last checkpoint that was begun, at first the step the run started from.
         problem: why the last checkpoint could not be written, or None.
     """
 
-    def __init__(self, run: RunFolder, config: Config, step: int) -> None:
+    def __init__(self, run: RunFolder, config: Config, step: int, writes: bool = True) -> None:
         self.parent, self.config, self.settings = run.checkpoints, config, config.train
         self.problem: CheckpointError | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._last = time.monotonic()
-        self._best = [entry for entry in read_best(self.parent) if entry[1] <= step]
+        self.saved_step = step
+        self._best = [entry for entry in read_best(self.parent) if entry[1] <= step][: self.settings.keep_best]
+        if writes and self._best:  # after a kill between a checkpoint and this note
+            self._note_best()
 
     def overdue(self) -> bool:
         """Whether ``train.save_minutes`` have passed. A monotonic clock: setting the time changes nothing."""
@@ -42,16 +47,16 @@ class Saver:
     def save(self, snapshot: Snapshot, value: float | None, wait: bool) -> None:
         """Write a snapshot; ``value`` (lower is better) decides about ``keep_best``."""
         self.finish()
-        self._last = time.monotonic()
+        self._last, self.saved_step = time.monotonic(), snapshot.step
         self._pending = self._pool.submit(self._write, snapshot, value)
         if wait or not self.settings.async_save:
             self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         self.finish()
@@ -61,6 +66,7 @@ class Saver:
         best = [entry for entry in self._best if entry[1] != snapshot.step]
         if value is not None and value == value:
             best = sorted([*best, (value, snapshot.step)])[: self.settings.keep_best]
+        extra = snapshot.extra | {"score": value}
         try:
             save_checkpoint(
                 self.parent,
@@ -68,19 +74,27 @@ class Saver:
                 snapshot.weights,
                 snapshot.training,
                 config_to_dict(self.config),
-                snapshot.extra,
+                extra,
                 self.settings.keep_last,
                 snapshot.averaged,
                 [folder_name(step) for _, step in best],
             )
-            self._best = best
+            self._best, self.problem = best, None
             if best:
-                write_best(self.parent, best)
-            self.problem = None
+                self._note_best()
         except CheckpointError as error:
             self.problem = error
             tqdm.write(f"error: {error}")
-        except OSError as error:  # the checkpoint is whole; only the note about the best ones is not
+        except Exception as error:  # no memory for the bytes, say: as a full disk, it may pass
+            self.problem = CheckpointError(
+                f"could not save the checkpoint of step {snapshot.step}: {type(error).__name__}: {error}"
+            )
+            tqdm.write(f"error: {self.problem}")
+
+    def _note_best(self) -> None:
+        try:
+            write_best(self.parent, self._best)
+        except OSError as error:  # the checkpoints are whole; only the note about them is not
             tqdm.write(f"warning: {self.parent / BEST} could not be written: {error}")
 
 
@@ -89,13 +103,17 @@ def folder_name(step: int) -> str:
 
 
 def read_best(parent: Path) -> list[tuple[float, int]]:
-    """(value, step) of the best checkpoints that still exist, best first."""
-    try:
-        entries = json.loads((parent / BEST).read_text())
-        found = [(float(entry["value"]), int(entry["step"])) for entry in entries]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
-    return sorted(entry for entry in found if (parent / folder_name(entry[1])).is_dir())
+    """(value, step) of every checkpoint that has a value, best first, from the checkpoints themselves."""
+    found = []
+    for folder in list_checkpoints(parent):
+        try:
+            state = read_state(folder)
+        except CheckpointError:
+            continue
+        value = state["extra"].get("score")
+        if isinstance(value, (int, float)) and value == value:
+            found.append((float(value), state["step"]))
+    return sorted(found)
 
 
 def write_best(parent: Path, best: list[tuple[float, int]]) -> None:

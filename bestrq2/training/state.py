@@ -30,6 +30,8 @@ class Progress:
     audio_seconds: float = 0.0
     skipped_files: int = 0
     skipped_steps: int = 0
+    evaluated_step: int = -1  # of the last evaluation, and what it found
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class StepTotals:
         skipped_files: files that could not be read.
         stops: ranks that were asked to stop.
         overdue: positive when the first rank wants to save because of the time.
+        failures: ranks that cannot have their next batch.
     """
 
     loss: float = 0.0
@@ -34,6 +35,7 @@ class StepTotals:
     skipped_files: float = 0.0
     stops: float = 0.0
     overdue: float = 0.0
+    failures: float = 0.0
 
     @classmethod
     def of(cls, batch: Batch, sampling_rate: int, waited: float, stop: bool, overdue: bool) -> "StepTotals":

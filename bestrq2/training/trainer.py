@@ -11,7 +11,7 @@ from tqdm import tqdm
 from bestrq2 import ops
 from bestrq2.checkpoint import Checkpoint
 from bestrq2.config import Config, config_to_dict
-from bestrq2.data import Batch, CropDataset, batches
+from bestrq2.data import Batch, CropDataset, DataError, batches
 from bestrq2.data.audio import REASONS
 from bestrq2.hashing import mix
 from bestrq2.layers.conformer import ConformerBlock
@@ -88,17 +88,21 @@ class Trainer:
         Raises:
             TrainingError: if it cannot go on; the message says what to change.
             CheckpointError: if the last checkpoint could not be written.
-            DataError: if too many files cannot be read.
+            DataError: if too many files cannot be read, on any rank; what was trained is saved before.
         """
         settings, progress = self.settings, self.state.progress
         self._describe()
         self.log: MetricsLog | None = None
         if self.ranks.is_first:
-            self.log = MetricsLog(self.run.path, progress.step, settings.wandb, config_to_dict(self.config))
+            # A run that was killed before its first checkpoint begins again, and so does its log.
+            last = progress.step if self.resumed else -1
+            self.log = MetricsLog(self.run.path, last, settings.wandb, config_to_dict(self.config))
         if not self.resumed:
             self._first_look()
-        self.saver = Saver(self.run, self.config, progress.step)
+        self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
         self.evaluation = Evaluation(self.config, self.model, self.ranks, self.device, self.autocast)
+        if self.resumed and progress.evaluated_step != progress.step:
+            self._evaluate()  # left out when the run was asked to stop
         self.since_log, self.since_save = StepTotals(), StepTotals()
         self.interval_start = time.perf_counter()
         stream = batches(
@@ -122,16 +126,28 @@ class Trainer:
         )
         stopping = False
         with closing(self.saver), self.bar, StopSignal() as stop, closing(Feeder(stream, self.device)) as feeder:
+            feeder.prefetch()
+            self._agree_on_data(self.ranks.sum([feeder.error is not None])[0] > 0, feeder)
             for fed in feeder:
                 totals = self._step(fed.batch, feeder, fed.waited, stop.requested)
                 stopping = totals.stops > 0
                 self._after(totals, stopping)
                 if stopping:
                     break
+                self._agree_on_data(totals.failures > 0, feeder)
         if self.log is not None:
             self.log.close()
         # The others wait: torchrun ends all processes as soon as one of them has stopped.
         return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
+
+    def _agree_on_data(self, failed: bool, feeder: Feeder) -> None:
+        """Stop every rank, with the same message, where one of them cannot have its next batch."""
+        if not failed:
+            return
+        if feeder.error is not None and not isinstance(feeder.error, DataError):
+            raise feeder.error
+        messages = self.ranks.texts("" if feeder.error is None else str(feeder.error))
+        raise DataError(next(filter(None, messages), "the data of another rank failed"))
 
     def _step(self, batch: Batch, feeder: Feeder, waited: float, stop: bool) -> StepTotals:
         """One update. Returns what the step was, summed over all ranks."""
@@ -156,9 +172,13 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             longest = int(batch.lengths.max()) / self.dataset.sampling_rate
+            state.optimizer.zero_grad(set_to_none=True)
+            if self.ranks.size == 1 and step > self.saver.saved_step:  # several ranks could not agree on it now
+                self._save(wait=True)
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         norm = self._clip()
         feeder.prefetch()
+        totals.failures = float(feeder.error is not None)
         # The only wait for the device in a step.
         loss, accuracy, self.grad_norm = torch.cat((torch.stack(losses).sum(0), norm[None])).tolist()
         own_loss = loss
@@ -233,21 +253,35 @@ class Trainer:
         self.bar.update()
         if done % settings.log_every == 0 or last:
             self._log(totals)
-        if self.evaluation.due(done, last) and not stopping:
-            results = self.evaluation.run(done)
-            if self.log is not None:
-                self.log.write({"step": done, **results})
-        if done % settings.save_every == 0 or last or stopping or totals.overdue > 0:
-            snapshot = self.state.snapshot(data=self.fingerprint)
-            value = self.evaluation.validation_loss if self.evaluation.validates else self.since_save.mean_loss
-            if snapshot is not None:
-                self.saver.save(snapshot, value, wait=last or stopping)
-            self.since_save = StepTotals()
+        if not stopping:
+            self._evaluate()
+        failing = totals.failures > 0
+        if done % settings.save_every == 0 or last or stopping or failing or totals.overdue > 0:
+            self._save(wait=last or stopping or failing)
         if self.bad_in_a_row >= settings.max_bad_steps:
             raise TrainingError(
                 f"{self.bad_in_a_row} steps in a row were not finite: lower optimizer.learning_rate, set "
                 f"optimizer.max_grad_norm=1, or use train.precision=fp32. Checkpoints are in {self.run.checkpoints}."
             )
+
+    def _evaluate(self) -> None:
+        progress = self.state.progress
+        if not self.evaluation.due(progress.step, progress.step == self.settings.steps):
+            return
+        results = self.evaluation.run(progress.step)
+        progress.evaluated_step, progress.validation_loss = progress.step, self.evaluation.validation_loss
+        if self.log is not None and not self.log.has(progress.step, results):
+            self.log.write({"step": progress.step, **results})
+
+    def _save(self, wait: bool) -> None:
+        """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""
+        if self.log is not None:
+            self.log.flush()
+        snapshot = self.state.snapshot(data=self.fingerprint)
+        value = self.state.progress.validation_loss if self.evaluation.validates else self.since_save.mean_loss
+        if snapshot is not None:
+            self.saver.save(snapshot, value, wait)
+        self.since_save = StepTotals()
 
     def _log(self, totals: StepTotals) -> None:
         usage = self.state.total_usage()
@@ -319,7 +353,11 @@ class Trainer:
     def _finish(self, stop: StopSignal | None) -> int:
         done = self.state.progress.step
         title = f"{self.config.recipe}, {done} steps"
-        report = save_report(self.run.path, self.model.quantizer.codebook_size, title)
+        try:
+            report = save_report(self.run.path, self.model.quantizer.codebook_size, title)
+        except OSError as error:
+            report = None
+            print(f"warning: the picture of the run could not be written: {error}", file=sys.stderr)
         if self.saver.problem is not None:
             raise self.saver.problem
         if stop is not None:

@@ -90,15 +90,15 @@ def test_killed_run_continues_as_if_nothing_happened(tmp_path, uninterrupted, wo
         [*command, f"data.workers={workers}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 120
-    while len(read_metrics(tmp_path / "killed")) < 7:  # between the saves of step 4 and step 8
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    # between the saves of step 4, which is written beside training, and of step 8
+    while len(read_metrics(tmp_path / "killed")) < 7 or not list_checkpoints(checkpoints):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    saved = list_checkpoints(tmp_path / "killed" / "checkpoints")
-    assert saved
-    assert saved[-1].name != "step-00000012", "killed too late for this test"
+    assert list_checkpoints(checkpoints)[-1].name != "step-00000012", "killed too late for this test"
     assert main(["--resume", str(tmp_path / "killed")]) == 0
     assert curve(tmp_path / "killed") == curve(uninterrupted)
     assert_same_weights(tmp_path / "killed", uninterrupted)
