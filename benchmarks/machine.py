@@ -102,12 +102,12 @@ def describe_machine(device: torch.device) -> Machine:
                 flops = {"float32": single, "float16": half, "bfloat16": half}
                 return Machine(name, "cuda", threads, flops, bandwidth, "stated peaks", elementwise)
     else:
-        name = _cpu_name()
+        name = cpu_name()
     flops = {name: matmul_rate(getattr(torch, name), device) for name in ("float32", "float16", "bfloat16", "int8")}
     return Machine(name, device.type, threads, flops, copy_rate(device), MEASURED)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
