@@ -226,11 +226,11 @@ def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -
         ) from error
     path = folder / WANDB_FILE
     try:
-        identifier = str(json.loads(path.read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        identifier = uuid.uuid4().hex[:12]
-        path.write_text(json.dumps({"id": identifier, "project": project}) + "\n")
-    try:
+        try:
+            identifier = str(json.loads(path.read_text())["id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            identifier = uuid.uuid4().hex[:12]
+            path.write_text(json.dumps({"id": identifier, "project": project}) + "\n")
         return wandb.init(
             project=project,
             id=identifier,

@@ -89,7 +89,7 @@ QUIET = {"step", "audio_seconds", "elapsed_seconds"}  # columns that are no curv
 
 
 def draw_curves(path: Path, runs: list[RunRecord], title: str) -> bool:
-    """Write a PNG with every curve that has data; columns that no panel knows get one of their own.
+    """Write a PNG with every curve that has data; columns that no panel knows get panels of their own.
 
     With several runs, each has a colour and the curves of a panel differ by line style. Returns False, and writes
     nothing, when nothing was logged yet.
@@ -147,9 +147,15 @@ def _matches(panel: Panel, columns: list[str]) -> list[tuple[str, str]]:
 
 
 def _unknown(runs: list[RunRecord]) -> list[Panel]:
+    """One panel for each column that no panel knows, or for all of them with the same name before a slash."""
     names = dict.fromkeys(name for run in runs for name in run.columns)
     known = {name for panel in PANELS for name, _ in _matches(panel, list(names))} | QUIET
-    return [Panel(name, "", ((re.escape(name), ""),)) for name in names if name not in known]
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        if name not in known:
+            group, _, label = name.partition("/")
+            groups.setdefault(group, []).append((re.escape(name), label.replace("{", "{{").replace("}", "}}")))
+    return [Panel(group, "", tuple(curves)) for group, curves in groups.items()]
 
 
 def _has_data(panel: Panel, runs: list[RunRecord]) -> bool:

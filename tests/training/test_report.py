@@ -142,10 +142,11 @@ def columns_drawn(monkeypatch, tmp_path, runs):
 def test_panels_show_what_was_logged(tmp_path, monkeypatch):
     run = make_run(tmp_path, "run", books=3)
     log = MetricsLog(run.path, 80)
-    log.write({"step": 81, "loss_scale": 1024.0, "skipped/too_short": 2})
+    log.write({"step": 81, "loss_scale": 1024.0, "skipped/too_short": 2, "domain/music": 0.4, "domain/{x}": 0.6})
     log.close()
     panels = columns_drawn(monkeypatch, tmp_path, [RunRecord(run.path)])
     assert "loss_scale" in panels  # what no panel knows is not hidden
+    assert [line.get_label() for line in panels["domain"].lines] == ["music", "{x}"]
     assert "Throughput" not in panels  # never logged here
     lines = {line.get_label(): line for line in panels["Perplexity of each codebook"].lines}
     assert set(lines) == {"codebook 0", "codebook 1", "codebook 2"}
