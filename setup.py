@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "bestrq2/version.py").read_text()).group(1)
 
 EXTRAS = {
+    "hdf5": ["h5py>=3.8"],
+    "datasets": ["pyarrow>=15"],  # folders of save_to_disk and .parquet files need no more
     "parquet": ["pyarrow>=15"],
     "probe": ["scikit-learn>=1.4"],
     "transformers": ["transformers>=4.57"],
@@ -28,6 +30,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "scipy>=1.11",
         "pyarrow>=15",
+        "h5py>=3.8",
         "scikit-learn>=1.4",
         "triton>=3.6; platform_system == 'Linux'",
     ],

@@ -8,7 +8,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -27,13 +27,14 @@ class SampleReader:
     channels = 1
     subtype = "PCM"
 
-    def __init__(self, samples: np.ndarray, samplerate: int) -> None:
+    def __init__(self, samples: Any, samplerate: int) -> None:
+        # An array, or what gives one for a slice.
         self._samples, self.samplerate, self.frames, self._position = samples, samplerate, len(samples), 0
 
     @property
     def stored(self) -> np.ndarray:
         """(N,) as stored."""
-        return self._samples
+        return self._samples[:]
 
     def seek(self, position: int) -> int:
         self._position = position

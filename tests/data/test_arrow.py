@@ -1,0 +1,188 @@
+"""Hugging Face datasets on disk, read without that library: rows at random, bytes as they are."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bestrq2.data import (
+    AudioError,
+    AudioFile,
+    CropDataset,
+    DataError,
+    batches,
+    collect,
+    load_audio,
+    tiny_dataset,
+    write_manifest,
+)
+from bestrq2.data.shards import pack
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+FEATURES = {
+    "audio": {"sampling_rate": 16000, "_type": "Audio"},
+    "label": {"names": ["low", "high"], "_type": "ClassLabel"},
+    "domain": {"dtype": "string", "_type": "Value"},
+}
+
+
+def _table(items, with_bytes=True):
+    """As ``datasets`` 5.2 lays out a table with an Audio column."""
+    audio = [{"bytes": Path(i.path).read_bytes() if with_bytes else None, "path": i.path} for i in items]
+    table = pyarrow.table(
+        {
+            "audio": pyarrow.array(audio, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})),
+            "label": [n % 2 for n in range(len(items))],
+            "domain": [item.domain for item in items],
+        }
+    )
+    return table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()})
+
+
+def _save(folder: Path, items, shards: int = 2, **options) -> Path:
+    folder.mkdir(parents=True)
+    names = [f"data-{n:05d}-of-{shards:05d}.arrow" for n in range(shards)]
+    for number, name in enumerate(names):
+        table = _table(items[len(items) * number // shards : len(items) * (number + 1) // shards], **options)
+        with pyarrow.OSFile(str(folder / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "cache-1234.arrow").write_bytes(b"of a map()")
+    return folder
+
+
+def _check(files, items):
+    assert [(item.domain, item.label) for item in files] == [
+        (item.domain, ("low", "high")[n % 2]) for n, item in enumerate(items)
+    ]
+    for item, gold in zip(files, items, strict=True):
+        np.testing.assert_array_equal(load_audio(item.path), load_audio(gold.path))
+
+
+def test_saved_dataset(tmp_path):
+    items = tiny_dataset()[4:12]
+    folder = _save(tmp_path / "saved", items)
+    files, report = collect(folder)
+    assert [item.path for item in files[3:5]] == [
+        f"{folder}/data-00000-of-00002.arrow::3",
+        f"{folder}/data-00001-of-00002.arrow::0",
+    ]
+    assert len(report) == 0
+    _check(files, items)
+    np.testing.assert_array_equal(
+        load_audio(files[0].path, start=0.5, duration=0.5), load_audio(items[0].path)[8000:16000]
+    )
+
+
+def test_rows_that_name_files(tmp_path):
+    items = tiny_dataset()[:4]
+    files, _ = collect(_save(tmp_path / "saved", items, with_bytes=False))
+    assert [item.path for item in files] == [item.path for item in items]
+
+
+def test_parquet(tmp_path):
+    items = tiny_dataset()[:10]
+    parquet.write_table(_table(items), tmp_path / "0000.parquet", row_group_size=3)
+    files, _ = collect(tmp_path / "*.parquet")
+    _check(files, items)
+    assert collect(tmp_path)[0] == files  # a folder without audio files
+    plain = _table(items).replace_schema_metadata(None).rename_columns(["sound", "n", "domain"])
+    parquet.write_table(plain, tmp_path / "plain.parquet")
+    np.testing.assert_array_equal(load_audio(f"{tmp_path}/plain.parquet::7"), load_audio(items[7].path))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_training_batches_manifest_and_shards(tmp_path):
+    items = [AudioFile(item.path, item.duration, item.sampling_rate, item.domain) for item in tiny_dataset()[:6]]
+    files, _ = collect(_save(tmp_path / "saved", items))
+    write_manifest(tmp_path / "m.csv", files)
+    sources = [items, files, collect(tmp_path / "m.csv")[0], pack(files, tmp_path / "shards").files]
+    streams = [list(batches(CropDataset(found, 0.7), 4, num_steps=4)) for found in sources]
+    streams.append(list(batches(CropDataset(files, 0.7), 4, num_steps=4, workers=2)))
+    for stream in streams[1:]:
+        for batch, gold in zip(stream, streams[0], strict=True):
+            assert torch.equal(batch.waveform, gold.waveform)
+
+
+def test_faults_are_named(tmp_path):
+    items = tiny_dataset()[:6]
+    folder = _save(tmp_path / "saved", items)
+    first = folder / "data-00000-of-00002.arrow"
+    for name in ("3", "-1", "x"):
+        with pytest.raises(AudioError, match=r"missing \(the file has rows 0 to 2\)"):
+            load_audio(f"{first}::{name}")
+    # a cut file: rows before the cut are used, the rest is counted
+    table = _table(tiny_dataset())
+    with pyarrow.OSFile(str(tmp_path / "cut.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=4)
+    content = (tmp_path / "cut.arrow").read_bytes()
+    (tmp_path / "cut.arrow").write_bytes(content[: len(content) // 2])
+    files, report = collect(tmp_path / "cut.arrow")
+    assert 4 <= len(files) <= 12
+    assert len(files) % 4 == 0
+    assert "rows can be read, then: " in str(report.skips[0])
+    _check(files, tiny_dataset()[: len(files)])
+    for name, bad in (("text.parquet", b"hello"), ("text.arrow", b"hello"), ("zero.arrow", b"")):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(DataError, match="damaged archive"):
+            collect(tmp_path / name)
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="no audio column; the columns are text"):
+        collect(tmp_path / "other.parquet")
+    empty = _table(items[:2]).set_column(0, "audio", pyarrow.array([{"bytes": b"", "path": None}] * 2))
+    parquet.write_table(empty, tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"2 skipped: 2 empty file"):
+        collect(tmp_path / "empty.parquet")
+    first.unlink()
+    with pytest.raises(DataError, match="is missing from the dataset"):
+        collect(folder)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="not a dataset of save_to_disk"):
+        collect(folder)
+
+
+def test_splits_must_be_named(tmp_path):
+    for split in ("train", "test"):
+        _save(tmp_path / "both" / split, tiny_dataset()[:4])
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match="has the splits train, test: name those to use"):
+        collect(tmp_path / "both")
+    assert len(collect(tmp_path / "both" / "train")[0]) == 4
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert len(collect(tmp_path / "both")[0]) == 4
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    folder = _save(tmp_path / "saved", tiny_dataset()[:4])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r'need pyarrow: pip install "bestrq2\[datasets\]"'):
+        collect(folder)
+
+
+def test_as_the_library_writes_it(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    items = tiny_dataset()[:10]
+    features = {
+        "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+        "label": datasets.ClassLabel(names=["low", "high"]),
+        "domain": datasets.Value("string"),
+    }
+    columns = {
+        "audio": [{"bytes": None, "path": item.path} for item in items],
+        "label": [n % 2 for n in range(10)],
+        "domain": [item.domain for item in items],
+    }
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    made = made.cast_column("audio", datasets.Audio(sampling_rate=16000))
+    made.save_to_disk(tmp_path / "saved", num_shards=3)
+    _check(collect(tmp_path / "saved")[0], items)
+    made.to_parquet(tmp_path / "x.parquet")
+    _check(collect(tmp_path / "x.parquet")[0], items)
+    made.select([4, 1, 7]).save_to_disk(tmp_path / "selected")  # rows of a selection are written in its order
+    for item, number in zip(collect(tmp_path / "selected")[0], (4, 1, 7), strict=True):
+        np.testing.assert_array_equal(load_audio(item.path), load_audio(items[number].path))
