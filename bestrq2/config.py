@@ -310,7 +310,9 @@ def config_to_yaml(config: Config) -> str:
 
 def _validated(merged: DictConfig) -> Config:
     config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    c = config
+    c, d = config, config.data
+    sources = d.source if isinstance(d.source, list) and d.source else [d.source or ""]
+    buckets, weights = d.batching == "buckets", d.domain_weights.values()
     encoder, chunks = c.model.encoder, c.model.encoder.conformer
     plain, unused = EncoderConfig(), ("norm", "feed_forward", "qk_norm", "position", "patch_height", "patch_width")
     foreign = [name for name in unused if getattr(encoder, name) != getattr(plain, name)]
@@ -337,56 +339,23 @@ def _validated(merged: DictConfig) -> Config:
         ),
         ("model.masking.ratio", len(c.model.masking.ratio) == 2, c.model.masking.ratio, "two numbers [low, high]"),
         ("data.crop_seconds", c.data.crop_seconds > 0, c.data.crop_seconds, "a positive number of seconds"),
-        (
-            "data.source",
-            c.data.source is None
-            or isinstance(c.data.source, str)
-            or (isinstance(c.data.source, list) and c.data.source and all(isinstance(s, str) for s in c.data.source)),
-            c.data.source,
-            "a name or a list of names",
-        ),
-        ("data.batching", c.data.batching in ("crops", "buckets"), c.data.batching, "crops or buckets"),
-        (
-            "data.join_short",
-            not (c.data.join_short and c.data.batching == "buckets"),
-            c.data.join_short,
-            "false with data.batching=buckets, which take every clip as it is",
-        ),
+        ("data.source", all(isinstance(name, str) for name in sources), d.source, "a name or a list of names"),
+        ("data.batching", d.batching in ("crops", "buckets"), d.batching, "crops or buckets"),
+        ("data.join_short", not (d.join_short and buckets), d.join_short, "false with data.batching=buckets"),
+        ("data.batch_seconds", d.batch_seconds is None or buckets, d.batch_seconds, "null with data.batching=crops"),
         (
             "data.batch_seconds",
-            c.data.batch_seconds is None or c.data.batching == "buckets",
-            c.data.batch_seconds,
-            "null: with data.batching=crops a step is train.batch_size crops",
+            d.batch_seconds is None or d.batch_seconds >= d.crop_seconds,
+            d.batch_seconds,
+            f"at least data.crop_seconds = {d.crop_seconds:g}",
         ),
+        ("data.domain_weights", all(isfinite(w) and w >= 0 for w in weights), d.domain_weights, "numbers >= 0"),
+        ("data.domain_weights", not weights or any(weights), d.domain_weights, "a positive weight for some domain"),
         (
-            "data.batch_seconds",
-            c.data.batch_seconds is None or c.data.batch_seconds >= c.data.crop_seconds,
-            c.data.batch_seconds,
-            f"at least data.crop_seconds = {c.data.crop_seconds:g}",
-        ),
-        (
-            "data.domain_weights",
-            all(isfinite(weight) and weight >= 0 for weight in c.data.domain_weights.values()),
-            c.data.domain_weights,
-            "numbers >= 0",
-        ),
-        (
-            "data.domain_weights",
-            not c.data.domain_weights or any(c.data.domain_weights.values()),
-            c.data.domain_weights,
-            "a positive weight for at least one domain",
-        ),
-        (
-            "data.batching",
-            not c.frozen.source or c.data.batching == "crops",
-            c.data.batching,
-            "crops: the embeddings of a frozen encoder are cached clip by clip",
-        ),
-        (
-            "data.domain_weights",
-            not c.frozen.source or not c.data.domain_weights,
-            c.data.domain_weights,
-            "none: the embeddings of a frozen encoder are drawn by their hours",
+            "frozen.source",
+            not c.frozen.source or not (weights or buckets),
+            c.frozen.source,
+            "null with data.domain_weights or data.batching=buckets, which do not apply to cached embeddings",
         ),
         ("data.workers", c.data.workers >= 0, c.data.workers, "0 or more"),
         ("optimizer.learning_rate", c.optimizer.learning_rate > 0, c.optimizer.learning_rate, "a positive number"),

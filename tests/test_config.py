@@ -41,9 +41,9 @@ def test_yaml_file_based_on_a_recipe(tmp_path):
         ("data.source=5", "data.source: expected a name or a list of names, got 5"),
         ("data.source=[a,2]", "data.source: expected a name or a list of names"),
         ("data.batching=rows", "data.batching: expected crops or buckets, got 'rows'"),
-        ("data.batch_seconds=60", "data.batch_seconds: expected null: with data.batching=crops"),
+        ("data.batch_seconds=60", "data.batch_seconds: expected null with data.batching=crops"),
         ("data.domain_weights={speech: -1}", "data.domain_weights: expected numbers >= 0"),
-        ("data.domain_weights={speech: 0}", "data.domain_weights: expected a positive weight"),
+        ("data.domain_weights={speech: 0}", "data.domain_weights: expected a positive weight for some domain"),
         ("data.domain_weights={speech: much}", "data.domain_weights.*much"),
     ],
 )

@@ -1,8 +1,6 @@
-"""Tar shards: the order and the samples of the files in them, read at random; damage is found, said and survived."""
+"""Packing: training from shards is training from the files, bit for bit; all is written, or nothing."""
 
-import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -15,27 +13,18 @@ import soundfile
 import torch
 
 from bestrq2.data import (
-    AudioError,
     AudioFile,
     CropDataset,
     DataError,
-    audio_info,
     batches,
     collect,
     load_audio,
-    read_manifest,
     tiny_dataset,
     write_manifest,
 )
-from bestrq2.data import tar_index as tar_index_module
-from bestrq2.data.audio import audio_digest
 from bestrq2.data.members import split_address
 from bestrq2.data.shards import main, pack
-from bestrq2.data.sources import expand_pattern
-from bestrq2.data.tar_index import tar_index
 from bestrq2.training.data_identity import data_fingerprint
-
-from .conftest import FORMATS, convert
 
 
 @pytest.fixture(autouse=True)
@@ -43,269 +32,8 @@ def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def _tar(path, members, format=tarfile.GNU_FORMAT):
-    with tarfile.open(path, "w", format=format, errors="surrogateescape") as tar:
-        for name, content in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
-    return path
-
-
 def _clip(number=0) -> bytes:
     return Path(tiny_dataset()[number].path).read_bytes()
-
-
-def _relative_paths(files, folder):
-    return [os.path.relpath(item.path, folder) for item in files]
-
-
-@pytest.mark.parametrize(("extension", "format", "subtype", "rate", "channels"), FORMATS)
-def test_a_member_reads_as_the_file_it_was(tmp_path, speech, extension, format, subtype, rate, channels):
-    path = convert(tmp_path / f"clip.{extension}", speech, rate, channels, format, subtype)
-    shard = _tar(
-        tmp_path / "s.tar", [("x.txt", b"-"), (f"a/clip.{extension}", path.read_bytes()), ("b.wav", b"x" * 99)]
-    )
-    member = f"{shard}::a/clip.{extension}"
-    assert audio_info(member) == audio_info(path)
-    np.testing.assert_array_equal(load_audio(member), load_audio(path))
-    for start, duration in ((0.0, 0.5), (1.234, 1.0), (3.9, 5.0)):
-        part = load_audio(member, 16000, start=start, duration=duration)
-        np.testing.assert_array_equal(part, load_audio(path, 16000, start=start, duration=duration))
-    assert audio_digest(member) == audio_digest(path)
-    with pytest.raises(AudioError, match=r"b.wav: not decodable"):
-        load_audio(f"{shard}::b.wav")
-
-
-def test_tagged_mp3(tmp_path, speech):
-    """An ID3 tag in front, and more promised than is there: as from a file."""
-    path = convert(tmp_path / "x.mp3", speech, 44100, 2, "MP3", "MPEG_LAYER_III")
-    tagged = b"ID3\x04\x00\x00" + bytes([0, 0, 2, 0]) + bytes(256) + path.read_bytes()
-    path.write_bytes(tagged)
-    shard = _tar(tmp_path / "s.tar", [("x.mp3", tagged), ("cut.mp3", tagged[:20000])])
-    np.testing.assert_array_equal(load_audio(f"{shard}::x.mp3"), load_audio(path))
-    with pytest.raises(AudioError, match="truncated"):
-        load_audio(f"{shard}::cut.mp3")
-
-
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_names(tmp_path, format):
-    long = "folder/" * 12 + "y" * 90 + ".ogg" if format != tarfile.USTAR_FORMAT else "f/" * 40 + "y" * 80 + ".ogg"
-    latin = os.fsdecode(b"latin-\xe9.ogg")
-    names = ["a.ogg", "./speech/b.ogg", "Übung 音声.ogg", latin, long, "new\nline.ogg", "x::y.ogg", "UP.OGG"]
-    if format == tarfile.USTAR_FORMAT:
-        names.remove(latin)
-    shard = _tar(tmp_path / "s.tar", [(name, _clip()) for name in [*names, "._a.ogg", ".hidden/c.ogg"]], format)
-    files, report = collect(shard)
-    assert [split_address(item.path) for item in files] == [(str(shard), os.path.normpath(name)) for name in names]
-    assert report.ignored == {"(hidden)": 2}
-    assert files[1].domain == "speech"
-    for item in files:
-        assert load_audio(item.path, duration=0.1).shape == (1600,)
-    write_manifest(tmp_path / "m.csv", files)
-    assert read_manifest(tmp_path / "m.csv") == files
-
-
-def test_sidecars_and_order(tmp_path):
-    stated = {"duration": 2.0, "sampling_rate": 16000, "domain": "speech", "label": 7}
-    members = [
-        ("z.json", json.dumps(stated).encode()),
-        ("z.ogg", _clip(0)),
-        ("music/a.ogg", _clip(1)),
-        ("music/a.txt", b"a waltz\n"),
-        ("m.b.ogg", _clip(2)),  # webdataset: key "m", extension "b.ogg"
-        ("m.json", b'{"domain": "", "duration": "long", "seconds": 2}'),
-        ("bad.ogg", _clip(3)),
-        ("bad.json", b"{"),
-        ("x.npy", b"123"),
-        ("z.ogg", _clip(4)),  # appended again
-    ]
-    shard = _tar(tmp_path / "s.tar", members)
-    files, report = collect(str(shard))
-    assert files == [
-        AudioFile(f"{shard}::z.ogg", 2.0, 16000, "speech", "7"),
-        AudioFile(f"{shard}::music/a.ogg", 2.0, 16000, "music", "a waltz"),
-        AudioFile(f"{shard}::m.b.ogg", 2.0, 16000, "", ""),
-        AudioFile(f"{shard}::bad.ogg", 2.0, 16000),
-        AudioFile(f"{shard}::z~2.ogg", 2.0, 16000),  # what z.json states is of one of them, nobody knows which
-    ]
-    assert report.ignored == {".npy": 1}
-    assert [str(skip).split(": ", 1)[1] for skip in report.skips] == [
-        "damaged archive (the .json beside bad.ogg is not JSON (Expecting property name enclosed in double quotes: "
-        "line 1 column 2 (char 1)); it is not used)"
-    ]
-    np.testing.assert_array_equal(load_audio(files[4].path), load_audio(tiny_dataset()[4].path))
-
-
-def test_links(tmp_path):
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        (tmp_path / "a.ogg").write_bytes(_clip())
-        os.link(tmp_path / "a.ogg", tmp_path / "b.ogg")
-        os.symlink("a.ogg", tmp_path / "c.ogg")
-        for name in ("a.ogg", "b.ogg", "c.ogg"):
-            tar.add(tmp_path / name, name)
-    files, report = collect(tmp_path / "s.tar")
-    np.testing.assert_array_equal(load_audio(files[1].path), load_audio(tmp_path / "a.ogg"))
-    assert len(files) == 2
-    assert "c.ogg is a link" in str(report.skips[0])
-
-
-@pytest.mark.parametrize("cut", [0, 100, 512 * 10 + 7, 40000, -1])
-def test_truncated_shard(tmp_path, cut):
-    """Every clip before the cut is used; what is missing is counted."""
-    contents = [_clip(number) for number in range(5)]
-    shard = _tar(tmp_path / "s.tar", [(f"{n}.ogg", content) for n, content in enumerate(contents)])
-    index = tar_index(str(shard), keep=False)
-    ends = [member.offset + member.size for member in index.members]
-    whole = shard.read_bytes()
-    cut = cut if cut >= 0 else -(-ends[2] // 512) * 512  # exactly between two members
-    shard.write_bytes(whole[:cut])
-    intact = [f"{shard}::{n}.ogg" for n, end in enumerate(ends) if end <= cut]
-    if not intact:
-        reason = "empty file" if cut == 0 else "damaged archive"
-        with pytest.raises(DataError, match=rf"no audio files in .*s.tar[\s\S]*{reason}"):
-            collect(shard)
-        return
-    files, report = collect(shard)
-    assert [item.path for item in files] == intact
-    assert "the shard was cut, and members may be lost" in str(report.skips[0])
-    cut_inside = [end for end, member in zip(ends, index.members) if member.offset < cut < end]
-    assert report.counts() == {"damaged archive": 1, **({"truncated": 1} if cut_inside else {})}
-    for item, gold in zip(files, tiny_dataset()):
-        np.testing.assert_array_equal(load_audio(item.path), load_audio(gold.path))
-    with pytest.raises(AudioError, match=r"truncated \(the shard ends|missing \(no such member"):
-        load_audio(f"{shard}::3.ogg")
-
-
-@pytest.mark.parametrize("fill", [b"\0", b"\xa5"])
-def test_damage_in_the_middle(tmp_path, fill):
-    """The headers of two members overwritten: the members behind them are found again."""
-    shard = _tar(tmp_path / "s.tar", [(f"{n}.ogg", _clip(n)) for n in range(6)])
-    members = tar_index(str(shard), keep=False).members
-    content = bytearray(shard.read_bytes())
-    start, stop = members[2].offset - 512, members[3].offset + 1000
-    content[start:stop] = fill * (stop - start)
-    shard.write_bytes(content)
-    files, report = collect(shard)
-    assert [item.path[-5:] for item in files] == ["0.ogg", "1.ogg", "4.ogg", "5.ogg"]
-    assert report.counts() == {"damaged archive": 1}
-    assert f"from byte {start} to {members[4].offset - 512} of" in str(report.skips[0])
-    # one byte of one header
-    content = bytearray(_tar(tmp_path / "t.tar", [(f"{n}.ogg", _clip(n)) for n in range(3)]).read_bytes())
-    content[members[1].offset - 512 + 3] ^= 1
-    (tmp_path / "t.tar").write_bytes(content)
-    files, report = collect(tmp_path / "t.tar")
-    assert [item.path[-5:] for item in files] == ["0.ogg", "2.ogg"]
-    assert report.counts() == {"damaged archive": 1}
-
-
-def test_random_damage_never_escapes(tmp_path):
-    """Whatever is in the file, only clear errors come out, and every clip that is listed reads or says why not."""
-    whole = _tar(tmp_path / "s.tar", [(f"{n}.ogg", _clip(n)[:3000]) for n in range(4)], tarfile.PAX_FORMAT).read_bytes()
-    random = np.random.default_rng(0)
-    shard = tmp_path / "d.tar"
-    for _ in range(60):
-        content = bytearray(whole[: random.integers(1, len(whole))] if random.random() < 0.3 else whole)
-        for _ in range(random.integers(1, 30)):
-            content[random.integers(len(content))] = random.integers(256)
-        shard.write_bytes(content)
-        os.utime(shard, ns=(0, int(random.integers(1 << 50))))
-        try:
-            files, _ = collect(shard)
-        except DataError:
-            continue
-        for item in files:
-            with contextlib.suppress(AudioError):
-                load_audio(item.path)
-
-
-def test_not_a_tar(tmp_path):
-    (tmp_path / "s.tar").write_bytes(b"hello" * 1000)
-    with pytest.raises(
-        DataError, match=r"no tar archive: 5000 bytes without a valid header|no valid header from byte 0"
-    ):
-        collect(tmp_path / "s.tar")
-    (tmp_path / "s.tar.gz").write_bytes(b"x")
-    with pytest.raises(DataError, match="is compressed"):
-        collect(tmp_path / "s.tar.gz")
-
-
-def test_index_is_kept_and_rebuilt(tmp_path, monkeypatch):
-    shard = _tar(tmp_path / "s.tar", [("a.ogg", _clip(0)), ("b.ogg", _clip(1))])
-    built = []
-    build = tar_index_module._build
-    monkeypatch.setattr(tar_index_module, "_build", lambda *arguments: built.append(1) or build(*arguments))
-    first = tar_index(str(shard))
-    assert (tmp_path / "s.tar.index.json").exists()
-    assert tar_index(str(shard)) == first
-    assert len(built) == 1
-    before = load_audio(f"{shard}::b.ogg")
-    # another shard under the same name, also for a process that has read the old one
-    _tar(shard, [("c.ogg", _clip(2)), ("x.ogg", _clip(2)), ("b.ogg", _clip(1))])
-    np.testing.assert_array_equal(load_audio(f"{shard}::b.ogg"), before)
-    assert len(built) == 2
-    for damage in ("", "{", '{"format": "other"}', '{"format": "bestrq2 tar index 1", "members": [[1]]}', "[]"):
-        (tmp_path / "s.tar.index.json").write_text(damage)
-        assert [member.name for member in tar_index(str(shard)).members] == ["c.ogg", "x.ogg", "b.ogg"]
-    assert len(built) == 7
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
-
-
-def test_index_of_a_shard_in_a_folder_that_is_read_only(tmp_path, monkeypatch):
-    shard = _tar(tmp_path / "s.tar", [("a.ogg", _clip(0))])
-    write = tar_index_module._write
-    monkeypatch.setattr(
-        tar_index_module, "_write", lambda place, index: place.parent != tmp_path and write(place, index)
-    )
-    index = tar_index(str(shard))
-    assert not (tmp_path / "s.tar.index.json").exists()
-    assert len(list((tmp_path / "cache" / "bestrq2" / "tar").iterdir())) == 1
-    monkeypatch.setattr(tar_index_module, "_build", None)
-    assert tar_index(str(shard)) == index
-    # and with no place at all
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "s.tar"))
-    monkeypatch.setattr(tar_index_module, "_write", lambda place, index: False)
-    assert len(tar_index(str(shard)).members) == 1
-
-
-def test_patterns(tmp_path):
-    assert expand_pattern("s-{08..10}.tar") == ["s-08.tar", "s-09.tar", "s-10.tar"]
-    assert expand_pattern("{b,a}/{1..2}.tar") == ["b/1.tar", "b/2.tar", "a/1.tar", "a/2.tar"]
-    assert expand_pattern("{3..1}{x}") == ["3{x}", "2{x}", "1{x}"]
-    (tmp_path / "{1..2}.tar").touch()
-    assert expand_pattern(str(tmp_path / "{1..2}.tar")) == [str(tmp_path / "{1..2}.tar")]
-    for name in ("b.tar", "a.tar", "a.tar.index.json"):
-        (tmp_path / name).touch()
-    assert expand_pattern(str(tmp_path / "[ab].tar*")) == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
-    with pytest.raises(DataError, match="no file fits"):
-        expand_pattern(str(tmp_path / "c*.tar"))
-    with pytest.raises(DataError, match="over 1,000,000 names"):
-        expand_pattern("{0..2000}{0..2000}")
-    with pytest.raises(DataError, match=r"s-1.tar does not exist"):
-        collect(str(tmp_path / "s-{1..3}.tar"))
-
-
-def test_folders_of_shards(tmp_path):
-    (tmp_path / "speech").mkdir()
-    _tar(tmp_path / "speech" / "0.tar", [("x/a.ogg", _clip(0)), ("x/b.ogg", _clip(1))])
-    _tar(tmp_path / "1.tar", [("env/c.ogg", _clip(2)), ("d.ogg", _clip(3))])
-    files, _ = collect(tmp_path)
-    assert _relative_paths(files, tmp_path) == [
-        "1.tar::env/c.ogg",
-        "1.tar::d.ogg",
-        "speech/0.tar::x/a.ogg",
-        "speech/0.tar::x/b.ogg",
-    ]
-    assert [item.domain for item in files] == ["env", "", "speech", "speech"]
-    listed = collect([tmp_path / "speech" / "0.tar", tmp_path / "1.tar"])[0]
-    assert _relative_paths(listed, tmp_path)[0] == "speech/0.tar::x/a.ogg"
-    assert collect(f"{tmp_path}/1.tar::d.ogg")[0][0].path == f"{tmp_path}/1.tar::d.ogg"
-    # beside audio files, shards are most often the same audio once more: not used, and said
-    (tmp_path / "e.ogg").write_bytes(_clip(4))
-    files, report = collect(tmp_path)
-    assert _relative_paths(files, tmp_path) == ["e.ogg"]
-    assert report.ignored == {".tar": 2}
 
 
 def _mixed_folder(folder, write_wav):
