@@ -8,6 +8,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,12 +269,20 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     with path.open(newline="", errors="replace") as file:
         text = file.read()
     complete = [line for line in text[: text.rfind("\n") + 1].splitlines() if "\0" not in line]
-    return [row for row in csv.DictReader(complete) if (row.get("step") or "").isdecimal() and None not in row.values()]
+    return [row for row in csv.DictReader(complete) if _is_whole(row)]
+
+
+def _is_whole(row: Mapping[str | None, str | None]) -> bool:
+    """Whether a line has as many fields as the header, and a step."""
+    return (row.get("step") or "").isdecimal() and None not in row and None not in row.values()
 
 
 def series(rows: Iterable[Mapping[str, str]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one column, where it has a value: two float64 arrays of equal length."""
-    found = [(float(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    """Steps and values of one column, where it has a number: two float64 arrays of equal length."""
+    found = []
+    for row in rows:
+        with suppress(ValueError):  # "", or damaged
+            found.append((float(row["step"]), float(row.get(name, ""))))
     steps, values = zip(*found) if found else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 

@@ -77,7 +77,7 @@ def _headline(runs: Sequence[RunRecord]) -> str:
         return [None if value is None else form.format(value * scale) for value in found]
 
     add("state", [_state(run) for run in runs])
-    add("recipe", [run.setting("recipe") for run in runs])
+    add("recipe", [_plain(run.setting("recipe")) for run in runs])
     add("data", [str(run.setting("data.source") or "the clips of the package") for run in runs])
     add("masked accuracy, last tenth", number("accuracy", "{:.2f} %", True, 100))
     add("always the commonest code", number("unigram", "{:.2f} %", True, 100))

@@ -219,3 +219,10 @@ def test_peak_memory_moves_with_a_large_allocation():
 
 def test_skips_become_columns():
     assert skip_metrics({"too short": 2, "missing": 1, "silent": 0}) == {"skipped/too_short": 2, "skipped/missing": 1}
+
+
+def test_lines_that_do_not_fit_the_header_are_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n2\n3,0.5,7\nx,0.5\n4,0.x\n5,0.25\n")
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == ["1", "4", "5"]
+    assert series(rows, "loss")[1].tolist() == [0.5, 0.25]
