@@ -64,13 +64,17 @@ def open_pair(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     return encoder, fresh.eval().requires_grad_(False), {"encoder": str(opened.origin), "step": opened.step}
 
 
-def chosen_layers(options: argparse.Namespace, depth: int) -> list[int | None]:
-    """Numbers of blocks, None for the final output.
+def chosen_layers(options: argparse.Namespace, depth: int) -> tuple[list[int | None], list[int | None]]:
+    """Layers to probe (numbers of blocks, None for the final output), and layers whose mean is probed.
 
     Raises:
         ConfigError: for one that the encoder does not have.
     """
-    return parse_layers(str(options.layer) if options.layer is not None else options.layers, depth)
+    text = str(options.layer) if options.layer is not None else options.layers
+    if text not in ("all", "average"):
+        return parse_layers(text, depth), []
+    every = parse_layers("all", depth)
+    return every if text == "all" else [], every if depth or text == "average" else []
 
 
 def task_of(options: argparse.Namespace) -> ProbeTask:
@@ -110,7 +114,11 @@ def heads_of(options: argparse.Namespace, task: ProbeTask) -> list[str]:
 
 
 def extract_all(
-    labels: LabelledClips, pair: dict[str, Any], layers: Sequence[int | None], task: ProbeTask, batch_size: int
+    labels: LabelledClips,
+    pair: dict[str, Any],
+    layers: tuple[Sequence[int | None], Sequence[int | None]],
+    task: ProbeTask,
+    batch_size: int,
 ) -> Features:
     """Features of every clip, with a progress bar."""
     encoder = pair[ENCODER]
@@ -120,7 +128,8 @@ def extract_all(
             pair,
             sampling_rate=encoder.sampling_rate,
             hop=encoder.hop_size_in_ms / 1000,
-            layers=layers,
+            layers=layers[0],
+            average=layers[1],
             pooling=None if task.kind == "events" else task.pooling,
             batch_size=batch_size,
             progress=bar.update,
@@ -151,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
                 outcomes[name][head] = experiment.probe(name, head)
                 bar.update()
     print(report.text(outcomes, experiment))
-    if len(layers) > 1:
+    if len(experiment.values) > 3:
         print("The best of several layers was chosen with the test clips: its score is too high by the choice.")
     shown = {name: str(value) for name, value in vars(options).items() if value not in (None, [])}
     written = report.write(options.out, outcomes, experiment, {**origin, "options": shown})
@@ -214,7 +223,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--folds", type=int, help="at most, no more than the groups of the rarest class (default: 5); 0: one per group")
     add("--pooling", choices=("mean", "mean+std"), help="over the frames of a clip (default: mean)")
     add("--scaling", choices=SCALINGS, default="all", help="of retrieval: by gallery and queries, by sides, none")
-    add("--layers", default="final", help="all, or numbers of blocks (0 is the first) and final (default: final)")
+    add(
+        "--layers",
+        default="final",
+        help="all, average, or numbers of blocks (0 is the first) and final (default: final)",
+    )
     add("--layer", type=int, help="the same as --layers with one number")
     add("--threshold", type=float, default=0.5, help="above which a label counts as predicted (default: 0.5)")
     add("--segment-seconds", type=float, default=1.0, help="of the segment-based F1 of events (default: 1)")

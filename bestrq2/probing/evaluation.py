@@ -124,7 +124,7 @@ def cross_validate(
 
 
 def measure(scores: np.ndarray, rows: Rows, clips: LabelledClips, seconds: Sequence[float], task: ProbeTask) -> Outcome:
-    """Metrics of out-of-fold scores; ``seconds`` of every clip, for segments."""
+    """Metrics of the scores of all folds together; ``seconds`` of every clip, for segments."""
     tested = rows.folds != NEVER
     groups = np.unique(rows.groups[tested], return_inverse=True)[1].astype(np.int64)
     scores, targets = scores[tested], rows.targets[tested]

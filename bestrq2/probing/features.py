@@ -18,6 +18,7 @@ from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 
 ENCODER, RANDOM, LOG_MEL = "encoder", "random initialisation", "log-mel statistics"
+MEAN = ", mean of layers"  # ends the name of such features
 MEL_HOP = 0.01  # seconds
 NUM_MELS = 64
 Clip = tuple[AudioFile, np.ndarray]
@@ -43,8 +44,10 @@ class Features:
     skips: list[Skip] = field(default_factory=list)
 
 
-def layer_name(name: str, layer: int | None) -> str:
-    return name if layer is None else f"{name}, layer {layer}"
+def mean_of_layers(values: np.ndarray) -> np.ndarray:
+    """``(L, T, D)`` -> ``(T, D)``: the mean over layers, each frame of each layer brought to mean 0 and deviation 1."""
+    centred = values - values.mean(2, keepdims=True)
+    return (centred / np.maximum(values.std(2, keepdims=True), 1e-5)).mean(0)
 
 
 def pool(frames: np.ndarray, pooling: str) -> np.ndarray:
@@ -111,6 +114,7 @@ def extract(
     sampling_rate: int,
     hop: float,
     layers: Sequence[int | None] = (None,),
+    average: Sequence[int | None] = (),
     pooling: str | None = "mean",
     with_log_mel: bool = True,
     batch_size: int = 8,
@@ -123,13 +127,16 @@ def extract(
         encoders: by name.
         sampling_rate, hop: of the encoders; hop in seconds.
         layers: of the encoders; None is the final output.
+        average: layers whose mean is a kind of features as well, see :func:`mean_of_layers`.
         pooling: of frames to clips, None to keep frames.
         progress: called with the number of clips done.
 
     Raises:
         FeatureError: if an encoder gives no frame, or values that are not finite.
     """
-    names = [layer_name(name, layer) for name in encoders for layer in layers]
+    wanted = [*layers, *(layer for layer in average if layer not in layers)]
+    ends = [*("" if layer is None else f", layer {layer}" for layer in layers), *([MEAN] if average else [])]
+    names = [f"{name}{end}" for name in encoders for end in ends]
     names += [LOG_MEL] if with_log_mel else []
     result = Features({name: [] for name in names})
     log_mel = LogMel(
@@ -142,12 +149,14 @@ def extract(
         waveforms = [waveform for _, (_, waveform) in clips]
         num_frames = [0] * len(clips)
         for name, encoder in encoders.items() if clips else ():
-            for place, values in enumerate(encode(encoder, waveforms, layers)):
+            for place, values in enumerate(encode(encoder, waveforms, wanted)):
                 _check(name, clips[place][1][0], values)
                 num_frames[place] = values.shape[1]
-                for layer, frames in zip(layers, values):
-                    kept = frames if pooling is None else pool(frames, pooling)
-                    result.of[layer_name(name, layer)].append(kept)
+                kinds = list(values[: len(layers)])
+                if average:
+                    kinds.append(mean_of_layers(values[[wanted.index(layer) for layer in average]]))
+                for end, frames in zip(ends, kinds):
+                    result.of[f"{name}{end}"].append(frames if pooling is None else pool(frames, pooling))
         for place, (number, (_, waveform)) in enumerate(clips):
             result.usable.append(number)
             result.seconds.append(len(waveform) / sampling_rate)

@@ -37,7 +37,7 @@ def save_per_class(path: Path, bars: dict[str, list], chance: list, classes: lis
 
     place = np.arange(len(classes))
     thickness = 0.8 / len(bars)
-    figure, axis = pyplot.subplots(figsize=(7, 1.5 + 0.5 * len(classes)), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(7, 1.6 + 0.5 * len(classes)), layout="constrained")
     for number, (name, values) in enumerate(bars.items()):
         offset = (number - (len(bars) - 1) / 2) * thickness
         axis.barh(place + offset, np.nan_to_num(np.asarray(values, dtype=float)), thickness * 0.9, label=name)
@@ -45,6 +45,6 @@ def save_per_class(path: Path, bars: dict[str, list], chance: list, classes: lis
     axis.set_yticks(place, classes)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), title=title)
-    axis.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

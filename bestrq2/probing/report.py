@@ -33,7 +33,8 @@ def differences(outcomes: Outcomes, head: str, metric: str) -> dict[str, Estimat
     for name, entry in outcomes.items():
         if name.startswith(ENCODER):
             continue
-        own = encoders[-1] if name == LOG_MEL else name.replace(RANDOM, ENCODER)
+        final = ENCODER if ENCODER in encoders else encoders[-1]
+        own = final if name == LOG_MEL else name.replace(RANDOM, ENCODER)
         found[name] = outcomes[own][head].metrics[metric].minus(entry[head].metrics[metric])
     return found
 
@@ -164,7 +165,7 @@ def _picture(out: Path, outcomes: Outcomes, experiment: Experiment) -> Path | No
     rows = experiment.rows
     if rows is None or rows.targets.dtype.kind == "f":
         return None
-    own = [name for name in outcomes if name.startswith(ENCODER)][-1]
+    own = ENCODER if ENCODER in outcomes else [name for name in outcomes if name.startswith(ENCODER)][-1]
     if rows.targets.ndim == 1:
         tested = rows.folds != NEVER
         matrices = {

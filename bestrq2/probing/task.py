@@ -80,6 +80,10 @@ class ProbeTask:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("label", "train_values", "test_values"):  # configurations give lists, and a task is a key
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "where", tuple((column, tuple(values)) for column, values in self.where))
         expectations = [
             ("kind", self.kind in get_args(ProbeKind), self.kind, f"one of {', '.join(get_args(ProbeKind))}"),
             ("head", self.head in get_args(Head), self.head, f"one of {', '.join(get_args(Head))}"),

@@ -136,6 +136,13 @@ def test_frames_and_segments():
     assert segment_decisions(active, 0.4, 2.5, 1.0)[:, 0].tolist() == [False, True, True]
 
 
+def test_tasks_from_configurations_are_keys():
+    task = ProbeTask(kind="multilabel", label=["a", "b"], where=[["lang", ["it"]]], train_values=["x"])
+    assert hash(task) == hash(
+        ProbeTask(kind="multilabel", label=("a", "b"), where=(("lang", ("it",)),), train_values=("x",))
+    )
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
@@ -146,6 +153,7 @@ def test_frames_and_segments():
         ({"folds": 1}, "probe folds: expected at least 2, or 0"),
         ({"regularisation": 0.0}, "probe regularisation: expected a positive number"),
         ({"threshold": 1.5}, "probe threshold"),
+        ({"scaling": "some"}, "probe scaling: expected one of all, sides, none"),
     ],
 )
 def test_impossible_tasks(choices, message):

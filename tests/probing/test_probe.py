@@ -9,12 +9,13 @@ import pytest
 import soundfile
 import torch
 
-from bestrq2 import probe
+from bestrq2 import load, probe
 from bestrq2.config import load_config
+from bestrq2.data import AudioFile, load_audio
 from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.layers import LogMel
 from bestrq2.models import build_model
-from bestrq2.probing.features import clip_statistics, frame_statistics, log_mel_frames, pool
+from bestrq2.probing.features import clip_statistics, extract, frame_statistics, log_mel_frames, pool
 
 SMALL = ["model.front_end.mean=-47", "model.front_end.std=31", "model.encoder.depth=1", "model.encoder.width=64"]
 
@@ -195,12 +196,27 @@ def test_regression_and_layers(encoder_file, sounds, tmp_path):
     options = ["--kind", "regression", "--label", "tone", "--group", "take", "--folds", "3", "--layers", "all"]
     document = run_kind(encoder_file, sounds, tmp_path, *options, "--head", "linear", "--pooling", "mean+std")
     names = ["encoder, layer 0", "encoder", "random initialisation, layer 0", "random initialisation"]
-    assert list(document["results"]) == [*names, "log-mel statistics"]
+    means = [f"{name}, mean of layers" for name in names[1::2]]
+    assert set(document["results"]) == {*names, *means, "log-mel statistics"}
+    assert list(document["results"])[-1] == "log-mel statistics"
     assert document["results"]["log-mel statistics"]["linear"]["R2"]["value"] > 0.5
     first, last = (document["results"][name]["linear"]["R2"]["value"] for name in names[:2])
     assert first != last
     gap = document["results"]["random initialisation, layer 0"]["linear"]["R2"]["encoder_minus_this"]["value"]
     assert gap == pytest.approx(first - document["results"][names[2]]["linear"]["R2"]["value"])
+
+
+def test_mean_of_layers(encoder_file, sounds):
+    encoder = load(encoder_file)
+    waveform = load_audio(sounds / "0.wav")
+    source = lambda: iter([(AudioFile("0.wav"), waveform)])  # noqa: E731
+    choices = {"sampling_rate": 16000, "hop": 0.04, "pooling": None, "with_log_mel": False}
+    both = extract(source(), {"e": encoder}, layers=(0, None), average=(0, None), **choices).of
+    alone = extract(source(), {"e": encoder}, layers=(), average=(0, None), **choices).of
+    expected = sum(torch.nn.functional.layer_norm(torch.tensor(both[n][0]), (64,)) for n in ("e, layer 0", "e")) / 2
+    np.testing.assert_allclose(both["e, mean of layers"][0], expected, atol=1e-3)
+    assert list(alone) == ["e, mean of layers"]
+    assert (alone["e, mean of layers"][0] == both["e, mean of layers"][0]).all()
 
 
 @pytest.mark.parametrize(
