@@ -43,7 +43,8 @@ def _centre(x_ptrs, x_feature_stride, D, valid, BM: tl.constexpr, BK: tl.constex
     for k in range(0, D, BK):
         o_k = k + tl.arange(0, BK)
         inside = valid[:, None] & (o_k < D)[None, :]
-        x = tl.load(x_ptrs[:, None] + o_k[None, :] * x_feature_stride, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptrs[:, None] + o_k.to(tl.int64)[None, :] * x_feature_stride, mask=inside, other=0.0)
+        x = x.to(tl.float32)
         total += tl.sum(tl.where(inside, x - first[:, None], 0.0), axis=1)
     return first, total / D
 

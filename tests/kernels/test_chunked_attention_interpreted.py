@@ -22,7 +22,7 @@ def test_in_the_interpreter():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=root)
     print(result.stdout[-4000:])
     assert result.returncode == 0, result.stderr[-2000:]
-    assert f"{len(CASES) + 3} passed" in result.stdout
+    assert f"{len(CASES) + 8} passed" in result.stdout
 
 
 needs_kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or interpreter")
@@ -119,6 +119,47 @@ def test_segments_of_the_band_change_nothing(device, monkeypatch):
     parts = compare((2, 1, 100, 100, 16), torch.float32, device, **options)
     assert torch.equal(whole[0], parts[0])
     compare((1, 1, 100, 100, 16), torch.float32, device)  # full context, whose band is as wide as the sequence
+
+
+@needs_kernels
+@pytest.mark.parametrize("positions", [True, False])
+def test_opcheck(positions, device):
+    """Of forward and backward: schemas, fakes with their strides, autograd registration, tracing."""
+    from bestrq2 import ops  # registers them
+
+    assert "triton" in ops.available_backends()
+    shapes = [(2, 12, 2, 16)] * 3 + [(2, 23, 16), (2, 16), (2, 16)]
+    tensors = [torch.randn(shape, device=device) for shape in shapes]
+    tensors = [(x.transpose(1, 2) if x.dim() == 4 else x).requires_grad_() for x in tensors]
+    key_mask, lengths = torch.rand(2, 12, device=device) < 0.8, torch.tensor([12, 7], device=device)
+    if not positions:
+        tensors[3:], key_mask, lengths = [None] * 3, None, None
+    arguments = (*tensors, lengths, None, key_mask, 5, 7, 2, 0, 11, 0.3, "triton")
+    torch.library.opcheck(torch.ops.bestrq2.chunked_attention.default, arguments)
+    out, lse = torch.ops.bestrq2.chunked_attention.default(*arguments)
+    detached = [x.detach() if torch.is_tensor(x) else x for x in (torch.randn_like(out), out, lse, *arguments)]
+    torch.library.opcheck(torch.ops.bestrq2.chunked_attention_backward.default, tuple(detached))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="lays tensors out in address space that a GPU would have to fill")
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "frame"])
+def test_offsets_past_2_to_the_31(dim):
+    """Strides that fit an int32, but whose products with an index do not."""
+    from untouched import spread
+
+    from bestrq2 import ops
+
+    tensors, upstream = [torch.randn(3, 3, 5, 16).half() for _ in "qkv"], torch.randn(3, 3, 5, 16).half()
+    tables = {"position": torch.randn(3, 9, 16).half(), "key_mask": torch.rand(3, 5) < 0.8}
+
+    def run(make):
+        inputs = [make(x).requires_grad_() for x in tensors]
+        out = ops.chunked_attention(*inputs, **tables, chunk_size=2, left_context=2, backend="triton")
+        return out, *torch.autograd.grad(out, inputs, make(upstream))
+
+    for far, packed in zip(run(lambda x: spread(x, dim)), run(torch.clone)):
+        assert packed.any()
+        assert torch.equal(far, packed)
 
 
 @needs_kernels

@@ -71,6 +71,7 @@ def test_compiles_without_spills(file, key, config, architecture):
 
 INTERPRETED = """
 import torch
+from untouched import spread
 from bestrq2 import ops
 from bestrq2.kernels import tuning
 
@@ -121,7 +122,18 @@ for scale in (2.0**-120, 2.0**100):
     assert torch.equal(ops.quantize(x[7:] * scale, p, c, backend="triton")[:, 0], codes[7:])
 constant = torch.full((4, 40), -61.7)
 assert (ops.quantize(constant, p, c, normalize="layer_norm", backend="triton") == 0).all()
-torch.library.opcheck(torch.ops.bestrq2.quantize.default, (x[:5], p, c, None, "none", "triton"))
+
+op = torch.ops.bestrq2.quantize.default
+torch.library.opcheck(op, (x[7:12], p, c, None, "none", "triton"))
+mask = torch.tensor([[True, False, True], [False, False, True]])
+inputs = torch.randn(2, 3, 40).half(), p.expand(2, -1, -1), torch.cat([c, c.flip(1)]), mask
+torch.library.opcheck(op, (*inputs, "layer_norm", "triton"))
+
+for dim in (0, 1):  # rows, then features further apart than 2^31 elements
+    near = torch.randn(5, 40).half()
+    for normalize in ("none", "layer_norm"):
+        far = ops.quantize(spread(near, dim), p, c, normalize=normalize, backend="triton")
+        assert torch.equal(far, ops.quantize(near, p, c, normalize=normalize, backend="triton"))
 print("checked")
 """
 
@@ -130,7 +142,7 @@ def test_interpreted_kernel_gives_the_reference_codes():
     """In its own process: TRITON_INTERPRET must be set before triton is imported."""
     result = subprocess.run(
         [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
