@@ -1,19 +1,22 @@
 """``masked_cross_entropy``: linear classifier and cross-entropy with gradients of both inputs, against its peers.
 
-Shape labels: ``<rows>x<features>-><classes>``, all rows masked; ``<masked>of<rows>x<features>-><classes>`` with a mask.
+Shape labels: ``<rows>x<features>-><classes>``, all rows masked; ``<masked>of<rows>x<features>-><classes>`` with a mask;
+``x<codebooks>`` at the end for several codebooks: one classifier each on the same rows, mean of the losses.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import Case, Provider, Skip, Work, bestrq2_providers, compiled, gold_of, seeded
+from benchmarks.common import Case, Provider, Skip, Work, bestrq2_providers, compiled, first, gold_of, seeded
+from bestrq2 import ops
 from bestrq2.ops import reference
 
 OP = "masked_cross_entropy"
@@ -24,23 +27,38 @@ _BASE = "4096x768->8192"
 _SPEECHBRAIN = "4096x576->8192"
 _NEMO = "4096x512->8192"
 _NEMO_LARGE = "2048x1024->8192"
-_MULTI_CODEBOOK = "8192x512->1024"  # one of several small codebooks
+_SMALL_CODEBOOK = "8192x512->1024"
+_MULTI_CODEBOOK = "1024x768->8192x4"  # several classifiers: the gradients of all losses wait for the backward
+_HALF = "8192of16384x768->8192"
 _MASKED = "2048of4096x768->8192"  # one-stage BEST-RQ: the masked half of all frames
 
 SHAPES = {
-    "cpu": (_BASE, _MASKED, _SPEECHBRAIN, _NEMO, _NEMO_LARGE, _MULTI_CODEBOOK),
-    "cuda": (_JUDGED, "32768x768->8192", "8192of16384x768->8192", _SPEECHBRAIN, _NEMO_LARGE, "65536x512->1024"),
+    "cpu": (_BASE, "1024x768->8192", _MASKED, _SPEECHBRAIN, _NEMO, _NEMO_LARGE, _SMALL_CODEBOOK, _MULTI_CODEBOOK),
+    "cuda": (
+        *(_JUDGED, "32768x768->8192", _HALF, "3277of16384x768->8192", _SPEECHBRAIN, _NEMO_LARGE, "65536x512->1024"),
+        "16384x768->8192x16",
+    ),
 }
 QUICK_SHAPES = ("1024x768->8192", "512of1024x576->8192")
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
+RECOMPUTE = "bestrq2 recompute"
+TUNING = {
+    **{f"{kernel}/16": (_HALF, "bfloat16") for kernel in ("logits", "hidden_gradient", "weight_gradient")},
+    **{f"{kernel}/32": (_MASKED, "float32") for kernel in ("logits", "hidden_gradient", "weight_gradient")},
+    "loss/16": (_JUDGED, "bfloat16", RECOMPUTE),
+    "loss/32": (_BASE, "float32", RECOMPUTE),
+}
+"""Where a kernel is tuned: shape, dtype and, unless it is ``bestrq2[triton]``, the provider that runs it."""
+
 
 def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     """Gaussian rows and classes with logits of unit variance, as at the start of training."""
-    match = re.fullmatch(r"(?:(\d+)of)?(\d+)x(\d+)->(\d+)", shape)
+    match = re.fullmatch(r"(?:(\d+)of)?(\d+)x(\d+)->(\d+)(?:x(\d+))?", shape)
     if not match:
-        raise ValueError(f"{OP}: a shape reads like {_JUDGED} or {_MASKED}, got {shape!r}")
-    rows, features, classes = (int(number) for number in match.groups()[1:])
+        raise ValueError(f"{OP}: a shape reads like {_JUDGED}, {_MASKED} or {_MULTI_CODEBOOK}, got {shape!r}")
+    rows, features, classes = (int(number) for number in match.groups()[1:4])
+    books = int(match[5] or 1)
     masked = int(match[1]) if match[1] else rows
     generator = torch.Generator().manual_seed(2)
     mask = None
@@ -50,11 +68,11 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         mask = mask.to(device)
     hidden = seeded(rows, features, dtype=dtype, device=device).requires_grad_()
     weight = (
-        (seeded(classes, features, dtype=torch.float32, device=device, seed=1) / features**0.5)
+        (seeded(books, classes, features, dtype=torch.float32, device=device, seed=1) / features**0.5)
         .to(dtype)
         .requires_grad_()
     )
-    product = 2.0 * masked * features * classes
+    product = 2.0 * masked * features * classes * books
     size = hidden.element_size()
     arithmetic = str(dtype).removeprefix("torch.")
     return Case(
@@ -65,22 +83,37 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         inputs={
             "hidden": hidden,
             "weight": weight,
-            "targets": torch.randint(classes, (rows,), generator=generator).to(device),
+            "targets": torch.randint(classes, (rows, books), generator=generator).to(device),
             "mask": mask,
         },
         differentiable=("hidden", "weight"),
         work=Work(
             flops=product,
-            bytes=size * (masked + classes) * features,
+            bytes=size * (masked + books * classes) * features,
             arithmetic=arithmetic,
-            elementwise=float(masked) * classes,
+            elementwise=float(masked) * classes * books,
         ),
-        backward_work=Work(flops=2 * product, bytes=2.0 * size * (masked + classes) * features, arithmetic=arithmetic),
-        gold=lambda case: gold_of(case, reference.masked_cross_entropy),
+        backward_work=Work(
+            flops=2 * product, bytes=2.0 * size * (masked + books * classes) * features, arithmetic=arithmetic
+        ),
+        gold=lambda case: gold_of(case, partial(_mean_over_books, reference.masked_cross_entropy)),
     )
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _mean_over_books(
+    loss: Callable[..., Any], hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
+) -> Tensor:
+    """Mean of the losses of the codebooks: ``weight`` (G, V, D), ``targets`` (rows, G)."""
+    losses = [first(loss(hidden, w, t, **options)) for w, t in zip(weight, targets.unbind(1))]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
+def _ours(case: Case, backend: str | None, recompute: bool | None = None) -> Tensor:
+    loss = partial(ops.masked_cross_entropy, backend=backend, recompute=recompute)
+    return _mean_over_books(loss, **case.inputs)
 
 
 def _eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -88,15 +121,15 @@ def _eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _on_masked_rows(loss: Loss) -> Callable[[Case], Callable[[], Tensor]]:
-    """Gather the masked rows as a user does, inside the timed call, then call ``loss``."""
+    """Gather the masked rows as a user does, inside the timed call, then call ``loss`` for every codebook."""
 
     def prepare(case: Case) -> Callable[[], Tensor]:
         hidden, weight, targets, mask = (case.inputs[name] for name in ("hidden", "weight", "targets", "mask"))
 
         def call() -> Tensor:
             if mask is None:
-                return loss(hidden, weight, targets)
-            return loss(hidden[mask], weight, targets[mask])
+                return _mean_over_books(loss, hidden, weight, targets)
+            return _mean_over_books(loss, hidden[mask], weight, targets[mask])
 
         return call
 
@@ -137,7 +170,8 @@ def _quack(case: Case) -> Callable[[], Any]:
 
 
 PROVIDERS = [
-    *bestrq2_providers(OP),
+    *bestrq2_providers(OP, _ours),
+    Provider(RECOMPUTE, lambda case: lambda: _ours(case, None, recompute=True), note="nothing kept for the backward"),
     Provider(BASELINE, _on_masked_rows(_eager), note="logits in the dtype of the inputs, loss in fp32"),
     Provider("torch.compile", lambda case: _on_masked_rows(compiled(_eager))(case)),
     Provider("F.linear_cross_entropy", _linear_cross_entropy(False)),

@@ -6,7 +6,8 @@ python benchmarks/tune.py quantize           one
 python benchmarks/tune.py quantize --dry-run show the measurements, write nothing
 
 The candidates are what ``bestrq2.kernels.<op>.CANDIDATES`` lists; each is timed (forward plus backward, median, cold
-cache) on the shape and dtype that ``benchmarks/<op>.py`` names in ``TUNING`` (default: its first CUDA shape and dtype).
+cache) on the shape and dtype that ``benchmarks/<op>.py`` names in ``TUNING`` (default: its first CUDA shape and dtype),
+by the provider ``bestrq2[triton]`` or the third name there.
 A candidate that gives wrong results, spills out of shared memory or fails is reported and never chosen. One kernel at a
 time, in the order of ``CANDIDATES``, the best of the earlier ones kept. Commit the file to ship it.
 """
@@ -117,13 +118,14 @@ def tune(
     """The best configurations of ``op`` on ``device``, starting from those in use there now."""
     benchmark = importlib.import_module(f"benchmarks.{op}")
     candidates = candidates_of(op)
-    provider = next(provider for provider in benchmark.PROVIDERS if provider.name == "bestrq2[triton]")
+    providers = {provider.name: provider for provider in benchmark.PROVIDERS}
     default = (benchmark.SHAPES["cuda"][0], benchmark.DTYPES["cuda"][0])
     budget = Budget(seconds=0.2, at_least=5, at_most=50)
     cases: dict[tuple[str, str], Case] = {}
 
     def measure(kernel: str, configs: Mapping[str, Config]) -> float:
-        shape, dtype = key = getattr(benchmark, "TUNING", {}).get(kernel, default)
+        shape, dtype, *name = getattr(benchmark, "TUNING", {}).get(kernel, default)
+        key, provider = (shape, dtype), providers[name[0] if name else "bestrq2[triton]"]
         if key not in cases:
             cases.clear()  # one at a time in memory
             say(f"{op}: {shape} {dtype}")
