@@ -189,8 +189,9 @@ def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> No
 def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.ndarray]:
     """The clips that a probe can be trained on and tested with, after those that cannot be read were left out.
 
-    A class can be tested if it occurs in at least two groups, or, with a fixed split, in training and in test.
-    Multi-label classes that cannot are left out as classes, their clips stay.
+    A class can be tested if it occurs in at least two groups, or, with a fixed split, in training and in test; a single
+    label that only training has is a way to be wrong, and stays. Multi-label classes that cannot be tested are left out
+    as classes, their clips stay.
 
     Returns:
         the clips, and their numbers among those given.
@@ -207,9 +208,9 @@ def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.nda
         return clips, everything
     single = task.kind == "classification"
     has = clips.targets[:, None] == np.arange(len(clips.classes)) if single else clips.targets
-    testable = np.array([_testable(clips, has[:, c]) for c in range(len(clips.classes))], dtype=bool)
+    testable = np.array([_testable(clips, has[:, c], single) for c in range(len(clips.classes))], dtype=bool)
     gone = [name for name, fine in zip(clips.classes, testable) if not fine]
-    where = "training and test" if clips.parts is not None else "two groups"
+    where = "two groups" if clips.parts is None else "training" if single else "training and test"
     if gone and single and not task.drop_rare:
         raise ConfigError(
             f"labels {', '.join(map(repr, gone))} do not occur in {where}, so they cannot be tested on clips from "
@@ -237,7 +238,8 @@ def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.nda
     return kept, numbers
 
 
-def _testable(clips: LabelledClips, has: np.ndarray) -> bool:
+def _testable(clips: LabelledClips, has: np.ndarray, single: bool) -> bool:
     if clips.parts is None:
         return len(np.unique(clips.groups[has])) >= 2
-    return all(bool(has[clips.parts == part].any()) for part in (TRAIN, TEST))
+    needed = (TRAIN,) if single else (TRAIN, TEST)
+    return all(bool(has[clips.parts == part].any()) for part in needed)

@@ -244,6 +244,35 @@ def test_rare_classes_are_dropped_when_asked():
     assert "b" in kept.warnings[0]
 
 
+def test_classes_of_a_fixed_split():
+    """One that only test has cannot be predicted; one that only training has can be predicted wrongly."""
+    parts = np.array([TRAIN, TRAIN, TEST, TEST, TEST])
+    with pytest.raises(ConfigError, match="labels 'c' do not occur in training"):
+        settle(clips_of([0, 1, 0, 0, 2], range(5), parts=parts), ProbeTask(split="part"))
+    kept, _ = settle(clips_of([0, 1, 0, 0, 0], range(5), "ab", parts), ProbeTask(split="part"))
+    rows = clip_rows(kept, make_folds(kept, ProbeTask(split="part")))
+    x = np.array([[0.0], [1], [0.1], [0.9], [0.2]])
+    scores, _ = cross_validate(x, rows, "linear", 100.0)
+    outcome = measure(scores, rows, kept, [1.0] * 5, ProbeTask())
+    assert outcome.metrics["balanced_accuracy"].value == pytest.approx(2 / 3)
+    assert outcome.metrics["mAP"].value == 1.0  # of the class that is there
+
+
+def test_events_of_one_class():
+    rng = np.random.default_rng(7)
+    clips = clips_of(np.ones((12, 1), bool), range(12), ("speech",))
+    clips.events = [np.array([[0.1 * rng.integers(0, 5), 0.8, 0.0]]) for _ in range(12)]
+    task = ProbeTask(kind="events", events="events.csv", folds=3, segment_seconds=0.4)
+    rows = frame_rows(clips, make_folds(clips, task), [25] * 12, 0.04)
+    for head in ("linear", "mlp", "knn"):
+        signal = rows.targets[:, :1] + 0.3 * rng.normal(size=(300, 3))
+        scores, _ = cross_validate(signal.astype(np.float32), rows, head)
+        outcome = measure(scores, rows, clips, [1.0] * 12, task)
+        assert outcome.metrics["frame_mAP"].value > 0.9
+        assert 0.6 < outcome.metrics["segment_micro_F1"].value <= 1
+        assert np.isfinite(outcome.metrics["segment_macro_F1"].low)
+
+
 def test_one_group_is_not_enough():
     with pytest.raises(ConfigError, match="at least two groups"):
         make_folds(clips_of(np.linspace(0, 1, 4), [0, 0, 0, 0], ()), ProbeTask(kind="regression"))

@@ -231,7 +231,7 @@ def test_mean_of_layers(encoder_file, sounds):
         (["--where", "tone=0,1", "--group", "tone"], "do not occur in two groups"),
         (
             ["--label", "take", "--split", "part", "--split-values", "query", "gallery"],
-            "do not occur in training and",
+            "do not occur in training, so",
         ),
     ],
 )
