@@ -258,3 +258,40 @@ def test_another_encoder(sounds, tmp_path):
     document = run_kind(source, sounds, tmp_path / "out", "--label", "tone", "--group", "take", "--head", "linear")
     own, other = (document["results"][name]["linear"]["mAP"]["value"] for name in ("encoder", "random initialisation"))
     assert own != other
+
+
+@pytest.mark.parametrize("family", ["Wav2Vec2", "Whisper"])
+def test_transformers_baseline_is_built_anew(family, tmp_path):
+    """By the model's own initialisation, not by that of its parts: norms of 1, no bias, and other weights."""
+    transformers = pytest.importorskip("transformers")
+    from bestrq2.interchange import open_encoder
+    from bestrq2.probing.features import encode, untrained_copy
+
+    if family == "Wav2Vec2":
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+        conv = {"conv_dim": (16,) * 3, "conv_kernel": (10, 8, 4), "conv_stride": (10, 8, 4)}
+        more = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+        model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes, **conv, **more))
+        transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    else:
+        sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2}
+        sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        model = transformers.WhisperModel(transformers.WhisperConfig(**sizes))
+        transformers.WhisperFeatureExtractor().save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2).add_(0.05)
+    model.save_pretrained(tmp_path)
+    encoder = open_encoder(tmp_path)
+    state = torch.get_rng_state()
+    first, second, other = (untrained_copy(encoder, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    norms = [p for name, p in first.named_parameters() if "layer_norm.weight" in name]
+    assert norms
+    assert all((p == 1).all() for p in norms)
+    clip = [np.random.default_rng(0).normal(size=16000).astype(np.float32)]
+    values = [encode(e, clip, [0, None])[0] for e in (first, second, other, encoder)]
+    assert (values[0] == values[1]).all()
+    assert (values[0] != values[2]).any()
+    assert values[3].shape == values[0].shape == (2, values[0].shape[1], 32)
+    assert np.isfinite(values[0]).all()
