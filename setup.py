@@ -20,6 +20,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "bestrq2/version.py").re
 EXTRAS = {
     "hdf5": ["h5py>=3.8"],
     "datasets": ["pyarrow>=15"],  # folders of save_to_disk and .parquet files need no more
+    "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "parquet": ["pyarrow>=15"],
     "probe": ["scikit-learn>=1.4"],
     "transformers": ["transformers>=4.57"],
@@ -32,6 +33,9 @@ EXTRAS = {
         "pyarrow>=15",
         "h5py>=3.8",
         "scikit-learn>=1.4",
+        "onnx>=1.18",
+        "onnxscript>=0.5",
+        "onnxruntime>=1.22",
         "triton>=3.6; platform_system == 'Linux'",
     ],
 }

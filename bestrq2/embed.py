@@ -32,7 +32,6 @@ from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, 
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.training.hardware import choose_device
 
-
 POOLINGS = ("mean", "max", "mean+std")
 
 

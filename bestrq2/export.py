@@ -3,6 +3,8 @@
     python -m bestrq2.export runs/best_rq2_base-001 --hf FOLDER                      # transformers: AutoModel
     python -m bestrq2.export runs/best_rq2_base-001 --xares encoders/best_rq2.py     # X-ARES; --xares-llm for XARES-LLM
     python -m bestrq2.export runs/best_rq2_base-001 --published best_rq2.safetensors
+    python -m bestrq2.export runs/best_rq2_base-001 --onnx best_rq2.onnx             # and --torch-export best_rq2.pt2
+    python -m bestrq2.export runs/best_rq2_base-001 --s3prl upstream/best_rq2        # expert.py and hubconf.py
 
 RUN is anything that ``bestrq2.load`` opens: a run folder, a step-* folder, an exported file or folder, a published
 checkpoint.
@@ -16,10 +18,12 @@ from pathlib import Path
 
 from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
+from bestrq2.interchange.graphs import trace, write_onnx, write_torch_export
 from bestrq2.interchange.hugging_face_folder import write_folder
 from bestrq2.interchange.opening import Source, open_source
 from bestrq2.interchange.published import to_published
-from bestrq2.interchange.tensors import write_tensors
+from bestrq2.interchange.s3prl_folder import write_s3prl
+from bestrq2.interchange.tensors import assemble_encoder, write_tensors
 from bestrq2.interchange.xares import Interface, check_encoder_module, write_encoder_module
 
 
@@ -49,6 +53,18 @@ def export_module(source: Source, out: Path, interface: Interface) -> list[str]:
     return [f"{out}, {weights}: checked for {interface}; give its path relative to the folder you run in"]
 
 
+def export_s3prl(source: Source, out: Path) -> list[str]:
+    names = ", ".join(path.name for path in write_s3prl(out, source.config, source.weights, source.origin))
+    return [f"{out}: {names}", f"{out / 'hubconf.py'} says how s3prl finds it; it needs bestrq2 installed"]
+
+
+def export_graphs(source: Source, onnx: Path | None, torch_export: Path | None) -> list[str]:
+    encoder = assemble_encoder(source.config, source.weights, source.origin)
+    program = trace(encoder)
+    wanted = ((write_torch_export, torch_export), (write_onnx, onnx))
+    return [write(out, program, encoder, source.config) for write, out in wanted if out is not None]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bestrq2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--xares", type=Path, metavar="OUT.py", help="X-ARES encoder file, weights beside it")
     parser.add_argument("--xares-llm", type=Path, metavar="OUT.py", help="XARES-LLM encoder file, weights beside it")
     parser.add_argument("--published", type=Path, metavar="OUT.safetensors", help="names of the published checkpoints")
+    parser.add_argument("--onnx", type=Path, metavar="OUT.onnx", help="waveform to features, any batch and length")
+    parser.add_argument("--torch-export", type=Path, metavar="OUT.pt2", help="the same for torch.export.load")
+    parser.add_argument("--s3prl", type=Path, metavar="FOLDER", help="upstream folder of s3prl, all layers")
     parser.add_argument("--heads", type=int, help="attention heads of a published RUN that does not say them")
     parser.add_argument(
         "--hop-length", type=int, help="samples between frames of a published RUN that does not say them"
@@ -68,14 +87,19 @@ def main(arguments: list[str] | None = None) -> int:
         "--xares": (partial(export_module, interface="xares"), options.xares),
         "--xares-llm": (partial(export_module, interface="xares-llm"), options.xares_llm),
         "--published": (export_published, options.published),
+        "--s3prl": (export_s3prl, options.s3prl),
     }
     wanted = [(write, out) for write, out in forms.values() if out is not None]
+    graphs = options.onnx is not None or options.torch_export is not None
     try:
-        if not wanted:
-            raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}")
+        if not wanted and not graphs:
+            raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}, --onnx, --torch-export")
         source = open_source(options.run, heads=options.heads, hop_length=options.hop_length)
         for write, out in wanted:
             for line in write(source, out):
+                print(line)
+        if graphs:
+            for line in export_graphs(source, options.onnx, options.torch_export):
                 print(line)
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
