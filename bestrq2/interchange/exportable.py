@@ -104,7 +104,7 @@ class ExportableViT(ExportableEncoder):
         self.window = encoder.window_columns
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        num_clips, num_samples = waveform.shape
+        num_samples = waveform.shape[1]
         window, column = self.window, self.hop * self.width
         waveform = waveform * _inside(lengths, num_samples).to(waveform.dtype)
         lengths = lengths.clamp(min=self.shortest)

@@ -66,7 +66,8 @@ def test_folder_is_found_as_a_package(folder, encoder_file):
     if "strips" not in str(encoder_file):
         pytest.skip("one encoder suffices")
     code = (
-        "from tiny_encoder.hubconf import *; import torch; m = tiny_encoder(ckpt=None, model_config=None, refresh=False);"
+        "from tiny_encoder.hubconf import *; import torch\n"
+        "m = tiny_encoder(ckpt=None, model_config=None, refresh=False)\n"
         "print([n for n in dir() if not n.startswith('_') and n not in ('m', 'torch')], type(m).__name__)"
     )
     result = subprocess.run(
