@@ -7,6 +7,7 @@ from .dispatch import BACKENDS, use_backend
 from .masked_cross_entropy import masked_cross_entropy
 from .native import available_backends
 from .quantize import check_codes, quantize
+from .sinusoidal_attention import chunked_attention_sinusoidal
 
 __all__ = [
     "BACKENDS",
@@ -14,6 +15,7 @@ __all__ = [
     "available_backends",
     "check_codes",
     "chunked_attention",
+    "chunked_attention_sinusoidal",
     "interop",
     "masked_cross_entropy",
     "quantize",
