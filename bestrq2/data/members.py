@@ -92,12 +92,15 @@ def open_member(path: str) -> BinaryIO | SampleReader | None:
         OSError: the archive cannot be read.
     """
     parts = split_address(path)
-    if parts is None or os.path.lexists(path):  # a file may have such a name
+    if parts is None:
         return None
     archive, member = parts
     if not os.path.isfile(archive):
-        state = "is not a regular file" if os.path.lexists(archive) else "does not exist"
-        raise AudioError(path, "not readable" if os.path.lexists(archive) else "missing", f"{archive} {state}")
+        if os.path.lexists(path):  # a file may have such a name
+            return None
+        there = os.path.lexists(archive)
+        what = f"{archive} {'is not a regular file' if there else 'does not exist'}"
+        raise AudioError(path, "not readable" if there else "missing", what)
     suffix = Path(archive).suffix.lower()
     # Imported where they are needed, for each may ask for a package that is not installed.
     if suffix in _TAR:
