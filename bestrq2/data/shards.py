@@ -87,7 +87,7 @@ def pack(
         shard: _Shard | None = None
         with tqdm(total=len(files), desc="packing", unit="file", disable=not progress) as bar:
             for clip in _clips(files, packed.skips, bar):
-                if shard is not None and shard.size + clip.size > max_bytes - tarfile.RECORDSIZE:
+                if shard is not None and shard.size_with(clip) > max_bytes:
                     packed.files += shard.finish()
                     shard = None
                 if shard is None:
@@ -130,10 +130,22 @@ class _Clip:
         return self.name.rpartition(".")[0] + ".json"
 
     @property
+    def parts(self) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
+        return (self.name, self.content), (self.sidecar_name, self.sidecar)
+
+    @property
     def size(self) -> int:
-        """Bytes in a shard: two headers, and every content filled up to whole blocks."""
-        whole = [-(-len(content) // tarfile.BLOCKSIZE) for content in (self.content, self.sidecar)]
-        return (2 + sum(whole)) * tarfile.BLOCKSIZE
+        """Bytes in a shard: for each part a header, which a long name lengthens, and whole blocks."""
+        total = 0
+        for name, content in self.parts:
+            length = len(os.fsencode(name))
+            long_name = 0 if length <= tarfile.LENGTH_NAME else tarfile.BLOCKSIZE + _blocks(length + 1)
+            total += long_name + tarfile.BLOCKSIZE + _blocks(len(content))
+        return total
+
+
+def _blocks(count: int, size: int = tarfile.BLOCKSIZE) -> int:
+    return -(-count // size) * size
 
 
 def _clips(files: Sequence[AudioFile], skips: list[Skip], bar: tqdm) -> Iterator[_Clip]:
@@ -202,7 +214,7 @@ class _Shard:
     """One shard while it is written."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
+        self.path, self._size = path, 0
         self._written: list[tuple[AudioFile, str, str]] = []  # file, name in the shard, hash of its bytes
         self._file = open(path, "wb")  # noqa: SIM115 (closed by finish)
         self._tar = tarfile.open(  # noqa: SIM115
@@ -210,13 +222,17 @@ class _Shard:
         )
 
     def add(self, clip: _Clip) -> None:
-        for name, content in ((clip.name, clip.content), (clip.sidecar_name, clip.sidecar)):
+        for name, content in clip.parts:
             header = tarfile.TarInfo(name)  # no time and no owner: the same files give the same shard
             header.size, header.mode = len(content), 0o644
             self._tar.addfile(header, io.BytesIO(content))
         vars(self._tar)["members"].clear()  # else tarfile keeps them all
         self._written.append((clip.item, clip.name, hashlib.sha256(clip.content).hexdigest()))
-        self.size += clip.size
+        self._size += clip.size
+
+    def size_with(self, clip: _Clip) -> int:
+        """Bytes of the finished shard if this clip is its last."""
+        return _blocks(self._size + clip.size + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
 
     def finish(self) -> list[AudioFile]:
         """Close the shard, read it back, and return its clips by address.

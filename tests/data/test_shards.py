@@ -99,6 +99,21 @@ def test_packing_keeps_what_is_known(tmp_path, write_wav):
         np.testing.assert_array_equal(load_audio(item.path), load_audio(gold.path))
 
 
+def test_size_of_shards(tmp_path):
+    """Never above the limit, names of any length counted, and as full as it allows."""
+    files = []
+    for number in range(40):
+        path = tmp_path / "in" / ("x" * (number * 5)) / f"{number}.ogg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_clip(number % 24)[: 3000 + 211 * number])
+        files.append(AudioFile(str(path), 1.0, 16000))
+    packed = pack(files, tmp_path / "out", max_bytes=71_680)
+    sizes = [shard.stat().st_size for shard in packed.shards]
+    assert max(sizes) <= 71_680
+    assert min(sizes[:-1]) > 71_680 - 30_000
+    assert len(pack(files[:3], tmp_path / "single", max_bytes=1).shards) == 3
+
+
 def test_names_that_would_collide(tmp_path):
     files = []
     for name in ("a.b.ogg", "a_b.ogg", "x/a.ogg", "x/a.flac"):
