@@ -1,22 +1,28 @@
-"""What is measured beside training, every so many steps: the masked loss on audio that is not trained on."""
+"""What is measured beside training: the masked loss on audio that is not trained on, a probe, pictures."""
 
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from bestrq2.config import Config
-from bestrq2.data import Batch, batches
-from bestrq2.models import BestRQ, BestRQ2
+from bestrq2.config import Config, ProbeConfig
+from bestrq2.data import Batch, CropDataset, batches
+from bestrq2.models import BestRQ, BestRQ2, build_encoder
+from bestrq2.probing import ProbeTask, packaged_task, run_probe
 
 from .data_source import open_dataset
-from .distributed import Ranks
+from .distributed import Ranks, is_sharded, whole
+from .metrics_log import MetricsLog
+from .pictures import evaluating, fixed_batch, fixed_pictures
 
 
 class Evaluation:
     """Runs what the configuration asks for, on all ranks together.
 
-    Training is left as it was: the mode of every module, the gradients, the random generators.
+    Training is left as it was: the mode of every module, the gradients, the random generators. The last step measures
+    everything that is asked for at all.
 
     Attributes:
         validates: whether there is validation audio.
@@ -30,7 +36,10 @@ class Evaluation:
         ranks: Ranks,
         device: torch.device,
         autocast: torch.dtype | None,
+        dataset: CropDataset,
+        run_path: Path,
     ) -> None:
+        self.run_path = run_path
         self.config, self.model, self.ranks, self.device, self.autocast = config, model, ranks, device, autocast
         settings = config.validation
         self.validates = settings.source is not None
@@ -43,21 +52,68 @@ class Evaluation:
             held_out = replace(config, data=crops)
             self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation"))
             self.clips = min(settings.clips, len(self.dataset))
+        self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
+        self.task = probe_task(config.probe)
 
     def due(self, step: int, last: bool) -> bool:
         """Whether something is to be measured after ``step`` steps."""
-        return self.validates and (last or step % self.config.validation.every == 0)
+        return any(self._due(step, last).values())
 
-    def run(self, step: int) -> dict[str, float]:
-        """Values by the names that the log gives them."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
+    def _due(self, step: int, last: bool) -> dict[str, bool]:
+        config = self.config
+        every = {
+            "validation": config.validation.every if self.validates else 0,
+            "probe": config.probe.every,
+            "pictures": config.train.pictures_every if step else 0,
+        }
+        return {name: number > 0 and (last or step % number == 0) for name, number in every.items()}
+
+    def run(self, step: int, last: bool, log: MetricsLog | None) -> dict[str, float]:
+        """Measure what is due after ``step`` steps: values by the names that the log gives them.
+
+        Pictures go to ``log``, which is None on all ranks but the first.
+
+        Raises:
+            ConfigError: at step 0, if the probe's task cannot be done; later that is a warning.
+        """
+        found: dict[str, float] = {}
+        due = self._due(step, last)
+        if due["validation"]:
+            with evaluating(self.model):
+                found |= self._validate()
+        if due["probe"]:
+            found |= self._probe(step)
+        if due["pictures"] and self.pictured is not None:
+            with self._autocast():
+                fixed_pictures(self.run_path if self.ranks.is_first else None, self.model, self.pictured, step, log)
+        return found
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def _probe(self, step: int) -> dict[str, float]:
+        """Of the encoder as it is, on the first rank; the others wait at their next common sum."""
+        encoder = self.model.encoder
+        if any(is_sharded(parameter) for parameter in encoder.parameters()):
+            weights = {name: whole(tensor).cpu() for name, tensor in encoder.state_dict().items()}
+            encoder = build_encoder(self.config.model, self.config.data.crop_seconds)
+            encoder.load_state_dict(weights)
+            encoder.to(self.device)
+        if not self.ranks.is_first or self.task is None:
+            return {}
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                return self._validate()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+            found = run_probe(encoder, self.task)
+        except (ValueError, OSError) as error:
+            if step == 0:
+                raise
+            tqdm.write(f"warning: step {step}: no probe: {error}")  # training must not be lost for it
+            return {}
+        # Every metric of the encoder; the interval, and the baselines (constant), of the main one alone.
+        main = self.task.metric
+        baselines = [f"{of}/{main}" for of in ("log_mel", "random")]
+        extra = [f"{main}_low", f"{main}_high", *baselines, "chance", "seconds"]
+        own = [name for name in found if "/" not in name and not name.endswith(("_low", "_high"))]
+        return {f"probe/{name}": found[name] for name in dict.fromkeys([main, *own, *extra]) if name in found}
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -74,7 +130,7 @@ class Evaluation:
             for batch in stream:
                 inside = batch.index < self.clips
                 kept = batch if bool(inside.all()) else _rows(batch, inside)
-                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                with self._autocast():
                     output = self.model(kept.waveform.to(self.device), kept.lengths, 0, kept.index)
                 # A rank without a clip of its own in the last step still takes part in the pass (FSDP gathers weights).
                 count = float(output.plan.predicted_lengths.sum()) if bool(inside.any()) else 0.0
@@ -84,6 +140,15 @@ class Evaluation:
         loss, accuracy, targets = self.ranks.sum([loss, accuracy, targets])
         self.validation_loss = loss / max(1.0, targets)
         return {"validation/loss": self.validation_loss, "validation/accuracy": accuracy / max(1.0, targets)}
+
+
+def probe_task(config: ProbeConfig) -> ProbeTask | None:
+    """The task that a configuration describes; None without a probe."""
+    if not config.every:
+        return None
+    if config.manifest is None:
+        return packaged_task()
+    return ProbeTask(**{entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name != "every"})
 
 
 def _rows(batch: Batch, inside: torch.Tensor) -> Batch:

@@ -100,11 +100,13 @@ class Trainer:
         if not self.resumed:
             self._first_look()
         self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
-        self.evaluation = Evaluation(self.config, self.model, self.ranks, self.device, self.autocast)
-        if self.resumed and progress.evaluated_step != progress.step:
-            self._evaluate()  # left out when the run was asked to stop
+        self.evaluation = Evaluation(
+            self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
+        )
         self.since_log, self.since_save = StepTotals(), StepTotals()
         self.interval_start = time.perf_counter()
+        if progress.evaluated_step != progress.step:
+            self._evaluate()  # before the first step, or left out when the run was asked to stop
         stream = batches(
             self.dataset,
             settings.batch_size,
@@ -266,12 +268,14 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress = self.state.progress
-        if not self.evaluation.due(progress.step, progress.step == self.settings.steps):
+        began, last = time.perf_counter(), progress.step == self.settings.steps
+        if not self.evaluation.due(progress.step, last):
             return
-        results = self.evaluation.run(progress.step)
+        results = self.evaluation.run(progress.step, last, self.log)
         progress.evaluated_step, progress.validation_loss = progress.step, self.evaluation.validation_loss
-        if self.log is not None and not self.log.has(progress.step, results):
+        if self.log is not None and results and not self.log.has(progress.step, results):
             self.log.write({"step": progress.step, **results})
+        self.interval_start += time.perf_counter() - began  # throughput is that of training
 
     def _save(self, wait: bool) -> None:
         """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""

@@ -1,0 +1,50 @@
+"""The configuration of a run: typed sections, YAML recipes, ``key=value`` overrides, and the model they describe.
+
+Unknown keys, wrong types and impossible values are errors that name the key. The resolved configuration is saved in the
+run folder and in every checkpoint; :func:`build_model` rebuilds the model from it alone.
+"""
+
+from .errors import ConfigError
+from .loading import config_from_dict, config_to_dict, config_to_yaml, load_config, recipe_names, with_overrides
+from .sections import (
+    Config,
+    ConformerConfig,
+    DataConfig,
+    EncoderConfig,
+    FrontEndConfig,
+    FrozenConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PredictorConfig,
+    ProbeConfig,
+    TargetsConfig,
+    TrainConfig,
+    TransformerConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ConformerConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "FrontEndConfig",
+    "FrozenConfig",
+    "MaskingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PredictorConfig",
+    "ProbeConfig",
+    "TargetsConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "ValidationConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "config_to_yaml",
+    "load_config",
+    "recipe_names",
+    "with_overrides",
+]

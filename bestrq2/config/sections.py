@@ -1,0 +1,187 @@
+"""The sections of a configuration, with their defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class FrontEndConfig:
+    sampling_rate: int = 16000
+    n_fft: int = 2048
+    win_length: int = 2048
+    hop_length: int = 625
+    num_mels: int = 128
+    f_min: float = 0.0
+    f_max: float | None = None
+    normalize: str = "none"  # none (published) | global: (dB - mean) / std
+    mean: float | None = None  # of "global"; None: measured on the first clips of the training data
+    std: float | None = None
+
+
+@dataclass
+class TransformerConfig:
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int | None = None
+    norm: str = "layer_norm"
+    feed_forward: str = "gelu"
+    bias: bool = True
+    qk_norm: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+
+@dataclass
+class ConformerConfig:
+    """Of ``encoder.kind: conformer``; width, depth, heads, hidden, bias, dropout and drop_path are the encoder's."""
+
+    channels: list[int] = field(default_factory=lambda: [64, 32])  # of the subsampling: 2 stages for 4x, 3 for 8x
+    kernel_size: int = 31
+    conv_mode: str = "full"  # full | causal | chunk (the last two can stream)
+    conv_norm: str = "layer_norm"  # layer_norm | batch_norm
+    activation: str = "silu"  # silu | gelu
+    chunk_size: int | None = None  # frames per chunk of attention; None: the whole sequence
+    left_context: int | None = None  # frames before the chunk; None: all
+    chunk_training: str = "none"  # none: the window above | speechbrain | wenet: a random window per step
+
+
+@dataclass
+class EncoderConfig(TransformerConfig):
+    kind: str = "vit"  # vit | conformer
+    patch_height: int = 16
+    patch_width: int = 16
+    position: str = "sincos"  # sincos | rope
+    drop_path: float = 0.1
+    activation_checkpointing: bool = False
+    conformer: ConformerConfig = field(default_factory=ConformerConfig)
+
+    @property
+    def frames_per_token(self) -> int:
+        return 2 ** len(self.conformer.channels) if self.kind == "conformer" else self.patch_width
+
+
+@dataclass
+class PredictorConfig(TransformerConfig):
+    depth: int = 4
+
+
+@dataclass
+class TargetsConfig:
+    codebook_size: int = 8192
+    codebook_dim: int = 16
+    num_codebooks: int = 1
+    normalize: str = "none"  # none (published) | global | patch | utterance
+    mean: float | None = None  # of "global"; None: measured on the first clips of the training data
+    std: float | None = None
+    seed: int = 21072023
+
+
+@dataclass
+class MaskingConfig:
+    ratio: list[float] = field(default_factory=lambda: [0.4, 0.6])
+    shared_per_batch: bool = False
+    span_length: int = 1  # tokens per masked span
+    noise_std: float = 0.1  # of the noise that hides masked frames from a one-stage Conformer
+
+
+@dataclass
+class ModelConfig:
+    name: str = "best_rq2"  # best_rq2: two-step | best_rq: one-stage
+    front_end: FrontEndConfig = field(default_factory=FrontEndConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+
+@dataclass
+class DataConfig:
+    # Folder, CSV/JSONL manifest, tar shards (a pattern such as shards-{000000..000009}.tar), .h5, .parquet or a saved
+    # Hugging Face dataset, or a list of these; None: the 24 clips inside the package.
+    source: Any = None
+    crop_seconds: float = 10.0
+    min_seconds: float | None = None  # None: one patch
+    join_short: bool = False  # fill a crop with following clips of the same folder
+    batching: str = "crops"  # crops: batch_size crops per step | buckets: clips of similar length, taken whole
+    batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
+    domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
+    workers: int = 2
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"  # after the warm-up: cosine | linear | constant | stable (at the peak until the cooldown)
+    final_ratio: float = 0.001  # learning rate at the last step, as a share of the peak
+    cooldown: float = 0.2  # of "stable": the last share of all steps, in which the rate falls
+    warmup: float = 0.05  # share of all steps
+    weight_decay: float = 0.05
+    final_weight_decay: float | None = None  # moved to by a cosine; None: constant
+    decay_all: bool = True  # published: on every parameter; false: not on norms, biases and tokens
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = None  # published: no clipping
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 200000
+    batch_size: int = 256  # clips per update, over all ranks and micro-batches
+    accumulate: int = 1  # micro-batches per update and rank: less memory, same update
+    strategy: str = "auto"  # several ranks: auto = ddp | fsdp (shard the model)
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    precision: str = "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
+    ema_decay: float = 0.0  # of a moving average of the weights, e.g. 0.999; 0: none
+    compile: bool = False  # torch.compile of the encoder and predictor blocks
+    log_every: int = 50
+    save_every: int = 5000
+    save_minutes: float = 30.0  # also save when this long has passed since the last time; 0: never
+    async_save: bool = True  # write checkpoints beside training (their tensors are copied first)
+    keep_last: int = 3
+    keep_best: int = 0  # also keep this many of lowest validation loss (else mean training loss since the last save)
+    max_bad_steps: int = 20  # consecutive non-finite steps before giving up
+    pictures_every: int = 2000  # steps between pictures of mask and predictions; 0: none
+    wandb: str | None = None  # also log to this Weights & Biases project
+
+
+@dataclass
+class ValidationConfig:
+    source: str | None = None  # audio that is not trained on, as data.source; None: no validation
+    every: int = 1000  # steps
+    clips: int = 256  # the same ones every time, with the same masks
+
+
+@dataclass
+class ProbeConfig:
+    """A probe during training, on the encoder as it is; the fields are those of :class:`bestrq2.probing.ProbeTask`."""
+
+    every: int = 0  # steps; 0: no probe
+    manifest: str | None = None  # labelled clips; None: the 24 clips inside the package, by domain
+    kind: str = "classification"  # classification | multilabel | events | retrieval | regression
+    label: str = "label"  # column of the manifest
+    events: str | None = None  # of kind "events": table of onsets and offsets
+    group: str | None = None  # column whose clips are never split between training and test
+    split: str | None = None  # column that says which clips train and which test
+    head: str = "linear"  # linear | mlp | knn
+
+
+@dataclass
+class FrozenConfig:
+    source: str | None = None  # train only a head on the embeddings of this encoder; None: pretrain
+    trust_remote_code: bool = False  # run Python code that a transformers folder brings along
+    every_frame: bool = False  # predict the code of every frame, without masking
+    cache: str | None = None  # folder of cached embeddings; None: inside the run folder
+
+
+@dataclass
+class Config:
+    recipe: str = "custom"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
