@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bestrq2.config import Config, ProbeConfig
+from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, batches
 from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
@@ -105,7 +105,7 @@ class Evaluation:
             found = run_probe(encoder, self.task)
         except (ValueError, OSError) as error:
             if step == 0:
-                raise
+                raise ConfigError(f"probe: {error}") from error
             tqdm.write(f"warning: step {step}: no probe: {error}")  # training must not be lost for it
             return {}
         # Every metric of the encoder; the interval, and the baselines (constant), of the main one alone.

@@ -1,0 +1,237 @@
+"""What the training loop offers: precision, averaging, schedules, saves by time and by merit, validation, probes."""
+
+import itertools
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bestrq2 import load
+from bestrq2.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from bestrq2.config import ConfigError, OptimizerConfig, load_config
+from bestrq2.data import tiny_dataset
+from bestrq2.train import main, seeded_model
+from bestrq2.training.averaging import WeightAverage
+from bestrq2.training.loss_scale import LossScale
+from bestrq2.training.optimizer import learning_rate, make_optimizer, set_schedule, weight_decay
+from bestrq2.training.run_folder import read_metrics
+from bestrq2.training.saver import Saver
+
+QUICK = [
+    "model.front_end.mean=-47.5",
+    "model.front_end.std=31.8",
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.save_every=2",
+    "train.pictures_every=0",
+    "model.encoder.width=32",
+    "model.encoder.hidden=48",
+    "model.encoder.depth=2",
+    "model.predictor.width=32",
+    "model.predictor.hidden=48",
+    "model.predictor.depth=1",
+]
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row["loss"]) for row in read_metrics(run) if row["loss"]]
+
+
+def test_fp16_follows_fp32(tmp_path):
+    assert main(["--runs", str(tmp_path), "--name", "full", *QUICK]) == 0
+    assert main(["--runs", str(tmp_path), "--name", "half", *QUICK, "train.precision=fp16"]) == 0
+    skipped = int(read_metrics(tmp_path / "half")[-1]["skipped_steps"])
+    assert skipped < 6
+    full, half = losses(tmp_path / "full"), losses(tmp_path / "half")
+    assert half[0] == pytest.approx(full[0], rel=2e-3)
+    if not skipped:
+        assert half == pytest.approx(full, rel=5e-3)
+    state = read_checkpoint(list_checkpoints(tmp_path / "half" / "checkpoints")[-1]).extra["loss_scale"]
+    assert state["value"] >= 1
+
+
+def test_loss_scale_falls_on_overflow_and_grows_after_patience():
+    scale = LossScale(enabled=True, value=8.0, patience=3)
+    assert [scale.update(finite) for finite in (True, False)] == [False, True]
+    assert scale.value == 4.0
+    for _ in range(3):
+        scale.update(True)
+    assert scale.value == 8.0
+    for _ in range(3):
+        assert scale.update(False)
+    assert scale.value == 1.0
+    assert not scale.update(False), "at scale 1 it is not the scale's fault"
+    other = LossScale(enabled=True)
+    other.restore(scale.state())
+    assert other.state() == scale.state()
+    assert LossScale(enabled=False).update(False) is False
+
+
+def test_averaged_weights_are_the_stated_recursion_and_can_be_opened(tmp_path):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    average = WeightAverage(layer, 0.5)
+    expected = layer.weight.detach().double()
+    for step in range(20):
+        with torch.no_grad():
+            layer.weight += torch.randn_like(layer.weight)
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * layer.weight.detach().double()
+    torch.testing.assert_close(average.average["weight"].double(), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"bias: expected \(2,\), found None"):
+        average.restore({"weight": layer.weight.detach()}, 1)
+
+    assert main(["--runs", str(tmp_path), "--name", "ema", *QUICK, "train.ema_decay=0.9"]) == 0
+    folder = tmp_path / "ema" / "checkpoints" / "step-00000006"
+    plain, averaged = load(folder), load(folder / "ema.safetensors")
+    weights = dict(plain.named_parameters())
+    name = next(key for key in weights if "blocks.0.mlp" in key and key.endswith("weight"))
+    assert not torch.equal(weights[name], dict(averaged.named_parameters())[name])
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors or ema\.safetensors"):
+        load(folder / "training.safetensors")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "stable"])
+def test_learning_rate_schedules(schedule):
+    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, final_ratio=0.1, warmup=0.1, cooldown=0.25)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == pytest.approx(2.0)
+    middle = {"cosine": 1.1 + 0.9 * math.cos(math.pi * 44 / 89), "linear": 2.0 - 1.8 * 44 / 89}.get(schedule, 2.0)
+    assert rates[54] == pytest.approx(middle)
+    assert rates[99] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    if schedule == "stable":
+        assert rates[75] == pytest.approx(2.0)
+        assert rates[87] == pytest.approx(2.0 - 1.8 * 12 / 24)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_weight_decay_schedule_reaches_only_decayed_groups():
+    config = OptimizerConfig(weight_decay=0.04, final_weight_decay=0.4, decay_all=False)
+    assert weight_decay(0, 11, config) == pytest.approx(0.04)
+    assert weight_decay(5, 11, config) == pytest.approx(0.22)
+    assert weight_decay(10, 11, config) == pytest.approx(0.4)
+    assert weight_decay(5, 11, replace(config, final_weight_decay=None)) == 0.04
+    model = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(model, config)
+    set_schedule(optimizer, 10, 11, config)
+    by_size = {group["params"][0].dim(): group["weight_decay"] for group in optimizer.param_groups}
+    assert by_size == {2: pytest.approx(0.4), 1: 0.0}
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.schedule=step", "train.ema_decay=1", "train.accumulate=0", "train.strategy=dp"]
+)
+def test_impossible_options_name_the_key(override):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        load_config("best_rq2_tiny", [override])
+
+
+def test_best_checkpoints_are_kept(tmp_path):
+    options = ["validation.source=DATA", "validation.every=2", "validation.clips=6", "train.keep_best=1"]
+    data = tmp_path / "held_out"
+    data.mkdir()
+    for file in tiny_dataset()[:4]:
+        (data / Path(file.path).name).write_bytes(Path(file.path).read_bytes())
+    options = [option.replace("DATA", str(data)) for option in options]
+    # A rate that ruins the model after some good steps: the best checkpoint is then not among the last.
+    spoil = ["train.steps=10", "train.keep_last=1", "optimizer.schedule=constant", "optimizer.learning_rate=0.05"]
+    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, *options, *spoil, "optimizer.warmup=0"]) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    rows = [row for row in read_metrics(tmp_path / "run") if row.get("validation/loss")]
+    found = {int(row["step"]): float(row["validation/loss"]) for row in rows}
+    assert list(found) == [0, 2, 4, 6, 8, 10]
+    best = min((step for step in found if step), key=found.__getitem__)
+    assert json.loads((checkpoints / "best.json").read_text()) == [
+        {"value": pytest.approx(found[best], rel=1e-6), "step": best}
+    ]
+    assert (checkpoints / "best").resolve().name == f"step-{best:08d}"
+    assert load(checkpoints / "best").output_dim == 32
+    assert {path.name for path in list_checkpoints(checkpoints)} == {f"step-{best:08d}", "step-00000010"}
+
+
+def test_validation_disturbs_nothing(tmp_path):
+    drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
+    assert main(["--runs", str(tmp_path), "--name", "without", *QUICK, *drops]) == 0
+    data = str(Path(__file__).parents[2] / "bestrq2" / "data" / "tiny")
+    seen = [f"validation.source={data}", "validation.every=2", "train.pictures_every=2", "train.async_save=false"]
+    assert main(["--runs", str(tmp_path), "--name", "with", *QUICK, *drops, *seen]) == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert (tmp_path / "with" / "pictures" / "step-00000002.png").stat().st_size > 10_000
+
+
+def test_saves_by_time(tmp_path, monkeypatch):
+    clock = time.monotonic
+    monkeypatch.setattr("bestrq2.training.saver.time.monotonic", lambda: clock() * 1e4)
+    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, "train.save_every=1000", "train.keep_last=9"]) == 0
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 1
+    assert (
+        main(["--runs", str(tmp_path), "--name", "off", *QUICK, "train.save_every=1000", "train.save_minutes=0"]) == 0
+    )
+    assert len(list_checkpoints(tmp_path / "off" / "checkpoints")) == 1
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """An asynchronous save holds the weights of its own step, however far training has come when it is written."""
+    written = Saver._write
+
+    def slowly(self, snapshot, value):
+        time.sleep(0.3)
+        written(self, snapshot, value)
+
+    monkeypatch.setattr(Saver, "_write", slowly)
+    common = ["--runs", str(tmp_path), *QUICK, "train.keep_last=9"]
+    assert main([*common, "--name", "beside"]) == 0
+    monkeypatch.undo()
+    assert main([*common, "--name", "waiting", "train.async_save=false"]) == 0
+    for name in ("step-00000002", "step-00000004", "step-00000006"):
+        ours, theirs = (read_checkpoint(tmp_path / run / "checkpoints" / name) for run in ("beside", "waiting"))
+        for tensors in ("weights", "training_state"):
+            a, b = getattr(ours, tensors)(), getattr(theirs, tensors)()
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_probe_beside_training(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, "probe.every=4"]) == 0
+    rows = [row for row in read_metrics(tmp_path / "run") if row.get("probe/balanced_accuracy")]
+    assert [int(row["step"]) for row in rows] == [0, 4, 6]
+    assert all(0 <= float(row["probe/balanced_accuracy"]) <= 1 for row in rows)
+    assert rows[0]["probe/log_mel/balanced_accuracy"] == rows[-1]["probe/log_mel/balanced_accuracy"]
+    assert main(["--runs", str(tmp_path), "--name", "bad", *QUICK, "probe.every=4", "probe.manifest=nowhere.csv"]) == 2
+    assert "nowhere.csv" in capsys.readouterr().err
+
+
+def test_batch_finder_prints_a_table_and_the_settings(capsys, monkeypatch):
+    monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.05)
+    assert main(["--find-batch", *QUICK, "train.batch_size=64"]) == 0
+    output = capsys.readouterr().out
+    assert "clips/s" in output
+    assert "For train.batch_size=64 on one rank: train.accumulate=" in output
+
+
+def test_batch_finder_stops_where_memory_ends(capsys, monkeypatch):
+    config = load_config("best_rq2_tiny", QUICK)
+    model = seeded_model(config)
+    forward = type(model).forward
+
+    def limited(self, waveform, *rest):
+        if len(waveform) > 2:
+            raise torch.OutOfMemoryError("simulated: out of memory")
+        return forward(self, waveform, *rest)
+
+    monkeypatch.setattr(type(model), "forward", limited)
+    monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.05)
+    assert main(["--find-batch", *QUICK]) == 0
+    output = capsys.readouterr().out
+    assert "4   out of memory" in output
+    assert "Largest tried: 2 clips (4 clips do not fit)" in output
+    monkeypatch.setattr(type(model), "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    assert main(["--find-batch", *QUICK]) == 2
+    assert "not one clip of 1.8 s fits" in capsys.readouterr().err
