@@ -10,8 +10,7 @@
 // The code inside the winning group is found once per row, at the end, by repeating the same sums.
 #include "quantize_kernel.h"
 
-#include "quantize_project.h"
-#include "quantize_simd.h"
+#include "quantize_search.h"
 
 namespace bestrq2 {
 namespace BESTRQ2_ISA {
@@ -25,7 +24,6 @@ constexpr int kRows = 6, kVectors = 2;
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int64_t kGroup = kVectors * kLanes;
-constexpr int64_t kBlock = 64;               // dims summed in one chain; longer codes add such partial sums
 constexpr int64_t kPanelBytes = 192 * 1024;  // codes kept in the L2 cache while all rows of the chunk pass over them
 
 int64_t groups_of(int64_t codes) { return (codes + kGroup - 1) / kGroup; }
@@ -120,19 +118,9 @@ void search(const float* y, const float* codebook, int64_t dims, int64_t begin, 
 
 // The score of one code, rounded exactly as search() rounds it.
 float score_of(const float* y, const float* column, int64_t dims) {
-  float score = column[0];
   const float* codes = column + kGroup;
-  if (dims == 8 || dims == 16 || dims == 32 || dims == 64) {
-    for (int64_t k = 0; k < dims; ++k) score = multiply_add(y[k], codes[k * kGroup], score);
-    return score;
-  }
-  for (int64_t begin = 0; begin < dims; begin += kBlock) {
-    float partial = 0.0f;
-    for (int64_t k = begin; k < dims && k < begin + kBlock; ++k)
-      partial = multiply_add(y[k], codes[k * kGroup], partial);
-    score += partial;
-  }
-  return score;
+  return chained_score(column[0], y, dims, 0.0f,
+                       [&](float value, int64_t k, float sum) { return multiply_add(value, codes[k * kGroup], sum); });
 }
 
 // The lowest code whose score is the row's maximum.
@@ -171,60 +159,45 @@ Search search_for(int64_t dims) {
 }
 
 struct Scratch {
-  double *rows, *sums;
-  float *y, *best;
+  Arena arena;
+  Chunk<kRows> chunk;
+  float* best;  // (padded, kLanes), like best_group
   int32_t* best_group;
-  int64_t bytes;
 
-  Scratch(const Quantize& q, int64_t count, char* base) {
-    const int64_t padded = round_up(count, kRows);
-    char* next = base;
-    const auto take = [&](int64_t size) {
-      char* start = next;
-      next += round_up(size, 64);
-      return start;
-    };
-    rows = reinterpret_cast<double*>(take(kRows * q.features * 8));
-    sums = reinterpret_cast<double*>(take(kRows * round_up(q.dims, kColumns) * 8));
-    y = reinterpret_cast<float*>(take(q.books * padded * q.dims * 4));
-    best = reinterpret_cast<float*>(take(padded * kLanes * 4));
-    best_group = reinterpret_cast<int32_t*>(take(padded * kLanes * 4));
-    bytes = next - base;
+  Scratch(const Quantize& q, const int64_t* rows, int64_t first, int64_t count, void* memory)
+      : arena(static_cast<char*>(memory)), chunk(q, rows, first, count, arena) {
+    best = arena.take<float>(chunk.padded * kLanes);
+    best_group = arena.take<int32_t>(chunk.padded * kLanes);
   }
 };
 
-int64_t scratch_size(const Quantize& q, int64_t count) { return Scratch(q, count, nullptr).bytes; }
+int64_t scratch_size(const Quantize& q, int64_t count) { return Scratch(q, nullptr, 0, count, nullptr).arena.bytes(); }
 
 int64_t run(const Quantize& q, const float* codebooks, const double* projections, const int64_t* rows, int64_t first,
             int64_t count, void* memory) {
-  const Scratch scratch(q, count, static_cast<char*>(memory));
-  const int64_t padded = round_up(count, kRows);
-  const int64_t codebook_step = q.shared_codebook ? 0 : codebook_size(q.codes, q.dims);
-
-  const int64_t bad = project_chunk<kRows>(q, projections, rows, first, count, scratch.rows, scratch.sums, scratch.y);
+  const Scratch scratch(q, rows, first, count, memory);
+  const Chunk<kRows>& chunk = scratch.chunk;
+  const int64_t bad = chunk.project(projections);
   if (bad >= 0) return bad;
 
   const Search search_groups = search_for(q.dims);
   const int64_t groups = groups_of(q.codes);
   const int64_t panel = kPanelBytes / (kGroup * (q.dims + 1) * 4) > 0 ? kPanelBytes / (kGroup * (q.dims + 1) * 4) : 1;
   for (int64_t book = 0; book < q.books; ++book) {
-    const float* y = scratch.y + (q.shared_projection ? 0 : book * padded * q.dims);
-    const float* codebook = codebooks + book * codebook_step;
-    for (int64_t i = 0; i < padded * kLanes; ++i) {
+    const float* codebook = codebooks + (q.shared_codebook ? 0 : book * codebook_size(q.codes, q.dims));
+    for (int64_t i = 0; i < chunk.padded * kLanes; ++i) {
       scratch.best[i] = -__builtin_inff();
       scratch.best_group[i] = 0;
     }
     for (int64_t begin = 0; begin < groups; begin += panel) {
       const int64_t end = begin + panel < groups ? begin + panel : groups;
-      for (int64_t i = 0; i < padded; i += kRows)
-        search_groups(y + i * q.dims, codebook, q.dims, begin, end, scratch.best + i * kLanes,
+      for (int64_t i = 0; i < chunk.padded; i += kRows)
+        search_groups(chunk.projected(book, i), codebook, q.dims, begin, end, scratch.best + i * kLanes,
                       scratch.best_group + i * kLanes);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t index = rows != nullptr ? rows[i] : first + i;
-      q.out[index * q.books + book] =
-          winner(y + i * q.dims, codebook, q.dims, scratch.best + i * kLanes, scratch.best_group + i * kLanes);
-    }
+    for (int64_t i = 0; i < count; ++i)
+      chunk.code(book, i) = winner(chunk.projected(book, i), codebook, q.dims, scratch.best + i * kLanes,
+                                   scratch.best_group + i * kLanes);
   }
   return -1;
 }

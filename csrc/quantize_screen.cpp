@@ -12,8 +12,7 @@
 #include <cstddef>
 
 #include "quantize_kernel.h"
-#include "quantize_project.h"
-#include "quantize_simd.h"
+#include "quantize_search.h"
 
 namespace bestrq2 {
 namespace BESTRQ2_ISA {
@@ -22,7 +21,6 @@ namespace {
 constexpr int kRows = 8, kVectors = 2;
 constexpr int64_t kEntry = 16;               // consecutive codes that share one screened maximum
 constexpr int64_t kGroup = kEntry * kLanes;  // codes of the entries that one vector of maxima covers
-constexpr int64_t kBlock = 64;               // dims summed in one chain, as in quantize_kernel.cpp
 constexpr int64_t kHeader = 64;              // floats
 
 struct Header {
@@ -157,16 +155,12 @@ void screen(const int32_t* y, const uint8_t* codes, int64_t words, int64_t group
   }
 }
 
-// fp32 scores of the 16 codes of one entry, rounded exactly as quantize_kernel.cpp rounds them.
+// fp32 scores of the 16 codes of one entry.
 inline Floats scores_of(const float* y, const float* entry, int64_t dims) {
-  Floats score = broadcast(0.0f);
-  for (int64_t begin = 0; begin < dims; begin += kBlock) {
-    const int64_t end = begin + kBlock < dims ? begin + kBlock : dims;
-    Floats partial = broadcast(0.0f);
-    for (int64_t k = begin; k < end; ++k) partial = multiply_add(broadcast(y[k]), load(entry + k * kEntry), partial);
-    score = add(score, partial);
-  }
-  return score;
+  const Floats zero = broadcast(0.0f);
+  return chained_score(zero, y, dims, zero, [&](float value, int64_t k, Floats sum) {
+    return multiply_add(broadcast(value), load(entry + k * kEntry), sum);
+  });
 }
 
 // The lowest code with the largest fp32 score among the entries that can hold it.
@@ -213,53 +207,42 @@ Screen screen_for(int64_t words) {
 }
 
 struct Scratch {
-  double *rows, *sums;
-  float* y;
+  Arena arena;
+  Chunk<kRows> chunk;
   int32_t *words, *maxima;
-  int64_t bytes;
 
-  Scratch(const Quantize& q, int64_t count, char* base) {
-    char* next = base;
-    const auto take = [&](int64_t size) {
-      char* start = next;
-      next += round_up(size, 64);
-      return start;
-    };
-    rows = reinterpret_cast<double*>(take(kRows * q.features * 8));
-    sums = reinterpret_cast<double*>(take(kRows * round_up(q.dims, kColumns) * 8));
-    y = reinterpret_cast<float*>(take(q.books * round_up(count, kRows) * q.dims * 4));
-    words = reinterpret_cast<int32_t*>(take(kRows * words_of(q.dims) * 4));
-    maxima = reinterpret_cast<int32_t*>(take(kRows * groups_of(q.codes) * kLanes * 4));
-    bytes = next - base;
+  Scratch(const Quantize& q, const int64_t* rows, int64_t first, int64_t count, void* memory)
+      : arena(static_cast<char*>(memory)), chunk(q, rows, first, count, arena) {
+    words = arena.take<int32_t>(kRows * words_of(q.dims));
+    maxima = arena.take<int32_t>(kRows * groups_of(q.codes) * kLanes);
   }
 };
 
-int64_t scratch_size(const Quantize& q, int64_t count) { return Scratch(q, count, nullptr).bytes; }
+int64_t scratch_size(const Quantize& q, int64_t count) { return Scratch(q, nullptr, 0, count, nullptr).arena.bytes(); }
 
 int64_t run(const Quantize& q, const float* codebooks, const double* projections, const int64_t* rows, int64_t first,
             int64_t count, void* memory) {
-  const Scratch scratch(q, count, static_cast<char*>(memory));
-  const int64_t padded = round_up(count, kRows), groups = groups_of(q.codes), words = words_of(q.dims);
-  const int64_t bad = project_chunk<kRows>(q, projections, rows, first, count, scratch.rows, scratch.sums, scratch.y);
+  const Scratch scratch(q, rows, first, count, memory);
+  const Chunk<kRows>& chunk = scratch.chunk;
+  const int64_t bad = chunk.project(projections);
   if (bad >= 0) return bad;
 
+  const int64_t groups = groups_of(q.codes), words = words_of(q.dims);
   const Screen screen_codes = screen_for(words);
   for (int64_t book = 0; book < q.books; ++book) {
     const float* codebook = codebooks + (q.shared_codebook ? 0 : book * codebook_size(q.codes, q.dims));
     const Bounds bounds = bounds_of(codebook);
     const float* exact = codebook + kHeader;
     const auto* codes = reinterpret_cast<const uint8_t*>(exact + groups * kGroup * q.dims);
-    for (int64_t i = 0; i < padded; i += kRows) {
-      const float* y = scratch.y + ((q.shared_projection ? 0 : book * padded) + i) * q.dims;
+    for (int64_t i = 0; i < chunk.padded; i += kRows) {
+      const float* y = chunk.projected(book, i);
       int32_t margin[kRows];
       for (int r = 0; r < kRows; ++r)
         margin[r] = quantize_row(y + r * q.dims, q.dims, bounds, scratch.words + r * words);
       screen_codes(scratch.words, codes, words, groups, scratch.maxima);
-      for (int64_t r = 0; r < kRows && i + r < count; ++r) {
-        const int64_t index = rows != nullptr ? rows[i + r] : first + i + r;
-        q.out[index * q.books + book] =
+      for (int64_t r = 0; r < kRows && i + r < count; ++r)
+        chunk.code(book, i + r) =
             rescore(y + r * q.dims, exact, q.codes, q.dims, scratch.maxima + r * groups * kLanes, margin[r]);
-      }
     }
   }
   return -1;

@@ -105,6 +105,8 @@ inline Ints select(Mask m, Ints yes, Ints no) { return (m & yes) | (~m & no); }
 
 #endif
 
+inline float add(float a, float b) { return a + b; }
+
 }  // namespace
 }  // namespace BESTRQ2_ISA
 }  // namespace bestrq2
