@@ -12,6 +12,7 @@ says which clips belong together (speaker, recording, package): a group is never
 Heads are cross-validated over groups, or trained and tested as the column --split says; regularisation is chosen inside
 the training clips. The same is done with the statistics of a log-mel spectrogram (for events, of every frame) and with
 the same encoder before any training. Intervals are 95 % bootstrap intervals over groups, differences are paired.
+They say how much the choice of test clips matters, not what another training run would give.
 
   classification  one label a clip: balanced accuracy, accuracy, macro F1, mAP, confusion matrix
   multilabel      any number of labels a clip: mAP, F1 at a threshold
