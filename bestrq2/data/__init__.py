@@ -5,8 +5,9 @@
     for batch in batches(dataset, batch_size=16, num_steps=1000, workers=4):
         batch.waveform, batch.lengths  # (B, S) float32, (B,) int64
 
-Which sample comes when is a pure function of (seed, global sample index), so training resumes anywhere at once and
-sees the same audio with any number of workers and ranks.
+A source may be a folder, a manifest, tar shards, HDF5 or a saved Hugging Face dataset (``find_audio``); clips of
+similar length are taken whole by ``BucketDataset``. Which sample comes when is a pure function of (seed, global sample
+index), so training resumes anywhere at once and sees the same audio with any number of workers and ranks.
 """
 
 from importlib import import_module
@@ -32,6 +33,7 @@ _HOME = {
     "collate": "batch",
     "collect": "scanning",
     "discover_folder": "manifest",
+    "find_audio": "sources",
     "iterate_clips": "clips",
     "load_audio": "audio",
     "read_manifest": "manifest",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .manifest import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
     from .order import SampleOrder
     from .scanning import SkipReport, collect, scan, tiny_dataset
+    from .sources import find_audio
 
 
 def __getattr__(name: str) -> Any:
@@ -77,6 +80,7 @@ __all__ = [
     "collate",
     "collect",
     "discover_folder",
+    "find_audio",
     "iterate_clips",
     "load_audio",
     "read_manifest",

@@ -135,22 +135,26 @@ class BucketSteps:
         # Never less than one of the longest clips: a first look may ask for a small part of a step.
         budget = max(longest, floor(batch_size * dataset.row_seconds * dataset.sampling_rate + 0.5))
         self.min_rows = budget // longest
-        ends: list[np.ndarray] = []
+        # Kept by bucket, whose batches have equal numbers of rows: an epoch of billions of places costs nothing.
+        starts, rows, counts = [], [], []
         position = 0
         for end, samples in zip(dataset.bucket_ends.tolist(), dataset.bucket_samples.tolist()):
-            rows = min(budget // samples, _REPEATS)
-            full = (end - position) // rows
-            ends.append(position + rows * np.arange(1, full + 1))
-            position += rows * full
+            starts.append(position)
+            rows.append(min(budget // samples, _REPEATS))
+            counts.append((end - position) // rows[-1])
+            position += rows[-1] * counts[-1]
         if position < dataset.samples_per_epoch:
-            ends.append(np.array([position + self.min_rows]))
-        self._ends = np.concatenate(ends)
-        self.steps_per_epoch = len(self._ends)
+            counts[-1] += 1  # filled up with repeats
+        self._starts, self._rows = starts, rows
+        self._batches = np.cumsum(counts)  # up to the end of each bucket
+        self.steps_per_epoch = int(self._batches[-1])
         self._seed = dataset.seed
         self._stride = dataset.samples_per_epoch + _REPEATS
 
     def samples(self, step: int) -> range:
         epoch, position = divmod(step, self.steps_per_epoch)
         batch = permute(position, self.steps_per_epoch, mix(self._seed, _ORDER), epoch)
-        first = epoch * self._stride + (int(self._ends[batch - 1]) if batch else 0)
-        return range(first, epoch * self._stride + int(self._ends[batch]))
+        bucket = int(np.searchsorted(self._batches, batch, side="right"))
+        inside = batch - (int(self._batches[bucket - 1]) if bucket else 0)
+        first = epoch * self._stride + self._starts[bucket] + inside * self._rows[bucket]
+        return range(first, first + self._rows[bucket])

@@ -23,7 +23,7 @@ class DomainSchedule:
 
     Args:
         weights: a positive number for every domain, in any unit; shares are ``weight / sum(weights)``. Weights whose
-            common denominator exceeds 2^16 are rounded to that, at least 1 for each.
+            common denominator exceeds 2^16 are rounded to that, at least 1 for each domain.
 
     ``names`` are the domains in sorted order, ``quotas`` their draws in a period of ``period`` draws.
     """
@@ -40,7 +40,7 @@ class DomainSchedule:
         self.period = lcm(*(share.denominator for share in shares))
         if self.period > LARGEST_PERIOD:
             self.period = LARGEST_PERIOD
-            self.quotas = apportion(self.period, [max(share, Fraction(1, self.period)) for share in shares])
+            self.quotas = [1 + part for part in apportion(self.period - len(shares), shares)]
         else:
             self.quotas = [int(share * self.period) for share in shares]
         self._domains = _tijdeman(self.quotas)

@@ -41,17 +41,15 @@ def _open(path: str) -> Any:
     file = h5py.File(path, "r", locking=False)
     _files[key] = (stamp, file)
     while len(_files) > _OPEN_FILES:
-        (process, _), (_, old) = _files.popitem(last=False)
-        if process == os.getpid():
-            old.close()
+        _files.popitem(last=False)  # closed when the last clip of it is gone
     return file
 
 
 class _Clip:
     """The samples of a clip that are read when they are asked for: a crop of an hour reads as much as it needs."""
 
-    def __init__(self, dataset: Any, row: int | None) -> None:
-        self._dataset, self._row = dataset, row
+    def __init__(self, file: Any, dataset: Any, row: int | None) -> None:
+        self._file, self._dataset, self._row = file, dataset, row  # the file: it must stay open
         self.dtype = dataset.dtype
 
     def __len__(self) -> int:
@@ -168,11 +166,11 @@ def open_hdf5_clip(path: str, name: str) -> SampleReader:
                     raise AudioError(where, "not decodable", "not one-dimensional samples")
                 if not isinstance(rates, int):
                     rates = rates[sorted(waveform).index(name)]
-                return SampleReader(_Clip(clip, None), int(clip.attrs.get("sample_rate", rates)))
+                return SampleReader(_Clip(file, clip, None), int(clip.attrs.get("sample_rate", rates)))
             if not (name.isascii() and name.isdigit() and int(name) < len(waveform)):
                 raise AudioError(where, "missing", f"the file has clips 0 to {len(waveform) - 1}")
             number = int(name)
-            samples = _Clip(waveform, number) if waveform.ndim == 2 else np.asarray(waveform[number])
+            samples = _Clip(file, waveform, number) if waveform.ndim == 2 else np.asarray(waveform[number])
             return SampleReader(samples, rates if isinstance(rates, int) else int(rates[number]))
         except AudioError as error:
             raise error if error.path == where else AudioError(where, error.reason, error.detail) from error

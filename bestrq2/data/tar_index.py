@@ -35,6 +35,7 @@ _FORMAT = "bestrq2 tar index 1"
 _BLOCK = tarfile.BLOCKSIZE
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _LONGEST_NAME = 1 << 20
+_LONGEST_END = 1 << 16  # zeros after the last member; tar writes up to 10 KiB, a download that stopped may leave more
 _REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 
 
@@ -206,6 +207,8 @@ def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
             zeros = not block.strip(b"\0")
             if following is None and zeros:
                 ended = True
+                if found and size - at > _LONGEST_END:
+                    damage.append(f"{size - at} zeros at the end of {size} bytes: members may be lost")
                 break
             if found or not zeros or following is not None:
                 until = size if following is None else following
@@ -244,11 +247,11 @@ def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
             yield _Entry(name, *offsets[header.linkname])
         elif header.type != tarfile.DIRTYPE and is_audio(name):
             damage.append(f"{name} is a link or a sparse file, which cannot be read from a shard")
-    if not ended:
+    if not found:
+        damage.append(f"no members in {size} bytes: an empty tar archive, or none")
+    elif not ended:
         damage.append(
             f"the end-of-archive mark is missing after {size} bytes: the shard was cut, and members may be lost"
-            if found
-            else f"no tar archive: {size} bytes without a valid header"
         )
 
 

@@ -163,6 +163,20 @@ def test_domain_weights(numbered):
     assert set(heard) == set(range(300))
 
 
+def test_extreme_weights():
+    """A domain of many clips and a tiny share makes an epoch long, but neither slow nor large."""
+    files = _files(_durations(20_000), ("rare",) * 99 + ("common",))
+    dataset = BucketDataset(files, 10.0, domain_weights={"rare": 1e-5, "common": 0.99999})
+    assert dataset.samples_per_epoch > 5 * 10**8
+    start = time.perf_counter()
+    plan = dataset.plan(32)
+    steps = [plan.samples(step) for step in (0, 10**6, 10**12)]
+    cells = [dataset._draw(index)[0] for step in steps for index in step]
+    assert time.perf_counter() - start < 1
+    assert max(steps[-1]) < 2**63
+    assert len(cells) >= 96
+
+
 def test_many_files():
     """A plan costs no more than sorting the durations, and a step far into training no more than the first."""
     dataset = BucketDataset(_files(_durations(200_000)), 10.0)
