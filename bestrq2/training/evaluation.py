@@ -110,10 +110,10 @@ class Evaluation:
             return {}
         # Every metric of the encoder; the interval, and the baselines (constant), of the main one alone.
         main = self.task.metric
-        baselines = [f"{of}/{main}" for of in ("log_mel", "random")]
-        extra = [f"{main}_low", f"{main}_high", *baselines, "chance", "seconds"]
         own = [name for name in found if "/" not in name and not name.endswith(("_low", "_high"))]
-        return {f"probe/{name}": found[name] for name in dict.fromkeys([main, *own, *extra]) if name in found}
+        kept = [main, *own, f"{main}_low", f"{main}_high", f"log_mel/{main}", f"random/{main}"]
+        kept = [name for name in dict.fromkeys(kept) if name in found and name not in ("clips", "seconds")]
+        return {f"probe/{name}": found[name] for name in kept}
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
