@@ -19,7 +19,7 @@ from bestrq2.config import ConfigError
 NEIGHBOURS, TEMPERATURE = 10, 0.07  # as X-ARES
 HIDDEN = 256
 MLP_STEPS, MLP_BATCH, MLP_RATE = 200, 128, 3e-3
-_BLOCK = 1024  # test rows compared with all training rows at once
+_BLOCK = 1 << 24  # similarities held at once
 
 
 def require_sklearn() -> Any:
@@ -97,11 +97,12 @@ def _neighbours(train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_cl
 
     known, asked = unit(train), unit(test)
     scores = np.zeros((len(test), values.shape[1]))
-    for start in range(0, len(test), _BLOCK):
-        cosine = asked[start : start + _BLOCK] @ known.T
-        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :NEIGHBOURS]
+    count, rows = min(NEIGHBOURS, len(train)), max(1, _BLOCK // len(train))
+    for start in range(0, len(test), rows):
+        cosine = asked[start : start + rows] @ known.T
+        nearest = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
         weight = np.exp((np.take_along_axis(cosine, nearest, 1) - 1) / TEMPERATURE)
-        scores[start : start + _BLOCK] = (weight[..., None] * values[nearest]).sum(1) / weight.sum(1, keepdims=True)
+        scores[start : start + rows] = (weight[..., None] * values[nearest]).sum(1) / weight.sum(1, keepdims=True)
     return scores
 
 
