@@ -202,6 +202,7 @@ def _open(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
         hint = ""
         if not trust_remote_code and "trust_remote_code" in str(error):
             hint = "; it needs Python code of its own: read it, then give --trust-remote-code"
+            hint += " (in training: frozen.trust_remote_code=true)"
         raise ConfigError(f"{folder}: transformers cannot open it: {reason}{hint}") from error
     used = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     own = {id(parameter) for parameter in used.parameters()}

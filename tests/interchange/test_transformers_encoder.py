@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from bestrq2 import embed, train
 from bestrq2.config import ConfigError
@@ -158,7 +159,7 @@ HEAD = ["model.predictor.depth=1", "model.predictor.width=64", "model.predictor.
 QUICK = [*HEAD, "train.steps=2", "train.log_every=2", "train.save_every=2", "model.targets.codebook_size=32"]
 
 
-@pytest.mark.parametrize("family", ["wav2vec2", "ast"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_head_changes_nothing(family, folders, tmp_path):
     folder = folders / family
     before, digest = contents(folder), module_digest(open_encoder(folder))
@@ -167,6 +168,11 @@ def test_frozen_head_changes_nothing(family, folders, tmp_path):
     assert contents(folder) == before
     proof = json.loads((tmp_path / "head" / "frozen.json").read_text())
     assert proof["sha256_before"] == proof["sha256_after"] == digest
+    cached = next((tmp_path / "head" / "embeddings").rglob("*.safetensors"))
+    with safe_open(cached, framework="pt") as file:
+        assert file.get_slice("context").get_shape()[1] == 32
+        # One embedding per target column of 40 ms, whatever the model's rate.
+        assert file.get_slice("context").get_shape()[0] == file.get_slice("codes").get_shape()[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
