@@ -24,11 +24,15 @@ Needs scikit-learn: pip install 'bestrq2[probe]'.
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
+
+# As in bestrq2.train: threads that wait must not spin. OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from tqdm import tqdm

@@ -9,11 +9,15 @@ keeps up). The delay of a feature is its chunk, plus half an analysis window, pl
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+# As in bestrq2.train: threads that wait must not spin. OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
