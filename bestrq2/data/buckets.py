@@ -33,7 +33,8 @@ class BucketDataset(CropDataset):
     that a manifest states too short never breaks this bound.
 
     With ``domain_weights``, the shares hold over an epoch, whose length is chosen so that they are exact and every clip
-    is heard at least once; they count samples, and batches of one duration may mix the domains differently.
+    is heard at least once; they count samples, and batches of one duration may mix the domains differently. A domain
+    that is heard several times in an epoch comes in random order, not each clip once before any comes again.
 
     Args:
         files, crop_seconds, sampling_rate, seed, min_seconds, max_attempts, domain_weights: as for ``CropDataset``.

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import tarfile
 import threading
 from collections import Counter
@@ -200,8 +201,8 @@ def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
         block = file.read(_BLOCK)
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if header.size < 0:
-                raise tarfile.HeaderError("negative size")
+            if not 0 <= header.size < 1 << 62:
+                raise tarfile.HeaderError(f"size {header.size}")
         except tarfile.HeaderError:
             following = _next_header(file, at + _BLOCK, size)
             zeros = not block.strip(b"\0")
@@ -234,7 +235,8 @@ def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
             else:
                 records = _pax_records(data)
                 long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if records.get("size", "").isdecimal() else long_size
+                stated = records.get("size", "")
+                long_size = min(int(stated), 1 << 62) if re.fullmatch(r"\d{1,30}", stated, re.A) else long_size
             continue
         if header.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             continue

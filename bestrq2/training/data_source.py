@@ -7,6 +7,7 @@ import torch
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import BucketDataset, CropDataset, batches, collect, tiny_dataset
+from bestrq2.data.members import ARCHIVES
 from bestrq2.models import build_encoder
 from bestrq2.training.errors import TrainingError
 from bestrq2.training.statistics import measure_statistics
@@ -29,6 +30,9 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         print(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
         if report.skips:
             print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
+        if unused := {suffix: report.ignored[suffix] for suffix in sorted(ARCHIVES) if report.ignored[suffix]}:
+            counts = ", ".join(f"{number} {suffix}" for suffix, number in unused.items())
+            print(f"note: not used, because there are audio files beside them: {counts}; name them to use them")
     common: dict[str, Any] = {
         "seed": config.train.seed,
         "min_seconds": min_seconds,

@@ -13,6 +13,7 @@ import pytest
 from bestrq2.data import (
     AudioError,
     AudioFile,
+    CropDataset,
     DataError,
     audio_info,
     collect,
@@ -23,7 +24,7 @@ from bestrq2.data import (
 )
 from bestrq2.data import tar_index as tar_index_module
 from bestrq2.data.audio import audio_digest
-from bestrq2.data.members import split_address
+from bestrq2.data.members import Section, split_address
 from bestrq2.data.sources import expand_pattern
 from bestrq2.data.tar_index import tar_index
 
@@ -213,6 +214,32 @@ def test_random_damage_never_escapes(tmp_path):
         for item in files:
             with contextlib.suppress(AudioError):
                 load_audio(item.path)
+
+
+def test_shard_that_vanishes_or_fails_while_it_is_used(tmp_path, monkeypatch):
+    """Its clips are replaced by others, and each is named."""
+    shard = _tar(tmp_path / "s.tar", [(f"{n}.ogg", _clip(n)) for n in range(3)])
+    files, _ = collect(shard)
+    dataset = CropDataset([*files, *tiny_dataset()[3:12]], 1.0)
+    before = [dataset[index].waveform for index in range(24)]
+    shard.rename(tmp_path / "elsewhere.tar")
+    samples = [dataset[index] for index in range(24)]
+    assert {skip.path for sample in samples for skip in sample.skips} == {item.path for item in files}
+    assert {skip.reason for sample in samples for skip in sample.skips} == {"missing"}
+    (tmp_path / "elsewhere.tar").rename(shard)
+    for index, gold in enumerate(before):
+        np.testing.assert_array_equal(dataset[index].waveform, gold)
+    # an I/O error in the middle of a member, inside of the decoder's call back into Python
+    read = Section.readinto
+
+    def failing(self, buffer):
+        if self.tell() > 4000:
+            self._file = open(os.devnull, "wb")  # noqa: SIM115
+        return read(self, buffer)
+
+    monkeypatch.setattr(Section, "readinto", failing)
+    with pytest.raises(AudioError, match=r"s.tar::0.ogg: not readable"):
+        load_audio(files[0].path)
 
 
 def test_not_a_tar(tmp_path):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from bestrq2.config import load_config
 from bestrq2.data import collect, tiny_dataset, write_manifest
 from bestrq2.data.shards import pack
 from bestrq2.train import main
+from bestrq2.training.data_source import open_dataset
 from bestrq2.training.run_folder import read_metrics
 
 QUICK = [
@@ -91,6 +93,15 @@ def test_buckets_and_domain_weights(sources, tmp_path):
     assert main(["--runs", str(tmp_path), "--resume", str(tmp_path / "part")]) == 0
     assert _curve(tmp_path / "part") == whole
     assert all(float(row["padding_share"]) < 0.15 for row in read_metrics(tmp_path / "whole")[1:])
+
+
+def test_shards_beside_audio_are_not_used_silently(sources, tmp_path, capsys):
+    shutil.copytree(sources / "audio", tmp_path / "both")
+    shutil.copy(sources / "shards" / "shards-000000.tar", tmp_path / "both")
+    open_dataset(load_config("best_rq2_tiny", [f"data.source={tmp_path / 'both'}"]))
+    printed = capsys.readouterr().out
+    assert "Data: 24 files" in printed
+    assert "not used, because there are audio files beside them: 1 .tar" in printed
 
 
 def test_several_sources(sources, tmp_path, capsys):
