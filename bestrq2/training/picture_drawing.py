@@ -132,21 +132,33 @@ def _draw_code_bands(axis: Axes, clip: ClipPicture, book: int) -> None:
 
 
 def _draw_chance_bars(axis: Axes, clip: ClipPicture, book: int, codebook_size: int) -> None:
+    from matplotlib.patches import Patch
+
     step = clip.width * clip.frame_seconds
     left = _grid_extent(clip)[0]
     places = np.flatnonzero(clip.masked[0])
     right = clip.predicted[book, 0, places] == clip.true[book, 0, places]
     chance = clip.probability[book, 0, places]
-    for kind, colour, label in ((right, RIGHT, "correct"), (~right, WRONG, "another code predicted")):
-        centres = left + (places[kind] + 0.5) * step
-        axis.bar(centres, chance[kind], width=0.9 * step, color=colour, label=f"{label} ({kind.sum()})")
+    kinds = ((right, RIGHT, "correct"), (~right, WRONG, "another code predicted"))
+    for kind, colour, _ in kinds:
+        axis.bar(left + (places[kind] + 0.5) * step, chance[kind], width=0.9 * step, color=colour)
     axis.axhline(1 / codebook_size, color="black", linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 1)
     axis.set_ylabel("probability")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.set_title("probability of the true code", loc="left")
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.98), fontsize=9, ncols=2, frameon=False, borderpad=0.1)
+    # Made by hand: an empty set of bars has no colour.
+    handles = [Patch(color=colour, label=f"{label} ({kind.sum()})") for kind, colour, label in kinds]
+    axis.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1, 0.98),
+        fontsize=9,
+        ncols=2,
+        frameon=False,
+        borderpad=0.1,
+    )
 
 
 def _draw_code_grids(true: Axes, predicted: Axes, clip: ClipPicture, book: int) -> None:

@@ -163,8 +163,11 @@ def _bad_batches(run: RunRecord) -> str:
 def _checkpoints(run: RunRecord) -> str:
     if not run.checkpoints:
         return _paragraph("None yet.")
-    rows = [[c.name, c.written, f"{c.mib:.1f} MiB", "best" if c.best else ""] for c in run.checkpoints]
-    return _table([["checkpoint", "written", "size", ""]], rows)
+    rows = []
+    for checkpoint in run.checkpoints:
+        score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}{' (best)' if checkpoint.best else ''}"
+        rows.append([checkpoint.name, checkpoint.written, f"{checkpoint.mib:.1f} MiB", score])
+    return _table([["checkpoint", "written", "size", "validation loss, else training loss"]], rows)
 
 
 def _configuration(run: RunRecord) -> str:

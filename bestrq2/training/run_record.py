@@ -24,11 +24,12 @@ _SKIP = re.compile(rf": ({'|'.join(map(re.escape, REASONS))})(?: \(.*\))?$")
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """``mib`` on disk; ``best`` if it is among the best kept."""
+    """``mib`` on disk; ``score``, lower is better, decides which ones are kept as the best; ``best``: none is lower."""
 
     name: str
     written: str
     mib: float
+    score: float | None
     best: bool
 
 
@@ -133,7 +134,8 @@ class RunRecord:
     @cached_property
     def checkpoints(self) -> list[CheckpointRecord]:
         parent = self.folder / "checkpoints"
-        best = {step for _, step in read_best(parent)}
+        ranked = read_best(parent)
+        scores = {step: score for score, step in ranked}
         found = []
         for path in list_checkpoints(parent):
             try:
@@ -141,8 +143,10 @@ class RunRecord:
                 written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
             except OSError:  # deleted by the running training meanwhile
                 continue
-            step = path.name.rpartition("-")[2]
-            found.append(CheckpointRecord(path.name, written, size / 2**20, step.isdigit() and int(step) in best))
+            digits = path.name.rpartition("-")[2]
+            step = int(digits) if digits.isdecimal() else -1
+            best = bool(ranked) and ranked[0][1] == step
+            found.append(CheckpointRecord(path.name, written, size / 2**20, scores.get(step), best))
         return found
 
     @cached_property

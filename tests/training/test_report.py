@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bestrq2.checkpoint import save_checkpoint
 from bestrq2.config import load_config
 from bestrq2.data import Batch
 from bestrq2.report import main
@@ -89,11 +90,9 @@ def test_everything_of_a_run_is_in_one_file(tmp_path):
         '/data/<img src="x">.wav: truncated (12 % missing)\n'
     )
     (run.path / "skipped-rank1.txt").write_text("/data/d.wav: truncated\n")
-    for step in (40, 80):
-        folder = run.checkpoints / f"step-{step:08d}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(bytes(2**20))
-    (run.checkpoints / "best.json").write_text('[{"value": 1.0, "step": 40}]')
+    for step, score in ((40, 1.25), (80, 1.5)):
+        weights = {"weight": torch.zeros(2**18)}
+        save_checkpoint(run.checkpoints, step, weights, {}, {}, {"score": score}, keep_last=5)
     batch = Batch(torch.zeros(1, 100), torch.tensor([100]), torch.tensor([0]))
     kept = save_bad_batch(run.path, 9, 0, batch, float("nan"), 1.0)
     path = save_report(run.path)
@@ -116,7 +115,8 @@ def test_everything_of_a_run_is_in_one_file(tmp_path):
         'truncated 2 /data/<img src="x">.wav: truncated (12 % missing)',
         "not finite 1 /data/c: missing.wav: not finite",
         "step-00000040",
-        "1.0 MiB best",
+        "1.0 MiB 1.2500 (best)",
+        "1.0 MiB 1.5000 Configuration",
         "train.steps 100 200000",
         "codebook_size: 512",
         f"--bad-batch {kept}",
