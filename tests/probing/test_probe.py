@@ -125,6 +125,7 @@ def test_statistics_by_hand():
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory):
     """24 clips of 2 s in 8 takes: a low tone, a high tone or both at known times, over noise."""
+    pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("sounds")
     rng = np.random.default_rng(0)
     clips, events = ["path,tags,take,tone,part"], ["path,onset,offset,label"]
