@@ -105,6 +105,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         return find_batch(config, seeded_model(config), ranks)
     new = ranks.from_first(lambda: RunFolder.create(options.runs, options.name, config, options.resume is not None))
     with alone_in(new, ranks):
+        if ranks.is_first:
+            new.note_skips(dataset.left_out)
         return start(config, dataset, new, None, ranks)
 
 

@@ -74,7 +74,7 @@ class CropDataset(Dataset):
         domain_weights: weight of every domain, 0 to leave it out; None or empty: every second of audio counts alike.
 
     ``num_slots`` is the length of an epoch in samples, ``seconds`` the audio in the files. With weights, ``num_slots``
-    counts the epochs of all domains together.
+    counts the epochs of all domains together. ``left_out`` may hold the skips of the scan that found the files.
 
     Raises:
         DataError: no files, or weights that do not fit the domains of the files.
@@ -103,6 +103,7 @@ class CropDataset(Dataset):
         if max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {max_attempts}")
         self.files = list(files)
+        self.left_out: list[Skip] = []
         self.schedule: DomainSchedule | None = None
         if domain_weights:
             self.files, self.schedule = select_domains(self.files, domain_weights)

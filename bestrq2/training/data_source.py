@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bestrq2.config import Config, ConfigError
-from bestrq2.data import BucketDataset, CropDataset, batches, collect, tiny_dataset
+from bestrq2.data import BucketDataset, CropDataset, Skip, batches, collect, tiny_dataset
 from bestrq2.data.members import ARCHIVES
 from bestrq2.models import build_encoder
 from bestrq2.training.errors import TrainingError
@@ -20,6 +20,7 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
     data, front = config.data, config.model.front_end
     shortest = (config.model.encoder.frames_per_token - 1) * front.hop_length / front.sampling_rate
     min_seconds = max(shortest, data.min_seconds or 0.0)
+    left_out: list[Skip] = []
     if data.source is None:
         files = tiny_dataset()
         print(f"{purpose}: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
@@ -28,6 +29,7 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         name = data.source if isinstance(data.source, str) else ", ".join(data.source)
         hours = sum(file.duration or 0.0 for file in files) / 3600
         print(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
+        left_out = report.skips
         if report.skips:
             print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
         if unused := {suffix: report.ignored[suffix] for suffix in sorted(ARCHIVES) if report.ignored[suffix]}:
@@ -42,10 +44,15 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         if data.batching == "buckets":
             # Per unit of batch size: a first look or a micro-step of fewer samples then has as much less audio.
             row = None if data.batch_seconds is None else data.batch_seconds / config.train.batch_size
-            return BucketDataset(files, data.crop_seconds, front.sampling_rate, row_seconds=row, **common)
-        return CropDataset(files, data.crop_seconds, front.sampling_rate, join_short=data.join_short, **common)
+            dataset: CropDataset = BucketDataset(
+                files, data.crop_seconds, front.sampling_rate, row_seconds=row, **common
+            )
+        else:
+            dataset = CropDataset(files, data.crop_seconds, front.sampling_rate, join_short=data.join_short, **common)
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+    dataset.left_out = left_out
+    return dataset
 
 
 def fill_statistics(config: Config, dataset: CropDataset) -> Config:

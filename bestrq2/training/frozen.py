@@ -142,6 +142,6 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
         raise ConfigError(f"frozen.source: {source} changed on disk during the run (sha256 {after[:16]})")
     proof = {"source": source, "sha256_before": cache.digest, "sha256_after": after}
     (run.path / "frozen.json").write_text(json.dumps(proof, indent=1) + "\n")
-    save_report(run.path, config.model.targets.codebook_size, f"head on {Path(source).name}, {done} steps")
+    save_report(run.path, f"head on {Path(source).name}, {done} steps")
     print(f"Done: {done} steps in {run.path}; the encoder is unchanged (sha256 {after[:16]})")
     return 0

@@ -9,7 +9,7 @@ from .report_page import page
 from .run_record import RunRecord
 
 
-def save_report(folder: Path, codebook_size: int | None = None, title: str | None = None) -> Path | None:
+def save_report(folder: Path, title: str | None = None) -> Path | None:
     """Write ``report.html`` and ``report.png`` into a run folder, from what lies there; the run may be going on.
 
     Returns:

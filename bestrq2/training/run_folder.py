@@ -158,6 +158,12 @@ class RunFolder:
 
     def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
         """Append the files that could not be read to ``skipped.txt`` (one per rank) and say so; never silent."""
+        self.note_skips(skips, rank)
+        for skip in skips:
+            tqdm.write(f"warning: skipped {skip}")
+
+    def note_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
+        """Append to ``skipped.txt`` alone, for files that were spoken of already."""
         if not skips:
             return
         try:
@@ -165,8 +171,6 @@ class RunFolder:
                 file.writelines(f"{skip}\n" for skip in skips)
         except OSError as error:
             tqdm.write(f"warning: the list of skipped files could not be written: {error}")
-        for skip in skips:
-            tqdm.write(f"warning: skipped {skip}")
 
     def summarise(self, report: Path | None) -> None:
         """Print what the run came to."""
@@ -183,7 +187,7 @@ class RunFolder:
         )
         print(f"Features:  python -m bestrq2.embed {self.path} FILES_OR_FOLDER --out features")
         if report is not None:
-            print(f"Picture:   {report}")
+            print(f"Report:    {report}")
 
     def write_versions(self, device: str, processes: int = 1) -> None:
         """Record what this run ran on, appended once per start."""

@@ -93,10 +93,7 @@ class Trainer:
         settings, progress = self.settings, self.state.progress
         self._describe()
         self.log: MetricsLog | None = None
-        if self.ranks.is_first:
-            # A run that was killed before its first checkpoint begins again, and so does its log.
-            last = progress.step if self.resumed else -1
-            self.log = MetricsLog(self.run.path, last, settings.wandb, config_to_dict(self.config))
+        self.ranks.from_first(self._open_log)
         if not self.resumed:
             self._first_look()
         self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
@@ -141,6 +138,11 @@ class Trainer:
             self.log.close()
         # The others wait: torchrun ends all processes as soon as one of them has stopped.
         return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
+
+    def _open_log(self) -> None:
+        # A run that was killed before its first checkpoint begins again, and so does its log.
+        last = self.state.progress.step if self.resumed else -1
+        self.log = MetricsLog(self.run.path, last, self.settings.wandb, config_to_dict(self.config))
 
     def _agree_on_data(self, failed: bool, feeder: Feeder) -> None:
         """Stop every rank, with the same message, where one of them cannot have its next batch."""
@@ -358,7 +360,7 @@ class Trainer:
         done = self.state.progress.step
         title = f"{self.config.recipe}, {done} steps"
         try:
-            report = save_report(self.run.path, self.model.quantizer.codebook_size, title)
+            report = save_report(self.run.path, title)
         except OSError as error:
             report = None
             print(f"warning: the picture of the run could not be written: {error}", file=sys.stderr)

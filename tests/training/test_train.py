@@ -183,6 +183,8 @@ def test_own_folder_with_bad_files(tmp_path, capsys):
     assert "4 files" in captured.out
     for reason in ("3 skipped", "empty", "not decodable", "too short"):
         assert reason in captured.err
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len((run / "skipped.txt").read_text().splitlines()) == 3
 
 
 def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
