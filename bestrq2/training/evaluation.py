@@ -5,10 +5,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, batches
+from bestrq2.hashing import mix
 from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
 
@@ -102,18 +104,19 @@ class Evaluation:
         if not self.ranks.is_first or self.task is None:
             return {}
         try:
-            found = run_probe(encoder, self.task)
+            found = run_probe(encoder, self.task, untrained=self._untrained)
         except (ValueError, OSError) as error:
             if step == 0:
                 raise ConfigError(f"probe: {error}") from error
             tqdm.write(f"warning: step {step}: no probe: {error}")  # training must not be lost for it
             return {}
-        # Every metric of the encoder; the interval, and the baselines (constant), of the main one alone.
-        main = self.task.metric
-        own = [name for name in found if "/" not in name and not name.endswith(("_low", "_high"))]
-        kept = [main, *own, f"{main}_low", f"{main}_high", f"log_mel/{main}", f"random/{main}"]
-        kept = [name for name in dict.fromkeys(kept) if name in found and name not in ("clips", "seconds")]
-        return {f"probe/{name}": found[name] for name in kept}
+        return {f"probe/{name}": value for name, value in found.items()}
+
+    def _untrained(self) -> nn.Module:
+        """The encoder as training began."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(self.config.train.seed, 1) >> 1)
+            return build_encoder(self.config.model, self.config.data.crop_seconds).to(self.device)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
