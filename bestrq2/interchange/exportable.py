@@ -14,7 +14,6 @@ from bestrq2.layers.conformer_attention import RelativeAttention, relative_sinus
 from bestrq2.layers.conformer_convolution import MaskedBatchNorm, past_frames
 from bestrq2.layers.log_mel import AMPLITUDE_FLOOR, LogMel
 from bestrq2.models import ConformerEncoder, ViTEncoder
-from bestrq2.ops.reference.chunked_attention import chunked_attention
 
 
 class ExportableLogMel(nn.Module):
@@ -164,36 +163,34 @@ class ExportableConformer(ExportableEncoder):
         settings = self.encoder.encoder.settings
         width, symmetric = settings.width, settings.symmetric_positions
         table = relative_sinusoids(1 - columns, columns - 1, width, symmetric, x.device)  # offsets of all pairs
+        time = torch.arange(columns, device=x.device)
+        row = (columns - 1 + time[:, None] - time)[None, None]  # of the table, for every pair
+        visible = self.encoder.layout.mask(columns, device=x.device) & valid[:, None, None]
         for block in self.encoder.encoder.blocks:
-            x = self._block(block, x, valid, totals, table)  # type: ignore[arg-type]
+            x = self._block(block, x, valid, visible, table, row)  # type: ignore[arg-type]
         x = self.encoder.encoder.norm(x).float()
         return x * valid.to(x.dtype)[..., None], totals
 
-    def _block(self, block: ConformerBlock, x: Tensor, valid: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+    def _block(
+        self, block: ConformerBlock, x: Tensor, valid: Tensor, visible: Tensor, table: Tensor, row: Tensor
+    ) -> Tensor:
         x = x + 0.5 * block.ff1(x)
-        x = x + self._attend(block.attn, block.attn_norm(x), lengths, table)
+        x = x + self._attend(block.attn, block.attn_norm(x), visible, table, row)
         x = x + self._convolve(block.conv, x, valid)
         x = x + 0.5 * block.ff2(x)
         return block.norm(x)
 
-    def _attend(self, attention: RelativeAttention, x: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+    def _attend(self, attention: RelativeAttention, x: Tensor, visible: Tensor, table: Tensor, row: Tensor) -> Tensor:
+        """The formula of ``ops.reference.chunked_attention``, with what all blocks share. Padded queries give anything."""
         num_clips, num_frames, width = x.shape
-        shape = (num_clips, num_frames, 3, attention.heads, width // attention.heads)
-        query, key, value = attention.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
-        position = attention.position(table).unflatten(1, (attention.heads, -1)).transpose(0, 1)
-        mixed = chunked_attention(
-            query,
-            key,
-            value,
-            **self.encoder.layout.window,
-            lengths=lengths,
-            position=position,
-            position_zero=num_frames - 1,
-            content_bias=attention.content_bias,
-            position_bias=attention.position_bias,
-            scale=attention.scale,
-        )
-        return attention.proj(mixed.transpose(1, 2).reshape(num_clips, num_frames, width))
+        heads, head_dim = attention.heads, width // attention.heads
+        query, key, value = attention.qkv(x).reshape(num_clips, num_frames, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        position = attention.position(table).unflatten(1, (heads, head_dim)).transpose(0, 1)  # (H, 2 T - 1, d)
+        by_offset = (query + attention.position_bias[:, None]) @ position.transpose(1, 2)
+        score = (query + attention.content_bias[:, None]) @ key.transpose(2, 3)
+        score = score + by_offset.gather(3, row.expand(num_clips, heads, num_frames, num_frames))
+        weights = (score * attention.scale).masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
+        return attention.proj((weights @ value).transpose(1, 2).reshape(num_clips, num_frames, width))
 
     def _convolve(self, module: ConvolutionModule, x: Tensor, valid: Tensor) -> Tensor:
         x = F.glu(module.pointwise1(module.norm(x)), dim=-1)

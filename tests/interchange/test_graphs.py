@@ -11,12 +11,13 @@ from bestrq2.interchange.exportable import ExportableLogMel, exportable
 from bestrq2.interchange.graphs import describe, largest_error, trace, write_onnx, write_torch_export
 from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.layers import LogMel
-from bestrq2.models import build_model
+from bestrq2.models import build_encoder, build_model
 
 SMALL = ["model.encoder.depth=1", "model.encoder.width=32", "model.encoder.heads=2", "model.encoder.hidden=48"]
 SCALED = ["model.front_end.mean=-40", "model.front_end.std=15"]
 PREDICTOR = ["model.predictor.width=32", "model.predictor.heads=2"]
 CHUNKS = ["model.encoder.conformer.chunk_size=8", "model.encoder.conformer.left_context=12"]
+RMS = ["norm=rms_norm", "feed_forward=swiglu", "qk_norm=true"]
 ENCODERS = {
     "strips": ("best_rq2_tiny", [*SCALED, "data.crop_seconds=1"]),
     "grid": ("best_rq2_base", [*PREDICTOR, "data.crop_seconds=2"]),
@@ -49,6 +50,34 @@ def test_form_without_branches_is_exact(case):
     features, found = graph(waveform, lengths)
     assert torch.equal(found, counts)
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+CONFORMER = "model.encoder.conformer."
+VARIANTS = {
+    "rms, swiglu, normalised queries": ("best_rq2_tiny", [f"model.encoder.{x}" for x in RMS]),
+    "rotary grid": ("best_rq2_tiny", ["model.encoder.patch_height=16", "model.encoder.position=rope"]),
+    "bands and frames left over": ("best_rq2_tiny", ["model.encoder.patch_height=13", "model.encoder.patch_width=3"]),
+    "window of one column": ("best_rq2_tiny", ["data.crop_seconds=0.05"]),
+    "causal convolution, batch norm": (
+        "streaming_conformer",
+        [f"{CONFORMER}conv_mode=causal", f"{CONFORMER}conv_norm=batch_norm", f"{CONFORMER}chunk_size=5"],
+    ),
+    "8x, gelu, full convolution in chunks": (
+        "streaming_conformer",
+        [f"{CONFORMER}channels=[8,8,8]", f"{CONFORMER}activation=gelu", f"{CONFORMER}conv_mode=full", *CHUNKS],
+    ),
+    "chunk longer than the clip": ("streaming_conformer", [f"{CONFORMER}chunk_size=1000"]),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_without_branches(variant):
+    recipe, overrides = VARIANTS[variant]
+    config = load_config(recipe, [*SMALL, *SCALED, *overrides])
+    encoder = build_encoder(config.model, config.data.crop_seconds).eval().requires_grad_(False)
+    for tensor in encoder.state_dict().values():  # running statistics, too
+        tensor.add_(0.05 * torch.rand_like(tensor))
+    assert largest_error(encoder, exportable(encoder)) < 2e-5
 
 
 def test_torch_export(case, tmp_path):
