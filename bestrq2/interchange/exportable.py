@@ -181,7 +181,7 @@ class ExportableConformer(ExportableEncoder):
         return block.norm(x)
 
     def _attend(self, attention: RelativeAttention, x: Tensor, visible: Tensor, table: Tensor, row: Tensor) -> Tensor:
-        """The formula of ``ops.reference.chunked_attention``, with what all blocks share. Padded queries give anything."""
+        """The formula of ``ops.reference.chunked_attention``. What padded queries give is masked later."""
         num_clips, num_frames, width = x.shape
         heads, head_dim = attention.heads, width // attention.heads
         query, key, value = attention.qkv(x).reshape(num_clips, num_frames, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
