@@ -16,6 +16,7 @@ from bestrq2.models.build import load_weights
 from .errors import refuse_pickle, unknown_layout
 from .published import from_published
 from .tensors import CONFIG_ENTRY, assemble_encoder, config_in, read_tensors
+from .transformers_encoder import is_transformers_folder
 
 
 @dataclass
@@ -52,6 +53,11 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
     refuse_pickle(path)
     if path.suffix == ".safetensors" and not (path.parent / STATE).exists():
         return _open_file(path, heads, hop_length)
+    if is_transformers_folder(path):
+        raise ConfigError(
+            f"{path}: another model, in transformers' form: bestrq2.interchange.open_encoder opens it (train "
+            "--frozen-encoder, embed and probe do)"
+        )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)
     checkpoint = find_checkpoint(path)

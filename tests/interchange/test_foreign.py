@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bestrq2
+from bestrq2 import export
 from bestrq2.config import ConfigError
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.interchange.adapters import cut_windows
@@ -94,6 +95,14 @@ def test_sources_that_do_not_exist(module, tmp_path):
         open_encoder(tmp_path / "absent.py")
     with pytest.raises(ConfigError, match="No module named 'nowhere'"):
         open_encoder("nowhere:Encoder")
+
+
+def test_load_names_the_opener_of_other_models(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
+    with pytest.raises(ConfigError, match="open_encoder opens it"):
+        bestrq2.load(tmp_path)
+    assert export.main([str(tmp_path), "--onnx", str(tmp_path / "a.onnx")]) == 2
+    assert "another model" in capsys.readouterr().err
 
 
 def test_xares_file(encoder_file, tmp_path):
