@@ -57,18 +57,24 @@ class _Table:
     def _read_stream(self, pyarrow: Any) -> list[Any]:
         """All record batches of an Arrow stream or file: they stay on disk, mapped into memory."""
         source = pyarrow.memory_map(self.path)
+        whole_file = False  # with an index of its batches at its end
         try:
             reader = pyarrow.ipc.open_stream(source)
         except pyarrow.ArrowInvalid:
             source.seek(0)
-            file = pyarrow.ipc.open_file(source)
+            file, whole_file = pyarrow.ipc.open_file(source), True
             self.schema = file.schema
-            return [file.get_batch(i) for i in range(file.num_record_batches)]
-        self.schema = reader.schema
-        batches = []
+            reader = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            self.schema = reader.schema
+        batches: list[Any] = []
         try:
             for batch in reader:
+                batch.validate(full=True)  # damaged offsets would be followed out of the file, and the process die
                 batches.append(batch)
+            at, size = source.tell(), source.size()
+            if not whole_file and (at < size or not _is_closed(source)):
+                raise pyarrow.ArrowInvalid(f"the end is missing, or came early, at byte {at} of {size}")
         except (pyarrow.ArrowException, OSError) as error:
             self.damage = f"{sum(map(len, batches))} rows can be read, then: {error}"
         return batches
@@ -107,6 +113,12 @@ class _Table:
                 return None
             paths += column.field("path").to_pylist()
         return paths
+
+
+def _is_closed(source: Any) -> bool:
+    """Whether an Arrow stream ends in the mark that its writer set when it was closed."""
+    source.seek(max(0, source.size() - 8))
+    return source.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def _features(schema: Any) -> dict[str, Any]:

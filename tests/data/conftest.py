@@ -1,6 +1,7 @@
 """Real audio in every format: the packaged clips, converted through soxr and libsndfile."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,40 @@ def convert(
         for start in range(0, len(frames), 16384):  # libsndfile's Vorbis encoder crashes on a long single write
             file.write(frames[start : start + 16384])
     return path
+
+
+def encoded(seconds: float, number: int = 0, format: str = "FLAC") -> bytes:
+    """The first seconds of a packaged clip as a file of its own."""
+    buffer = io.BytesIO()
+    waveform, rate = soundfile.read(tiny_dataset()[number].path, dtype="int16")
+    soundfile.write(buffer, waveform[: round(seconds * rate)], rate, format=format)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def damaged_copies(tmp_path: Path) -> Callable[[Path, int], Iterator[Path]]:
+    """Copies of a file, each damaged in another way: cut, bytes changed, a part zeroed, a part gone."""
+
+    def damage(path: Path, count: int) -> Iterator[Path]:
+        whole, random = path.read_bytes(), np.random.default_rng(0)
+        for number in range(count):
+            content = bytearray(whole)
+            start, length = random.integers(len(whole)), random.integers(1, 3000)
+            if number % 4 == 0:
+                del content[max(1, start) :]
+            elif number % 4 == 1:
+                for place in random.integers(len(whole), size=random.integers(1, 40)):
+                    content[place] = random.integers(256)
+            elif number % 4 == 2:
+                content[start : start + length] = bytes(len(content[start : start + length]))
+            else:
+                del content[start : start + length]
+            copy = tmp_path / f"damaged-{number}{path.suffix}"
+            copy.write_bytes(content)
+            yield copy
+            copy.unlink()
+
+    return damage
 
 
 @pytest.fixture(scope="session")
