@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bestrq2.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="SOURCE", help="run, exported or published encoder, transformers folder, ...")
-    parser.add_argument("inputs", nargs="+", help="audio files, folders (recursive) or CSV/JSONL manifests")
+    parser.add_argument("inputs", nargs="+", help="audio files, folders, manifests, tar shards, .h5 or saved datasets")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--format", choices=("npy", "parquet"), default="npy")
     parser.add_argument("--layer", type=int, help="output of this block (0 is the first) instead of the final one")

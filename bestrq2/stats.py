@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bestrq2.stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"YAML file or one of {', '.join(recipe_names())}")
-    parser.add_argument("--data", help="folder of audio or CSV/JSONL manifest (default: the clips of the package)")
+    parser.add_argument(
+        "--data", help="folder, manifest, tar shards, .h5 or saved dataset (default: the packaged clips)"
+    )
     parser.add_argument(
         "--clips", type=int, default=1000, help="random clips to measure, at most one epoch (default: 1000)"
     )

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bestrq2.data.audio import DataError, Skip
 from bestrq2.data.dataset import Sample
-from bestrq2.data.plan import EqualSteps, StepPlan, rank_share
+from bestrq2.data.plan import EqualSteps, StepPlan, plan_of, rank_share
 
 __all__ = ["Batch", "batches", "collate"]
 
@@ -128,7 +128,7 @@ def batches(
     """
     if batch_size < 1 or world_size < 1:
         raise ValueError(f"batch_size and world_size must be positive, got {batch_size} and {world_size}")
-    plan: StepPlan = dataset.plan(batch_size) if hasattr(dataset, "plan") else EqualSteps(batch_size)
+    plan = plan_of(dataset, batch_size)
     if isinstance(plan, EqualSteps) and batch_size % world_size:
         raise ValueError(f"batch_size must be a multiple of world_size, got {batch_size} and {world_size}")
     if plan.min_rows < world_size:

@@ -1,9 +1,9 @@
 """Which samples make up a step: the same for any number of workers and ranks."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["EqualSteps", "StepPlan", "rank_share"]
+__all__ = ["EqualSteps", "StepPlan", "plan_of", "rank_share"]
 
 
 class StepPlan(Protocol):
@@ -31,6 +31,11 @@ class EqualSteps:
 
     def samples(self, step: int) -> range:
         return range(step * self.batch_size, (step + 1) * self.batch_size)
+
+
+def plan_of(dataset: Any, batch_size: int) -> StepPlan:
+    """The dataset's own plan of its steps, equal steps for one that has none."""
+    return dataset.plan(batch_size) if hasattr(dataset, "plan") else EqualSteps(batch_size)
 
 
 def rank_share(samples: range, rank: int, world_size: int) -> range:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.data import Batch, CropDataset, collate
+from bestrq2.data.plan import plan_of
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 
@@ -67,7 +68,8 @@ class ClipPicture:
 def fixed_batch(dataset: CropDataset, clips: int = 2, candidates: int = 8) -> Batch:
     """The samples that a run's pictures show: of the first ``candidates`` of its training order, the ``clips`` with the
     least silence, in order."""
-    samples = [dataset[index] for index in range(max(clips, candidates))]
+    plan = plan_of(dataset, 1)  # the first of a step, so that buckets show clips of all lengths
+    samples = [dataset[plan.samples(step)[0]] for step in range(max(clips, candidates))]
     order = sorted(samples, key=lambda sample: _audible_blocks(sample.waveform), reverse=True)
     return collate(sorted(order[:clips], key=lambda sample: sample.index))
 
