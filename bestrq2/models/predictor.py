@@ -87,9 +87,10 @@ class CodeHead(nn.Module):
 
     def forward(self, hidden: Tensor, codes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         losses, accuracies = [], []
+        most = None if valid is None else valid.numel()  # padding is all that is left out, so nearly every row counts
         for g, (weight, bias) in enumerate(zip(self.weight, self.bias)):
             loss, accuracy = ops.masked_cross_entropy(
-                hidden, weight, codes[..., g], mask=valid, bias=bias, return_accuracy=True
+                hidden, weight, codes[..., g], mask=valid, bias=bias, return_accuracy=True, max_rows=most
             )
             losses.append(loss)
             accuracies.append(accuracy)

@@ -187,7 +187,7 @@ _library = torch.library.Library("bestrq2", "FRAGMENT")
 _library.define(
     "masked_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_weights, Tensor? bias, "
     "bool normalize, ScalarType dtype, float label_smoothing, float z_loss, "
-    "bool grad_hidden, bool grad_weight, bool grad_bias, int? max_rows, str backend) "
+    "bool grad_hidden, bool grad_weight, bool grad_bias, SymInt? max_rows, str backend) "
     "-> (Tensor losses, Tensor accuracy, Tensor factor, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

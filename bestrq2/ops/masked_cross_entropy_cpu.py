@@ -17,6 +17,9 @@ from . import native
 CHUNK_BYTES = 16 * 2**20
 """Bytes of logits kept at a time. Fewer cost time where the weight gradient is long; see kernels/README.md."""
 
+LOSS_CHUNK_LOGITS = 2**21
+"""Logits kept at a time where no gradient is wanted: there is no weight gradient to read and write once a chunk."""
+
 MIN_CHUNK_ROWS = 128
 """Fewer rows would make the accumulation of the weight gradient a visible cost."""
 
@@ -24,9 +27,10 @@ CLASSES_PER_PRODUCT = 2048
 """Classes whose bf16 logit gradients are converted to fp32 at a time, on a processor without bf16 dot products."""
 
 
-def chunk_rows(rows: int, num_classes: int, item_bytes: int) -> int:
-    """Rows of one chunk: an even division of ``rows`` into chunks of about CHUNK_BYTES at most, in steps of 16."""
-    most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (num_classes * item_bytes))
+def chunk_rows(rows: int, num_classes: int, item_bytes: int, *, gradients: bool) -> int:
+    """Rows of one chunk: an even division of ``rows`` into chunks of about the wanted size at most, in steps of 16."""
+    logits = CHUNK_BYTES // item_bytes if gradients else LOSS_CHUNK_LOGITS
+    most = max(MIN_CHUNK_ROWS, logits // num_classes)
     chunks = max(1, -(-rows // most))
     return max(16, -(-rows // chunks // 16) * 16)
 
@@ -71,7 +75,7 @@ def run_cpu(
     grad_weight = _WeightGradient(cast_weight, weight.dtype) if wanted[1] else None
     grad_bias = torch.zeros(num_classes) if wanted[2] else None
 
-    step = chunk_rows(count, num_classes, dtype.itemsize)
+    step = chunk_rows(count, num_classes, dtype.itemsize, gradients=any(wanted))
     buffer = torch.empty(min(step, count), num_classes, dtype=dtype)
     for start in range(0, count, step):
         stop = min(start + step, count)
