@@ -28,7 +28,7 @@ _SPEECHBRAIN = "4096x576->8192"
 _NEMO = "4096x512->8192"
 _NEMO_LARGE = "2048x1024->8192"
 _SMALL_CODEBOOK = "8192x512->1024"
-_MULTI_CODEBOOK = "1024x768->8192x4"  # several classifiers: the gradients of all losses wait for the backward
+_MULTI_CODEBOOK = "4096x768->1024x16"  # several classifiers: the gradients of all losses wait for the backward
 _HALF = "8192of16384x768->8192"
 _MASKED = "2048of4096x768->8192"  # one-stage BEST-RQ: the masked half of all frames
 

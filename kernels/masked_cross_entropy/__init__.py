@@ -8,10 +8,23 @@
 | ``launch.py`` | which of them runs, chunk by chunk |
 """
 
-_PRODUCTS = {
-    16: ((64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 32, 8), (128, 128, 64, 8), (128, 256, 64, 8)),
-    32: ((32, 64, 32, 4), (64, 32, 32, 4), (64, 64, 32, 8)),
-}  # (BM, BN, BK, warps) by the bits of the operands
+# (BM, BN, BK, warps, stages) by kernel and bits of the operands. None spills on sm_80, sm_90 or sm_100; larger ones do.
+_TILES_16 = tuple(
+    (*tile, stages)
+    for tile in ((64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 32, 8), (128, 128, 64, 8))
+    for stages in (3, 4)
+)
+_TILES_32 = ((32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (64, 64, 32, 8, 2))
+_TILES = {
+    "logits/16": (*_TILES_16, (128, 256, 64, 8, 3)),
+    "logits/32": _TILES_32,
+    "hidden_gradient/16": (*_TILES_16, (128, 256, 64, 8, 3)),
+    "hidden_gradient/32": _TILES_32,
+    "weight_gradient/16": _TILES_16,
+    "weight_gradient/32": _TILES_32,
+    "loss/16": ((64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (128, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 64, 64, 8, 4)),
+    "loss/32": ((32, 32, 32, 4, 2), (64, 32, 32, 8, 2)),
+}
 
 CANDIDATES = {
     "softmax_gradient": [
@@ -21,13 +34,11 @@ CANDIDATES = {
     # Logits held at once: more than 48 MiB would no longer stay in the L2 cache of any GPU of today.
     "chunk": [{"bytes": mebibytes * 2**20, "rows_multiple": 128} for mebibytes in (8, 12, 16, 24, 32, 48)],
     **{
-        f"{kernel}/{bits}": [
+        kernel: [
             {"BM": rows, "BN": columns, "BK": depth, "num_warps": warps, "num_stages": stages}
-            for rows, columns, depth, warps in tiles
-            for stages in ((3, 4) if bits == 16 else (2,))
+            for rows, columns, depth, warps, stages in tiles
         ]
-        for bits, tiles in _PRODUCTS.items()
-        for kernel in ("logits", "hidden_gradient", "weight_gradient", "loss")
+        for kernel, tiles in _TILES.items()
     },
 }
 """What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..tuning import all_configs
+from . import CANDIDATES
 from .launch import MERGE_ROWS, OP, precision
 from .loss import loss_kernel, merge_kernel
 from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
@@ -19,6 +20,18 @@ PARTS = {"p_parts": "*fp32", "p_first": "*i32"}
 
 def compile_cases() -> list[dict[str, Any]]:
     return [case for file, configs in all_configs(OP).items() for case in _cases(file, configs)]
+
+
+def candidate_cases() -> list[dict[str, Any]]:
+    """Every candidate of benchmarks/tune.py, in the variant of its kernel that takes most registers."""
+    default, found = all_configs(OP)["default.json"], []
+    for key, configs in CANDIDATES.items():
+        for config in configs if key != "chunk" else ():
+            tile = "-".join(str(value) for value in config.values())
+            prefix = f"{key.partition('/')[0]}-{tile}-{'fp32' if key.endswith('/32') else 'bf16'}"
+            cases = (case for case in _cases(tile, default | {key: config}) if case["name"].startswith(prefix))
+            found.append(list(cases)[-1])  # the one with all options
+    return found
 
 
 def _cases(file: str, configs: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
 from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for  # noqa: E402
-from bestrq2.kernels.masked_cross_entropy.compile_cases import compile_cases  # noqa: E402
+from bestrq2.kernels.masked_cross_entropy.compile_cases import candidate_cases, compile_cases  # noqa: E402
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
@@ -19,3 +19,11 @@ def test_compiles_without_spills(case, architecture):
     print(f"{case['name']} sm_{architecture}: {report.registers} registers, {report.shared_bytes} B shared")
     assert report.spill_bytes == 0
     assert report.shared_bytes <= SHARED_LIMIT[architecture]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", candidate_cases(), ids=lambda case: case["name"])
+def test_candidates_of_the_tuner_compile_without_spills(case):
+    report = compile_for(CompileCase(**case), 90)
+    assert report.spill_bytes == 0
+    assert report.shared_bytes <= SHARED_LIMIT[90]
