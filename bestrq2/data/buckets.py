@@ -99,8 +99,9 @@ class BucketDataset(CropDataset):
 
     def _draw(self, global_index: int) -> tuple[int, int]:
         epoch, place = divmod(global_index, self.samples_per_epoch + _REPEATS)
-        if place >= self.samples_per_epoch:  # a repeat, from the long end
-            place = self.samples_per_epoch - 1 - (place - self.samples_per_epoch) % self.samples_per_epoch
+        if place >= self.samples_per_epoch:  # a repeat: the front of the last bucket, for its end is in the same batch
+            start = int(self.bucket_ends[-2]) if len(self.bucket_ends) > 1 else 0
+            place = start + (place - self.samples_per_epoch) % (self.samples_per_epoch - start)
         bucket = int(np.searchsorted(self.bucket_ends, place, side="right"))
         start = int(self.bucket_ends[bucket - 1]) if bucket else 0
         size = int(self.bucket_ends[bucket]) - start

@@ -163,6 +163,17 @@ def test_domain_weights(numbered):
     assert set(heard) == set(range(300))
 
 
+def test_order_never_changes_between_versions(numbered):
+    """A resumed run must see the order it began with: these values are part of the format."""
+    durations = [1.0 + i / 4 for i in range(12)]
+    dataset = BucketDataset(_files(durations), 3.0, seed=3, row_seconds=1.5)
+    plan = dataset.plan(4)
+    dataset._crop = lambda unit, *_: np.full(1, unit, np.float32)
+    order = [[int(dataset[index].waveform[0]) for index in plan.samples(step)] for step in range(7)]
+    assert order == [[7, 8], [5, 6], [3, 4], [11, 8], [0, 1, 2], [10, 9], [7, 8]]
+    assert [plan.samples(step).start for step in range(7)] == [7, 5, 3, 11, 0, 9, 12 + 2**20 + 7]
+
+
 def test_extreme_weights():
     """A domain of many clips and a tiny share makes an epoch long, but neither slow nor large."""
     files = _files(_durations(20_000), ("rare",) * 99 + ("common",))

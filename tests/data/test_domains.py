@@ -61,6 +61,17 @@ def test_shares_without_a_common_denominator_are_rounded():
     assert abs(schedule.quotas[0] / LARGEST_PERIOD - 1 / 3) < 2 / LARGEST_PERIOD
 
 
+def test_order_never_changes_between_versions():
+    """A resumed run must see the order it began with: these values are part of the format."""
+    schedule = DomainSchedule(WEIGHTS)
+    order = [schedule.draw(index)[0] for index in range(20)]
+    assert order == [2, 1, 0, 2, 1, 2, 1, 2, 0, 2, 1, 2, 1, 0, 2, 1, 2, 0, 1, 2]
+    files = [AudioFile(f"{i}.wav", 1.0 + i / 4, 16000, "ab"[i % 3 == 0]) for i in range(12)]
+    dataset = CropDataset(files, 10.0, seed=3, domain_weights={"a": 2, "b": 1})
+    dataset._crop = lambda unit, *_: np.full(1, unit, np.float32)
+    assert [int(dataset[index].waveform[0]) for index in range(12)] == [5, 9, 4, 11, 3, 7, 8, 0, 10, 2, 6, 1]
+
+
 def test_apportion():
     assert apportion(10, [1, 1, 1]) == [4, 3, 3]
     assert apportion(7, [5, 3, 2]) == [4, 2, 1]
