@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bestrq2.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
-    parser.add_argument("--data", help="folder of audio (searched recursively) or a CSV/JSONL manifest")
+    parser.add_argument("--data", help="folder of audio, CSV/JSONL manifest, tar shards, HDF5 or Parquet file")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--frozen-encoder", metavar="SOURCE", help="train only a head on the embeddings of this encoder"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the SOURCE's transformers folder brings"
     )
     parser.add_argument(
         "--find-batch", action="store_true", help="try batch sizes of one rank, say which fit and how fast they are"
@@ -94,6 +97,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         overrides.append(f"data.source={json.dumps(options.data)}")
     if options.frozen_encoder is not None:
         overrides.append(f"frozen.source={json.dumps(options.frozen_encoder)}")
+    if options.trust_remote_code:
+        overrides.append("frozen.trust_remote_code=true")
     folder = ranks.from_first(lambda: folder_to_resume(options))
     if folder is not None:
         with alone_in(folder, ranks):

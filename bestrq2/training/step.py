@@ -1,6 +1,6 @@
 """What one step (or an interval of steps) was, as sums that add up over micro-batches, ranks and steps."""
 
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 
 from bestrq2.data import Batch
 from bestrq2.layers.masking import MaskPlan
@@ -86,8 +86,8 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     result = []
     for number in range(parts):
         end = begin + size // parts + (number < size % parts)
-        lengths = batch.lengths[begin:end]
+        lengths, index, domains = batch.lengths[begin:end], batch.index[begin:end], batch.domains[begin:end]
         waveform = batch.waveform[begin:end, : int(lengths.max())]
-        result.append(replace(batch, waveform=waveform, lengths=lengths, index=batch.index[begin:end], skips=[]))
+        result.append(Batch(waveform, lengths, index, [], domains))
         begin = end
     return result
