@@ -25,7 +25,7 @@ Figures = dict[str, float]
 
 MARK = "BESTRQ2_SOAK"  # in the environment of every process of a life: finds the ones that were left behind
 PATIENCE = 600.0  # seconds for one life
-STEPS, SAVE_EVERY = 60, 4
+STEPS, SAVE_EVERY = 40, 4
 SETTINGS = [
     "model.front_end.mean=-47.5",
     "model.front_end.std=31.8",
@@ -38,7 +38,7 @@ SETTINGS = [
     "train.async_save=true",
     "train.keep_last=2",
     "train.keep_best=2",
-    "data.workers=2",
+    "data.workers=1",
     "optimizer.max_grad_norm=1.0",
     "model.encoder.width=64",
     "model.encoder.hidden=96",
@@ -140,7 +140,8 @@ def differences(run: Path, reference: Path) -> Iterator[str]:
         at = next((i for i, (a, b) in enumerate(zip(*curves)) if a != b), min(map(len, curves)))
         yield f"{run.name}: metrics.csv differs from row {at} on ({len(curves[0])} rows, expected {len(curves[1])})"
     own, expected = (list_checkpoints(p / "checkpoints") for p in (run, reference))
-    if [p.name for p in own] != [p.name for p in expected]:
+    # More only by a kill between the last checkpoint and the deletion of an old one.
+    if not {p.name for p in expected} <= {p.name for p in own} or len(own) > len(expected) + 1:
         yield f"{run.name}: kept {[p.name for p in own]}, expected {[p.name for p in expected]}"
     for folder in own:
         twin = reference / "checkpoints" / folder.name
@@ -168,7 +169,7 @@ def reach_moment(life: Life, run: Path, window: float, chance: random.Random) ->
     if chance.random() < 0.6:
         moment = chance.uniform(0, window)
         return life.wait(lambda: life.age >= moment)
-    for _ in range(chance.randrange(1, 4)):  # during one of the next saves
+    for _ in range(chance.randrange(1, 3)):  # during one of the next saves
         if not (life.wait(lambda: not half_saved(run)) and life.wait(lambda: half_saved(run))):
             return False
     time.sleep(chance.uniform(0, 0.04))
@@ -192,7 +193,7 @@ def kill_run(folder: Path, kills: int, seed: int) -> Figures:
         raise RuntimeError(f"the undisturbed run failed; see {log}")
     whole = life.age
     print(f"undisturbed: {whole:.1f} s, of which start-up {start_up:.1f} s", flush=True)
-    window = start_up + 0.6 * (whole - start_up)
+    window = start_up + 0.5 * (whole - start_up)
     counts = dict.fromkeys(("in start-up", "in training", "in a save"), 0)
     done = completed = repeated = orphans = losses = number = 0
     newest = 0  # step of the newest checkpoint that was ever seen in this run
