@@ -2,12 +2,13 @@
 
 A life of the run is one process, from start-up until it is killed or done. Its moment to die is drawn uniformly over
 the wall time of start-up and some training; a share of the lives is killed during a save instead, some milliseconds
-after the hidden folder of a half-written checkpoint was seen. The run that finishes is compared and a new one begins,
-until there were enough kills.
+after the hidden folder of a half-written checkpoint was seen. Every life has another number of data workers. The run
+that finishes is compared and a new one begins, until there were enough kills.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
@@ -18,6 +19,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
+from bestrq2 import train
 from bestrq2.checkpoint import DISCARDED, WRITING, list_checkpoints, newest_intact, read_checkpoint
 from bestrq2.training.metrics_log import read_metrics
 
@@ -38,7 +42,6 @@ SETTINGS = [
     "train.async_save=true",
     "train.keep_last=2",
     "train.keep_best=2",
-    "data.workers=1",
     "optimizer.max_grad_norm=1.0",
     "model.encoder.width=64",
     "model.encoder.hidden=96",
@@ -53,21 +56,69 @@ SETTINGS = [
 OF_THE_MACHINE = {"audio_seconds_per_second", "data_wait", "mfu", "memory_gib", "elapsed_seconds", "padding_share"}
 
 
+class Forked:
+    """A training run in a child of this process, which has everything imported: it starts in no time.
+
+    The interface is that of Popen. The child is the same program as ``python -m bestrq2.train`` from ``main`` on.
+    """
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.setsid()
+                descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                torch.set_num_threads(1)
+                sys.modules["__main__"] = train  # what the data workers import
+                code = train.main(arguments)
+                atexit._run_exitfuncs()
+                os._exit(code)
+            finally:
+                os._exit(99)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {self.pid} does not end")
+            time.sleep(0.002)
+        return code
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
 class Life:
     """One process of a training run and its children.
 
     Args:
-        command: after ``python -m``.
+        module, arguments: of ``python -m``.
         log: file that collects what it prints.
+        forked: fork this process instead of starting an interpreter; only for ``bestrq2.train``.
     """
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, module: str, arguments: list[str], log: Path, forked: bool = False) -> None:
         self.mark = uuid.uuid4().hex
-        environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.started = time.monotonic()
+        self.process: Forked | subprocess.Popen
+        if forked:
+            self.process = Forked(arguments, log)
+            return
+        environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        command = [sys.executable, "-m", module, *arguments]
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
 
     @property
@@ -98,13 +149,16 @@ class Life:
         found = {}
         for folder in Path("/proc").iterdir():
             try:
-                if not folder.name.isdecimal() or (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                if not folder.name.isdecimal():
+                    continue
+                state, _, _, session = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+                if state == "Z":
                     continue
                 lines = (folder / "environ").read_bytes().split(b"\0")
             except OSError:  # gone, or another user's
                 continue
             values = dict(os.fsdecode(line).split("=", 1) for line in lines if b"=" in line)
-            if values.get(MARK) == self.mark:
+            if values.get(MARK) == self.mark or int(session) == self.process.pid:
                 found[int(folder.name)] = values
         return found
 
@@ -181,12 +235,15 @@ def kill_run(folder: Path, kills: int, seed: int) -> Figures:
     chance = random.Random(seed)
     runs, log = folder / "runs", folder / "log.txt"
 
-    def begin(name: str, by_path: bool = False) -> Life:
-        place = ["--resume", str(runs / name)] if by_path else ["--runs", str(runs), "--name", name, "--resume"]
-        return Life(["bestrq2.train", *place, *([] if by_path else SETTINGS)], log)
+    def begin(name: str, fresh: bool, workers: int) -> Life:
+        if (runs / name / "config.yaml").exists() and chance.random() < 0.5:
+            arguments = ["--resume", str(runs / name)]
+        else:
+            arguments = ["--runs", str(runs), "--name", name, "--resume", *SETTINGS]
+        return Life("bestrq2.train", [*arguments, f"data.workers={workers}"], log, forked=not fresh)
 
     reference = runs / "reference"
-    life = begin("reference")
+    life = begin("reference", fresh=False, workers=1)
     life.wait(lambda: last_row(reference) >= 0, pause=0.02)
     start_up = life.age
     if life.process.wait(PATIENCE) != 0:
@@ -195,13 +252,14 @@ def kill_run(folder: Path, kills: int, seed: int) -> Figures:
     print(f"undisturbed: {whole:.1f} s, of which start-up {start_up:.1f} s", flush=True)
     window = start_up + 0.5 * (whole - start_up)
     counts = dict.fromkeys(("in start-up", "in training", "in a save"), 0)
-    done = completed = repeated = orphans = losses = number = 0
+    done = completed = repeated = orphans = losses = number = interpreters = 0
     newest = 0  # step of the newest checkpoint that was ever seen in this run
     unfinished = True
     while done < kills or unfinished:
         unfinished = True
         run = runs / f"killed-{number}"
-        life = begin(run.name, by_path=(run / "config.yaml").exists() and chance.random() < 0.5)
+        fresh = chance.random() < 0.2
+        life = begin(run.name, fresh, workers=chance.randrange(3))
         alive = done < kills and reach_moment(life, run, window, chance)
         if done >= kills:
             life.process.wait(PATIENCE)  # only finish what was begun
@@ -219,6 +277,7 @@ def kill_run(folder: Path, kills: int, seed: int) -> Figures:
             first = last_row(run) < 0 or life.age < start_up
             where = "in a save" if half_saved(run) else "in start-up" if first else "in training"
             counts[where] += 1
+            interpreters += fresh
             repeated += max(0, last_row(run) - step)
             print(f"kill {done}: {where} after {life.age:.1f} s, checkpoint {step}, logged {last_row(run)}", flush=True)
             continue
@@ -233,6 +292,7 @@ def kill_run(folder: Path, kills: int, seed: int) -> Figures:
     return {
         "kills survived": done,
         **{f"kills {name}": count for name, count in counts.items()},
+        "kills of a fresh interpreter, the others forked": interpreters,
         "runs completed and compared": completed,
         "steps of each run": STEPS,
         "steps repeated after kills": repeated,
@@ -259,9 +319,9 @@ def ranks_run(folder: Path, kills: int, seed: int) -> Figures:
     runs, log = folder / "runs", folder / "log.txt"
 
     def begin(name: str) -> Life:
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(kills)]
-        train = ["-m", "bestrq2.train", "--runs", str(runs), "--name", name, "--resume"]
-        return Life([*torchrun, *train, *SETTINGS], log)
+        torchrun = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(kills)]
+        command = ["-m", "bestrq2.train", "--runs", str(runs), "--name", name, "--resume"]
+        return Life("torch.distributed.run", [*torchrun, *command, *SETTINGS, "data.workers=1"], log)
 
     reference, run = runs / "reference", runs / "killed"
     if begin("reference").process.wait(PATIENCE) != 0:

@@ -73,9 +73,10 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
     Raises:
         AudioError: missing, not readable, empty file, not decodable, no samples, or truncated as far as the container
             tells: the audio chunk of WAV and AIFF and the tag of MP3 promise over 1 % more bytes than there are.
-            A cut FLAC is only found by decoding it. A cut Ogg is a shorter Ogg.
+            A cut FLAC is only found by decoding it, but for one that promises ten times what its bytes can hold (a
+            damaged header): training would draw it as often as its length says. A cut Ogg is a shorter Ogg.
     """
-    with _open(path) as file:
+    with _open(path, check_end=True) as file:
         num_samples = file.frames
         if num_samples >= _UNKNOWN:
             num_samples = sum(len(block) for block in _blocks(file, os.fspath(path), None))
@@ -171,7 +172,7 @@ def audio_digest(path: str | os.PathLike[str]) -> AudioDigest:
 
 
 @contextlib.contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile | SampleReader]:
+def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[soundfile.SoundFile | SampleReader]:
     """Open a file or a clip in an archive and check what its header promises; every fault becomes an AudioError."""
     name = os.fspath(path)
     try:
@@ -182,13 +183,15 @@ def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile | Sample
                 _check_regular(name)
                 with open(name, "rb") as opened:
                     missing = missing_fraction(opened)
+                    size = opened.seek(0, os.SEEK_END)
                 # As bytes, because soundfile cannot encode file names that are not UTF-8.
                 file = stack.enter_context(soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name))
             elif isinstance(member, SampleReader):
-                missing, file = 0.0, member
+                missing, file, check_end = 0.0, member, False
             else:
                 content = stack.enter_context(member)
                 missing = missing_fraction(content)
+                size = content.seek(0, os.SEEK_END)
                 content.seek(0)
                 stack.callback(_raise_failure, content)
                 file = stack.enter_context(soundfile.SoundFile(content))
@@ -197,6 +200,11 @@ def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile | Sample
                 raise AudioError(name, "not decodable", f"sampling rate {file.samplerate} Hz")
             if missing > TRUNCATED_ABOVE:
                 raise AudioError(name, "truncated", f"{100 * missing:.1f} % of the audio bytes are missing")
+            if check_end and file.frames < _UNKNOWN and size < _least_bytes(file) and not _has_end(file):
+                seconds = file.frames / file.samplerate
+                raise AudioError(
+                    name, "truncated", f"{size} bytes are not the {seconds:.0f} s that the header promises"
+                )
             yield file
     except AudioError:
         raise
@@ -210,6 +218,26 @@ def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile | Sample
         raise AudioError(name, "not decodable", error.error_string.strip()) from error
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AudioError(name, "not decodable", str(error)) from error
+
+
+def _least_bytes(file: soundfile.SoundFile) -> float:
+    """What its stated length takes at least, but for silence: 0.1 byte per sample of FLAC, 7 kbit/s of MP3."""
+    if file.format == "FLAC":
+        return 0.1 * file.frames * file.channels
+    rate = 900 if file.subtype.startswith("MPEG") else 40 if file.subtype.startswith(_LOSSY) else 0
+    return rate * file.frames / file.samplerate
+
+
+def _has_end(file: soundfile.SoundFile) -> bool:
+    """Whether there are samples shortly before the stated end. Slow for an MP3, which is read from its beginning."""
+    try:
+        with _quiet_seek(file):
+            file.seek(max(0, file.frames - file.samplerate))
+            found = len(file.read(file.samplerate, dtype="float32"))
+            file.seek(0)
+    except soundfile.LibsndfileError:
+        return False
+    return found > 0
 
 
 def _check_regular(name: str) -> None:

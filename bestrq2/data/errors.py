@@ -31,8 +31,10 @@ class Skip:
     detail: str = ""
 
     def __str__(self) -> str:
-        # A file name that is not UTF-8 must not turn a report into a UnicodeEncodeError.
-        name = os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        # A file name that is not UTF-8 must not turn a report into a UnicodeEncodeError, one with a line break or an
+        # escape sequence not into two lines or a coloured terminal.
+        text = os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         return f"{name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 

@@ -126,6 +126,25 @@ def test_truncated(tmp_path, speech, extension, format, subtype, rate, channels)
     assert len(load_audio(cut)) > 0.75 * len(complete)
 
 
+@pytest.mark.parametrize("extension", ["flac", "mp3"])
+def test_length_that_the_bytes_cannot_hold(tmp_path, speech, extension):
+    """One damaged header must not make a file of four seconds count as hours of the training data."""
+    path = tmp_path / f"x.{extension}"
+    soundfile.write(path, speech, 16000)
+    content = bytearray(path.read_bytes())
+    at = 22 if extension == "flac" else max(content.find(b"Xing"), content.find(b"Info")) + 8
+    content[at : at + 4] = (0x00FFFFFF).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match=r"truncated \(\d+ bytes are not the \d+ s that the header promises"):
+        audio_info(path)
+    soundfile.write(path, np.zeros(16000 * 600), 16000)  # silence is small, and has its end
+    assert audio_info(path).duration == pytest.approx(600, abs=0.2)
+
+
+def test_report_of_an_odd_name_is_one_line():
+    assert str(AudioError("a\nb\x1b[31m\udcff é.wav", "missing")) == "a\\nb\\x1b[31m\\xff é.wav: missing"
+
+
 def test_part_before_the_cut_of_a_flac_is_usable(tmp_path, speech):
     path = convert(tmp_path / "x.flac", speech, 16000, 1, "FLAC", "PCM_16")
     complete = load_audio(path)

@@ -94,11 +94,13 @@ def curve(run: Path):
 
 
 def assert_same(run: Path, whole: Path):
-    """Loss curve, and of every checkpoint the weights, their average, the optimizer and the counters."""
+    """Loss curve, and of the checkpoints that both keep the weights, their average, the optimizer and the counters."""
     assert curve(run) == curve(whole)
     found = list_checkpoints(run / "checkpoints")
     assert found[-1].name == "step-00000009"
     for folder in found:
+        if not (whole / "checkpoints" / folder.name).is_dir():
+            continue
         first, second = read_checkpoint(folder), read_checkpoint(whole / "checkpoints" / folder.name)
         for kind in ("weights", "averaged_weights", "training_state"):
             a, b = getattr(first, kind)(), getattr(second, kind)()
@@ -240,7 +242,7 @@ def test_failed_save_is_said_and_the_next_one_succeeds(tmp_path, whole, monkeypa
 
 
 def test_full_disk_in_the_log(tmp_path, whole, monkeypatch, capfd):
-    real, calls = os.write, []
+    calls = []
 
     def append(self, text):
         calls.append(text)
@@ -252,7 +254,6 @@ def test_full_disk_in_the_log(tmp_path, whole, monkeypatch, capfd):
     assert main(begin(tmp_path, "data.workers=0")) == 0
     assert "rows are kept in memory" in capfd.readouterr().err
     assert_same(tmp_path / "run", whole)
-    assert real is os.write
 
 
 @contextmanager
