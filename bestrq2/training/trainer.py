@@ -164,13 +164,14 @@ class Trainer:
             total_count = int(self.ranks.sum([total_count])[0])
         totals = StepTotals.of(batch, self.dataset.sampling_rate, waited, stop, self.ranks.is_first and self._overdue())
         losses: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor | None]] = []
         try:
             for number, (part, count) in enumerate(zip(parts, counts)):
                 output = self._forward_backward(
                     part, step, number, count / max(1, total_count), number == len(parts) - 1
                 )
                 losses.append(torch.stack((output.loss.detach(), output.accuracy)) * count)
-                state.usage.update(output.codes, output.plan.predicted_valid(), decay=number == 0)
+                found.append((output.codes, output.plan.predicted_valid()))
                 totals.add_plan(output.plan, self.model.flops(output.plan))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -180,6 +181,8 @@ class Trainer:
             if self.ranks.size == 1 and step > self.saver.saved_step:  # several ranks could not agree on it now
                 self._save(wait=True)
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
+        for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
+            state.usage.update(codes, valid, decay=number == 0)
         norm = self._clip()
         feeder.prefetch()
         totals.failures = float(feeder.error is not None)

@@ -1,0 +1,169 @@
+"""Damage to the files of a run: read-only folders, torn and foreign files, other settings. Nothing is lost or run."""
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from bestrq2.checkpoint import (
+    CheckpointError,
+    _digest,
+    _sha256,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+)
+from bestrq2.train import main
+from bestrq2.training.metrics_log import read_metrics
+
+from .undisturbed import PLAIN, TINY, assert_equal_weights, assert_same, curve
+
+pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("plain")]
+
+
+@contextmanager
+def no_superuser():
+    """Permissions bind this process."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_read_only_folder(half, capfd):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        os.chmod(folder, 0o755)
+        run = Path(shutil.copytree(half, Path(folder) / "run", symlinks=True))
+        for path in [run, *run.rglob("*")]:
+            if not path.is_symlink():
+                path.chmod(0o555 if path.is_dir() else 0o444)
+        before = sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*") if not p.is_symlink())
+        with no_superuser():
+            assert main(["--resume", str(run)]) == 2
+            assert "the log cannot be written" in capfd.readouterr().err
+            assert main(["--resume", str(run), "train.steps=12"]) == 2
+            assert "config.yaml cannot be written" in capfd.readouterr().err
+            assert main(["--runs", folder, "--name", "new", *TINY]) == 2
+            assert "cannot make a run folder" in capfd.readouterr().err
+        assert sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*") if not p.is_symlink()) == before
+        for path in [run, *run.rglob("*")]:
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(0o755)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "binary", "not a mapping"])
+def test_damaged_configuration(half, whole, damage, capfd):
+    """A configuration cut short would be valid YAML with defaults for the rest."""
+    path = half / "config.yaml"
+    text = path.read_text()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "half": text[: text.index("train:") + 60].rsplit("\n", 1)[0].encode(),
+            "binary": bytes(300) + b"\xff\xfe",
+            "not a mapping": b"- a\n- b\n",
+        }[damage]
+    )
+    assert main(["--resume", str(half)]) == 0
+    assert "config.yaml is damaged or cut short" in capfd.readouterr().err
+    assert_same(half, whole)
+
+
+def test_torn_log_and_damaged_notes(half, whole, capfd):
+    log = half / "metrics.csv"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:8]) + b"\xff\xfe\x00garbage\n" + lines[8][:30])
+    (half / "checkpoints" / "best.json").write_text("[{")
+    (half / "versions.json").write_text("{")
+    (half / "checkpoints" / "best").unlink()
+    for name in (".writing-step-00000007", ".discarded-step-00000003"):
+        (half / "checkpoints" / name).mkdir()
+        (half / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
+    assert main(["--resume", str(half)]) == 0
+    assert "metrics.csv is damaged: its readable rows are kept, and the file as metrics.damaged.csv" in (
+        capfd.readouterr().err
+    )
+    assert_same(half, whole)
+    for name in ("best.json", "best/state.json"):
+        assert (half / "checkpoints" / name).read_text() == (whole / "checkpoints" / name).read_text() or "/" in name
+    assert os.readlink(half / "checkpoints" / "best") == os.readlink(whole / "checkpoints" / "best")
+
+
+class Marker:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "ema.safetensors", "state.json"])
+def test_foreign_pickle_is_refused_without_running_it(half, whole, tmp_path, file, capfd):
+    """Even with a state.json that vouches for it."""
+    for folder in list_checkpoints(half / "checkpoints"):
+        torch.save({"state": Marker(str(tmp_path / "executed"))}, folder / file)
+        if file != "state.json":
+            state = json.loads((folder / "state.json").read_text())["state"]
+            state["files"][file] = _sha256(folder / file)
+            (folder / "state.json").write_text(json.dumps({"sha256": _digest(state), "state": state}))
+    if file == "ema.safetensors":  # what training needs of it is in training.safetensors
+        with pytest.raises(CheckpointError, match=r"ema\.safetensors: cannot be read"):
+            find_checkpoint(folder / file).weights()
+    else:
+        assert main(["--resume", str(half)]) == 2
+        error = capfd.readouterr().err
+        assert f"{file}: cannot be read" in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "executed").exists()
+    with open(folder / file, "rb") as opened, pytest.raises((pickle.UnpicklingError, RuntimeError, AttributeError)):
+        torch.load(opened, weights_only=True)  # it is one indeed
+
+
+def test_wrong_shapes_name_the_first_mismatch(half, capfd):
+    assert main(["--resume", str(half), "model.encoder.width=64", "model.encoder.hidden=96"]) == 2
+    error = capfd.readouterr().err
+    assert "has shape" in error
+    assert "expected" in error
+    assert "step-00000006" in error
+    assert "Traceback" not in error
+
+
+def test_settings_changed_midway(half, whole, tmp_path, capfd):
+    other = Path(shutil.copytree(half, tmp_path / "other", symlinks=True))
+    assert main(["--resume", str(half), "data.workers=0", "train.async_save=false", "train.log_every=1"]) == 0
+    assert curve(half) == curve(whole)
+    assert_equal_weights(half, whole)
+    changes = ["train.accumulate=1", "train.precision=fp32", "train.ema_decay=0", "train.keep_best=0"]
+    assert main(["--resume", str(other), *changes, "data.workers=0"]) == 0
+    last = read_checkpoint(list_checkpoints(other / "checkpoints")[-1])
+    assert last.averaged_weights() is None
+    assert len(read_metrics(other)) == 10
+    assert main(["--resume", str(other), "train.ema_decay=0.9", "train.steps=11", "data.workers=0"]) == 0
+    last = read_checkpoint(list_checkpoints(other / "checkpoints")[-1])
+    assert last.extra["ema_updates"] == 2
+    assert last.averaged_weights() is not None
+    assert capfd.readouterr().err.count("Traceback") == 0
+
+
+def test_two_processes_in_one_folder(half, whole, nursery, tmp_path, capfd):
+    import fcntl
+
+    with open(half / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, output = nursery.run(tmp_path, ["--resume", str(half)], PLAIN)
+        assert code == 2
+        assert "another process trains in this run folder" in output
+    assert nursery.run(tmp_path, ["--resume", str(half)], PLAIN)[0] == 0
+    assert_same(half, whole)
