@@ -242,7 +242,7 @@ def malformed_run(folder: Path, least: int, seed: int) -> Figures:
         problems.append(f"{len(inputs)} files, {len(single)} opened")
     figures["slowest file, seconds"] = round(max(seconds for seconds, _ in single.values()), 2)
 
-    manifests = {}
+    manifests, reasons = {}, {}
     for name, options in {"scan": ["--min-seconds", "0.1"], "check": ["--check"]}.items():
         out = folder / f"{name}.csv"
         arguments = ["-m", "bestrq2.data.manifest", str(audio), "--out", str(out), *options]
@@ -253,7 +253,8 @@ def malformed_run(folder: Path, least: int, seed: int) -> Figures:
         problems += accounted(name, inputs, used, skipped)
         manifests[name] = used
         figures[f"{name}: usable"] = len(used)
-        for reason, count in sorted(Counter(reason for _, reason in skipped).items()):
+        reasons[name] = Counter(reason for _, reason in skipped)
+        for reason, count in sorted(reasons[name].items()):
             figures[f"{name}: {reason}"] = count
     broken = {path for path, (_, outcomes) in single.items() if outcomes[1]}
     if wrong := [path for path in manifests["check"] if path in broken]:
@@ -272,19 +273,23 @@ def malformed_run(folder: Path, least: int, seed: int) -> Figures:
     train = ["-m", "bestrq2.train", "--data", str(audio), "--runs", str(folder), "--name", "run", *settings]
     command("training", train, folder / "train.log")
     last = read_metrics(folder / "run")[-1]
+    scanned = reasons["scan"]
     text = (folder / "run" / "skipped.txt").read_text(errors="surrogateescape")
     reports = text.splitlines()
-    by_reason = {reason: int(last.get(f"skipped/{reason.replace(' ', '_')}") or 0) for reason in REASONS}
+    by_reason = Counter({r: count for r in REASONS if (count := int(last.get(f"skipped/{r.replace(' ', '_')}") or 0))})
     listed = Counter(next((r for r in REASONS if f": {r}" in line), "?") for line in reports)
-    if not len(reports) == int(last["skipped_files"]) == sum(by_reason.values()):
-        problems.append(f"skipped.txt has {len(reports)} lines, the log says {last['skipped_files']} = {by_reason}")
-    if {r: c for r, c in by_reason.items() if c} != dict(listed):
-        problems.append(f"reasons in skipped.txt {dict(listed)}, in the log {by_reason}")
-    failing = {line.split(f": {reason}")[0] for line in reports for reason in REASONS if f": {reason}" in line}
-    printable = {path: str(AudioError(path, "silent")).removesuffix(": silent") for path in manifests["scan"]}
-    failed = [path for path in manifests["scan"] if printable[path] in failing]
-    if len(failed) != len(failing):
-        problems.append(f"{len(failing)} files reported by training, {len(failed)} of them from the folder")
+    # Those of the scan at its start, then those met while training.
+    if int(last["skipped_files"]) != by_reason.total() or listed != by_reason + scanned:
+        problems.append(
+            f"skipped.txt lists {listed}, the log {last['skipped_files']} = {by_reason}, the scan {scanned}"
+        )
+    names = {line.split(f": {reason}")[0] for line in reports for reason in REASONS if f": {reason}" in line}
+    printable = {path: str(AudioError(path, "silent")).removesuffix(": silent") for path in inputs}
+    failed = [path for path in manifests["scan"] if printable[path] in names]
+    if unsaid := [path for path in inputs if path not in manifests["scan"] and printable[path] not in names]:
+        problems.append(f"training says nothing about {unsaid[:3]}")
+    if len(names) != len(inputs) - len(manifests["scan"]) + len(failed):
+        problems.append(f"skipped.txt names {len(names)} files, expected those the scan left out and {len(failed)}")
     if unexplained := [path for path in failed if not any(single[path][1])]:
         problems.append(f"training left out what can be decoded: {unexplained[:3]}")
     if silently := [path for path in manifests["scan"] if path not in failed and all(single[path][1][2:])]:
@@ -293,9 +298,7 @@ def malformed_run(folder: Path, least: int, seed: int) -> Figures:
         "training: samples of one epoch": steps * BATCH,
         "training: files used": len(manifests["scan"]) - len(failed),
         "training: files reported": len(failed),
-        "training: reports of skipped files": len(reports),
-        "crashes": 0,
-        "hangs": 0,
+        "training: skips of these files, each reported": by_reason.total(),
         "losses": len(problems),
     }
     for problem in problems:

@@ -4,8 +4,7 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,38 +26,45 @@ from .undisturbed import PLAIN, TINY, assert_equal_weights, assert_same, curve
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("plain")]
 
 
-@contextmanager
-def no_superuser():
-    """Permissions bind this process."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
+AS_A_USER = """
+import ctypes
+libc = ctypes.CDLL(None)
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+libc.capget(header, sets)
+sets[0] &= ~0b110  # not even the superuser may write what is read-only: CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+libc.capset(header, sets)
+from bestrq2.train import main
+for arguments in {commands}:
+    print("exit code", main(arguments), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are of Linux")
+def test_read_only_folder(half, nursery, tmp_path):
+    def state():
+        return sorted((str(path), path.lstat().st_mtime_ns) for path in half.rglob("*"))
+
+    folders = [path for path in [half.parent, half, *half.rglob("*")] if path.is_dir() and not path.is_symlink()]
+    files = [path for path in half.rglob("*") if path.is_file()]
+    log = tmp_path / "child.log"
+    log.touch()
+    for path in [*files, *folders]:
+        path.chmod(0o555)
+    before = state()
+    resume = ["--resume", str(half)]
+    commands = [resume, [*resume, "train.steps=12"], ["--runs", str(half.parent), "--name", "new", *TINY]]
     try:
-        yield
+        code, output = nursery.run(tmp_path, code=PLAIN + AS_A_USER.format(commands=commands))
     finally:
-        os.seteuid(0)
-
-
-def test_read_only_folder(half, capfd):
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
-        os.chmod(folder, 0o755)
-        run = Path(shutil.copytree(half, Path(folder) / "run", symlinks=True))
-        for path in [run, *run.rglob("*")]:
-            if not path.is_symlink():
-                path.chmod(0o555 if path.is_dir() else 0o444)
-        before = sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*") if not p.is_symlink())
-        with no_superuser():
-            assert main(["--resume", str(run)]) == 2
-            assert "the log cannot be written" in capfd.readouterr().err
-            assert main(["--resume", str(run), "train.steps=12"]) == 2
-            assert "config.yaml cannot be written" in capfd.readouterr().err
-            assert main(["--runs", folder, "--name", "new", *TINY]) == 2
-            assert "cannot make a run folder" in capfd.readouterr().err
-        assert sorted((str(p), p.stat().st_mtime_ns) for p in run.rglob("*") if not p.is_symlink()) == before
-        for path in [run, *run.rglob("*")]:
-            if path.is_dir() and not path.is_symlink():
-                path.chmod(0o755)
+        for path in folders:
+            path.chmod(0o755)
+    assert code == 0, output
+    assert output.count("exit code 2") == 3, output
+    for message in ("the log cannot be written", "config.yaml cannot be written", "cannot make a run folder"):
+        assert f"{message}" in output, output
+    assert "Permission denied" in output
+    assert "Traceback" not in output
+    assert state() == before
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "binary", "not a mapping"])

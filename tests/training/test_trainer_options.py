@@ -167,7 +167,7 @@ def test_validation_disturbs_nothing(tmp_path):
 
 def test_saves_by_time(tmp_path, monkeypatch):
     clock = time.monotonic
-    monkeypatch.setattr("bestrq2.training.saver.time.monotonic", lambda: clock() * 1e4)
+    monkeypatch.setattr("bestrq2.training.saver.time.monotonic", lambda: clock() * 1e6)
     assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, "train.save_every=1000", "train.keep_last=9"]) == 0
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 1
     assert (
