@@ -330,7 +330,7 @@ def ranks_run(folder: Path, kills: int, seed: int) -> Figures:
     done = losses = 0
     for turn in range(kills):
         goal = chance.randrange(STEPS * turn // kills + 2, STEPS * (turn + 1) // kills - 2)
-        done += kill_rank(life, run, goal, str(chance.randrange(2)))
+        done += kill_rank(life, run, goal, str(turn % 2))
     code = life.process.wait(PATIENCE)
     orphans = life.orphans()
     messages = [f"torchrun ended with {code}"] if code else list(differences(run, reference))

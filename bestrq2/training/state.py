@@ -110,7 +110,11 @@ class TrainingState:
         """Copy everything; None on all ranks but the first (a collective call)."""
         weights = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
         training = optimizer_tensors(self.model, self.optimizer)
-        training.update({f"usage.{name}": tensor for name, tensor in self.total_usage().state_dict().items()})
+        usage = self.total_usage().state_dict()
+        training.update({f"usage.{name}": tensor for name, tensor in usage.items()})
+        if self.ranks.size > 1:  # go on as a resumed run does, so that sums are rounded alike
+            first = self.ranks.is_first
+            self.usage.load_state_dict(usage if first else {name: t * 0 for name, t in usage.items()})
         average = None if self.average is None else self.average.tensors()
         skips = [round(count) for count in self.ranks.sum([self.skips[reason] for reason in REASONS])]
         if not self.ranks.is_first:
