@@ -205,9 +205,13 @@ def differences(run: Path, reference: Path) -> Iterator[str]:
                 a, b = getattr(first, name)(), getattr(second, name)()
                 if a.keys() != b.keys():
                     yield f"{folder}: {name} has other tensors"
-                for key in a.keys() & b.keys():
-                    if a[key].dtype != b[key].dtype or a[key].numpy().tobytes() != b[key].numpy().tobytes():
-                        yield f"{folder}: {name} differs in {key}"
+                other = [
+                    k
+                    for k in a
+                    if k in b and (a[k].dtype, a[k].numpy().tobytes()) != (b[k].dtype, b[k].numpy().tobytes())
+                ]
+                if other:
+                    yield f"{folder}: {name} differs in {len(other)} of {len(a)} tensors, first {other[0]}"
             extras = [{k: v for k, v in c.extra.items() if k != "elapsed_seconds"} for c in (first, second)]
             if extras[0] != extras[1]:
                 yield f"{folder}: counters {extras[0]}, expected {extras[1]}"
