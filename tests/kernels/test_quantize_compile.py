@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from bestrq2.kernels import tuning
+from bestrq2.kernels.quantize import CANDIDATES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from aot import ARCHITECTURES, SHARED_LIMIT, CompileCase, compile_for, spill_limit
@@ -69,11 +70,25 @@ def test_compiles_without_spills(file, key, config, architecture):
         assert report.matrix_instructions, "the search must run on the matrix units"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "config"),
+    # The number of stages hardly changes the registers.
+    [(key, config) for key, configs in CANDIDATES.items() for config in configs if config["num_stages"] == 3],
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
+def test_candidates_of_the_tuner_compile_without_spills(key, config):
+    report = compile_for(compile_case(config, "fp32", int(key.rpartition("/")[2]), True, True, True), 90)
+    assert report.spill_bytes == 0
+    assert report.shared_bytes <= SHARED_LIMIT[90]
+
+
 INTERPRETED = """
 import torch
 from untouched import spread
 from bestrq2 import ops
 from bestrq2.kernels import tuning
+from bestrq2.kernels.quantize import CANDIDATES
 
 def check(rows, features, dims, codes, books=1, offset=0.0, scale=1.0, dtype=torch.float32):
     g = torch.Generator().manual_seed(rows)
