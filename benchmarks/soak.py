@@ -14,6 +14,7 @@ import argparse
 import csv
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -76,15 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
         "malformed": lambda folder: malformed_run(folder, options.malformed, options.seed),
     }
     figures: dict[str, Figures] = {}
-    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
+    # Not TemporaryDirectory, whose exit handler the forked runs would inherit.
+    work = options.keep or Path(tempfile.mkdtemp(prefix="soak-"))
+    try:
         for case in options.only:
-            folder = (options.keep or Path(temporary)) / case
+            folder = work / case
             folder.mkdir(parents=True)
             start = time.monotonic()
             figures[case] = runs[case](folder)
             figures[case]["seconds"] = round(time.monotonic() - start)
             for name, value in figures[case].items():
-                print(f"{case:10} {name:45} {value}", flush=True)
+                print(f"{case:10} {name:50} {value}", flush=True)
+    finally:
+        if options.keep is None:
+            shutil.rmtree(work, ignore_errors=True)
     if options.save is not None:
         device = cpu_name().replace(" ", "_")
         name = f"soak-{device}_{environment(command)['date'][:10]}.csv"
