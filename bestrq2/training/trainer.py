@@ -80,6 +80,7 @@ class Trainer:
                 if isinstance(module, (Block, ConformerBlock)):
                     module.compile(dynamic=True)
         self.fingerprint = ranks.from_first(lambda: data_fingerprint(dataset))
+        self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
 
     def train(self) -> int:
@@ -277,8 +278,11 @@ class Trainer:
         if not self.evaluation.due(progress.step, last):
             return
         results = self.evaluation.run(progress.step, last, self.log)
-        progress.evaluated_step, progress.validation_loss = progress.step, self.evaluation.validation_loss
-        if self.log is not None and results and not self.log.has(progress.step, results):
+        progress.evaluated_step = progress.step
+        if self.evaluation.validation_loss is not None:
+            progress.validation_loss = self.evaluation.validation_loss
+        repeated = progress.step == self.first_step and self.log is not None and self.log.has(progress.step, results)
+        if self.log is not None and results and not repeated:
             self.log.write({"step": progress.step, **results})
         self.interval_start += time.perf_counter() - began  # throughput is that of training
 

@@ -5,6 +5,7 @@ the same settings, which use data workers, accumulation, a weight average and bf
 """
 
 import itertools
+import os
 import shutil
 import signal
 import time
@@ -283,3 +284,65 @@ def test_clock_jumps(tmp_path, whole, monkeypatch):
     elapsed = [float(row["elapsed_seconds"]) for row in read_metrics(tmp_path / "run")[1:]]
     assert elapsed == sorted(elapsed)
     assert 0 < elapsed[-1] < 600
+
+
+TWO_RANKS = """
+import os, socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0")
+if os.fork() == 0:
+    os.environ.update(RANK="1", LOCAL_RANK="1")
+from bestrq2.data import AudioError, dataset
+from bestrq2.training.trainer import Trainer
+done, count, load = [], Trainer._count, dataset.load_audio
+def counted(self, *arguments):
+    count(self, *arguments)
+    done.append(1)
+def failing(path, *arguments, **options):
+    if len(done) == 3 and os.environ["RANK"] == "1":
+        raise AudioError(path, "not readable", "the network drive is gone")
+    return load(path, *arguments, **options)
+Trainer._count, dataset.load_audio = counted, failing
+"""
+
+
+def test_data_fails_on_one_of_two_ranks(nursery, tmp_path):
+    """Both save and stop together, and say once what the failing one met."""
+    data = own_clips(tmp_path / "audio", 16)
+    options = ["--data", str(data), "train.save_every=100", "data.workers=0"]
+    code, output = nursery.run(tmp_path, [*begin(tmp_path), *options], PLAIN + TWO_RANKS)
+    assert code == 2, output
+    assert output.count("error: gave up on training sample") == 1
+    assert "the network drive is gone" in output
+    assert "Traceback" not in output
+    assert newest_intact(tmp_path / "run" / "checkpoints")[0].step == 4  # the batch of step 5 was the first to fail
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [str(step) for step in range(10)]
+
+
+def test_validation_left_out_by_a_stop_is_made_up(tmp_path, monkeypatch):
+    data = own_clips(tmp_path / "audio")
+    options = ["data.workers=0", f"validation.source={data}", "validation.every=3", "validation.clips=4"]
+    assert main([*begin(tmp_path / "calm"), *options]) == 0
+    real = Trainer._count
+
+    def count(self, *arguments):
+        real(self, *arguments)
+        if self.state.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_count", count)
+        assert main([*begin(tmp_path / "stopped"), *options]) == 128 + signal.SIGTERM
+    calm, stopped = tmp_path / "calm" / "run", tmp_path / "stopped" / "run"
+    assert [row["step"] for row in read_metrics(stopped)] == list("001233456")
+    again = Path(shutil.copytree(stopped, tmp_path / "again", symlinks=True))
+    monkeypatch.setattr(Trainer, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["--resume", str(again)]) == 130  # ended after the validation, before the next checkpoint
+    monkeypatch.undo()
+    for run in (stopped, again):
+        assert main(["--resume", str(run)]) == 0
+        assert curve(run) == curve(calm)
+        assert_equal_weights(run, calm)
