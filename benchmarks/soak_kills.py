@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what the first optimizer imports: the forked runs need not
 
 from bestrq2 import train
 from bestrq2.checkpoint import DISCARDED, WRITING, list_checkpoints, newest_intact, read_checkpoint

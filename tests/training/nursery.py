@@ -5,6 +5,7 @@ fork. A line is JSON: ``code`` (run first, to build a fault in), ``arguments`` o
 file for what the child prints). The answer is a line with the exit code, negative for a signal.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -39,10 +40,12 @@ class Nursery:
 
 def serve() -> None:
     import matplotlib.pyplot  # noqa: F401
+    import torch._dynamo
     import torch.utils.tensorboard  # noqa: F401
 
     import bestrq2.train
 
+    gc.freeze()  # or a collection in every child would copy all the memory
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()

@@ -15,8 +15,6 @@ from bestrq2.checkpoint import (
     save_checkpoint,
 )
 
-from .nursery import Nursery
-
 pytestmark = pytest.mark.fault
 
 VALUES = {4: 3.0, 8: 1.0, 12: 2.0}
@@ -89,12 +87,11 @@ while code == -9:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_kill_at_every_write(tmp_path, asynchronous):
+def test_kill_at_every_write(nursery, tmp_path, asynchronous):
     """Whatever call the kill comes before: the last finished checkpoint is there, and the rest ends the same."""
-    with Nursery() as nursery:
-        code, output = nursery.run(
-            tmp_path, code=KILLS.format(folder=str(tmp_path), values=VALUES, asynchronous=asynchronous)
-        )
+    code, output = nursery.run(
+        tmp_path, code=KILLS.format(folder=str(tmp_path), values=VALUES, asynchronous=asynchronous)
+    )
     assert code == 0, output
     words = [line.split() for line in output.splitlines()]
     killed = [int(number) for word, number, code in words if (word, code) == ("killed", "-9")]
