@@ -183,4 +183,11 @@ def seeded_model(config: Config) -> BestRQ2 | BestRQ:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Everything is written and closed. Taking the interpreter down would race with the threads of gloo, to which
+        # sharded models hold on: a run that had ended well was once aborted there (torch 2.13).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
