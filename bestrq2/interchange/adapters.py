@@ -1,6 +1,7 @@
 """Our ``encode`` on encoders of others: clips one by one or in groups that cannot change them, long ones in windows."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,7 +87,7 @@ def cut_windows(lengths: Sequence[int], hop: float, frames: int, context: int) -
     return windows
 
 
-class ForeignEncoder(nn.Module):
+class ForeignEncoder(nn.Module, ABC):
     """An encoder of others behind our interface, frozen and in evaluation mode.
 
     A subclass says how a group of clips goes through its model (:meth:`_run`). Clips shorter than ``min_samples`` are
@@ -118,9 +119,9 @@ class ForeignEncoder(nn.Module):
     def hop_samples(self) -> float:
         return self.hop_size_in_ms * self.sampling_rate / 1000
 
+    @abstractmethod
     def _run(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:
         """Waveforms ``(S,)`` that may go together -> features ``(L, T, D)`` of each."""
-        raise NotImplementedError
 
     def encode(
         self, waveform: Tensor, lengths: Tensor | None = None, layer: int | None = None

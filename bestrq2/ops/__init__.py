@@ -3,11 +3,11 @@
 from . import interop, reference
 from .chunk_layouts import ChunkLayout
 from .chunked_attention import chunked_attention
+from .chunked_attention_sinusoidal import chunked_attention_sinusoidal
 from .dispatch import BACKENDS, use_backend
 from .masked_cross_entropy import masked_cross_entropy
 from .native import available_backends
 from .quantize import check_codes, quantize
-from .sinusoidal_attention import chunked_attention_sinusoidal
 
 __all__ = [
     "BACKENDS",

@@ -163,7 +163,9 @@ class Trainer:
         total_count = sum(counts)
         if self.ranks.size > 1:
             total_count = int(self.ranks.sum([total_count])[0])
-        totals = StepTotals.of(batch, self.dataset.sampling_rate, waited, stop, self.ranks.is_first and self._overdue())
+        totals = StepTotals.of(
+            batch, self.dataset.sampling_rate, waited, stop, self.ranks.is_first and self.saver.overdue()
+        )
         losses: list[Tensor] = []
         found: list[tuple[Tensor, Tensor | None]] = []
         try:
@@ -196,9 +198,6 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch, totals)
         return totals
-
-    def _overdue(self) -> bool:
-        return self.saver.overdue()
 
     def _forward_backward(self, part: Batch, step: int, number: int, weight: float, last: bool) -> PretrainOutput:
         # Dropout and stochastic depth: a pure function of (seed, step, place), so that a resumed run repeats them.

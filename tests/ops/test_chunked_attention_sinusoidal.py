@@ -8,7 +8,7 @@ from torch import Tensor
 from bestrq2 import ops
 from bestrq2.layers.conformer_attention import relative_sinusoids
 from bestrq2.ops import ChunkLayout, chunked_attention_cpu
-from bestrq2.ops.sinusoidal_attention import fourier_series
+from bestrq2.ops.chunked_attention_sinusoidal import fourier_series
 
 WINDOWS = {
     "chunk 16, left 32": {"chunk_size": 16, "left_context": 32},
@@ -91,7 +91,7 @@ def test_streaming_far_into_a_recording():
     assert relative_error(out, by_table(**inputs, **options)) < 2e-7
     period, coefficients, _ = fourier_series(24, -7, 23)
     assert len(coefficients) % 2 == 1
-    from bestrq2.ops.sinusoidal_attention import _turns
+    from bestrq2.ops.chunked_attention_sinusoidal import _turns
 
     near, far = (_turns(torch.tensor([n]), period, 5, torch.float32) for n in (3, 3 + 10**6 * period))
     assert torch.equal(near[0], far[0])
