@@ -39,7 +39,7 @@ SHAPES = {
         "16384x768->8192x16",
     ),
 }
-QUICK_SHAPES = ("1024x768->8192", "512of1024x576->8192")
+QUICK_SHAPES = ("512of1024x576->8192",)
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
 RECOMPUTE = "bestrq2 recompute"
