@@ -11,7 +11,7 @@
 #include "chunked_attention.h"
 #include "isa.h"
 #include "masked_cross_entropy.h"
-#include "masked_cross_entropy_weight.h"
+#include "masked_cross_entropy_fused.h"
 #include "parallel.h"
 #include "quantize.h"
 #include "quantize_cuda.h"
@@ -155,20 +155,34 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("logits"), py::arg("bf16"), py::arg("rows"), py::arg("classes"), py::arg("index"),
       py::arg("targets"), py::arg("weights"), py::arg("scale"), py::arg("label_smoothing"), py::arg("z_loss"),
       py::arg("gradient"), py::arg("losses"), py::arg("correct"), py::arg("threads"));
-  m.def("has_weight_gradient", bestrq2::has_weight_gradient);
-  m.def(
-      "weight_gradient",
-      [](std::uintptr_t gradient, std::uintptr_t rows, std::int64_t count, std::int64_t classes, std::int64_t features,
-         bool overwrite, std::uintptr_t total, int threads) {
-        bestrq2::WeightGradient w{};
-        w.gradient = at<const std::uint16_t>(gradient), w.rows = at<const std::uint16_t>(rows);
-        w.count = count, w.classes = classes, w.features = features, w.overwrite = overwrite;
-        w.total = at<float>(total), w.threads = threads;
-        const py::gil_scoped_release release;
-        bestrq2::weight_gradient(w);
-      },
-      py::kw_only(), py::arg("gradient"), py::arg("rows"), py::arg("count"), py::arg("classes"), py::arg("features"),
-      py::arg("overwrite"), py::arg("total"), py::arg("threads"));
+  m.def("bf16_dot", [] {
+    const auto dot = bestrq2::best_dot();
+    return std::string(dot == bestrq2::Dot::amx ? "amx" : dot == bestrq2::Dot::avx512 ? "avx512_bf16" : "none");
+  });
+  m.def("limit_bf16_dot", [](const std::string& most) {
+    if (most != "amx" && most != "avx512_bf16" && most != "none")
+      throw std::invalid_argument("expected amx, avx512_bf16 or none, got " + most);
+    bestrq2::limit_dot(most == "amx"           ? bestrq2::Dot::amx
+                       : most == "avx512_bf16" ? bestrq2::Dot::avx512
+                                               : bestrq2::Dot::none);
+  });
+  m.def("masked_cross_entropy", [](const py::dict& d) {
+    const auto address = [&](const char* name) { return d[name].cast<std::uintptr_t>(); };
+    bestrq2::FusedCrossEntropy f{};
+    f.hidden = at<const void>(address("hidden")), f.hidden_bf16 = d["hidden_bf16"].cast<bool>();
+    f.weight = at<const void>(address("weight")), f.weight_bf16 = d["weight_bf16"].cast<bool>();
+    f.bias = at<const float>(address("bias"));
+    f.count = d["count"].cast<std::int64_t>(), f.classes = d["classes"].cast<std::int64_t>();
+    f.features = d["features"].cast<std::int64_t>(), f.chunk_rows = d["chunk_rows"].cast<std::int64_t>();
+    f.index = at<const std::int64_t>(address("index")), f.targets = at<const std::int64_t>(address("targets"));
+    f.weights = at<const float>(address("weights")), f.scale = d["scale"].cast<float>();
+    f.label_smoothing = d["label_smoothing"].cast<float>(), f.z_loss = d["z_loss"].cast<float>();
+    f.losses = at<float>(address("losses")), f.correct = at<float>(address("correct"));
+    f.grad_hidden = at<void>(address("grad_hidden")), f.grad_weight = at<void>(address("grad_weight"));
+    f.grad_bias = at<float>(address("grad_bias")), f.threads = d["threads"].cast<int>();
+    const py::gil_scoped_release release;
+    bestrq2::masked_cross_entropy_fused(f);
+  });
   m.def("chunked_attention_forward", [](const py::dict& arguments) {
     const auto a = chunked_attention(arguments);
     const py::gil_scoped_release release;

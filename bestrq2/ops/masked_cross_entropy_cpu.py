@@ -1,4 +1,5 @@
-"""CPU backend of ``masked_cross_entropy``: library matrix products over chunks of logits that stay in the cache.
+"""CPU backend of ``masked_cross_entropy``: our own kernels where the processor has the instructions for them
+(masked_cross_entropy_fused.py), else library matrix products over chunks of logits that stay in the cache.
 
 for each chunk of masked rows                       (rows, V) is the only thing of its size
     h      = hidden[rows]                           gathered here, in the compute dtype
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .masked_cross_entropy_fused import run_fused
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of logits kept at a time. Fewer cost time where the weight gradient is long; see kernels/README.md."""
@@ -66,6 +68,13 @@ def run_cpu(
         return losses, torch.zeros(()), factor, *grads
 
     targets = targets.contiguous()
+    if dtype == torch.bfloat16 and native.extension().bf16_dot() != "none":
+        grads = run_fused(
+            hidden, weight, bias, targets, index, weights, scale, label_smoothing, z_loss, wanted, losses, correct
+        )
+        accuracy = (correct.sum() if weights is None else torch.dot(correct, weights)) / total
+        return losses * factor if half else losses, accuracy, factor, *grads
+
     cast_weight = weight.to(dtype)
     cast_bias = None if bias is None else bias.to(dtype)
     # Rows that do not count get no product, so their gradient has to be there already.
@@ -130,9 +139,7 @@ class _WeightGradient:
     """Sum over chunks of ``logits.T @ h``, in fp32 whatever the dtype of the products.
 
     No CPU product of PyTorch takes bf16 and returns fp32, and rounding the product of every chunk to bf16 would lose
-    what the fp32 sum is for. Our own kernel (csrc/masked_cross_entropy_bf16.cpp) adds to the fp32 sum from its
-    registers; where the processor lacks the instructions, which is also where bf16 products are emulated, the operands
-    are converted.
+    what the fp32 sum is for. So bf16 operands are converted; a processor that gets here has no bf16 instructions.
     """
 
     def __init__(self, weight: Tensor, result: torch.dtype) -> None:
@@ -148,23 +155,8 @@ class _WeightGradient:
         if self.dtype == torch.float32:
             self.total.addmm_(logits.T, h)
             return
-        extension = native.extension()
-        own = extension.has_weight_gradient()
         if first:
-            self.total = torch.empty(self.shape) if own else torch.zeros(self.shape)
-        if own:
-            h = h.contiguous()
-            extension.weight_gradient(
-                gradient=logits.data_ptr(),
-                rows=h.data_ptr(),
-                count=logits.shape[0],
-                classes=self.shape[0],
-                features=self.shape[1],
-                overwrite=first,
-                total=self.total.data_ptr(),
-                threads=torch.get_num_threads(),
-            )
-            return
+            self.total = torch.zeros(self.shape)
         h = h.float()
         for begin in range(0, self.shape[0], CLASSES_PER_PRODUCT):
             part = slice(begin, begin + CLASSES_PER_PRODUCT)

@@ -184,16 +184,17 @@ def test_fp16_gradients_survive_many_rows(backend, device):
     torch.testing.assert_close(grad.double(), gold, rtol=2e-2, atol=2e-3 * gold.abs().max().item())
 
 
-@pytest.fixture(params=["avx512", "avx2"])
-def isa(request):
-    """With AVX-512 BF16 where there is one, and without."""
-    if native.extension_obstacle() is not None or not native.extension().force_isa(request.param):
-        pytest.skip("the C++ extension or this processor lacks it")
-    yield request.param
-    native.extension().force_isa("avx512_vnni") or native.extension().force_isa("avx512")
+@pytest.fixture
+def library_products():
+    """No bf16 instructions, so that the CPU backend uses library products."""
+    if native.extension_obstacle() is not None:
+        pytest.skip("needs the C++ extension")
+    native.extension().limit_bf16_dot("none")
+    yield
+    native.extension().limit_bf16_dot("amx")
 
 
-def test_bf16_weight_gradient_is_summed_in_fp32_over_chunks(isa, device, monkeypatch):
+def test_bf16_weight_gradient_is_summed_in_fp32_over_chunks(library_products, device, monkeypatch):
     """The fp32 gradient of 64 chunks: rounding the product of each to bf16 would show a hundredfold."""
     hidden, weight, targets, bias, *_ = make((1024,), 40, 203, device=device)
     monkeypatch.setattr(masked_cross_entropy_cpu, "CHUNK_BYTES", 1)
@@ -222,28 +223,6 @@ def test_bf16_weight_gradient_is_summed_in_fp32_over_chunks(isa, device, monkeyp
     print(f"{len(pieces)} chunks: error {error:.1e}, with every product rounded to bf16 {rounded:.1e}")
     assert len(pieces) == 64
     assert error < 1e-6 < rounded / 100
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("count", "classes", "features"), [(1, 1, 1), (2, 8, 16), (7, 130, 48), (65, 257, 49), (33, 300, 100)]
-)
-def test_weight_gradient_kernel(count, classes, features, threads):
-    """Odd shapes, both forms (add and overwrite), and the memory around the result."""
-    if native.extension_obstacle() is not None or not native.extension().has_weight_gradient():
-        pytest.skip("needs the C++ extension and AVX-512 BF16")
-    gradient, rows = torch.randn(count, classes).bfloat16(), torch.randn(count, features).bfloat16()
-    memory = torch.randn(classes + 2, features)
-    for overwrite in (False, True):
-        before = memory.clone()
-        native.extension().weight_gradient(
-            gradient=gradient.data_ptr(), rows=rows.data_ptr(), count=count, classes=classes, features=features,
-            overwrite=overwrite, total=memory[1:].data_ptr(), threads=threads,
-        )  # fmt: skip
-        gold = (0 if overwrite else before[1:-1].double()) + gradient.double().T @ rows.double()
-        torch.testing.assert_close(memory[1:-1].double(), gold, rtol=1e-5, atol=1e-5)
-        assert torch.equal(memory[0], before[0])
-        assert torch.equal(memory[-1], before[-1])
 
 
 def test_gradcheck_reference():

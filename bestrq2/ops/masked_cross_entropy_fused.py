@@ -1,0 +1,88 @@
+"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy_fused.cpp)."""
+
+import torch
+from torch import Tensor
+
+from . import native
+
+CHUNK_ROWS = 1024
+"""Rows of one chunk at most where gradients are wanted. Every further chunk reads and writes the weight gradient once
+more; every row of a chunk keeps its exponentials."""
+
+LOSS_CHUNK_ROWS = 4096
+"""The same where only losses are wanted: statistics of 32 classes at a time are all that is kept of a row."""
+
+ROWS_MULTIPLE = 32
+"""Rows of a panel of the kernels."""
+
+
+def chunk_rows(count: int, *, gradients: bool) -> int:
+    """Rows of one chunk: an even division of ``count`` into as few chunks as the limit allows, in whole panels."""
+    most = CHUNK_ROWS if gradients else LOSS_CHUNK_ROWS
+    chunks = max(1, -(-count // most))
+    return max(ROWS_MULTIPLE, -(-count // chunks // ROWS_MULTIPLE) * ROWS_MULTIPLE)
+
+
+def run_fused(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) contiguous
+    index: Tensor | None,  # (M,) the rows that count; None: all
+    weights: Tensor | None,  # (N,) fp32 contiguous, or None: 1 each
+    scale: float,
+    label_smoothing: float,
+    z_loss: float,
+    wanted: tuple[bool, bool, bool],
+    losses: Tensor,  # (N,) fp32, written where rows count
+    correct: Tensor,  # (N,) fp32, the same
+) -> list[Tensor]:
+    """The gradients that are wanted of hidden, weight and bias, in their dtypes; the others empty.
+
+    Operands in fp32 are rounded to bf16 on their way into the kernel, so autocast makes no copies of them.
+    """
+    rows, classes = (_kernel_dtype(x).contiguous() for x in (hidden, weight))
+    # Added in fp32, after rounding: a bias has the dtype of the products.
+    cast_bias = None if bias is None else bias.to(torch.bfloat16).to(torch.float32).contiguous()
+    count = len(rows) if index is None else len(index)
+    # Rows that do not count are not written.
+    grad_hidden = (torch.empty_like if index is None else torch.zeros_like)(rows) if wanted[0] else None
+    grad_weight = torch.empty_like(classes) if wanted[1] else None
+    grad_bias = torch.empty(len(classes)) if wanted[2] else None
+    native.extension().masked_cross_entropy(
+        {
+            "hidden": _address(rows),
+            "hidden_bf16": rows.dtype == torch.bfloat16,
+            "weight": _address(classes),
+            "weight_bf16": classes.dtype == torch.bfloat16,
+            "bias": _address(cast_bias),
+            "count": count,
+            "classes": classes.shape[0],
+            "features": classes.shape[1],
+            "index": _address(index),
+            "targets": _address(targets),
+            "weights": _address(weights),
+            "scale": scale,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "losses": _address(losses),
+            "correct": _address(correct),
+            "grad_hidden": _address(grad_hidden),
+            "grad_weight": _address(grad_weight),
+            "grad_bias": _address(grad_bias),
+            "chunk_rows": chunk_rows(count, gradients=any(wanted)),
+            "threads": torch.get_num_threads(),
+        }
+    )
+    sources = (hidden, weight, weight if bias is None else bias)
+    grads = (grad_hidden, grad_weight, grad_bias)
+    return [x.new_empty(0) if grad is None else grad.to(x.dtype) for x, grad in zip(sources, grads)]
+
+
+def _kernel_dtype(x: Tensor) -> Tensor:
+    """``x`` in a dtype that the kernel reads: its own, except fp16."""
+    return x.to(torch.bfloat16) if x.dtype == torch.float16 else x
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
