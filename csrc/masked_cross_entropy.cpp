@@ -11,7 +11,8 @@
 namespace bestrq2 {
 namespace {
 
-constexpr int64_t kRowsPerTask = 8;  // some hundred microseconds at 8192 classes
+constexpr int64_t kRowsPerTask = 8;            // some hundred microseconds at 8192 classes
+constexpr int64_t kLogitsPerThread = 1 << 15;  // some ten microseconds: less is not worth waking another thread
 
 SoftmaxGradientRows kernel() {
 #ifdef BESTRQ2_X86
@@ -25,7 +26,8 @@ SoftmaxGradientRows kernel() {
 
 void softmax_gradient(const SoftmaxGradient& chunk) {
   const SoftmaxGradientRows rows = kernel();
-  const int threads = std::max(chunk.threads, 1);
+  const int64_t enough = 1 + chunk.rows * chunk.classes / kLogitsPerThread;
+  const int threads = static_cast<int>(std::min<int64_t>(std::max(chunk.threads, 1), enough));
   std::vector<std::unique_ptr<float[]>> scratch(static_cast<size_t>(threads));
   for (auto& buffer : scratch) buffer.reset(new float[static_cast<size_t>(chunk.classes)]);
   const int64_t tasks = (chunk.rows + kRowsPerTask - 1) / kRowsPerTask;

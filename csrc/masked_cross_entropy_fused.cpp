@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #if defined(__linux__) && defined(__x86_64__)
@@ -38,9 +39,12 @@ using fused::kPanel;
 using fused::kStep;
 using fused::panels;
 
-constexpr int64_t kRowBlock = 16;  // panels of rows of the logits at a time: they stay in the L2 cache
-constexpr int64_t kRowPanels = 8;  // the same of the hidden gradient, whose fp32 blocks are twice as large
-constexpr int64_t kGroup = 32;     // least number of panels of classes between two passes over the rows
+constexpr int64_t kRowBlock = 16;            // panels of rows of the logits at a time: they stay in the L2 cache
+constexpr int64_t kRowPanels = 8;            // the same of the hidden gradient, whose fp32 blocks are twice as large
+constexpr int64_t kWorkPerThread = 1 << 24;  // products: less is not worth waking another thread several times
+constexpr int64_t kGroup = 16;               // least number of panels of classes between two passes over the rows
+constexpr int64_t kAhead = 2;                // groups of classes that may be computed before the rows of a group
+constexpr int64_t kSlots = kAhead + 2;       // groups whose transposed weight is kept
 
 // Whether the processor multiplies tiles of bf16 and the system lets this process keep tile registers.
 bool tiles_allowed() {
@@ -92,6 +96,54 @@ void sort_by_target(Chunk& c) {
   for (int64_t r = 0; r < c.rows; ++r) c.entries[next[static_cast<size_t>(panel(r))]++] = r;
 }
 
+// Passes over classes and passes over rows depend on each other group by group. A barrier after every pass would make
+// all threads wait whenever the system has taken one off its core; here a thread that is ahead goes on with the next
+// kAhead groups of classes before it waits.
+void gradients_and_rows(const Chunk& c, int threads, int64_t group, int64_t share, float* scratch,
+                        int64_t scratch_size) {
+  const FusedCrossEntropy& f = *c.call;
+  const int64_t rows = panels(c.rows), class_panels = panels(f.classes), feature_panels = panels(f.features);
+  const int64_t groups = (class_panels + group - 1) / group, class_tasks = (group + share - 1) / share;
+  const int64_t row_tasks =
+      f.grad_hidden == nullptr ? 0 : std::min(rows, std::max<int64_t>((rows + kRowPanels - 1) / kRowPanels, threads));
+  struct Item {
+    bool of_rows;
+    int64_t group, task;
+  };
+  std::vector<Item> items;  // each needs only items before it
+  for (int64_t g = 0; g < groups + kAhead; ++g) {
+    for (int64_t task = 0; g < groups && task < class_tasks; ++task) items.push_back({false, g, task});
+    for (int64_t task = 0; g >= kAhead && task < row_tasks; ++task) items.push_back({true, g - kAhead, task});
+  }
+  std::vector<std::atomic<int64_t>> classes_done(static_cast<size_t>(groups));    // tasks of each group
+  std::vector<std::atomic<int64_t>> groups_done(static_cast<size_t>(row_tasks));  // groups added to each block of rows
+  parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t number, int thread) {
+    const Item item = items[static_cast<size_t>(number)];
+    const int64_t begin = item.group * group, end = std::min(begin + group, class_panels);
+    float* own = scratch + thread * scratch_size;
+    Chunk part = c;
+    part.transposed += item.group % kSlots * group * feature_panels * kStep;
+    const auto wait_until = [](const std::atomic<int64_t>& counter, int64_t value) {
+      while (counter.load(std::memory_order_acquire) < value) std::this_thread::yield();
+    };
+    auto& classes = classes_done[static_cast<size_t>(item.group)];
+    if (item.of_rows) {
+      auto& added = groups_done[static_cast<size_t>(item.task)];
+      wait_until(classes, class_tasks);
+      wait_until(added, item.group);  // sums in the order of the groups
+      const int64_t first = rows * item.task / row_tasks, last = rows * (item.task + 1) / row_tasks;
+      fused::hidden_gradient(part, first, last, begin, end, item.group == groups - 1, own);
+      added.store(item.group + 1, std::memory_order_release);
+    } else {
+      for (const auto& added : groups_done) wait_until(added, item.group - kSlots + 1);  // its slot is free
+      const int64_t slot = item.task * share;
+      if (begin + slot < end)
+        fused::gradients(part, begin + slot, std::min(begin + slot + share, end), slot, end - begin, own);
+      classes.fetch_add(1, std::memory_order_acq_rel);
+    }
+  });
+}
+
 }  // namespace
 
 Dot best_dot() {
@@ -103,12 +155,13 @@ void limit_dot(Dot most) { most_dot() = most; }
 
 void masked_cross_entropy_fused(const FusedCrossEntropy& f) {
   if (best_dot() == Dot::none) throw std::runtime_error("masked_cross_entropy_fused needs AVX-512 BF16");
-  const int threads = std::max(f.threads, 1);
+  const int64_t enough = 1 + f.count * f.classes * f.features / kWorkPerThread;
+  const int threads = static_cast<int>(std::min<int64_t>(std::max(f.threads, 1), enough));
   const int64_t step = std::min(std::max<int64_t>(f.chunk_rows, 1), f.count);
   const int64_t row_panels = panels(step), class_panels = panels(f.classes), feature_panels = panels(f.features);
   // Larger groups give every thread work; the sums do not depend on them.
   const int64_t share = std::min(std::max<int64_t>(class_panels / (4 * threads), 1), kClassPanels);
-  const int64_t group = std::min(class_panels, std::max<int64_t>(kGroup, 2 * share * threads));
+  const int64_t group = std::min(class_panels, std::max<int64_t>(kGroup, share * threads));
 
   Chunk c{};
   c.call = &f, c.dot = best_dot();
@@ -120,7 +173,7 @@ void masked_cross_entropy_fused(const FusedCrossEntropy& f) {
   const auto row_stats = allocate<float>(fused::kRowStats * row_panels * kPanel);
   const auto entries = allocate<int64_t>(step);
   const auto bounds = allocate<int64_t>(class_panels + 1);
-  const auto transposed = allocate<uint16_t>(f.grad_hidden != nullptr ? 2 * group * feature_panels * kStep : 0);
+  const auto transposed = allocate<uint16_t>(f.grad_hidden != nullptr ? kSlots * group * feature_panels * kStep : 0);
   const auto grad_T = allocate<float>(f.grad_hidden != nullptr ? row_panels * feature_panels * kStep : 0);
   const bool several = f.count > step && f.grad_weight != nullptr;
   const auto total = allocate<float>(several && f.weight_bf16 ? f.classes * f.features : 0);
@@ -144,28 +197,7 @@ void masked_cross_entropy_fused(const FusedCrossEntropy& f) {
     });
     parallel_for(rows, threads, [&](int64_t p, int) { fused::losses(c, p); });
     if (!c.keep) continue;
-    // The rows of one group of classes and the classes of the next share a pass: fewer barriers, at each of which a
-    // thread that the system has taken off its core would keep the others waiting.
-    const int64_t groups = (class_panels + group - 1) / group;
-    const int64_t row_tasks =
-        f.grad_hidden == nullptr ? 0 : std::min(rows, std::max<int64_t>((rows + kRowPanels - 1) / kRowPanels, threads));
-    for (int64_t g = 0; g < groups + (row_tasks > 0 ? 1 : 0); ++g) {
-      const int64_t begin = g * group, end = std::min(begin + group, class_panels);
-      const int64_t class_tasks = g < groups ? (end - begin + share - 1) / share : 0;
-      parallel_for(class_tasks + (g > 0 ? row_tasks : 0), threads, [&](int64_t task, int thread) {
-        float* own = scratch.get() + thread * scratch_size;
-        Chunk part = c;
-        part.transposed += (task < class_tasks ? g : g - 1) % 2 * group * feature_panels * kStep;
-        if (task < class_tasks) {
-          const int64_t slot = task * share;
-          fused::gradients(part, begin + slot, std::min(begin + slot + share, end), slot, end - begin, own);
-        } else {
-          task -= class_tasks;
-          fused::hidden_gradient(part, rows * task / row_tasks, rows * (task + 1) / row_tasks, begin - group,
-                                 std::min(begin, class_panels), g == groups, own);
-        }
-      });
-    }
+    gradients_and_rows(c, threads, group, share, scratch.get(), scratch_size);
   }
 }
 
