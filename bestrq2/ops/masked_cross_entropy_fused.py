@@ -5,21 +5,20 @@ from torch import Tensor
 
 from . import native
 
-CHUNK_ROWS = 1024
-"""Rows of one chunk at most where gradients are wanted. Every further chunk reads and writes the weight gradient once
-more; every row of a chunk keeps its exponentials."""
+CHUNK_ROWS = 768
+"""Rows of one chunk at most, if there are several. Every chunk reads and writes the weight gradient once more, every
+row of a chunk keeps its exponentials: kernels/README.md has the measurement."""
 
-LOSS_CHUNK_ROWS = 4096
-"""The same where only losses are wanted: statistics of 32 classes at a time are all that is kept of a row."""
+SINGLE_CHUNK_ROWS = 1024
+"""So many rows are one chunk: a second one would need an fp32 sum of weight gradients that takes more memory."""
 
 ROWS_MULTIPLE = 32
 """Rows of a panel of the kernels."""
 
 
-def chunk_rows(count: int, *, gradients: bool) -> int:
-    """Rows of one chunk: an even division of ``count`` into as few chunks as the limit allows, in whole panels."""
-    most = CHUNK_ROWS if gradients else LOSS_CHUNK_ROWS
-    chunks = max(1, -(-count // most))
+def chunk_rows(count: int) -> int:
+    """Rows of one chunk: an even division of ``count`` into as few chunks as the limits allow, in whole panels."""
+    chunks = 1 if count <= SINGLE_CHUNK_ROWS else -(-count // CHUNK_ROWS)
     return max(ROWS_MULTIPLE, -(-count // chunks // ROWS_MULTIPLE) * ROWS_MULTIPLE)
 
 
@@ -70,7 +69,7 @@ def run_fused(
             "grad_hidden": _address(grad_hidden),
             "grad_weight": _address(grad_weight),
             "grad_bias": _address(grad_bias),
-            "chunk_rows": chunk_rows(count, gradients=any(wanted)),
+            "chunk_rows": chunk_rows(count),
             "threads": torch.get_num_threads(),
         }
     )

@@ -26,6 +26,7 @@ def dot(request):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(masked_cross_entropy_fused, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(masked_cross_entropy_fused, "SINGLE_CHUNK_ROWS", 64)
 
 
 def run(hidden, weight, targets, bias=None, **options):
@@ -104,7 +105,7 @@ def test_fp32_weight_gradient_is_summed_in_fp32_over_chunks(small_chunks, monkey
         return torch.autograd.grad(loss, leaves)
 
     several = gradients()
-    monkeypatch.setattr(masked_cross_entropy_fused, "CHUNK_ROWS", 1024)
+    monkeypatch.setattr(masked_cross_entropy_fused, "SINGLE_CHUNK_ROWS", 1024)
     for name, a, b in zip(("weight", "bias"), several, gradients()):
         assert a.dtype == torch.float32
         assert not torch.equal(a, a.bfloat16().float()), "the gradient was rounded to bf16"
@@ -177,11 +178,12 @@ def test_one_gradient_at_a_time(small_chunks, wanted):
             assert leaf.grad is None
 
 
-def test_no_memory_of_the_size_of_all_logits():
-    """Chunks of rows: twice the rows need no more scratch."""
-    assert masked_cross_entropy_fused.chunk_rows(1, gradients=True) == 32
-    for count in (1, 33, 1000, 1025, 4096, 10**6):
-        step = masked_cross_entropy_fused.chunk_rows(count, gradients=True)
+def test_chunks_are_even_and_bounded():
+    """Whatever the number of rows, no more of them than the limit have their exponentials in memory at once."""
+    assert masked_cross_entropy_fused.chunk_rows(1) == 32
+    assert masked_cross_entropy_fused.chunk_rows(1024) == 1024
+    for count in (1025, 2000, 4096, 10**6):
+        step = masked_cross_entropy_fused.chunk_rows(count)
         assert step % 32 == 0
         assert step <= masked_cross_entropy_fused.CHUNK_ROWS
         assert -(-count // step) == -(-count // masked_cross_entropy_fused.CHUNK_ROWS)
