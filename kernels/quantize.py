@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import load_configs
+from .aot import CompileCase
+from .tuning import all_configs, load_configs
 
 CANDIDATES = {
     f"quantize/{dims}": [
@@ -244,3 +245,40 @@ def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
             BD=padded_dims(dims), **config, enable_fp_fusion=True,
         )  # fmt: skip
     return out
+
+
+def compile_cases() -> list[CompileCase]:
+    """The kernel of every shipped configuration, ahead of time: with everything, bare, and bf16 rows with a mask."""
+    return [
+        compile_case(f"{file}-{key}", config, dtype, int(key.rpartition("/")[2]), layer_norm, select, ragged)
+        for file, configs in all_configs("quantize").items()
+        for key, config in configs.items()
+        for dtype, layer_norm, select, ragged in (
+            ("fp32", True, True, True),
+            ("fp32", False, False, False),
+            ("bf16", False, True, False),
+        )
+    ]
+
+
+def compile_case(
+    name: str, config: Mapping[str, Any], dtype: str, dims: int, layer_norm: bool, select: bool, ragged: bool
+) -> CompileCase:
+    """One kernel; sizes and strides divisible by 16, as those of a launch are with such D, d and V."""
+    flags = {"LAYER_NORM": layer_norm, "SELECT": select, "RAGGED": ragged}
+    constants = {name: value for name, value in config.items() if name not in ("num_warps", "num_stages")}
+    integers = ("x_row_stride", "projection_stride", "codebook_stride", "rows", "books", "D", "d", "V")
+    pointers = {"x_ptr": f"*{dtype}", "projection_ptr": "*fp32", "high_ptr": "*fp16", "low_ptr": "*fp16"}
+    return CompileCase(
+        "-".join([name, dtype, *(flag.lower() for flag, value in flags.items() if value)]),
+        quantize_kernel,
+        {
+            **pointers,
+            **dict.fromkeys(("selected_ptr", "count_ptr", "out_ptr"), "*i64"),
+            **dict.fromkeys(integers, "i32"),
+        },
+        {"x_feature_stride": 1, **flags, "BD": dims, **constants},
+        config["num_warps"],
+        config["num_stages"],
+        (*pointers, "x_row_stride", "projection_stride", "codebook_stride", "D", "d", "V"),
+    )

@@ -1,9 +1,15 @@
-"""Compile Triton kernels for GPUs that are not here, and read what the compiler and assembler say of them."""
+"""Compile Triton kernels for GPUs that are not here, and read what the compiler and assembler say of them.
+
+Each operation lists its kernels at every shipped configuration in ``compile_cases()``: in ``kernels/<op>.py``, or in
+``kernels/<op>/compile_cases.py``. The compile tests and ``benchmarks/compile_report.py`` read the same lists.
+"""
 
 import re
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,7 @@ def spill_limit() -> int:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One kernel at one shipped configuration. Each ``kernels/<op>`` module lists its own in ``compile_cases()``."""
+    """One kernel at one shipped configuration."""
 
     name: str
     kernel: Any
@@ -39,8 +45,18 @@ class Report:
     matrix_instructions: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Compiled:
+    report: Report
+    cubin: bytes
+
+
 def compile_for(case: CompileCase, architecture: int) -> Report:
     """Compile to a cubin for sm_<architecture> and return its resource use (no GPU needed)."""
+    return compile_cubin(case, architecture).report
+
+
+def compile_cubin(case: CompileCase, architecture: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -52,20 +68,32 @@ def compile_for(case: CompileCase, architecture: int) -> Report:
     source = ASTSource(case.kernel, signature, constexprs=case.constexprs, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    registers, stack, spilled = _resources(compiled.asm["cubin"], case.kernel.__name__)
-    ptx = compiled.asm["ptx"]
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _read_cubin(cubin, "cuobjdump", "-res-usage"))
+    assert usage, f"cuobjdump printed no resource usage of {case.kernel.__name__}"
+    registers, stack, local = (int(number) for number in usage.groups())
     instructions = tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx))))
-    return Report(registers, stack + spilled, compiled.metadata.shared, instructions)
+    return Compiled(Report(registers, stack + local, compiled.metadata.shared, instructions), cubin)
 
 
-def _resources(cubin: bytes, kernel_name: str) -> tuple[int, int, int]:
-    import triton
+def disassemble(cubin: bytes) -> str:
+    """The machine code (SASS) as text, branch targets as labels."""
+    return _read_cubin(cubin, "nvdisasm", "-c")
 
-    tool = next(Path(triton.__file__).parent.rglob("cuobjdump*"))
+
+def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    assert usage, f"no resource usage for {kernel_name} in: {text}"
-    return int(usage[1]), int(usage[2]), int(usage[3])
+        return subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def _tool(name: str) -> str:
+    """Path of a CUDA tool: Triton brings its own, else one on the PATH."""
+    import triton
+
+    found = next((str(path) for path in Path(triton.__file__).parent.rglob(f"{name}*")), None) or shutil.which(name)
+    if not found:
+        raise FileNotFoundError(f"{name} is neither in Triton's package nor on the PATH; the CUDA toolkit has it")
+    return found
