@@ -1,6 +1,6 @@
 """What a multiprocessor can hold and do, for arithmetic on machine code.
 
-Sources. Limits of a multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Rates:
+Sources. Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Rates:
 the same guide, "Throughput of Native Arithmetic Instructions", compute capability 9.0, results per clock and
 multiprocessor: fp32 add, multiply, FMA 128; compare, minimum, maximum 64; integer add, logic, shift 64; 32-bit integer
 multiply-add 64; conversions 64; exponential and other special functions 16; shuffles 32. A warp on one of the four

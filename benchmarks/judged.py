@@ -105,7 +105,7 @@ def _quantize(constants: Mapping[str, Any], num_warps: int) -> Judged:
         (
             _matrix_phase("search", fmas),
             Phase("projection", lambda loop: loop.counts.classes["fp32"] >= 64, lambda _: features / constants["BK"]),
-            Phase("rescoring", lambda loop: loop.innermost and loop.counts.read_bytes > 0, lambda _: 1.0),
+            Phase("rescoring", lambda loop: loop.innermost and loop.counts.read_bytes > 0, lambda _: 8.0),
         ),
         rows * (features * 4.0 + 8.0),
     )

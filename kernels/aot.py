@@ -35,6 +35,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     divisible_by_16: tuple[str, ...] = field(default=())  # pointers and sizes that the launcher specialises on
+    maxnreg: int | None = None  # registers that a thread may take at most
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def compile_cubin(case: CompileCase, architecture: int) -> Compiled:
     signature = {name: signature[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
     source = ASTSource(case.kernel, signature, constexprs=case.constexprs, attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg:
+        options["maxnreg"] = case.maxnreg
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _read_cubin(cubin, "cuobjdump", "-res-usage"))
