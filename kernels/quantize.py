@@ -26,34 +26,38 @@ from .tuning import all_configs, load_configs
 GROUP, STEP = tl.constexpr(8), tl.constexpr(8)  # 8 codes, 8 apart, share a running maximum
 FEW_ROWS = 65536  # rows x codebooks: below, tiles of fewer rows occupy the whole GPU
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a configuration; the rest are compile-time constants
+
+
+def _tile(rows: int, columns: int, warps: int, stages: int, peel: int) -> dict[str, Any]:
+    return {"BM": rows, "BN": columns, "BK": 16, "PEEL": peel, "num_warps": warps, "num_stages": stages}
+
+
 CANDIDATES = {
     "quantize/16": [
-        {"BM": rows, "BN": columns, "BK": 16, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
-        for rows, columns, warps, registers, all_stages in (
-            (256, 64, 8, 128, (3,)),
-            (256, 64, 8, None, (2, 3, 4)),
-            (128, 128, 8, 128, (2, 3, 4)),
-            (256, 128, 16, 128, (2, 3, 4)),
-            (128, 64, 4, None, (2, 3, 4)),
-            (128, 64, 8, None, (2, 3, 4)),
-            (64, 64, 4, None, (2, 3, 4)),
+        {**_tile(rows, columns, warps, stages, peel), "maxnreg": registers}
+        for rows, columns, warps, registers, peel, all_stages in (
+            (256, 64, 8, 128, 0, (3,)),
+            (256, 64, 8, 128, 1, (3,)),
+            (128, 128, 8, 128, 0, (2, 3, 4)),
+            (128, 128, 8, 128, 1, (2, 3, 4)),
+            (256, 128, 16, 128, 0, (2, 3)),
+            (256, 128, 16, 128, 1, (2, 3)),
+            (128, 64, 4, None, 0, (2, 3, 4)),
+            (128, 64, 8, None, 0, (2, 3, 4)),
+            (64, 64, 4, None, 0, (2, 3, 4)),
         )
         for stages in all_stages
     ],
     **{
-        f"quantize/{key}": [
-            {"BM": rows, "BN": columns, "BK": 16, "num_warps": warps, "num_stages": stages}
-            for rows, columns, warps in tiles
-            for stages in (2, 3, 4)
-        ]
-        for key, tiles in {
-            "16/few": ((64, 64, 4), (64, 128, 4), (64, 128, 8), (32, 64, 4), (32, 128, 8)),
-            "32": ((64, 64, 8), (128, 64, 8)),
-            "64": ((32, 64, 8), (64, 64, 8)),
-        }.items()
+        f"quantize/{key}": [_tile(*tile, stages, peel) for tile in tiles for stages in (2, 3, 4) for peel in peels]
+        for key, tiles, peels in (
+            ("16/few", ((64, 64, 4), (64, 128, 4), (64, 128, 8), (32, 64, 4), (32, 128, 8)), (0, 1)),
+            ("32", ((64, 64, 8), (128, 64, 8)), (0,)),
+            ("64", ((32, 64, 8), (64, 64, 8)), (0,)),
+        )
     },
 }
-"""What benchmarks/tune.py tries; none spills on sm_90 (those that do are left out)."""
+"""What benchmarks/tune.py tries; none spills inside its loops on sm_90, none more than 16 bytes."""
 
 
 @triton.jit
@@ -81,6 +85,17 @@ def _rescore(yh, yl, high_ptr, low_ptr, code, exists, o_d, BD: tl.constexpr):
 
 
 @triton.jit
+def _group_scores(yh, yl, tile, high_ptr, low_ptr, o_n, o_d, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """The largest score of each group of a tile of codes: [BM, BN // GROUP], reduced within registers."""
+    offset = (tile * BN + o_n).to(tl.int64)[None, :] * BD + o_d[:, None]  # [BD, BN]
+    ch = tl.load(high_ptr + offset)
+    cl = tl.load(low_ptr + offset)
+    score = tl.dot(yh, ch, tl.dot(yh, cl, tl.dot(yl, ch)))  # [BM, BN], small terms first
+    score = tl.max(tl.reshape(score, [BM, BN // (GROUP * STEP), GROUP, STEP]), axis=2)
+    return tl.reshape(score, [BM, BN // GROUP])
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr, x_row_stride, x_feature_stride,  # (rows, D)
     projection_ptr, projection_stride,  # (G or 1, D, d), fp32 contiguous
@@ -89,7 +104,7 @@ def quantize_kernel(
     out_ptr,  # (rows, G), int64
     rows, books, D, d, V,
     LAYER_NORM: tl.constexpr, SELECT: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     i_m = tl.program_id(0).to(tl.int64)
     i_g = tl.program_id(1).to(tl.int64)
@@ -145,13 +160,12 @@ def quantize_kernel(
     yl = (y - yh.to(tl.float32)).to(tl.float16)
     best = tl.full((BM, BN // GROUP), float("-inf"), tl.float32)
     best_tile = tl.zeros((BM, BN // GROUP), tl.int32)
-    for tile in range(0, V // BN):
-        offset = (tile * BN + o_n).to(tl.int64)[None, :] * BD + o_d[:, None]  # [BD, BN]
-        ch = tl.load(high_ptr + offset)
-        cl = tl.load(low_ptr + offset)
-        score = tl.dot(yh, ch, tl.dot(yh, cl, tl.dot(yl, ch)))  # [BM, BN], small terms first
-        score = tl.max(tl.reshape(score, [BM, BN // (GROUP * STEP), GROUP, STEP]), axis=2)  # in registers
-        score = tl.reshape(score, [BM, BN // GROUP])
+    if (
+        PEEL
+    ):  # with a second use outside the loop, Triton keeps yh and yl in registers instead of loading them every time
+        best = _group_scores(yh, yl, 0, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
+    for tile in range(PEEL, V // BN):
+        score = _group_scores(yh, yl, tile, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
         better = score > best
         best = tl.where(better, score, best)
         best_tile = tl.where(better, tile, best_tile)
