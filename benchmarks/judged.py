@@ -121,6 +121,8 @@ def _cross_entropy(kernel: str, constants: Mapping[str, Any], num_warps: int) ->
         def trips(counts: Counts) -> float:
             return 2.0 * classes / num_warps / counts.read_bytes
 
+        if constants["WHOLE"]:  # the row stays in registers: no loop
+            return Judged(f"{case}-gradient-whole", shape, unit, rows, num_warps, rows * classes, (), 0.0)
         phases: tuple[Phase, ...] = (
             Phase("gradient", lambda loop: bool(loop.counts.classes["stg"] and loop.counts.read_bytes), trips),
             Phase("statistics", lambda loop: loop.counts.classes["special"] > 0, trips),

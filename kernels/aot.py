@@ -18,7 +18,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def spill_limit() -> int:
-    """Bytes a thread may spill: none, except that Triton 3.6 assembles four of our cases with 16 to 32."""
+    """Bytes a thread may spill: none, except that Triton 3.6 assembles six of our cases with 8 to 16."""
     import triton
 
     return 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 32

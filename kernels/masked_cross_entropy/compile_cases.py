@@ -31,7 +31,9 @@ def candidate_cases() -> list[CompileCase]:
             tile = "-".join(str(value) for value in config.values())
             prefix = f"{key.partition('/')[0]}-{tile}-{'fp32' if key.endswith('/32') else 'bf16'}"
             cases = (case for case in _cases(tile, default | {key: config}) if case.name.startswith(prefix))
-            found.append(list(cases)[-1])  # the one with all options
+            whole = key.endswith("/whole")
+            matching = [case for case in cases if case.constexprs.get("WHOLE", whole) == whole]
+            found.append(matching[-1])  # the one with all options
     return found
 
 
@@ -40,8 +42,10 @@ def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
     for dtype in ("bf16", "fp16", "fp32"):
         rows = {"p_logits": f"*{dtype}", "start": "i32", "num_classes": "i32", **ROWS, **RESULTS, **OPTIONS}
         for index, weights in ((i, w) for i in FLAGS for w in FLAGS):
-            flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True}
-            yield _case(softmax_gradient_kernel, f"{file}-{dtype}", rows, flags, configs["softmax_gradient"])
+            for key, whole in (("softmax_gradient", False), ("softmax_gradient/whole", True)):
+                flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True, "WHOLE": whole}
+                if key in configs:
+                    yield _case(softmax_gradient_kernel, f"{file}-{dtype}", rows, flags, configs[key])
 
         bits = 32 if dtype == "fp32" else 16
         pointers = dict.fromkeys(("p_hidden", "p_weight", "p_logits", "p_dz", "p_out"), f"*{dtype}")
