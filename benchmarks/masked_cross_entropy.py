@@ -44,6 +44,7 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
 RECOMPUTE = "bestrq2 recompute"
 TUNING = {
+    "softmax_gradient": ("4096x768->32768", "bfloat16"),  # rows that fit no block; the others take .../whole
     **{f"{kernel}/16": (_HALF, "bfloat16") for kernel in ("logits", "hidden_gradient", "weight_gradient")},
     **{f"{kernel}/32": (_MASKED, "float32") for kernel in ("logits", "hidden_gradient", "weight_gradient")},
     "loss/16": (_JUDGED, "bfloat16", RECOMPUTE),

@@ -19,6 +19,7 @@ OP = "quantize"
 BASELINE = "published eager"
 
 _JUDGED = "16384x256->16x8192"
+_MANY_ROWS = "1000000x256->16x8192"
 _SPEECHBRAIN = "4096x320->16x8192"  # 80 mels x 4 frames
 _NEMO = "2048x640->16x8192"  # 80 mels x 8 frames, one codebook
 _MANY_BOOKS = "2048x256->16x8192x16"
@@ -29,8 +30,15 @@ _SMALL = "128x256->16x8192"  # one 10 s clip of 2.0
 
 SHAPES = {
     "cpu": (_JUDGED, _SPEECHBRAIN, _NEMO, _MANY_BOOKS, _USM, _NEMO_BOOKS, _SMALL_CODEBOOK, _SMALL),
-    "cuda": (_JUDGED, _SPEECHBRAIN, _NEMO, "16384x256->16x8192x16", _SMALL, "1000000x256->16x8192"),
+    "cuda": (_JUDGED, _SPEECHBRAIN, _NEMO, "16384x256->16x8192x16", _SMALL, _MANY_ROWS),
 }
+TUNING = {
+    "quantize/16": (_MANY_ROWS, "float32"),
+    "quantize/16/few": (_JUDGED, "float32"),
+    "quantize/32": ("16384x256->32x8192", "float32"),
+    "quantize/64": ("16384x256->64x8192", "float32"),
+}
+"""Where a configuration is tuned: shape and dtype."""
 QUICK_SHAPES = ("2048x256->16x8192", _SMALL)
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 

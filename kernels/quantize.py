@@ -6,9 +6,10 @@ Each program takes BM rows and one codebook.
    (raw decibels share an offset of several deviations, which cancels here). Layer norm needs only the mean: the
    variance scales y, and no scale of y changes the argmax. y is then scaled by a power of two.
 2. Search: y = yh + yl and c = ch + cl in fp16, scores yl.ch + yh.cl + yh.ch in fp32 (22 bits of every factor). Codes
-   pass in pairs of tiles of BN. Lane (row, column) keeps the largest score it has seen and the number of that pair:
-   two operations a score, no reduction across lanes inside the loop.
-3. Winner: the lanes that hold the row's maximum; which tile of the pair it was is settled by scoring both codes again.
+   pass in tiles of BN. GROUP codes of a tile, STEP apart, lie in the registers of one thread and share a lane: it keeps
+   the largest score it has seen and the number of that tile. That is 1.25 operations a score, without exchange between
+   threads. The groups do not depend on the tile, so neither do the codes.
+3. Winner: the lanes that hold the row's maximum; which code of the group it was is settled by scoring all again.
 """
 
 from collections.abc import Mapping
@@ -19,21 +20,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import load_configs
+from .aot import CompileCase
+from .tuning import all_configs, load_configs
+
+GROUP, STEP = tl.constexpr(8), tl.constexpr(8)  # 8 codes, 8 apart, share a running maximum
+FEW_ROWS = 65536  # rows x codebooks: below, tiles of fewer rows occupy the whole GPU
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a configuration; the rest are compile-time constants
+
+
+def _tile(rows: int, columns: int, warps: int, stages: int, peel: int) -> dict[str, Any]:
+    return {"BM": rows, "BN": columns, "BK": 16, "PEEL": peel, "num_warps": warps, "num_stages": stages}
+
 
 CANDIDATES = {
-    f"quantize/{dims}": [
-        {"BM": rows, "BN": columns, "BK": 16, "num_warps": warps, "num_stages": stages}
-        for rows, columns, warps in tiles
-        for stages in (2, 3, 4)
-    ]
-    for dims, tiles in {
-        16: ((64, 64, 4), (128, 32, 4), (128, 64, 8), (64, 128, 8), (256, 32, 8)),
-        32: ((64, 32, 8), (128, 32, 8)),
-        64: ((32, 32, 8), (32, 64, 8)),
-    }.items()
+    "quantize/16": [
+        {**_tile(rows, columns, warps, stages, peel), "maxnreg": registers}
+        for rows, columns, warps, registers, peel, all_stages in (
+            (256, 64, 8, 128, 0, (3,)),
+            (256, 64, 8, 128, 1, (3,)),
+            (128, 128, 8, 128, 0, (2, 3, 4)),
+            (128, 128, 8, 128, 1, (2, 3, 4)),
+            (256, 128, 16, 128, 0, (2, 3)),
+            (256, 128, 16, 128, 1, (2, 3)),
+            (128, 64, 4, None, 0, (2, 3, 4)),
+            (128, 64, 8, None, 0, (2, 3, 4)),
+            (64, 64, 4, None, 0, (2, 3, 4)),
+        )
+        for stages in all_stages
+    ],
+    **{
+        f"quantize/{key}": [_tile(*tile, stages, peel) for tile in tiles for stages in (2, 3, 4) for peel in peels]
+        for key, tiles, peels in (
+            ("16/few", ((64, 64, 4), (64, 128, 4), (64, 128, 8), (32, 64, 4), (32, 128, 8)), (0, 1)),
+            ("32", ((64, 64, 8), (128, 64, 8)), (0,)),
+            ("64", ((32, 64, 8), (64, 64, 8)), (0,)),
+        )
+    },
 }
-"""What benchmarks/tune.py tries; none spills on sm_80, sm_90 or sm_100 (rows, codes and warps that do are left out)."""
+"""What benchmarks/tune.py tries; none spills inside its loops on sm_90, none more than 16 bytes."""
 
 
 @triton.jit
@@ -61,44 +85,14 @@ def _rescore(yh, yl, high_ptr, low_ptr, code, exists, o_d, BD: tl.constexpr):
 
 
 @triton.jit
-def _pair(
-    yh,
-    yl,
-    best,
-    best_pair,
-    pair,
-    high_ptr,
-    low_ptr,
-    V,
-    o_n,
-    o_d,
-    RAGGED: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """One step of the running maximum: two tiles of codes."""
-    first = pair * (2 * BN) + o_n
-    second = first + BN
-    p_first = first.to(tl.int64)[None, :] * BD + o_d[:, None]  # [BD, BN]
-    p_second = second.to(tl.int64)[None, :] * BD + o_d[:, None]
-    if RAGGED:
-        ch = tl.load(high_ptr + p_first, mask=(first < V)[None, :], other=0.0)
-        cl = tl.load(low_ptr + p_first, mask=(first < V)[None, :], other=0.0)
-        dh = tl.load(high_ptr + p_second, mask=(second < V)[None, :], other=0.0)
-        dl = tl.load(low_ptr + p_second, mask=(second < V)[None, :], other=0.0)
-    else:
-        ch = tl.load(high_ptr + p_first)
-        cl = tl.load(low_ptr + p_first)
-        dh = tl.load(high_ptr + p_second)
-        dl = tl.load(low_ptr + p_second)
+def _group_scores(yh, yl, tile, high_ptr, low_ptr, o_n, o_d, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """The largest score of each group of a tile of codes: [BM, BN // GROUP], reduced within registers."""
+    offset = (tile * BN + o_n).to(tl.int64)[None, :] * BD + o_d[:, None]  # [BD, BN]
+    ch = tl.load(high_ptr + offset)
+    cl = tl.load(low_ptr + offset)
     score = tl.dot(yh, ch, tl.dot(yh, cl, tl.dot(yl, ch)))  # [BM, BN], small terms first
-    other = tl.dot(yh, dh, tl.dot(yh, dl, tl.dot(yl, dh)))
-    if RAGGED:
-        score = tl.where((first < V)[None, :], score, float("-inf"))
-        other = tl.where((second < V)[None, :], other, float("-inf"))
-    score = tl.maximum(score, other)
-    better = score > best
-    return tl.where(better, score, best), tl.where(better, pair, best_pair)
+    score = tl.max(tl.reshape(score, [BM, BN // (GROUP * STEP), GROUP, STEP]), axis=2)
+    return tl.reshape(score, [BM, BN // GROUP])
 
 
 @triton.jit
@@ -109,8 +103,8 @@ def quantize_kernel(
     selected_ptr, count_ptr,  # row numbers, how many of them; unused without SELECT
     out_ptr,  # (rows, G), int64
     rows, books, D, d, V,
-    LAYER_NORM: tl.constexpr, SELECT: tl.constexpr, RAGGED: tl.constexpr,
-    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    LAYER_NORM: tl.constexpr, SELECT: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     i_m = tl.program_id(0).to(tl.int64)
     i_g = tl.program_id(1).to(tl.int64)
@@ -137,15 +131,11 @@ def quantize_kernel(
         shift, mean = _centre(x_ptrs, x_feature_stride, D, valid, BM, BK)
     y = tl.zeros((BM, BD), tl.float32)
     lost = tl.zeros((BM, BD), tl.float32)
-    bad = tl.zeros((BM,), tl.int32)
     for k in range(0, D, BK):
         o_k = k + tl.arange(0, BK)
         inside = valid[:, None] & (o_k < D)[None, :]
         x = tl.load(x_ptrs[:, None] + o_k.to(tl.int64)[None, :] * x_feature_stride, mask=inside, other=0.0)
         x = x.to(tl.float32)  # [BM, BK]
-        finite = tl.abs(x) < float("inf")  # false for NaN
-        bad += tl.sum((~finite).to(tl.int32), axis=1)
-        x = tl.where(finite, x, 0.0)
         if LAYER_NORM:
             x = tl.where(inside, (x - shift[:, None]) - mean[:, None], 0.0)
         p = tl.load(
@@ -157,7 +147,8 @@ def quantize_kernel(
         lost += (y - (total - taken)) + (part - taken)  # exact error of the sum (Knuth)
         y = total
     y += lost
-    bad += tl.sum((~(tl.abs(y) < float("inf"))).to(tl.int32), axis=1)
+    # NaN and infinity in x reach y, whatever the projection: infinity times zero is NaN.
+    bad = tl.sum((~(tl.abs(y) < float("inf"))).to(tl.int32), axis=1)
     y = tl.where((bad > 0)[:, None], 0.0, y)
     # Scale by a power of two, so that the largest is in [1, 4): inverting the exponent bits is exact.
     exponent = tl.max(tl.abs(y), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
@@ -167,38 +158,50 @@ def quantize_kernel(
     # 2. search
     yh = y.to(tl.float16)
     yl = (y - yh.to(tl.float32)).to(tl.float16)
-    best = tl.full((BM, BN), float("-inf"), tl.float32)
-    best_pair = tl.zeros((BM, BN), tl.int32)
-    pairs = V // (2 * BN)
-    for pair in range(0, pairs):
-        best, best_pair = _pair(yh, yl, best, best_pair, pair, high_ptr, low_ptr, V, o_n, o_d, False, BD, BN)
-    if RAGGED:
-        best, best_pair = _pair(yh, yl, best, best_pair, pairs, high_ptr, low_ptr, V, o_n, o_d, True, BD, BN)
+    best = tl.full((BM, BN // GROUP), float("-inf"), tl.float32)
+    best_tile = tl.zeros((BM, BN // GROUP), tl.int32)
+    if (
+        PEEL
+    ):  # with a second use outside the loop, Triton keeps yh and yl in registers instead of loading them every time
+        best = _group_scores(yh, yl, 0, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
+    for tile in range(PEEL, V // BN):
+        score = _group_scores(yh, yl, tile, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
+        better = score > best
+        best = tl.where(better, score, best)
+        best_tile = tl.where(better, tile, best_tile)
 
-    # 3. winner: the lowest pair that holds the maximum, then the lowest code of that pair
+    # 3. winner: the lowest tile that holds the maximum, then the lowest code of that tile
+    o_w = tl.arange(0, BN // GROUP)
     open_lanes = best == tl.max(best, axis=1)[:, None]
-    winner_pair = tl.min(tl.where(open_lanes, best_pair, 2147483647), axis=1)
-    open_lanes = open_lanes & (best_pair == winner_pair[:, None])
+    winner_tile = tl.min(tl.where(open_lanes, best_tile, 2147483647), axis=1)
+    open_lanes = open_lanes & (best_tile == winner_tile[:, None])
     code = tl.full((BM,), 2147483647, tl.int32)
     while tl.max(tl.max(open_lanes.to(tl.int32), axis=1), axis=0) > 0:  # twice only where codes tie
-        column = tl.min(tl.where(open_lanes, o_n[None, :], BN), axis=1)
+        column = tl.min(tl.where(open_lanes, o_w[None, :], BN), axis=1)
         found = column < BN
-        first = winner_pair * (2 * BN) + column
-        second = first + BN
-        score = _rescore(yh, yl, high_ptr, low_ptr, first, found & (first < V), o_d, BD)
-        other = _rescore(yh, yl, high_ptr, low_ptr, second, found & (second < V), o_d, BD)
-        done = found & (score >= other)
-        code = tl.where(found, tl.minimum(code, tl.where(done, first, second)), code)
-        open_lanes = open_lanes & (o_n[None, :] > column[:, None]) & (~done)[:, None]
+        first = winner_tile * BN + column // STEP * (GROUP * STEP) + column % STEP
+        top = tl.full((BM,), float("-inf"), tl.float32)
+        chosen = first
+        for member in range(0, GROUP):
+            candidate = first + member * STEP
+            score = _rescore(yh, yl, high_ptr, low_ptr, candidate, found, o_d, BD)
+            chosen = tl.where(score > top, candidate, chosen)
+            top = tl.maximum(score, top)
+        code = tl.where(found, tl.minimum(code, chosen), code)
+        open_lanes = open_lanes & (o_w[None, :] > column[:, None]) & (chosen != first)[:, None]
     tl.store(out_ptr + o_m * books + i_g, tl.where(bad > 0, -1, code).to(tl.int64), mask=valid)
 
 
-def split_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Return fp16 ``high`` and ``low`` (G, V, BD) with codebook * 2^n = high + low to 22 bits, zero padded to BD.
+def split_codebook(codebook: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Return fp16 ``high`` and ``low`` (G, codes, BD) with codebook * 2^n = high + low to 22 bits, zero padded to BD.
 
-    The power of two keeps both in the range of fp16 and does not change the argmax.
+    The power of two keeps both in the range of fp16 and does not change the argmax. The codes are filled up to a
+    multiple with copies of code 0, which never win: of equal scores the lowest code does.
     """
     codebook = codebook.float()
+    missing = -codebook.shape[-2] % multiple
+    if missing:
+        codebook = torch.cat([codebook, codebook[:, :1].expand(-1, missing, -1)], dim=1)
     _, exponent = torch.frexp(codebook.abs().amax(dim=(-2, -1), keepdim=True))
     scaled = torch.ldexp(codebook, -exponent)
     scaled = torch.nn.functional.pad(scaled, (0, padded_dims(codebook.shape[-1]) - codebook.shape[-1]))
@@ -210,18 +213,19 @@ def padded_dims(dims: int) -> int:
     return max(16, triton.next_power_of_2(dims))
 
 
-def config_for(configs: Mapping[str, Any], dims: int) -> dict[str, Any]:
-    """The configuration of a launch, by the padded number of dimensions of a code."""
-    return dict(configs[f"quantize/{padded_dims(dims)}"])
+def config_for(configs: Mapping[str, Any], dims: int, rows: int) -> dict[str, Any]:
+    """The configuration of a launch: by the padded number of dimensions of a code, and for few rows its own.
+
+    Both have the same BN and GROUP, so that a row's code does not depend on the number of rows.
+    """
+    key = f"quantize/{padded_dims(dims)}"
+    return dict(configs.get(f"{key}/few", configs[key]) if rows < FEW_ROWS else configs[key])
 
 
 def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, layer_norm: bool) -> Tensor:
     """Codes (rows, G) of ``x`` (rows, D); projection (G or 1, D, d), codebook (G or 1, V, d), mask (rows,) or None."""
     rows, features = x.shape
-    dims, codes = codebook.shape[-1], codebook.shape[-2]
     books = max(projection.shape[0], codebook.shape[0])
-    projection = projection.float().contiguous()
-    high, low = split_codebook(codebook)
     if mask is None:
         out = torch.empty(rows, books, dtype=torch.int64, device=x.device)
         selected = count = out
@@ -232,15 +236,51 @@ def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
     if rows == 0:
         return out
     name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else None
-    config = config_for(load_configs("quantize", name), dims)
+    dims = codebook.shape[-1]
+    config = config_for(load_configs("quantize", name), dims, rows * books)
+    projection = projection.float().contiguous()
+    high, low = split_codebook(codebook, config["BN"])
     grid = (triton.cdiv(rows, config["BM"]), books)
     with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
         quantize_kernel[grid](
             x, x.stride(0), x.stride(1),
             projection, 0 if projection.shape[0] == 1 else projection.stride(0),
             high, low, 0 if high.shape[0] == 1 else high.stride(0),
-            selected, count, out, rows, books, features, dims, codes,
-            LAYER_NORM=layer_norm, SELECT=mask is not None, RAGGED=codes % (2 * config["BN"]) != 0,
-            BD=padded_dims(dims), **config, enable_fp_fusion=True,
+            selected, count, out, rows, books, features, dims, high.shape[1],
+            LAYER_NORM=layer_norm, SELECT=mask is not None, BD=padded_dims(dims), **config, enable_fp_fusion=True,
         )  # fmt: skip
     return out
+
+
+def compile_cases() -> list[CompileCase]:
+    """The kernel of every shipped configuration, ahead of time: with everything, bare, and bf16 rows with a mask."""
+    return [
+        compile_case(f"{file}-{key}", config, dtype, int(key.split("/")[1]), layer_norm, select)
+        for file, configs in all_configs("quantize").items()
+        for key, config in configs.items()
+        for dtype, layer_norm, select in (("fp32", True, True), ("fp32", False, False), ("bf16", False, True))
+    ]
+
+
+def compile_case(
+    name: str, config: Mapping[str, Any], dtype: str, dims: int, layer_norm: bool, select: bool
+) -> CompileCase:
+    """One kernel; sizes and strides divisible by 16, as those of a launch are with such D, d and V."""
+    flags = {"LAYER_NORM": layer_norm, "SELECT": select}
+    constants = {name: value for name, value in config.items() if name not in LAUNCH_OPTIONS}
+    integers = ("x_row_stride", "projection_stride", "codebook_stride", "rows", "books", "D", "d", "V")
+    pointers = {"x_ptr": f"*{dtype}", "projection_ptr": "*fp32", "high_ptr": "*fp16", "low_ptr": "*fp16"}
+    return CompileCase(
+        "-".join([name, dtype, *(flag.lower() for flag, value in flags.items() if value)]),
+        quantize_kernel,
+        {
+            **pointers,
+            **dict.fromkeys(("selected_ptr", "count_ptr", "out_ptr"), "*i64"),
+            **dict.fromkeys(integers, "i32"),
+        },
+        {"x_feature_stride": 1, **flags, "BD": dims, **constants},
+        config["num_warps"],
+        config["num_stages"],
+        (*pointers, "x_row_stride", "projection_stride", "codebook_stride", "D", "d", "V"),
+        config.get("maxnreg"),
+    )

@@ -1,8 +1,9 @@
-"""Every kernel variant of every shipped configuration, as arguments of an ahead-of-time compilation."""
+"""Every kernel variant of every shipped configuration, for an ahead-of-time compilation."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from ..aot import CompileCase
 from ..tuning import all_configs
 from . import CANDIDATES
 from .launch import MERGE_ROWS, OP, precision
@@ -18,29 +19,33 @@ RESULTS = {"p_losses": "*fp32", "p_correct": "*fp32"}
 PARTS = {"p_parts": "*fp32", "p_first": "*i32"}
 
 
-def compile_cases() -> list[dict[str, Any]]:
+def compile_cases() -> list[CompileCase]:
     return [case for file, configs in all_configs(OP).items() for case in _cases(file, configs)]
 
 
-def candidate_cases() -> list[dict[str, Any]]:
+def candidate_cases() -> list[CompileCase]:
     """Every candidate of benchmarks/tune.py, in the variant of its kernel that takes most registers."""
     default, found = all_configs(OP)["default.json"], []
     for key, configs in CANDIDATES.items():
         for config in configs if key != "chunk" else ():
             tile = "-".join(str(value) for value in config.values())
             prefix = f"{key.partition('/')[0]}-{tile}-{'fp32' if key.endswith('/32') else 'bf16'}"
-            cases = (case for case in _cases(tile, default | {key: config}) if case["name"].startswith(prefix))
-            found.append(list(cases)[-1])  # the one with all options
+            cases = (case for case in _cases(tile, default | {key: config}) if case.name.startswith(prefix))
+            whole = key.endswith("/whole")
+            matching = [case for case in cases if case.constexprs.get("WHOLE", whole) == whole]
+            found.append(matching[-1])  # the one with all options
     return found
 
 
-def _cases(file: str, configs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
     flags: dict[str, Any]
     for dtype in ("bf16", "fp16", "fp32"):
         rows = {"p_logits": f"*{dtype}", "start": "i32", "num_classes": "i32", **ROWS, **RESULTS, **OPTIONS}
         for index, weights in ((i, w) for i in FLAGS for w in FLAGS):
-            flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True}
-            yield _case(softmax_gradient_kernel, f"{file}-{dtype}", rows, flags, configs["softmax_gradient"])
+            for key, whole in (("softmax_gradient", False), ("softmax_gradient/whole", True)):
+                flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True, "WHOLE": whole}
+                if key in configs:
+                    yield _case(softmax_gradient_kernel, f"{file}-{dtype}", rows, flags, configs[key])
 
         bits = 32 if dtype == "fp32" else 16
         pointers = dict.fromkeys(("p_hidden", "p_weight", "p_logits", "p_dz", "p_out"), f"*{dtype}")
@@ -73,21 +78,17 @@ def _cases(file: str, configs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _case(merge_kernel, file, merge, flags, {"BM": MERGE_ROWS, "num_warps": 4, "num_stages": 3})
 
 
-def _case(
-    kernel: Any, name: str, types: dict[str, str], flags: dict[str, Any], config: dict[str, Any]
-) -> dict[str, Any]:
+def _case(kernel: Any, name: str, types: dict[str, str], flags: dict[str, Any], config: dict[str, Any]) -> CompileCase:
     constants = {key: value for key, value in {**flags, **config}.items() if key not in ("num_warps", "num_stages")}
     signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
     set_flags = [key.lower() for key, value in flags.items() if value is True]
     aligned = ("p_", "row_stride", "D", "V", "num_classes", "chunk", "share")
-    return {
-        "name": "-".join([kernel.__name__.removesuffix("_kernel"), name, *set_flags]),
-        "kernel": kernel,
-        "signature": signature,
-        "constexprs": constants,
-        "num_warps": config["num_warps"],
-        "num_stages": config["num_stages"],
-        "divisible_by_16": tuple(
-            argument for argument in signature if argument.startswith(aligned) and argument != "p_count"
-        ),
-    }
+    return CompileCase(
+        "-".join([kernel.__name__.removesuffix("_kernel"), name, *set_flags]),
+        kernel,
+        signature,
+        constants,
+        config["num_warps"],
+        config["num_stages"],
+        tuple(argument for argument in signature if argument.startswith(aligned) and argument != "p_count"),
+    )

@@ -18,6 +18,7 @@ The order of all sums is fixed; there are no atomics.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -86,13 +87,21 @@ def rows_that_count(row_weights: Tensor) -> tuple[Tensor, Tensor]:
     return torch.argsort(selected, descending=True, stable=True), selected.sum()
 
 
+def softmax_config(configs: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """The block of a row of logits: as large as the row where registers hold it, else one that passes over it."""
+    whole = configs.get("softmax_gradient/whole")
+    if whole is None or classes > whole["BLOCK_V"]:
+        return {"WHOLE": False, **configs["softmax_gradient"]}
+    return {"WHOLE": True, **whole, "BLOCK_V": max(1024, triton.next_power_of_2(classes))}
+
+
 def _softmax_gradient(r: _Rows, logits: Tensor, start: int) -> None:
     """Fill losses and accuracy of a chunk and overwrite its logits by the gradient of ``losses.sum()``."""
+    config = softmax_config(r.configs, logits.shape[1])
     softmax_gradient_kernel[(logits.shape[0],)](
         logits, r.targets, r.or_unused(r.weights), r.or_unused(r.index), r.or_unused(r.count), r.losses, r.correct,
         start, logits.shape[1], r.scale, r.label_smoothing, r.z_loss,
-        HAS_INDEX=r.index is not None, HAS_WEIGHTS=r.weights is not None, GRADIENT=True,
-        **r.configs["softmax_gradient"],
+        HAS_INDEX=r.index is not None, HAS_WEIGHTS=r.weights is not None, GRADIENT=True, **config,
     )  # fmt: skip
 
 

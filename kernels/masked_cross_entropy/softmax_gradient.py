@@ -21,13 +21,15 @@ def softmax_gradient_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
+    WHOLE: tl.constexpr,  # the row fits the block
     BLOCK_V: tl.constexpr,
 ):
     """Loss, top-1 hit and logit gradient of one row: the formulas of ``reference.masked_cross_entropy_gradients``.
 
-    The first loop keeps, per position of the block, a running maximum, the sum of exponentials relative to it, the sum
-    of logits and the first class that reached the maximum; they are merged across the block once, at the end. The
-    second loop reads the row again, from the L1 or L2 cache, and writes the gradient.
+    A row that fits the block is read once and stays in registers. Else the first loop keeps, per position of the
+    block, a running maximum, the sum of exponentials relative to it, the sum of logits and the first class that reached
+    the maximum; they are merged across the block once, at the end. The second loop reads the row again, from the L1 or
+    L2 cache, and writes the gradient.
     """
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_row * num_classes
@@ -54,30 +56,41 @@ def softmax_gradient_kernel(
         target = tl.where(valid, target, 0)
         z_target = tl.load(p_row + target).to(tl.float32)
 
-        b_max = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)  # [BLOCK_V]
-        b_sum = tl.zeros([BLOCK_V], dtype=tl.float32)
-        b_total = tl.zeros([BLOCK_V], dtype=tl.float32)
-        b_first = tl.zeros([BLOCK_V], dtype=tl.int32)
-        for start in range(0, num_classes, BLOCK_V):
-            m_v = start + o_v < num_classes
-            b_z = tl.load(p_row + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-            b_larger = tl.where(b_z > b_max, b_z, b_max)
-            # Where nothing but -inf was seen the difference would be NaN.
-            b_base = tl.where(b_larger == float("-inf"), 0.0, b_larger)
-            b_sum = b_sum * tl.exp(b_max - b_base) + tl.exp(b_z - b_base)
-            b_first = tl.where(b_z > b_max, start + o_v, b_first)
-            b_total += tl.where(m_v, b_z, 0.0)
-            b_max = b_larger
-        z_max = tl.max(b_max, axis=0)
-        b_base = tl.where(b_max == float("-inf"), z_max, b_max)
-        total = tl.sum(b_sum * tl.exp(b_base - z_max), axis=0)
-        first = tl.min(tl.where(b_max == z_max, b_first, 2147483647), axis=0)
+        z_sum = 0.0
+        if WHOLE:
+            b_z = tl.load(p_row + o_v, mask=o_v < num_classes, other=float("-inf")).to(tl.float32)  # [BLOCK_V]
+            z_max = tl.max(b_z, axis=0)
+            first = tl.min(tl.where(b_z == z_max, o_v, 2147483647), axis=0)
+            if label_smoothing > 0.0:
+                z_sum = tl.sum(tl.where(o_v < num_classes, b_z, 0.0), axis=0)
+            b_exp = tl.exp(b_z - z_max)
+            total = tl.sum(b_exp, axis=0)
+        else:
+            b_max = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)  # [BLOCK_V]
+            b_sum = tl.zeros([BLOCK_V], dtype=tl.float32)
+            b_total = tl.zeros([BLOCK_V], dtype=tl.float32)
+            b_first = tl.zeros([BLOCK_V], dtype=tl.int32)
+            for start in range(0, num_classes, BLOCK_V):
+                m_v = start + o_v < num_classes
+                b_z = tl.load(p_row + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+                b_larger = tl.where(b_z > b_max, b_z, b_max)
+                # Where nothing but -inf was seen the difference would be NaN.
+                b_base = tl.where(b_larger == float("-inf"), 0.0, b_larger)
+                b_sum = b_sum * tl.exp(b_max - b_base) + tl.exp(b_z - b_base)
+                b_first = tl.where(b_z > b_max, start + o_v, b_first)
+                b_total += tl.where(m_v, b_z, 0.0)
+                b_max = b_larger
+            z_max = tl.max(b_max, axis=0)
+            b_base = tl.where(b_max == float("-inf"), z_max, b_max)
+            total = tl.sum(b_sum * tl.exp(b_base - z_max), axis=0)
+            first = tl.min(tl.where(b_max == z_max, b_first, 2147483647), axis=0)
+            z_sum = tl.sum(b_total, axis=0)
         log_total = tl.log(total)
         lse = z_max + log_total
         kept = 1.0 - label_smoothing
         loss = log_total - kept * (z_target - z_max) + z_loss * lse * lse
         if label_smoothing > 0.0:  # also keeps a class of logit -inf harmless where there is no smoothing
-            loss -= label_smoothing * (tl.sum(b_total, axis=0) / num_classes - z_max)
+            loss -= label_smoothing * (z_sum / num_classes - z_max)
         loss = tl.where(valid, weight * loss, float("nan"))
         tl.store(p_losses + i_row, loss)
         tl.store(p_correct + i_row, tl.where(first == target, 1.0, 0.0))
@@ -85,9 +98,14 @@ def softmax_gradient_kernel(
         if GRADIENT:
             factor = weight * (1.0 + 2.0 * z_loss * lse) / total
             uniform = weight * label_smoothing / num_classes
-            for start in range(0, num_classes, BLOCK_V):
-                m_v = start + o_v < num_classes
-                b_z = tl.load(p_row + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-                b_grad = tl.exp(b_z - z_max) * factor - uniform
-                b_grad = tl.where(start + o_v == target, b_grad - weight * kept, b_grad)
-                tl.store(p_row + start + o_v, b_grad.to(p_logits.dtype.element_ty), mask=m_v)
+            if WHOLE:
+                b_grad = b_exp * factor - uniform
+                b_grad = tl.where(o_v == target, b_grad - weight * kept, b_grad)
+                tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < num_classes)
+            else:
+                for start in range(0, num_classes, BLOCK_V):
+                    m_v = start + o_v < num_classes
+                    b_z = tl.load(p_row + start + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+                    b_grad = tl.exp(b_z - z_max) * factor - uniform
+                    b_grad = tl.where(start + o_v == target, b_grad - weight * kept, b_grad)
+                    tl.store(p_row + start + o_v, b_grad.to(p_logits.dtype.element_ty), mask=m_v)

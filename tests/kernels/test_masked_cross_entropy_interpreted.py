@@ -36,6 +36,8 @@ from bestrq2.kernels.masked_cross_entropy import launch
 
 small = {"BM": 16, "BN": 16, "BK": 16, "num_warps": 1, "num_stages": 1}
 configs = {f"{kernel}/32": small for kernel in ("logits", "hidden_gradient", "weight_gradient", "loss")}
+configs["softmax_gradient/whole"] = {"BLOCK_V": 64, "num_warps": 1, "num_stages": 1}
+configs["softmax_gradient"] = {"BLOCK_V": 128, "num_warps": 1, "num_stages": 1}  # 300 and 333 classes pass in blocks
 configs["chunk"] = {"bytes": 1, "rows_multiple": 32}
 generator = torch.Generator().manual_seed(0)
 buffers, empty = [], torch.empty

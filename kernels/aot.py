@@ -1,0 +1,102 @@
+"""Compile Triton kernels for GPUs that are not here, and read what the compiler and assembler say of them.
+
+Each operation lists its kernels at every shipped configuration in ``compile_cases()``: in ``kernels/<op>.py``, or in
+``kernels/<op>/compile_cases.py``. The compile tests and ``benchmarks/compile_report.py`` read the same lists.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def spill_limit() -> int:
+    """Bytes a thread may spill: none, except that Triton 3.6 assembles six of our cases with 8 to 16."""
+    import triton
+
+    return 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 32
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel at one shipped configuration."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]  # argument -> Triton type: "*bf16", "i32", "i64", "fp32"; constexprs are added for you
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible_by_16: tuple[str, ...] = field(default=())  # pointers and sizes that the launcher specialises on
+    maxnreg: int | None = None  # registers that a thread may take at most
+
+
+@dataclass(frozen=True)
+class Report:
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    matrix_instructions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    report: Report
+    cubin: bytes
+
+
+def compile_for(case: CompileCase, architecture: int) -> Report:
+    """Compile to a cubin for sm_<architecture> and return its resource use (no GPU needed)."""
+    return compile_cubin(case, architecture).report
+
+
+def compile_cubin(case: CompileCase, architecture: int) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
+    names = list(case.kernel.arg_names)
+    signature = {name: signature[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
+    source = ASTSource(case.kernel, signature, constexprs=case.constexprs, attrs=attributes)
+    options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg:
+        options["maxnreg"] = case.maxnreg
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _read_cubin(cubin, "cuobjdump", "-res-usage"))
+    assert usage, f"cuobjdump printed no resource usage of {case.kernel.__name__}"
+    registers, stack, local = (int(number) for number in usage.groups())
+    instructions = tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx))))
+    return Compiled(Report(registers, stack + local, compiled.metadata.shared, instructions), cubin)
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code (SASS) as text, branch targets as labels."""
+    return _read_cubin(cubin, "nvdisasm", "-c")
+
+
+def _read_cubin(cubin: bytes, tool: str, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def _tool(name: str) -> str:
+    """Path of a CUDA tool: Triton brings its own, else one on the PATH."""
+    import triton
+
+    found = next((str(path) for path in Path(triton.__file__).parent.rglob(f"{name}*")), None) or shutil.which(name)
+    if not found:
+        raise FileNotFoundError(f"{name} is neither in Triton's package nor on the PATH; the CUDA toolkit has it")
+    return found
