@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from . import chunked_attention_cpu, reference
 from .chunk_layouts import ChunkLayout
@@ -96,10 +98,11 @@ def chunked_attention(
     """
     tables = (position, content_bias, position_bias)
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     position, content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in tables)
+    _refuse_forward_mode(query, key, value, position, content_bias, position_bias)
     ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
     _validate(query, key, value, lengths, starts, key_mask, query_offset, position, content_bias, position_bias)
     if position is not None and position_zero is None:
@@ -140,6 +143,10 @@ def _validate(
     if query.dim() != 4 or key.dim() != 4 or value.shape != key.shape:
         raise ValueError(f"chunked_attention: expected {_EXPECTED}, got {_shapes(query, key, value)}")
     batch, heads, _, head_dim = query.shape
+    if heads < 1 or head_dim < 1:
+        raise ValueError(
+            f"chunked_attention: expected at least one head and one channel, got {_shapes(query, key, value)}"
+        )
     if key.shape[:2] != query.shape[:2] or key.shape[3] != head_dim:
         raise ValueError(f"chunked_attention: expected {_EXPECTED}, got {_shapes(query, key, value)}")
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -232,7 +239,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[
     if position is not None:
         _check_table(position, zero, ChunkLayout(chunk_size, left, right), query.shape[2], key.shape[2], offset)
     chosen = _choose(query, backend)
-    if chosen != "reference":
+    if chosen != "reference" and len(query):  # nothing to launch for no items
         return _compiled(chosen).forward(query, key, value, _named(options))
     score, visible, value = scores(query, key, value, **_named(options))
     return torch.empty_like(query).copy_(attend(score, visible, value)), logsumexp(score, visible).float()
@@ -243,7 +250,7 @@ def _backward(
     grad: Tensor, out: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     chosen = _choose(query, options[-1])
-    if chosen != "reference":
+    if chosen != "reference" and len(query):
         gradients = _compiled(chosen).backward(grad, out, logsumexp, query, key, value, _named(options))
         inputs = (query, key, value, *options[:3])
         return tuple(grad.new_empty((0,)) if x is None else _laid_out(x, like) for x, like in zip(gradients, inputs))
@@ -307,6 +314,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.settings = inputs[9:]
 
 
+@once_differentiable
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, logsumexp, *inputs = ctx.saved_tensors
     gradients = torch.ops.bestrq2.chunked_attention_backward.default(grad, out, logsumexp, *inputs, *ctx.settings)
@@ -315,3 +323,11 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bestrq2::chunked_attention", _autograd, setup_context=_setup_context, lib=_library)
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Tangents would be dropped without a word by a custom operator."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("chunked_attention has no forward-mode derivative (torch.func.jvp); use reverse mode")

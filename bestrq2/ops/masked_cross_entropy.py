@@ -129,6 +129,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         )  # fmt: skip
         ctx.reduction, ctx.options, ctx.execution, ctx.wanted = reduction, options, execution, wanted
         ctx.keep, ctx.shape = keep, hidden.shape
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         if keep:
             ctx.save_for_backward(factor, *grads)
         else:
@@ -154,21 +155,21 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             )  # fmt: skip
         scale = factor if ctx.reduction == "none" else grad_loss * factor
         grad_hidden, grad_weight, grad_bias = (
-            _scaled(grad, scale) if want else None for grad, want in zip(grads, ctx.wanted)
+            _scaled(grad, scale, dtype) if want else None for grad, want, dtype in zip(grads, ctx.wanted, ctx.dtypes)
         )
         if grad_hidden is not None:
             grad_hidden = grad_hidden.reshape(ctx.shape)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    """``grad * scale`` in the dtype of ``grad``, in place where no second backward can read ``grad`` again."""
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * scale`` in ``dtype``, in place where no second backward can read ``grad`` again."""
     # A CPU scalar can be read without waiting for anything, and it usually is 1.
     free = not (torch.compiler.is_compiling() or _graph_is_retained())
     if free and scale.device.type == "cpu" and scale.item() == 1.0:
-        return grad
+        return grad.to(dtype)
     scale = scale.reshape(1)  # a tensor without dimensions would first be rounded to the dtype of grad
-    return grad.mul_(scale) if free else (grad * scale).to(grad.dtype)
+    return (grad.mul_(scale) if free else grad * scale).to(dtype)
 
 
 def _graph_is_retained() -> bool:
@@ -178,7 +179,7 @@ def _graph_is_retained() -> bool:
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if hidden.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype
 
@@ -212,7 +213,8 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Weighted losses (N,), accuracy, and the wanted gradients of their sum, which times ``factor`` are the true ones.
 
-    ``factor`` is 1 unless the products run in fp16, whose range the division by many rows would leave.
+    ``factor`` is 1 unless the products run in fp16, whose range the division by many rows, or large and small weights
+    of rows, would leave. Sums over many rows would leave it as well: then gradients of weight and bias are fp32.
     """
     if hidden.device.type == "cpu":
         check_rows(targets, row_weights, weight.shape[0], max_rows, weights_may_be_negative=not normalize)
@@ -270,16 +272,22 @@ def _run_reference(
     weights = torch.ones_like(targets, dtype=loss_dtype) if row_weights is None else row_weights.to(loss_dtype)
     factor = torch.ones_like(weights[:0].sum())
     total = _nonzero(weights.sum()) if normalize else factor
-    if dtype == torch.float16:
-        factor = 1 / total
-    else:
+    half = dtype == torch.float16
+    if half and len(weights):
+        largest = _nonzero(weights.abs().max())
+        weights, factor = weights / largest, largest / total
+    elif not half:
         weights = weights / total
+    operands: list[Any] = [
+        None if x is None else x.to(dtype).float() if half else x.to(dtype) for x in (hidden, weight, bias)
+    ]
     losses, accuracy, *grads = reference.masked_cross_entropy_gradients(
-        hidden.to(dtype), weight.to(dtype), targets, row_weights=weights, bias=None if bias is None else bias.to(dtype),
+        operands[0], operands[1], targets, row_weights=weights, bias=operands[2],
         label_smoothing=label_smoothing, z_loss=z_loss, wanted=wanted,
     )  # fmt: skip
     sources = (hidden, weight, weight if bias is None else bias)
-    return losses * factor, accuracy, factor, *(grad.to(x.dtype) for grad, x in zip(grads, sources))
+    dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
+    return losses * factor, accuracy, factor, *(grad.to(x) for grad, x in zip(grads, dtypes))
 
 
 def _nonzero(total: Tensor) -> Tensor:
@@ -307,9 +315,9 @@ def _fake(
     losses = hidden.new_empty(hidden.shape[:1], dtype=loss_dtype)
 
     def gradient(source: Tensor | None, wanted: bool) -> Any:
-        if source is None or not wanted:
-            return hidden.new_empty(0)
-        return source.new_empty(source.shape)
+        of = weight if source is None else source
+        low = dtype == torch.float16 and source is not hidden  # see _run
+        return of.new_empty(of.shape if wanted else 0, dtype=torch.float32 if low else of.dtype)
 
     return (
         losses,

@@ -61,7 +61,9 @@ def validate(
         if name in ("hidden", "weight", "bias"):
             if tensor.dtype not in DTYPES:
                 raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
-            autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (dtype, tensor.dtype)
+            device = hidden.device.type
+            autocast = device != "meta" and torch.is_autocast_enabled(device)
+            autocast = autocast and torch.float64 not in (dtype, tensor.dtype)
             if tensor.dtype != dtype and not autocast:
                 raise TypeError(f"{op}: {name} is {tensor.dtype} but the products run in {dtype}")
 

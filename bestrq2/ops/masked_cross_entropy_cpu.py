@@ -59,12 +59,15 @@ def run_cpu(
     index = None if weights is None else weights.nonzero().squeeze(1)  # (M,)
     count = rows if index is None else len(index)
     total = (count if weights is None else weights.sum().item()) or 1
-    # Divided by many rows, fp16 gradients would leave the range of fp16.
     divisor = total if normalize else 1
-    scale, factor = (1.0, torch.tensor(1 / divisor)) if half else (1 / divisor, torch.ones(()))
+    scale, factor = 1 / divisor, torch.ones(())
+    if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
+        largest = (1.0 if weights is None or not count else weights.abs().max().item()) or 1.0
+        scale, factor = 1 / largest, torch.tensor(largest / divisor)
     if count == 0:
         sources = (hidden, weight, weight if bias is None else bias)
-        grads = [x.new_zeros(x.shape if want else 0) for x, want in zip(sources, wanted)]
+        dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
+        grads = [x.new_zeros(x.shape if want else 0, dtype=kind) for x, want, kind in zip(sources, wanted, dtypes)]
         return losses, torch.zeros(()), factor, *grads
 
     targets = targets.contiguous()
@@ -130,9 +133,15 @@ def run_cpu(
         accuracy,
         factor,
         grad_hidden,
-        weight.new_empty(0) if grad_weight is None else grad_weight.total.to(weight.dtype),
-        weight.new_empty(0) if grad_bias is None else grad_bias.to(weight.dtype if bias is None else bias.dtype),
+        _result(None if grad_weight is None else grad_weight.total, weight, half),
+        _result(grad_bias, weight if bias is None else bias, half),
     )
+
+
+def _result(grad: Tensor | None, source: Tensor, half: bool) -> Tensor:
+    """What the operator returns: a gradient in the dtype of its source; of fp16 products in fp32, not yet scaled."""
+    dtype = torch.float32 if half else source.dtype
+    return source.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
 
 
 class _WeightGradient:

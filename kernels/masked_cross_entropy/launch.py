@@ -240,8 +240,12 @@ def masked_cross_entropy(
         total = weights.sum()
     total = torch.where(total == 0, 1, total)
     coefficients = weights
-    if normalize and dtype == torch.float16:  # divided by many rows, the gradient of one would leave the range of fp16
-        factor = 1 / total
+    half = dtype == torch.float16
+    if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
+        largest = factor if weights is None or rows == 0 else weights.abs().max()
+        largest = torch.where(largest == 0, 1, largest)
+        coefficients = None if weights is None else weights / largest
+        factor = largest / total if normalize else largest
     elif normalize and weights is not None:
         coefficients = weights / total
     elif normalize:
@@ -273,9 +277,10 @@ def masked_cross_entropy(
         losses = torch.where(count > max_rows, float("nan"), losses)
     accuracy = (correct if weights is None else correct * weights).sum() / total
     sources = (hidden, weight, weight if bias is None else bias)
+    dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
     grads = (
-        source.new_empty(0) if grad is None else grad.to(source.dtype)
-        for grad, source in zip((grad_hidden, grad_weight, grad_bias), sources)
+        source.new_empty(0, dtype=kind) if grad is None else grad.to(kind)
+        for grad, source, kind in zip((grad_hidden, grad_weight, grad_bias), sources, dtypes)
     )
     return losses * factor, accuracy, factor, *grads
 

@@ -245,3 +245,29 @@ def test_impossible_backend_says_why():
     double = {name: torch.zeros(2, 2, 20, 16, dtype=torch.float64) for name in ("query", "key", "value")}
     with pytest.raises(RuntimeError, match=r"'cpu' cannot run this call: float64|extension"):
         broken(backend="cpu", **double)
+
+
+def test_second_derivatives_and_forward_mode_are_refused(device):
+    """A custom operator would give zeros for both, without a word."""
+    q, k, v = torch.randn(3, 1, 2, 10, 8, device=device)
+
+    def run(query):
+        return ops.chunked_attention(query, k, v, chunk_size=4, left_context=4)
+
+    leaf = q.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(run(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(run, (q,), (torch.ones_like(q),))
+
+
+def test_meta_tensors_empty_batches_and_no_heads(device):
+    assert ops.chunked_attention(*torch.randn(3, 2, 3, 20, 8, device="meta")).shape == (2, 3, 20, 8)
+    empty = torch.randn(0, 2, 5, 4, device=device, requires_grad=True)
+    position = torch.randn(2, 15, 4, device=device)
+    ops.chunked_attention(empty, empty, empty, chunk_size=4, left_context=4, position=position).sum().backward()
+    assert empty.grad.shape == empty.shape
+    for shape in ((1, 0, 5, 4), (1, 2, 5, 0)):
+        with pytest.raises(ValueError, match="at least one head and one channel"):
+            ops.chunked_attention(*torch.randn(3, *shape, device=device))

@@ -73,9 +73,14 @@ def masked_cross_entropy_gradients(
     hidden = torch.where(selected.unsqueeze(-1), hidden, 0)
 
     z = F.linear(hidden, weight, bias).to(row_weights.dtype)  # (N, V)
-    lse = z.logsumexp(-1, keepdim=True)  # (N, 1)
-    target_z = z.gather(1, targets.unsqueeze(1))  # (N, 1)
-    losses = lse - (1 - label_smoothing) * target_z - label_smoothing * z.mean(1, keepdim=True) + z_loss * lse.square()
+    largest = z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # finite also where every logit is -inf
+    relative = z - largest  # large common offsets would round differences away
+    log_sum = relative.logsumexp(-1, keepdim=True)  # (N, 1)
+    lse = largest + log_sum
+    target_z = relative.gather(1, targets.unsqueeze(1))  # (N, 1)
+    losses = log_sum - (1 - label_smoothing) * target_z + z_loss * lse.square()
+    if label_smoothing:  # 0 times the mean over a class that the bias excludes by -inf would be NaN
+        losses = losses - label_smoothing * relative.mean(1, keepdim=True)
     losses = torch.where(selected, losses.squeeze(1) * row_weights, 0).masked_fill(selected & ~valid, float("nan"))
     correct = (z.argmax(1) == targets).to(row_weights.dtype)
     total = row_weights.sum()
@@ -83,7 +88,7 @@ def masked_cross_entropy_gradients(
 
     grads = [hidden.new_empty(0) for _ in wanted]
     if any(wanted):
-        dz = (z - lse).exp_().mul_(1 + 2 * z_loss * lse).sub_(label_smoothing / num_classes)
+        dz = (relative - log_sum).exp_().mul_(1 + 2 * z_loss * lse).sub_(label_smoothing / num_classes)
         dz.scatter_add_(1, targets.unsqueeze(1), torch.full_like(target_z, label_smoothing - 1))
         dz = torch.where(selected.unsqueeze(1), dz * row_weights.unsqueeze(1), 0)
         dz_low = dz.to(hidden.dtype)

@@ -1,0 +1,71 @@
+"""What ``ops.masked_cross_entropy`` does near the limits of a dtype: fp16 sums, odd weights, -inf, large logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cross_entropy_cases import BACKENDS, make, usable
+
+from bestrq2 import ops
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, device):
+    return usable(request, device)
+
+
+def test_fp16_weight_gradient_of_many_equal_rows(backend, device):
+    """The sum over rows exceeds the range of fp16, the mean does not."""
+    rows = 4096
+    hidden, weight, targets, bias, *_ = make((rows,), 40, 64, torch.float16, device)
+    hidden[:, 0] += 30
+    targets[: rows // 2] = 7
+    leaves = [x.requires_grad_() for x in (weight, bias)]
+    loss = ops.masked_cross_entropy(hidden, weight, targets, bias=bias, backend=backend)
+    grads = torch.autograd.grad(loss, leaves)
+    gold_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    logits = F.linear(hidden.double(), *gold_leaves)
+    gold = torch.autograd.grad(F.cross_entropy(logits, targets), gold_leaves)
+    assert gold[0].abs().max() * rows > torch.finfo(torch.float16).max
+    for grad, gold_grad in zip(grads, gold):
+        assert grad.dtype == torch.float16
+        torch.testing.assert_close(grad.double(), gold_grad, rtol=5e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("weight_of_rows", [1e-8, 1e-4, 1e5])
+def test_fp16_mean_ignores_a_common_row_weight(backend, device, weight_of_rows):
+    hidden, weight, targets, bias, *_ = make((64,), 32, 203, torch.float16, device)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def grads(mask):
+        loss = ops.masked_cross_entropy(hidden, weight, targets, bias=bias, mask=mask, backend=backend)
+        return torch.autograd.grad(loss, leaves)
+
+    plain = grads(torch.ones(64, device=device))
+    for grad, base in zip(grads(torch.full((64,), weight_of_rows, device=device)), plain):
+        torch.testing.assert_close(grad, base, rtol=2e-3, atol=1e-6)
+
+
+def test_a_class_excluded_by_the_bias(backend, device):
+    hidden, weight, targets, bias, *_ = make((50,), 32, 130, device=device)
+    bias[10:] = -torch.inf
+    loss = ops.masked_cross_entropy(hidden, weight, targets % 10, bias=bias, backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(hidden, weight, bias), targets % 10))
+
+
+def test_large_logits_keep_small_differences(backend, device):
+    """Logits of 1e4 that differ by 1, all exact in fp32."""
+    hidden = torch.tensor([[1e4, 1.0]], device=device)
+    weight = torch.tensor([[1.0, 0], [1, 0], [1, -1], [0, 1]], device=device, requires_grad=True)
+    targets = torch.tensor([2], device=device)
+    loss = ops.masked_cross_entropy(hidden, weight, targets, backend=backend)
+    (grad,) = torch.autograd.grad(loss, weight)
+    exact = weight.detach().double().requires_grad_()
+    gold = F.cross_entropy(F.linear(hidden.double(), exact), targets)
+    (gold_grad,) = torch.autograd.grad(gold, exact)
+    torch.testing.assert_close(loss.double(), gold, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), gold_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_meta_tensors():
+    hidden, weight, targets, *_ = (x.to("meta") for x in make())
+    assert ops.masked_cross_entropy(hidden, weight, targets, reduction="none").shape == targets.shape
