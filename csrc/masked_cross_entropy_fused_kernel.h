@@ -15,7 +15,7 @@ using u16 = uint16_t;
 
 constexpr int64_t kPanel = 32;
 constexpr int64_t kStep = kPanel * kPanel;  // values of a step of a panel, and of a block
-constexpr int64_t kClassPanels = 8;        // at most, of one task of gradients(): they share the rows in the L2 cache
+constexpr int64_t kClassPanels = 8;         // at most, of one task of gradients(): they share the rows in the L2 cache
 constexpr int64_t kFeaturePanels = 8;       // of the rows in the L2 cache at a time
 
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
