@@ -101,7 +101,7 @@ def chunked_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     position, content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in tables)
     ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
-    _validate(query, key, value, lengths, starts, key_mask, query_offset, position, content_bias, position_bias)
+    validate(query, key, value, lengths, starts, key_mask, query_offset, position, content_bias, position_bias)
     if position is not None and position_zero is None:
         position_zero = (position.shape[1] - 1) // 2
     out, _ = torch.ops.bestrq2.chunked_attention.default(
@@ -125,7 +125,7 @@ def chunked_attention(
     return out
 
 
-def _validate(
+def validate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -246,11 +246,11 @@ def _backward(
     if chosen != "reference":
         gradients = _compiled(chosen).backward(grad, out, logsumexp, query, key, value, _named(options))
         inputs = (query, key, value, *options[:3])
-        return tuple(grad.new_empty((0,)) if x is None else _laid_out(x, like) for x, like in zip(gradients, inputs))
+        return tuple(grad.new_empty((0,)) if x is None else laid_out(x, like) for x, like in zip(gradients, inputs))
     return _reference_backward(grad, query, key, value, options)
 
 
-def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
     """``gradient`` with the strides that torch.compile was promised: those of ``empty_like(like)``."""
     promised = torch.empty_like(like, device="meta").stride()
     return gradient if gradient.stride() == promised else torch.empty_like(like).copy_(gradient)
