@@ -38,7 +38,7 @@ SHAPES = {
 QUICK_SHAPES = ("B1H4T1024d64-c64l256r0", "B2H4T250d64-c16l64r0")
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
-TUNING = {
+TUNING: dict[str, tuple[str, ...]] = {
     f"{kernel}/{key}": (shape, dtype)
     for kernel in ("forward", "backward_query", "backward_key")
     for key, shape, dtype in (

@@ -49,9 +49,9 @@ def chunked_attention_sinusoidal(
     arXiv:2505.12044). They reproduce the sinusoids to about 1e-8.
 
     It stores no (H, R, d) table and no band of scores. The Triton kernels compute the channels of a query inside, for
-    head sizes up to 128 and windows of up to about 570 offsets (fp32: less; the configurations in ``kernels/configs``
-    say for which). Elsewhere the channels are appended to query, key and value, which grow by them. On CPUs the table
-    is faster (kernels/README.md has numbers), which is why ``ConformerEncoder`` uses the table.
+    head sizes up to 128 and windows of up to about 570 offsets (fp32: 64 and 265). Elsewhere the channels are appended
+    to query, key and value, which grow by them. On CPUs the table is faster (kernels/README.md has numbers), which is
+    why ``ConformerEncoder`` uses the table; on GPUs nobody has measured yet.
 
     The series of a window is fitted on the host when the call runs, once for each number of offsets: about a
     millisecond for a short window, 0.3 s for a thousand offsets.
