@@ -102,9 +102,9 @@ def chunked_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     position, content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in tables)
-    _refuse_forward_mode(query, key, value, position, content_bias, position_bias)
+    refuse_forward_mode("chunked_attention", query, key, value, position, content_bias, position_bias)
     ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
-    _validate(query, key, value, lengths, starts, key_mask, query_offset, position, content_bias, position_bias)
+    validate(query, key, value, lengths, starts, key_mask, query_offset, position, content_bias, position_bias)
     if position is not None and position_zero is None:
         position_zero = (position.shape[1] - 1) // 2
     out, _ = torch.ops.bestrq2.chunked_attention.default(
@@ -128,7 +128,7 @@ def chunked_attention(
     return out
 
 
-def _validate(
+def validate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -253,11 +253,11 @@ def _backward(
     if chosen != "reference" and len(query):
         gradients = _compiled(chosen).backward(grad, out, logsumexp, query, key, value, _named(options))
         inputs = (query, key, value, *options[:3])
-        return tuple(grad.new_empty((0,)) if x is None else _laid_out(x, like) for x, like in zip(gradients, inputs))
+        return tuple(grad.new_empty((0,)) if x is None else laid_out(x, like) for x, like in zip(gradients, inputs))
     return _reference_backward(grad, query, key, value, options)
 
 
-def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
     """``gradient`` with the strides that torch.compile was promised: those of ``empty_like(like)``."""
     promised = torch.empty_like(like, device="meta").stride()
     return gradient if gradient.stride() == promised else torch.empty_like(like).copy_(gradient)
@@ -325,9 +325,9 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("bestrq2::chunked_attention", _autograd, setup_context=_setup_context, lib=_library)
 
 
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Tangents would be dropped without a word by a custom operator."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError("chunked_attention has no forward-mode derivative (torch.func.jvp); use reverse mode")
+        raise RuntimeError(f"{op} has no forward-mode derivative (torch.func.jvp); use reverse mode")

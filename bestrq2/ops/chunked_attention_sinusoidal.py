@@ -1,21 +1,24 @@
-"""Chunked attention with projected sinusoidal positions and no table: the position term as an inner product."""
+"""Chunked attention with projected sinusoidal positions and no table: the position term as an inner product.
 
-from functools import lru_cache
+The Triton kernels are kernels/chunked_attention/sinusoidal*.py.
+"""
+
+from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from . import chunked_attention_cpu
+from . import chunked_attention_sinusoidal_appended as appended
 from .chunk_layouts import ChunkLayout
-from .chunked_attention import chunked_attention
-from .chunked_attention_cpu import MAX_HEAD_DIM
+from .chunked_attention import laid_out, refuse_forward_mode, validate
+from .chunked_attention_sinusoidal_series import device_tables, series_size
+from .dispatch import choose_backend
+from .native import triton_obstacle
 
 __all__ = ["chunked_attention_sinusoidal"]
-
-# Period over the number of offsets, and how many frequencies lie beyond 1 rad per frame: sinusoids up to 1 rad are then
-# reproduced to about 1e-8 with coefficients of about 1, so that rounding is not magnified.
-_STRETCH, _BEYOND, _CUTOFF = 1.3, 8, 1e-9
 
 
 def chunked_attention_sinusoidal(
@@ -41,14 +44,18 @@ def chunked_attention_sinusoidal(
     ``phi(n) = (sin n w_0, cos n w_0, sin n w_1, ...)``, ``w_m = base ** (-2 m / D)`` (Dai et al., 2019).
 
     By ``sin(i - j) = sin i cos j - cos i sin j`` the position term of query i and key j is an inner product of channels
-    that depend on i alone and channels that depend on j alone, so it is appended to the one of query and key. Within a
+    that depend on i alone and channels that depend on j alone, so it adds to the one of query and key. Within a
     window all D / 2 frequencies are sums of the few that the window can tell apart: with W offsets, about
     1.3 W / pi + 17 channels replace D (an oversampled Fourier series; the idea of extra channels is that of FlashBias,
     arXiv:2505.12044). They reproduce the sinusoids to about 1e-8.
 
-    It stores no (H, R, d) table and no band of scores, but query, key, value and output grow by these channels. On CPUs
-    the table is faster (kernels/README.md has numbers), which is why ``ConformerEncoder`` uses the table. The series of
-    a window is fitted outside of any graph: no ``torch.compile(fullgraph=True)``.
+    It stores no (H, R, d) table and no band of scores. The Triton kernels compute the channels of a query inside, for
+    head sizes up to 128 and windows of up to about 570 offsets (fp32: 64 and 265). Elsewhere the channels are appended
+    to query, key and value, which grow by them. On CPUs the table is faster (kernels/README.md has numbers), which is
+    why ``ConformerEncoder`` uses the table; on GPUs nobody has measured yet.
+
+    The series of a window is fitted on the host when the call runs, once for each number of offsets: about a
+    millisecond for a short window, 0.3 s for a thousand offsets.
 
     Args:
         query, key, value: as for :func:`chunked_attention`.
@@ -57,86 +64,182 @@ def chunked_attention_sinusoidal(
         content_bias, position_bias: (H, d).
         scale: default 1 / sqrt(d).
         base: of the frequencies.
-        backend: the same. The compiled backends take head sizes up to 256, with the channels of the positions.
+        backend: the same. Where channels are appended, the compiled backends take head sizes up to 256, with them.
 
     Returns:
-        (B, H, Tq, d). Differentiable in query, key, value, projection and biases.
+        (B, H, Tq, d) in query's dtype and memory order. Differentiable once in query, key, value, projection, biases.
 
     Raises:
         ValueError: for a projection of the wrong shape, and where the window has so many offsets that their channels
             exceed what a compiled backend takes; otherwise as :func:`chunked_attention`.
     """
+    device = query.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in (content_bias, position_bias))
+    refuse_forward_mode("chunked_attention_sinusoidal", query, key, value, projection, content_bias, position_bias)
+    ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
+    validate(query, key, value, lengths, starts, key_mask, query_offset, None, content_bias, None)
     heads, head_dim = query.shape[1], query.shape[-1]
     if projection.dim() != 3 or projection.shape[:2] != (heads, head_dim) or projection.shape[2] % 2:
         raise ValueError(
             f"chunked_attention_sinusoidal: projection must be (H, d, D) = ({heads}, {head_dim}, even), got "
             f"{tuple(projection.shape)}"
         )
-    window = ChunkLayout(chunk_size, left_context, right_context)
-    lowest, highest = window.offsets(query.shape[2], key.shape[2], query_offset=query_offset)
-    period, coefficients, _ = fourier_series(projection.shape[2], lowest, max(highest, lowest), base)
-    channels = len(coefficients)
-    if head_dim + channels > MAX_HEAD_DIM and backend != "reference":
+    if position_bias is not None and position_bias.shape != (heads, head_dim):
+        raise ValueError(
+            f"chunked_attention_sinusoidal: position_bias must be (H, d) = ({heads}, {head_dim}), got "
+            f"{tuple(position_bias.shape)}"
+        )
+    for name, x in (("projection", projection), ("position_bias", position_bias)):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"chunked_attention_sinusoidal: {name} is on {x.device} but query is on {query.device}")
+    out, _ = torch.ops.bestrq2.chunked_attention_sinusoidal.default(
+        query,
+        key,
+        value,
+        projection,
+        content_bias,
+        position_bias,
+        lengths,
+        starts,
+        key_mask,
+        chunk_size,
+        left_context,
+        right_context,
+        query_offset,
+        head_dim**-0.5 if scale is None else float(scale),
+        base,
+        backend or "",
+    )
+    return out
+
+
+_library = torch.library.Library("bestrq2", "FRAGMENT")
+_TENSORS = ("query", "key", "value", "projection", "content_bias", "position_bias")
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor projection, Tensor? content_bias, Tensor? position_bias, "
+    "Tensor? lengths, Tensor? starts, Tensor? key_mask, SymInt? chunk_size, SymInt? left_context, "
+    "SymInt? right_context, SymInt query_offset, float scale, float base, str backend"
+)
+# Tables of a window are made in the first call that needs them and kept: not inside the memory of a CUDA graph.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+_library.define(f"chunked_attention_sinusoidal({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define(
+    f"chunked_attention_sinusoidal_backward(Tensor grad, Tensor out, Tensor logsumexp, {_INPUTS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _named(inputs: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors that may need a gradient, and the other inputs with the bounds of the offsets."""
+    names = ("lengths", "starts", "key_mask", "chunk_size", "left_context", "right_context", "query_offset")
+    options = dict(zip((*names, "scale", "base", "backend"), inputs[6:]))
+    query, key = inputs[:2]
+    layout = ChunkLayout(options["chunk_size"], options["left_context"], options["right_context"])
+    lowest, highest = layout.offsets(query.shape[2], key.shape[2], query_offset=options["query_offset"])
+    options["offsets"] = (lowest, max(highest, lowest))
+    return dict(zip(_TENSORS, inputs)), options
+
+
+def _launcher() -> Any:
+    return import_module("bestrq2.kernels.chunked_attention.sinusoidal_launch")
+
+
+def _choose(tensors: dict[str, Any], options: dict[str, Any]) -> tuple[str, int | None]:
+    """The backend, and for its own kernels the padded number of frequencies: None where channels are appended."""
+    query = tensors["query"]
+    head_dim, (lowest, highest) = query.shape[-1], options["offsets"]
+    obstacles = {
+        "triton": lambda: (
+            "float64 runs on the reference backend only"
+            if query.dtype == torch.float64
+            else triton_obstacle(query.device)
+        ),
+        "cpu": lambda: chunked_attention_cpu.obstacle(query),
+        "reference": lambda: None,
+    }
+    backend = choose_backend("chunked_attention_sinusoidal", options["backend"] or None, obstacles)
+    if not len(query):  # nothing to launch for no items
+        return "reference", None
+    frequencies = series_size(highest - lowest + 1)[1] + 1
+    if backend == "triton":
+        padded = _launcher().padded_frequencies(head_dim, frequencies, query.dtype, query.device)
+        if padded is not None:
+            return backend, padded
+    channels = 2 * frequencies - 1
+    if head_dim + channels > chunked_attention_cpu.MAX_HEAD_DIM and backend != "reference":
         raise ValueError(
             f"chunked_attention_sinusoidal: {highest - lowest + 1} offsets need {channels} channels beside the "
-            f"{head_dim} of a head, more than the {MAX_HEAD_DIM} of a compiled backend: use chunked_attention with a "
-            "table, or a shorter window"
+            f"{head_dim} of a head, more than the {chunked_attention_cpu.MAX_HEAD_DIM} of a compiled backend: use "
+            "chunked_attention with a table, or a shorter window"
         )
-
-    rows = torch.arange(query.shape[2], device=query.device) + query_offset
-    with_position = query if position_bias is None else query + position_bias[:, None].to(query.dtype)
-    # Padding may hold NaN, and the gradient of the projection sums over it.
-    for bound, outside in ((lengths, torch.ge), (starts, torch.lt)):
-        if bound is not None:
-            with_position = with_position.masked_fill(outside(rows, bound[:, None])[:, None, :, None], 0)
-    onto_series = projection @ torch.from_numpy(coefficients).to(projection).mT  # (H, d, channels)
-    precise = torch.promote_types(query.dtype, torch.float32)
-    series = (with_position @ onto_series.to(query.dtype)).to(precise)  # cosines, then sines
-    cosine, sine = series.split((channels // 2 + 1, channels // 2), dim=-1)
-    # cos(i - j) = cos i cos j + sin i sin j and sin(i - j) = sin i cos j - cos i sin j; frequency 0 has no sine.
-    cos_i, sin_i = _turns(rows, period, channels // 2, precise)
-    sine = torch.nn.functional.pad(sine, (1, 0))
-    features = torch.cat((cosine * cos_i + sine * sin_i, (cosine * sin_i - sine * cos_i)[..., 1:]), dim=-1)
-    columns = torch.arange(key.shape[2], device=key.device)
-    cos_j, sin_j = _turns(columns, period, channels // 2, precise)
-    key_features = torch.cat((cos_j, sin_j[:, 1:]), dim=-1).to(key.dtype).expand(*key.shape[:3], channels)
-
-    content = query if content_bias is None else query + content_bias[:, None].to(query.dtype)
-    options: dict[str, Any] = {"lengths": lengths, "starts": starts, "key_mask": key_mask, **window.window}
-    out = chunked_attention(
-        torch.cat((content, features.to(query.dtype)), dim=-1),
-        torch.cat((key, key_features), dim=-1),
-        torch.nn.functional.pad(value, (0, channels)),
-        **options,
-        query_offset=query_offset,
-        backend=backend,
-        scale=head_dim**-0.5 if scale is None else scale,
-    )
-    return out[..., :head_dim]
+    return backend, None
 
 
-@lru_cache(maxsize=64)
-def fourier_series(width: int, lowest: int, highest: int, base: float = 10000.0) -> tuple[int, np.ndarray, float]:
-    """A period P and coefficients (channels, width) such that, for every integer n in [lowest, highest],
-
-        phi(n) = sum over k >= 0 of coefficients[k] cos(2 pi k n / P) + those that follow, sin(2 pi k n / P) for k >= 1
-
-    and the largest error of it. Least squares in float64, truncated so that coefficients stay small.
-    """
-    offsets = np.arange(lowest, highest + 1)
-    frequencies = base ** (-np.arange(0, width, 2) / width)
-    angles = offsets[:, None] * frequencies
-    wanted = np.stack((np.sin(angles), np.cos(angles)), axis=-1).reshape(len(offsets), -1)
-    period = int(np.ceil(_STRETCH * len(offsets)))
-    count = min(int(np.ceil(period / (2 * np.pi))) + _BEYOND, (period - 1) // 2)
-    turns = 2 * np.pi * (offsets[:, None] * np.arange(count + 1) % period) / period
-    basis = np.concatenate((np.cos(turns), np.sin(turns[:, 1:])), axis=1)
-    coefficients = np.linalg.lstsq(basis, wanted, rcond=_CUTOFF)[0]
-    return period, coefficients, float(np.abs(basis @ coefficients - wanted).max())
+def _series(tensors: dict[str, Any], options: dict[str, Any], padded: int) -> tuple[dict[str, Any], Tensor]:
+    """What the kernels take instead of a projection, and the coefficients (2K, D) that lead back to it."""
+    query, projection = tensors["query"], tensors["projection"]
+    rows, device = _launcher().MORE_ROWS, query.device
+    arguments = (projection.shape[2], *options["offsets"], options["base"], padded, rows)
+    period, coefficients, turns, basis = device_tables(*arguments, query.dtype, device)
+    onto = (projection.float() @ coefficients.mT).to(query.dtype)  # (H, d, 2K)
+    return {"onto": onto, "period": period, "turns": turns, "basis": basis}, coefficients
 
 
-def _turns(position: Tensor, period: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of ``2 pi k position / period`` for k = 0..count, (T, count + 1), at any position."""
-    k = torch.arange(count + 1, device=position.device)
-    angle = (position[:, None] % period * k % period).double() * (2 * torch.pi / period)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+@torch.library.impl("bestrq2::chunked_attention_sinusoidal", "CompositeExplicitAutograd", lib=_library)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    tensors, options = _named(inputs)
+    backend, padded = _choose(tensors, options)
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        if padded is None:
+            return appended.forward(tensors, options, backend)
+        series, _ = _series(tensors, options, padded)
+        return _launcher().forward(*inputs[:3], series, tensors | options)
+
+
+@torch.library.impl("bestrq2::chunked_attention_sinusoidal_backward", "CompositeExplicitAutograd", lib=_library)
+def _backward(grad: Tensor, out: Tensor, logsumexp: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    tensors, options = _named(inputs)
+    backend, padded = _choose(tensors, options)
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        if padded is None:
+            gradients = appended.backward(grad, out, logsumexp, tensors, options, backend)
+        else:
+            series, coefficients = _series(tensors, options, padded)
+            of_all = _launcher().backward(grad, out, logsumexp, *inputs[:3], series, tensors | options)
+            gradients = [*of_all[:3], (of_all[3] @ coefficients).to(tensors["projection"].dtype), *of_all[4:]]
+    return tuple(grad.new_empty((0,)) if x is None else laid_out(x, like) for x, like in zip(gradients, inputs))
+
+
+@torch.library.register_fake("bestrq2::chunked_attention_sinusoidal", lib=_library)
+def _fake_forward(query: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("bestrq2::chunked_attention_sinusoidal_backward", lib=_library)
+def _fake_backward(grad: Tensor, out: Tensor, logsumexp: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(grad.new_empty((0,)) if x is None else torch.empty_like(x) for x in inputs[:6])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, logsumexp = output
+    ctx.mark_non_differentiable(logsumexp)
+    ctx.save_for_backward(out, logsumexp, *inputs[:9])
+    ctx.settings = inputs[9:]
+
+
+@once_differentiable
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    out, logsumexp, *inputs = ctx.saved_tensors
+    operation = torch.ops.bestrq2.chunked_attention_sinusoidal_backward.default
+    gradients = operation(grad, out, logsumexp, *inputs, *ctx.settings)
+    wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
+    return (*wanted, *(None,) * (3 + len(ctx.settings)))  # lengths, starts, key_mask
+
+
+torch.library.register_autograd(
+    "bestrq2::chunked_attention_sinusoidal", _autograd, setup_context=_setup_context, lib=_library
+)

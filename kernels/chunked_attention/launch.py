@@ -36,7 +36,7 @@ class _Call:
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
         self.options = options
-        self.query, self.key, self.value = (_unit_stride(x) for x in (query, key, value))
+        self.query, self.key, self.value = (unit_stride(x) for x in (query, key, value))
         self.batch, self.heads, self.frames, self.head_dim = query.shape
         self.keys = key.shape[2]
         self.content_bias, self.lengths, self.starts, self.key_mask = (
@@ -45,8 +45,7 @@ class _Call:
         )
         if self.key_mask is not None:
             self.key_mask = self.key_mask.view(torch.uint8)
-        sizes = (options[name] for name in ("chunk_size", "left_context", "right_context"))
-        self.window = tuple(UNLIMITED if size is None else min(size, UNLIMITED) for size in sizes)
+        self.window = window_sizes(options)
         self.offset = options["query_offset"]
         self.device_name = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else None
 
@@ -120,7 +119,17 @@ class _Call:
         return max(self.offsets(begin, end)[0], -self.options["position_zero"])
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def window_sizes(options: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Chunk size, left and right context as the kernels take them."""
+    chunk, left, right = (options[name] for name in ("chunk_size", "left_context", "right_context"))
+    return _limited(chunk), _limited(left), _limited(right)
+
+
+def _limited(size: int | None) -> int:
+    return UNLIMITED if size is None else min(size, UNLIMITED)
+
+
+def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -161,7 +170,7 @@ def backward(
     several = len(segments) > 1
     dk, dv = (torch.zeros(key.shape, dtype=torch.float32 if several else key.dtype, device=key.device) for _ in "kv")
     if query.numel() and key.numel():
-        grad, out = _unit_stride(grad.to(query.dtype)), _unit_stride(out)
+        grad, out = unit_stride(grad.to(query.dtype)), unit_stride(out)
         delta = torch.empty_like(lse)
         with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
             for begin, end in segments:

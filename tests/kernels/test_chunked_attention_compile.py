@@ -11,12 +11,14 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from bestrq2.kernels.aot import ARCHITECTURES, SHARED_LIMIT, compile_for, spill_limit
 from bestrq2.kernels.chunked_attention.compile_cases import compile_cases
 
+QUICK = ("/64", "/64x96")  # endings of the configurations that every run compiles
+
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda n: f"sm_{n}")
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=() if case.name.split("-")[1].endswith("/64") else pytest.mark.slow)
+        pytest.param(case, id=case.name, marks=() if case.name.split("-")[1].endswith(QUICK) else pytest.mark.slow)
         for case in compile_cases()
     ],
 )

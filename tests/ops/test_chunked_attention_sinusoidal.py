@@ -1,5 +1,7 @@
 """The separable form of sinusoidal positions against a table of the same positions."""
 
+import functools
+
 import pytest
 import torch
 from accuracy import assert_no_worse_than_torch, assert_term_matters, relative_error
@@ -8,7 +10,7 @@ from torch import Tensor
 from bestrq2 import ops
 from bestrq2.layers.conformer_attention import relative_sinusoids
 from bestrq2.ops import ChunkLayout, chunked_attention_cpu
-from bestrq2.ops.chunked_attention_sinusoidal import fourier_series
+from bestrq2.ops.chunked_attention_sinusoidal_series import fourier_series
 
 WINDOWS = {
     "chunk 16, left 32": {"chunk_size": 16, "left_context": 32},
@@ -91,9 +93,9 @@ def test_streaming_far_into_a_recording():
     assert relative_error(out, by_table(**inputs, **options)) < 2e-7
     period, coefficients, _ = fourier_series(24, -7, 23)
     assert len(coefficients) % 2 == 1
-    from bestrq2.ops.chunked_attention_sinusoidal import _turns
+    from bestrq2.ops.chunked_attention_sinusoidal_appended import turns
 
-    near, far = (_turns(torch.tensor([n]), period, 5, torch.float32) for n in (3, 3 + 10**6 * period))
+    near, far = (turns(torch.tensor([n]), period, 5, torch.float32) for n in (3, 3 + 10**6 * period))
     assert torch.equal(near[0], far[0])
     assert torch.equal(near[1], far[1])
 
@@ -127,6 +129,28 @@ def test_rejects_bad_input():
     inputs = make_inputs()
     with pytest.raises(ValueError, match=r"projection must be \(H, d, D\) = \(2, 8, even\), got \(2, 8, 23\)"):
         ops.chunked_attention_sinusoidal(**{**inputs, "projection": inputs["projection"][..., 1:]})
-    long = make_inputs(700, 700)
+    if chunked_attention_cpu.obstacle(torch.empty(1)):
+        return
+    long = {name: x.float() for name, x in make_inputs(700, 700).items()}
     with pytest.raises(ValueError, match=r"1399 offsets need .* channels beside the 8 of a head, more than the 256"):
-        ops.chunked_attention_sinusoidal(**long)
+        ops.chunked_attention_sinusoidal(**long, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiles_once_for_every_length(backend: str):
+    """The fit of the series is inside the operation, so the graph is whole, and of any length."""
+    if backend == "cpu" and chunked_attention_cpu.obstacle(torch.empty(1)):
+        pytest.skip("the C++ extension is not built")
+    torch._dynamo.reset()  # the other backend's graph of the same lambda
+    options = {"chunk_size": 16, "left_context": 32, "backend": backend}
+    eager = functools.partial(ops.chunked_attention_sinusoidal, **options)
+    compiled = torch.compile(
+        lambda **tensors: ops.chunked_attention_sinusoidal(**tensors, **options),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for frames in (37, 64, 101):
+            inputs, upstream = make_inputs(frames, frames), torch.randn(2, 2, frames, 8)
+            expected = with_gradients(eager, inputs, upstream, torch.float32)
+            for name, result in with_gradients(compiled, inputs, upstream, torch.float32).items():
+                assert torch.equal(result, expected[name]), name
