@@ -107,14 +107,13 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def _mean_over_books(
     loss: Callable[..., Any], hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any
 ) -> Tensor:
-    """Mean of the losses of the codebooks: ``weight`` (G, V, D), ``targets`` (rows, G)."""
+    """Mean of the losses of the codebooks, which peers compute one by one: weight (G, V, D), targets (rows, G)."""
     losses = [first(loss(hidden, w, t, **options)) for w, t in zip(weight, targets.unbind(1))]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def _ours(case: Case, backend: str | None, recompute: bool | None = None) -> Tensor:
-    loss = partial(ops.masked_cross_entropy, backend=backend, recompute=recompute)
-    return _mean_over_books(loss, **case.inputs)
+    return ops.masked_cross_entropy(**case.inputs, backend=backend, recompute=recompute)
 
 
 def _eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -172,6 +172,8 @@ PYBIND11_MODULE(_C, m) {
     f.hidden = at<const void>(address("hidden")), f.hidden_bf16 = d["hidden_bf16"].cast<bool>();
     f.weight = at<const void>(address("weight")), f.weight_bf16 = d["weight_bf16"].cast<bool>();
     f.bias = at<const float>(address("bias"));
+    f.rows = d["rows"].cast<std::int64_t>(), f.codebooks = d["codebooks"].cast<std::int64_t>();
+    f.weights_stride = d["weights_stride"].cast<std::int64_t>();
     f.count = d["count"].cast<std::int64_t>(), f.classes = d["classes"].cast<std::int64_t>();
     f.features = d["features"].cast<std::int64_t>(), f.chunk_rows = d["chunk_rows"].cast<std::int64_t>();
     f.index = at<const std::int64_t>(address("index")), f.targets = at<const std::int64_t>(address("targets"));

@@ -132,7 +132,7 @@ void gradients_and_rows(const Chunk& c, int threads, int64_t group, int64_t shar
       wait_until(classes, class_tasks);
       wait_until(added, item.group);  // sums in the order of the groups
       const int64_t first = rows * item.task / row_tasks, last = rows * (item.task + 1) / row_tasks;
-      fused::hidden_gradient(part, first, last, begin, end, item.group == groups - 1, own);
+      fused::hidden_gradient(part, first, last, begin, end, c.last_codebook && item.group == groups - 1, own);
       added.store(item.group + 1, std::memory_order_release);
     } else {
       for (const auto& added : groups_done) wait_until(added, item.group - kSlots + 1);  // its slot is free
@@ -142,6 +142,19 @@ void gradients_and_rows(const Chunk& c, int threads, int64_t group, int64_t shar
       classes.fetch_add(1, std::memory_order_acq_rel);
     }
   });
+}
+
+// The classifier of one codebook.
+FusedCrossEntropy codebook(const FusedCrossEntropy& f, int64_t g) {
+  const auto at = [](auto* pointer, int64_t offset) { return pointer == nullptr ? nullptr : pointer + offset; };
+  const int64_t bytes = f.classes * f.features * (f.weight_bf16 ? 2 : 4);
+  FusedCrossEntropy of = f;
+  of.weight = at(static_cast<const char*>(f.weight), g * bytes);
+  of.grad_weight = at(static_cast<char*>(f.grad_weight), g * bytes);
+  of.bias = at(f.bias, g * f.classes), of.grad_bias = at(f.grad_bias, g * f.classes);
+  of.targets = at(f.targets, g * f.rows), of.weights = at(f.weights, g * f.weights_stride);
+  of.losses = at(f.losses, g * f.rows), of.correct = at(f.correct, g * f.rows);
+  return of;
 }
 
 }  // namespace
@@ -164,40 +177,48 @@ void masked_cross_entropy_fused(const FusedCrossEntropy& f) {
   const int64_t group = std::min(class_panels, std::max<int64_t>(kGroup, share * threads));
 
   Chunk c{};
-  c.call = &f, c.dot = best_dot();
+  c.dot = best_dot();
   c.keep = f.grad_hidden != nullptr || f.grad_weight != nullptr || f.grad_bias != nullptr;
-  const auto by_feature = allocate<uint16_t>(row_panels * feature_panels * kStep);
-  const auto by_row = allocate<uint16_t>(f.grad_weight != nullptr ? row_panels * feature_panels * kStep : 0);
+  // With several codebooks every chunk keeps its packed rows and the gradient of its rows from one to the next.
+  const int64_t kept = f.codebooks > 1 ? (f.count + step - 1) / step : 1, size = row_panels * feature_panels * kStep;
+  const auto by_feature = allocate<uint16_t>(kept * size);
+  const auto by_row = allocate<uint16_t>(f.grad_weight != nullptr ? kept * size : 0);
   const auto buffer = allocate<uint16_t>(c.keep ? row_panels * class_panels * kStep : 0);
   const auto stats = allocate<float>(row_panels * class_panels * 3 * kPanel);
   const auto row_stats = allocate<float>(fused::kRowStats * row_panels * kPanel);
   const auto entries = allocate<int64_t>(step);
   const auto bounds = allocate<int64_t>(class_panels + 1);
   const auto transposed = allocate<uint16_t>(f.grad_hidden != nullptr ? kSlots * group * feature_panels * kStep : 0);
-  const auto grad_T = allocate<float>(f.grad_hidden != nullptr ? row_panels * feature_panels * kStep : 0);
+  const auto grad_T = allocate<float>(f.grad_hidden != nullptr ? kept * size : 0);
   const bool several = f.count > step && f.grad_weight != nullptr;
   const auto total = allocate<float>(several && f.weight_bf16 ? f.classes * f.features : 0);
   const int64_t scratch_size = (fused::scratch_size(f, step) + 15) / 16 * 16;
   const auto scratch = allocate<float>(scratch_size * threads);
-  c.by_feature = by_feature.get(), c.by_row = f.grad_weight != nullptr ? by_row.get() : nullptr;
   c.buffer = buffer.get(), c.stats = stats.get(), c.row_stats = row_stats.get();
-  c.entries = entries.get(), c.bounds = bounds.get(), c.transposed = transposed.get(), c.grad_T = grad_T.get();
-  c.total = f.weight_bf16 ? total.get() : static_cast<float*>(f.grad_weight);
+  c.entries = entries.get(), c.bounds = bounds.get(), c.transposed = transposed.get();
 
-  for (int64_t first = 0; first < f.count; first += step) {
-    c.first = first, c.rows = std::min(step, f.count - first);
-    c.first_chunk = first == 0, c.last_chunk = first + step >= f.count;
-    const int64_t rows = panels(c.rows);
-    parallel_for(rows, threads, [&](int64_t p, int) { fused::pack_rows(c, p); });
-    sort_by_target(c);
-    const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-    parallel_for(blocks * class_panels, threads, [&](int64_t task, int thread) {
-      const int64_t begin = rows * (task / class_panels) / blocks, end = rows * (task / class_panels + 1) / blocks;
-      fused::logits(c, task % class_panels, begin, end, scratch.get() + thread * scratch_size);
-    });
-    parallel_for(rows, threads, [&](int64_t p, int) { fused::losses(c, p); });
-    if (!c.keep) continue;
-    gradients_and_rows(c, threads, group, share, scratch.get(), scratch_size);
+  for (int64_t g = 0; g < f.codebooks; ++g) {
+    const FusedCrossEntropy call = codebook(f, g);
+    c.call = &call;
+    c.first_codebook = g == 0, c.last_codebook = g == f.codebooks - 1;
+    c.total = f.weight_bf16 ? total.get() : static_cast<float*>(call.grad_weight);
+    for (int64_t first = 0; first < f.count; first += step) {
+      const int64_t offset = kept > 1 ? first / step * size : 0;
+      c.first = first, c.rows = std::min(step, f.count - first);
+      c.first_chunk = first == 0, c.last_chunk = first + step >= f.count;
+      c.by_feature = by_feature.get() + offset, c.grad_T = grad_T.get() + offset;
+      c.by_row = f.grad_weight != nullptr ? by_row.get() + offset : nullptr;
+      const int64_t rows = panels(c.rows);
+      if (c.first_codebook) parallel_for(rows, threads, [&](int64_t p, int) { fused::pack_rows(c, p); });
+      sort_by_target(c);
+      const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+      parallel_for(blocks * class_panels, threads, [&](int64_t task, int thread) {
+        const int64_t begin = rows * (task / class_panels) / blocks, end = rows * (task / class_panels + 1) / blocks;
+        fused::logits(c, task % class_panels, begin, end, scratch.get() + thread * scratch_size);
+      });
+      parallel_for(rows, threads, [&](int64_t p, int) { fused::losses(c, p); });
+      if (c.keep) gradients_and_rows(c, threads, group, share, scratch.get(), scratch_size);
+    }
   }
 }
 

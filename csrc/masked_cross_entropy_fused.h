@@ -16,25 +16,27 @@ Dot best_dot();
 // Forbid better ways than `most` (tests compare all of them).
 void limit_dot(Dot most);
 
-// Rows count, classes V, features D. Operands in fp32 are rounded to bf16 as they are packed; every sum is fp32, in an
-// order that does not depend on the number of threads. Losses, `correct` and gradients are those of SoftmaxGradient in
+// N rows, of which `count` count; G codebooks, each with a classifier of its own on the same rows; V classes, D
+// features. Operands in fp32 are rounded to bf16 as they are packed; every sum is fp32, in an order that does not
+// depend on the number of threads. Losses, `correct` and gradients are those of SoftmaxGradient in
 // masked_cross_entropy.h, but from logits that were never rounded to bf16.
 struct FusedCrossEntropy {
-  const void* hidden;  // (rows, D) contiguous, bf16 or fp32; row index[r] belongs to r
+  const void* hidden;  // (N, D) contiguous, bf16 or fp32
   bool hidden_bf16;
-  const void* weight;  // (V, D) contiguous, bf16 or fp32
+  const void* weight;  // (G, V, D) contiguous, bf16 or fp32
   bool weight_bf16;
-  const float* bias;  // (V) or null
-  int64_t count, classes, features;
-  const int64_t* index;    // (count) or null
-  const int64_t* targets;  // by index
-  const float* weights;    // by index, or null
+  const float* bias;  // (G, V) or null
+  int64_t rows, count, codebooks, classes, features;
+  const int64_t* index;    // (count) the rows that count, or null: all
+  const int64_t* targets;  // (G, N)
+  const float* weights;    // (N) or (G, N), or null: 1 each
+  int64_t weights_stride;  // between codebooks: 0 or N
   float scale, label_smoothing, z_loss;
-  float* losses;      // by index
-  float* correct;     // by index
-  void* grad_hidden;  // like hidden, or null; only rows in index are written
+  float* losses;      // (G, N); only rows in index are written
+  float* correct;     // the same
+  void* grad_hidden;  // like hidden, or null; the same
   void* grad_weight;  // like weight, or null
-  float* grad_bias;   // (V) or null
+  float* grad_bias;   // (G, V) or null
   int64_t chunk_rows;
   int threads;
 };

@@ -381,7 +381,8 @@ void hidden_gradient(const Chunk& c, int64_t first, int64_t last, int64_t begin,
       for (int64_t s = 0; s < feature_panels; ++s) {
         const u16* weights = c.transposed + (s * slots + from) * kStep;
         prefetch_far(weights + kMaxSteps * kStep + (p - first) * piece, piece);
-        product(c.dot, weights, dz, steps, c.grad_T + (p * feature_panels + s) * kStep, begin + from > 0);
+        product(c.dot, weights, dz, steps, c.grad_T + (p * feature_panels + s) * kStep,
+                !c.first_codebook || begin + from > 0);
       }
     }
   }

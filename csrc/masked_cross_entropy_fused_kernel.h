@@ -20,13 +20,14 @@ constexpr int64_t kFeaturePanels = 8;       // of the rows in the L2 cache at a 
 
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
-// One chunk of rows. P, Q and S are its panels of rows, and those of all classes and features.
+// One chunk of rows and one codebook. P, Q and S are its panels of rows, and those of all classes and features.
 struct Chunk {
-  const FusedCrossEntropy* call;
+  const FusedCrossEntropy* call;  // its arrays are those of the codebook
   Dot dot;
   int64_t first, rows;  // of the masked rows
   bool keep;            // whether gradients follow, so that exponentials have to be kept
   bool first_chunk, last_chunk;
+  bool first_codebook, last_codebook;
   u16* by_feature;   // [P] B panels, summed over features: the rows
   u16* by_row;       // [S] B panels, summed over rows: the rows
   u16* buffer;       // [Q][P][32 classes][32 rows]: exponentials, then dz: steps of B panels summed over classes
@@ -35,7 +36,7 @@ struct Chunk {
   int64_t* entries;  // rows of the chunk in the order of their targets' panels
   int64_t* bounds;   // (Q+1) first entry of each panel of classes
   u16* transposed;   // [S] A panels of one group of classes, summed over classes: the weight
-  float* grad_T;     // [P][S] C blocks: gradient of the rows, transposed
+  float* grad_T;     // [P][S] C blocks: gradient of the rows, transposed, summed over codebooks
   float* total;      // (V, D) fp32 sum of the weight gradients of earlier chunks, or null
 };
 
@@ -50,7 +51,8 @@ void losses(const Chunk& c, int64_t row_panel);
 // dz of the panels of classes [first, last), at most kClassPanels, the gradient of their weights, and their part of
 // `transposed`, from `slot` of `slots` on.
 void gradients(const Chunk& c, int64_t first, int64_t last, int64_t slot, int64_t slots, float* scratch);
-// Gradient of the row panels [first, last): adds the panels of classes [begin, end) that `transposed` holds.
+// Gradient of the row panels [first, last): adds the panels of classes [begin, end) that `transposed` holds, and writes
+// it in the end.
 void hidden_gradient(const Chunk& c, int64_t first, int64_t last, int64_t begin, int64_t end, bool write,
                      float* scratch);
 

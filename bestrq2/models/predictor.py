@@ -86,15 +86,11 @@ class CodeHead(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, hidden: Tensor, codes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        losses, accuracies = [], []
         most = None if valid is None else valid.numel()  # padding is all that is left out, so nearly every row counts
-        for g, (weight, bias) in enumerate(zip(self.weight, self.bias)):
-            loss, accuracy = ops.masked_cross_entropy(
-                hidden, weight, codes[..., g], mask=valid, bias=bias, return_accuracy=True, max_rows=most
-            )
-            losses.append(loss)
-            accuracies.append(accuracy)
-        return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+        loss, accuracies = ops.masked_cross_entropy(
+            hidden, self.weight, codes, mask=valid, bias=self.bias, return_accuracy=True, max_rows=most
+        )
+        return loss, accuracies.mean()
 
     def predictions(self, hidden: Tensor) -> Tensor:
         """Most likely codes ``(..., G)``, for inspection."""

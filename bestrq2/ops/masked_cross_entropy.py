@@ -39,13 +39,17 @@ def masked_cross_entropy(
     al., PaLM, 2022, section 5, where its coefficient is 1e-4). Rows are weighted by ``mask`` and the mean divides by
     the sum of the weights. Where nothing is masked, the loss is 0 and every gradient is 0.
 
+    Several codebooks, each with a classifier of its own on the same rows, are one call: ``weight`` (G, V, D) and
+    ``targets`` (..., G), as :func:`bestrq2.ops.quantize` returns them. ``"mean"`` is then the mean over the codebooks
+    too. The rows are read once, and their gradient is summed over the codebooks in fp32.
+
     Differentiable once in ``hidden``, ``weight`` and ``bias``; the gradients of ``weight`` and ``bias`` are accumulated
     in fp32 over chunks of rows, no gradient is filtered or approximated, and the result is deterministic. Nothing is
     computed for inputs that do not require a gradient. Two forms: the gradients are computed along with the loss and
     kept for the backward (the default for ``"mean"`` and ``"sum"``: the fewest operations), or the forward computes
     losses only and keeps nothing, and the backward computes the logits once more (``recompute=True``, always for
-    ``"none"``: a third more operations). The second is for many losses of one graph, one per codebook for instance,
-    whose gradients would otherwise all be held at once; its forward is also what runs where no gradient is needed.
+    ``"none"``: a third more operations). The second is for many losses of one graph, whose gradients would otherwise
+    all be held at once; its forward is also what runs where no gradient is needed.
 
     Inside ``torch.autocast`` the products run in the autocast dtype like ``F.linear``; the gradients have the dtype of
     their inputs, and that of an fp32 weight is not rounded to the autocast dtype on its way.
@@ -57,11 +61,12 @@ def masked_cross_entropy(
 
     Args:
         hidden: (..., D) rows in fp32, bf16, fp16 or fp64, of any strides.
-        weight: (V, D) one row per class, in the dtype of ``hidden`` unless inside autocast.
-        targets: (...) int64 classes in [0, V). Where a row is not masked its target is ignored, also if out of range.
+        weight: (V, D) one row per class, or (G, V, D), in the dtype of ``hidden`` unless inside autocast.
+        targets: (...) or (..., G) int64 classes in [0, V). Where a row is not masked its target is ignored, also if out
+            of range.
         mask: (...) bool, the rows that count, or floating row weights (0: does not count; for ``"mean"`` none may be
             negative); None: every row. Rows that do not count may hold NaN. Not differentiable.
-        bias: (V,) added to the logits.
+        bias: (V,) or (G, V), added to the logits.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (the weighted loss of each row, 0 where it does not count).
         label_smoothing: in [0, 1].
         z_loss: coefficient of ``lse^2``, at least 0.
@@ -73,9 +78,9 @@ def masked_cross_entropy(
         backend: ``"triton"``, ``"cpu"``, ``"reference"``; None chooses the first that can run the call.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 products): a scalar, or (...) for ``"none"``. With ``return_accuracy`` the pair
-        of loss and accuracy: the weighted share of masked rows whose largest logit (the first of equal ones) is the
-        target's, a detached scalar, 0 where nothing is masked.
+        The loss, fp32 (fp64 for fp64 products): a scalar, or like ``targets`` for ``"none"``. With ``return_accuracy``
+        the pair of loss and accuracy: the weighted share of masked rows whose largest logit (the first of equal ones)
+        is the target's, a detached scalar (with codebooks (G,), one each), 0 where nothing is masked.
 
     Raises:
         TypeError: for wrong dtypes.
@@ -119,23 +124,26 @@ def masked_cross_entropy(
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, mask, reduction, recompute, options, execution, wanted):  # type: ignore[override]
+        several = weight.dim() == 3
+        ctx.inputs = [None if x is None else (x.shape, x.dtype) for x in (hidden, weight, bias)]
         rows = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
-        targets_N = targets.reshape(-1)
+        targets_GN = targets.reshape(-1, weight.shape[0]).T if several else targets.reshape(1, -1)
         mask_N = None if mask is None else mask.reshape(-1)
+        if not several:
+            weight, bias = weight[None], None if bias is None else bias[None]
         keep = reduction != "none" and not recompute
         losses, accuracy, factor, *grads = torch.ops.bestrq2.masked_cross_entropy.default(
-            rows, weight, targets_N, mask_N, bias, reduction == "mean", *options,
+            rows, weight, targets_GN, mask_N, bias, reduction == "mean", *options,
             *(want and keep for want in wanted), *execution,
         )  # fmt: skip
-        ctx.reduction, ctx.options, ctx.execution, ctx.wanted = reduction, options, execution, wanted
-        ctx.keep, ctx.shape = keep, hidden.shape
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.reduction, ctx.options, ctx.execution, ctx.wanted, ctx.keep = reduction, options, execution, wanted, keep
         if keep:
             ctx.save_for_backward(factor, *grads)
         else:
-            ctx.save_for_backward(rows, weight, bias, targets_N, mask_N)
+            ctx.save_for_backward(rows, weight, bias, targets_GN, mask_N)
+        accuracy = accuracy if several else accuracy[0]
         ctx.mark_non_differentiable(accuracy)
-        return losses.reshape(targets.shape) if reduction == "none" else losses.sum(), accuracy
+        return losses.T.reshape(targets.shape) if reduction == "none" else losses.sum(), accuracy
 
     @staticmethod
     @once_differentiable
@@ -145,7 +153,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         else:
             rows, weight, bias, targets, row_weights = ctx.saved_tensors
             if ctx.reduction == "none":  # the upstream gradient of a row is a weight of that row
-                upstream = grad_loss.reshape(-1)
+                upstream = grad_loss.reshape(targets.shape[::-1]).T
                 row_weights = (
                     upstream if row_weights is None else torch.where(row_weights != 0, upstream * row_weights, 0)
                 )
@@ -155,10 +163,9 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             )  # fmt: skip
         scale = factor if ctx.reduction == "none" else grad_loss * factor
         grad_hidden, grad_weight, grad_bias = (
-            _scaled(grad, scale, dtype) if want else None for grad, want, dtype in zip(grads, ctx.wanted, ctx.dtypes)
+            _scaled(grad, scale, like[1]).reshape(like[0]) if want else None
+            for grad, want, like in zip(grads, ctx.wanted, ctx.inputs)
         )
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.reshape(ctx.shape)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
@@ -197,11 +204,11 @@ _library.define(
 @torch.library.impl("bestrq2::masked_cross_entropy", "CompositeExplicitAutograd", lib=_library)
 def _run(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    row_weights: Tensor | None,  # (N,) bool or floating; rows of weight 0 are not looked at
-    bias: Tensor | None,  # (V,)
-    normalize: bool,  # divide by the sum of the row weights
+    weight: Tensor,  # (G, V, D)
+    targets: Tensor,  # (G, N)
+    row_weights: Tensor | None,  # (N,) bool or floating; rows of weight 0 are not looked at. (G, N): unless normalize
+    bias: Tensor | None,  # (G, V)
+    normalize: bool,  # divide by the sum of the row weights, and by G
     dtype: torch.dtype,
     label_smoothing: float,
     z_loss: float,
@@ -211,13 +218,13 @@ def _run(
     max_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Weighted losses (N,), accuracy, and the wanted gradients of their sum, which times ``factor`` are the true ones.
+    """Weighted losses (G, N), accuracies (G,), and the wanted gradients of the sum of losses: times ``factor``.
 
     ``factor`` is 1 unless the products run in fp16, whose range the division by many rows, or large and small weights
     of rows, would leave. Sums over many rows would leave it as well: then gradients of weight and bias are fp32.
     """
     if hidden.device.type == "cpu":
-        check_rows(targets, row_weights, weight.shape[0], max_rows, weights_may_be_negative=not normalize)
+        check_rows(targets, row_weights, weight.shape[1], max_rows, weights_may_be_negative=not normalize)
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
     chosen = choose_backend(
         "masked_cross_entropy",
@@ -269,11 +276,11 @@ def _run_reference(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, ...]:
     loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    weights = torch.ones_like(targets, dtype=loss_dtype) if row_weights is None else row_weights.to(loss_dtype)
-    factor = torch.ones_like(weights[:0].sum())
-    total = _nonzero(weights.sum()) if normalize else factor
+    weights = torch.ones_like(targets[0], dtype=loss_dtype) if row_weights is None else row_weights.to(loss_dtype)
+    factor = torch.ones_like(weights.flatten()[:0].sum())
+    total = _nonzero(weights.sum()) * len(weight) if normalize else factor
     half = dtype == torch.float16
-    if half and len(weights):
+    if half and weights.numel():
         largest = _nonzero(weights.abs().max())
         weights, factor = weights / largest, largest / total
     elif not half:
@@ -281,10 +288,17 @@ def _run_reference(
     operands: list[Any] = [
         None if x is None else x.to(dtype).float() if half else x.to(dtype) for x in (hidden, weight, bias)
     ]
-    losses, accuracy, *grads = reference.masked_cross_entropy_gradients(
-        operands[0], operands[1], targets, row_weights=weights, bias=operands[2],
-        label_smoothing=label_smoothing, z_loss=z_loss, wanted=wanted,
-    )  # fmt: skip
+    results = [
+        reference.masked_cross_entropy_gradients(
+            operands[0], operands[1][g], of_codebook, row_weights=weights if weights.dim() == 1 else weights[g],
+            bias=None if bias is None else operands[2][g],
+            label_smoothing=label_smoothing, z_loss=z_loss, wanted=wanted,
+        )
+        for g, of_codebook in enumerate(targets)
+    ]  # fmt: skip
+    losses, accuracy, of_hidden, *of_classifiers = (torch.stack(parts) for parts in zip(*results))
+    grads = [of_hidden[0] if len(of_hidden) == 1 else of_hidden.sum(0, dtype=loss_dtype)]
+    grads += [grad if want else grad[0] for grad, want in zip(of_classifiers, wanted[1:])]
     sources = (hidden, weight, weight if bias is None else bias)
     dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
     return losses * factor, accuracy, factor, *(grad.to(x) for grad, x in zip(grads, dtypes))
@@ -312,7 +326,7 @@ def _fake(
     backend: str,
 ) -> tuple[Tensor, ...]:
     loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    losses = hidden.new_empty(hidden.shape[:1], dtype=loss_dtype)
+    losses = hidden.new_empty(targets.shape, dtype=loss_dtype)
 
     def gradient(source: Tensor | None, wanted: bool) -> Any:
         of = weight if source is None else source
@@ -321,7 +335,7 @@ def _fake(
 
     return (
         losses,
-        losses.new_empty(()),
+        losses.new_empty(targets.shape[:1]),
         losses.new_empty(()),
         gradient(hidden, grad_hidden),
         gradient(weight, grad_weight),

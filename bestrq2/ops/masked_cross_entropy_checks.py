@@ -31,26 +31,29 @@ def validate(
         raise ValueError(f"{op}: max_rows bounds the rows that a mask selects, but there is no mask")
     if max_rows is not None and max_rows < 0:
         raise ValueError(f"{op}: max_rows must be at least 0, got {max_rows}")
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[-1]:
+    if hidden.dim() < 1 or weight.dim() not in (2, 3) or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            f"{op}: expected hidden (..., D) and weight (V, D), got hidden {tuple(hidden.shape)} and weight "
-            f"{tuple(weight.shape)}"
+            f"{op}: expected hidden (..., D) and weight (V, D) or (G, V, D), got hidden {tuple(hidden.shape)} and "
+            f"weight {tuple(weight.shape)}"
         )
-    if weight.shape[0] < 1 or weight.shape[1] < 1:
+    if 0 in weight.shape:
         raise ValueError(f"{op}: weight must have at least one class and one feature, got {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"{op}: expected targets {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
+    expected = (*hidden.shape[:-1], *weight.shape[:-2])
+    if targets.shape != expected:
+        raise ValueError(
+            f"{op}: expected targets {tuple(expected)} with weight {tuple(weight.shape)}, got {tuple(targets.shape)}"
+        )
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
     if mask is not None:
-        if mask.shape != targets.shape:
-            raise ValueError(f"{op}: expected mask {tuple(targets.shape)}, got {tuple(mask.shape)}")
+        if mask.shape != hidden.shape[:-1]:
+            raise ValueError(f"{op}: expected mask {tuple(hidden.shape[:-1])}, got {tuple(mask.shape)}")
         if mask.dtype != torch.bool and mask.dtype not in DTYPES:
             raise TypeError(f"{op}: mask must be bool or floating row weights, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError(f"{op}: row weights are not differentiable; pass mask.detach()")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: expected bias {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise ValueError(f"{op}: expected bias {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
         if tensor is None:
             continue
@@ -69,8 +72,8 @@ def validate(
 
 
 def check_rows(
-    targets: Tensor,
-    row_weights: Tensor | None,
+    targets: Tensor,  # (G, N)
+    row_weights: Tensor | None,  # (N,) or (G, N)
     num_classes: int,
     max_rows: int | None,
     *,
@@ -81,7 +84,7 @@ def check_rows(
     if row_weights is not None and row_weights.dtype != torch.bool and not weights_may_be_negative:
         bad = ~(row_weights >= 0)
         if bad.any():
-            row = int(bad.nonzero()[0])
+            row = int(bad.nonzero()[0, -1])
             raise ValueError(f"{op}: row weights must be >= 0, got {row_weights[row].item()} in row {row}")
     if max_rows is not None and row_weights is not None and (count := int(row_weights.count_nonzero())) > max_rows:
         raise ValueError(f"{op}: {count} rows are masked but max_rows is {max_rows}")
@@ -89,5 +92,8 @@ def check_rows(
     if row_weights is not None:
         bad &= row_weights != 0
     if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"{op}: target {int(targets[row])} of row {row} is outside the {num_classes} classes")
+        codebook, row = bad.nonzero()[0].tolist()
+        of_codebook = f" of codebook {codebook}" if len(targets) > 1 else ""
+        raise ValueError(
+            f"{op}: target {int(targets[codebook, row])} of row {row}{of_codebook} is outside the {num_classes} classes"
+        )

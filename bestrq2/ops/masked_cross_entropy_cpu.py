@@ -1,11 +1,11 @@
 """CPU backend of ``masked_cross_entropy``: our own kernels where the processor has the instructions for them
 (masked_cross_entropy_fused.py), else library matrix products over chunks of logits that stay in the cache.
 
-for each chunk of masked rows                       (rows, V) is the only thing of its size
+for each codebook, for each chunk of masked rows    (rows, V) is the only thing of its size
     h      = hidden[rows]                           gathered here, in the compute dtype
     logits = h @ weight.T + bias
     logits = softmax gradient, losses, accuracy     in place, one C++ pass
-    grad_hidden[rows]  = logits @ weight            each row is written exactly once
+    grad_hidden[rows] += logits @ weight            fp32; with one codebook written, once
     grad_weight       += logits.T @ h               fp32
     grad_bias         += logits.sum(0)              fp32
 """
@@ -39,10 +39,10 @@ def chunk_rows(rows: int, num_classes: int, item_bytes: int, *, gradients: bool)
 
 def run_cpu(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    row_weights: Tensor | None,  # (N,)
-    bias: Tensor | None,  # (V,)
+    weight: Tensor,  # (G, V, D)
+    targets: Tensor,  # (G, N)
+    row_weights: Tensor | None,  # (N,) or (G, N)
+    bias: Tensor | None,  # (G, V)
     normalize: bool,
     dtype: torch.dtype,
     label_smoothing: float,
@@ -53,51 +53,85 @@ def run_cpu(
     half = dtype == torch.float16
     if half:
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
-    rows, num_classes = hidden.shape[0], weight.shape[0]
-    losses, correct = torch.zeros(rows), torch.zeros(rows)
+    rows, codebooks = hidden.shape[0], weight.shape[0]
+    losses, correct = torch.zeros(2, codebooks, rows).unbind()
     weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
-    index = None if weights is None else weights.nonzero().squeeze(1)  # (M,)
+    index = None  # (M,)
+    if weights is not None:
+        index = (weights if weights.dim() == 1 else weights.any(0)).nonzero().squeeze(1)
     count = rows if index is None else len(index)
     total = (count if weights is None else weights.sum().item()) or 1
-    divisor = total if normalize else 1
+    divisor = total * codebooks if normalize else 1
     scale, factor = 1 / divisor, torch.ones(())
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
         largest = (1.0 if weights is None or not count else weights.abs().max().item()) or 1.0
         scale, factor = 1 / largest, torch.tensor(largest / divisor)
+    sources = (hidden, weight, weight if bias is None else bias)
+    dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
     if count == 0:
-        sources = (hidden, weight, weight if bias is None else bias)
-        dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
         grads = [x.new_zeros(x.shape if want else 0, dtype=kind) for x, want, kind in zip(sources, wanted, dtypes)]
-        return losses, torch.zeros(()), factor, *grads
+        return losses, torch.zeros(codebooks), factor, *grads
 
     targets = targets.contiguous()
     if dtype == torch.bfloat16 and native.extension().bf16_dot() != "none":
         grads = run_fused(
             hidden, weight, bias, targets, index, weights, scale, label_smoothing, z_loss, wanted, losses, correct
         )
-        accuracy = (correct.sum() if weights is None else torch.dot(correct, weights)) / total
-        return losses * factor if half else losses, accuracy, factor, *grads
+    else:
+        grad_hidden = _RowsGradient(hidden, index, count, codebooks) if wanted[0] else None
+        grad_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=dtypes[1])
+        grad_bias = torch.zeros(weight.shape[:2] if wanted[2] else 0)
+        for g, of_codebook in enumerate(targets):
+            _run_library(
+                hidden,
+                weight[g].to(dtype),
+                None if bias is None else bias[g].to(dtype),
+                of_codebook,
+                index,
+                weights if weights is None or weights.dim() == 1 else weights[g],
+                (scale, label_smoothing, z_loss),
+                grad_hidden,
+                _WeightGradient(grad_weight[g], dtype) if wanted[1] else None,
+                grad_bias[g] if wanted[2] else None,
+                losses[g],
+                correct[g],
+            )
+        grads = [hidden.new_empty(0) if grad_hidden is None else grad_hidden.result(), grad_weight]
+        grads.append(grad_bias.to(dtypes[2]))
+    accuracy = (correct.sum(1) if weights is None else (correct * weights).sum(1)) / total
+    return losses * factor if half else losses, accuracy, factor, *grads
 
-    cast_weight = weight.to(dtype)
-    cast_bias = None if bias is None else bias.to(dtype)
-    # Rows that do not count get no product, so their gradient has to be there already.
-    grad_hidden = hidden.new_zeros(hidden.shape) if index is not None and wanted[0] else hidden.new_empty(0)
-    if index is None and wanted[0]:
-        grad_hidden = hidden.new_empty(hidden.shape)
-    grad_weight = _WeightGradient(cast_weight, weight.dtype) if wanted[1] else None
-    grad_bias = torch.zeros(num_classes) if wanted[2] else None
 
-    step = chunk_rows(count, num_classes, dtype.itemsize, gradients=any(wanted))
+def _run_library(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D) in the dtype of the products
+    bias: Tensor | None,  # (V,) the same
+    targets: Tensor,  # (N,) contiguous
+    index: Tensor | None,  # (M,)
+    weights: Tensor | None,  # (N,) fp32 contiguous
+    options: tuple[float, float, float],  # scale, label_smoothing, z_loss
+    grad_hidden: "_RowsGradient | None",
+    grad_weight: "_WeightGradient | None",
+    grad_bias: Tensor | None,  # (V,) fp32 zeros
+    losses: Tensor,  # (N,) fp32, written where rows count
+    correct: Tensor,  # (N,) fp32, the same
+) -> None:
+    """One codebook, by products of the library over chunks of rows."""
+    num_classes, dtype = weight.shape[0], weight.dtype
+    scale, label_smoothing, z_loss = options
+    gradient = any(grad is not None for grad in (grad_hidden, grad_weight, grad_bias))
+    count = hidden.shape[0] if index is None else len(index)
+    step = chunk_rows(count, num_classes, dtype.itemsize, gradients=gradient)
     buffer = torch.empty(min(step, count), num_classes, dtype=dtype)
     for start in range(0, count, step):
         stop = min(start + step, count)
         logits = buffer[: stop - start]  # (rows of the chunk, V)
         chosen = None if index is None else index[start:stop]
         h = (hidden[start:stop] if chosen is None else hidden.index_select(0, chosen)).to(dtype)
-        if cast_bias is None:
-            torch.mm(h, cast_weight.T, out=logits)
+        if bias is None:
+            torch.mm(h, weight.T, out=logits)
         else:
-            torch.addmm(cast_bias, h, cast_weight.T, out=logits)
+            torch.addmm(bias, h, weight.T, out=logits)
         offset = start if chosen is None else 0
         native.extension().softmax_gradient(
             logits=logits.data_ptr(),
@@ -110,38 +144,56 @@ def run_cpu(
             scale=scale,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            gradient=any(wanted),
+            gradient=gradient,
             losses=losses[offset:].data_ptr(),
             correct=correct[offset:].data_ptr(),
             threads=torch.get_num_threads(),
         )
-        if wanted[0]:
-            if chosen is None and dtype == hidden.dtype:
-                torch.mm(logits, cast_weight, out=grad_hidden[start:stop])
-            elif chosen is None:
-                grad_hidden[start:stop] = logits @ cast_weight
-            else:
-                grad_hidden.index_copy_(0, chosen, (logits @ cast_weight).to(hidden.dtype))
+        if grad_hidden is not None:
+            grad_hidden.add(start, stop, logits, weight)
         if grad_weight is not None:
-            grad_weight.add(logits, h, last=stop == count)
+            grad_weight.add(logits, h, first=start == 0, last=stop == count)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
-    del buffer, logits, h  # before the gradients are converted
-    accuracy = (correct.sum() if weights is None else torch.dot(correct, weights)) / total
-    return (
-        losses * factor if half else losses,
-        accuracy,
-        factor,
-        grad_hidden,
-        _result(None if grad_weight is None else grad_weight.total, weight, half),
-        _result(grad_bias, weight if bias is None else bias, half),
-    )
 
 
-def _result(grad: Tensor | None, source: Tensor, half: bool) -> Tensor:
-    """What the operator returns: a gradient in the dtype of its source; of fp16 products in fp32, not yet scaled."""
-    dtype = torch.float32 if half else source.dtype
-    return source.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
+class _RowsGradient:
+    """``logits @ weight`` of the rows that count, summed over codebooks in fp32; 0 for the other rows."""
+
+    def __init__(self, hidden: Tensor, index: Tensor | None, count: int, codebooks: int) -> None:
+        self.index, self.codebooks, self.added = index, codebooks, 0
+        # Rows that do not count get no product, so their gradient has to be there already.
+        self.grad = hidden.new_empty(hidden.shape) if index is None else hidden.new_zeros(hidden.shape)
+        self.sum: Tensor | None = None  # (M, D)
+        if codebooks > 1:
+            direct = index is None and hidden.dtype == torch.float32
+            self.sum = self.grad if direct else torch.empty(count, hidden.shape[1])
+
+    def add(self, start: int, stop: int, logits: Tensor, weight: Tensor) -> None:
+        """Add rows ``[start, stop)`` of those that count; every codebook adds them in order."""
+        if self.sum is not None:
+            part = self.sum[start:stop]
+            if weight.dtype != torch.float32:
+                part.copy_(logits @ weight) if self.added == 0 else part.add_(logits @ weight)
+            elif self.added == 0:
+                torch.mm(logits, weight, out=part)
+            else:
+                part.addmm_(logits, weight)
+            self.added += stop == len(self.sum)
+        elif self.index is not None:
+            self.grad.index_copy_(0, self.index[start:stop], (logits @ weight).to(self.grad.dtype))
+        elif self.grad.dtype == weight.dtype:
+            torch.mm(logits, weight, out=self.grad[start:stop])
+        else:
+            self.grad[start:stop] = logits @ weight
+
+    def result(self) -> Tensor:
+        """(N, D) in the dtype of the rows, once every codebook was added."""
+        if self.sum is None or self.sum is self.grad:
+            return self.grad
+        if self.index is None:
+            return self.grad.copy_(self.sum)
+        return self.grad.index_copy_(0, self.index, self.sum.to(self.grad.dtype))
 
 
 class _WeightGradient:
@@ -151,22 +203,24 @@ class _WeightGradient:
     what the fp32 sum is for. So bf16 operands are converted; a processor that gets here has no bf16 instructions.
     """
 
-    def __init__(self, weight: Tensor, result: torch.dtype) -> None:
-        self.shape, self.dtype, self.result = weight.shape, weight.dtype, result
-        self.total: Tensor = torch.empty(0)
+    def __init__(self, result: Tensor, dtype: torch.dtype) -> None:
+        self.result, self.dtype = result, dtype  # (V, D), fp32 if dtype is
+        self.total: Tensor | None = None
 
-    def add(self, logits: Tensor, h: Tensor, *, last: bool) -> None:
+    def add(self, logits: Tensor, h: Tensor, *, first: bool, last: bool) -> None:
         """Add one chunk: ``logits`` (rows, V) holds its logit gradients, ``h`` (rows, D) its rows."""
-        first = not self.total.numel()
-        if first and (self.dtype == torch.float32 or (last and self.result == self.dtype)):
-            self.total = torch.mm(logits.T, h)  # also for the only chunk: one product, rounded once, at its end
+        if first and self.result.dtype == self.dtype and (last or self.dtype == torch.float32):
+            torch.mm(logits.T, h, out=self.result)  # also for the only chunk: one product, rounded once, at its end
             return
         if self.dtype == torch.float32:
-            self.total.addmm_(logits.T, h)
+            self.result.addmm_(logits.T, h)
             return
-        if first:
-            self.total = torch.zeros(self.shape)
+        if self.total is None:
+            exact = self.result.dtype == torch.float32
+            self.total = self.result.zero_() if exact else torch.zeros(self.result.shape)
         h = h.float()
-        for begin in range(0, self.shape[0], CLASSES_PER_PRODUCT):
+        for begin in range(0, len(self.total), CLASSES_PER_PRODUCT):
             part = slice(begin, begin + CLASSES_PER_PRODUCT)
             self.total[part].addmm_(logits[:, part].float().T, h)
+        if last and self.total is not self.result:
+            self.result.copy_(self.total)

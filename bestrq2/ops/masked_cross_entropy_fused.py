@@ -24,17 +24,17 @@ def chunk_rows(count: int) -> int:
 
 def run_fused(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (N,) contiguous
+    weight: Tensor,  # (G, V, D)
+    bias: Tensor | None,  # (G, V)
+    targets: Tensor,  # (G, N) contiguous
     index: Tensor | None,  # (M,) the rows that count; None: all
-    weights: Tensor | None,  # (N,) fp32 contiguous, or None: 1 each
+    weights: Tensor | None,  # (N,) or (G, N) fp32 contiguous, or None: 1 each
     scale: float,
     label_smoothing: float,
     z_loss: float,
     wanted: tuple[bool, bool, bool],
-    losses: Tensor,  # (N,) fp32, written where rows count
-    correct: Tensor,  # (N,) fp32, the same
+    losses: Tensor,  # (G, N) fp32, written where rows count
+    correct: Tensor,  # (G, N) fp32, the same
 ) -> list[Tensor]:
     """The gradients that are wanted of hidden, weight and bias, in their dtypes; the others empty.
 
@@ -47,7 +47,7 @@ def run_fused(
     # Rows that do not count are not written.
     grad_hidden = (torch.empty_like if index is None else torch.zeros_like)(rows) if wanted[0] else None
     grad_weight = torch.empty_like(classes) if wanted[1] else None
-    grad_bias = torch.empty(len(classes)) if wanted[2] else None
+    grad_bias = torch.empty(classes.shape[:2]) if wanted[2] else None
     native.extension().masked_cross_entropy(
         {
             "hidden": _address(rows),
@@ -55,12 +55,15 @@ def run_fused(
             "weight": _address(classes),
             "weight_bf16": classes.dtype == torch.bfloat16,
             "bias": _address(cast_bias),
+            "rows": len(rows),
             "count": count,
-            "classes": classes.shape[0],
-            "features": classes.shape[1],
+            "codebooks": classes.shape[0],
+            "classes": classes.shape[1],
+            "features": classes.shape[2],
             "index": _address(index),
             "targets": _address(targets),
             "weights": _address(weights),
+            "weights_stride": 0 if weights is None or weights.dim() == 1 else len(rows),
             "scale": scale,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,

@@ -59,9 +59,13 @@ def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
             for index, smooth in ((i, s) for i in FLAGS for s in FLAGS):
                 flags = {"HAS_INDEX": index, "HAS_BIAS": biased, "SMOOTH": smooth, **exact}
                 yield _case(loss_kernel, name, signature, flags, configs[f"loss/{bits}"])
-        for kernel, key in ((hidden_gradient_kernel, "hidden_gradient"), (weight_gradient_kernel, "weight_gradient")):
-            signature = pointers | ROWS | SIZES
-            yield _case(kernel, f"{file}-{dtype}", signature, exact, configs[f"{key}/{bits}"])
+        signature = pointers | ROWS | SIZES
+        for add in FLAGS:  # over codebooks, in fp32
+            out = {"p_out": "*fp32" if add else f"*{dtype}"}
+            flags = {"ADD": add, **exact}
+            tile = configs[f"hidden_gradient/{bits}"]
+            yield _case(hidden_gradient_kernel, f"{file}-{dtype}", signature | out, flags, tile)
+        yield _case(weight_gradient_kernel, f"{file}-{dtype}", signature, exact, configs[f"weight_gradient/{bits}"])
     # Under autocast the rows are fp32 and the products 16-bit.
     mixed = {"p_hidden": "*fp32", "p_weight": "*bf16", "p_bias": "*bf16", "p_logits": "*bf16", "p_dz": "*bf16"}
     mixed |= {"p_total": "*fp32", **ROWS, **SIZES, **PARTS}

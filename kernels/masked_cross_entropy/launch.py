@@ -1,9 +1,9 @@
 """Which kernels and products run, over chunks of logits that stay in the L2.
 
-    for each chunk of rows                              (rows, V), about 1536 x 8192 in bf16: 24 MiB
+    for each codebook, for each chunk of rows           (rows, V), about 1536 x 8192 in bf16: 24 MiB
         logits = h @ weight.T + bias
         logits = softmax gradient, losses, accuracy     Triton, in place, one program per row
-        grad_hidden        = logits @ weight            each row is written exactly once
+        grad_hidden       += logits @ weight            fp32; with one codebook written, once
         grad_weight       += logits.T @ h               fp32
         grad_bias         += logits.sum(0)              fp32
 
@@ -18,9 +18,9 @@ The order of all sums is fixed; there are no atomics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -40,7 +40,7 @@ MERGE_ROWS = 128
 
 @dataclass
 class _Rows:
-    """The rows that count: inputs, options and results that every form of the computation shares."""
+    """The rows that count and one codebook: inputs, options and results that every form of the computation shares."""
 
     hidden: Tensor  # (N, D), unit feature stride
     weight: Tensor  # (V, D) contiguous, in the dtype of the products
@@ -82,8 +82,8 @@ def chunk_rows(rows: int, num_classes: int, item_bytes: int, config: dict[str, i
 
 
 def rows_that_count(row_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers (N,), those of weight other than 0 first and in order, and how many those are, on the device."""
-    selected = row_weights != 0
+    """Row numbers (N,) and how many count, on the device: rows of any weight (N,) or (G, N) other than 0 come first."""
+    selected = row_weights != 0 if row_weights.dim() == 1 else (row_weights != 0).any(0)
     return torch.argsort(selected, descending=True, stable=True), selected.sum()
 
 
@@ -128,9 +128,12 @@ def _fused_losses(r: _Rows) -> None:
 
 
 def _bounded_gradients(
-    r: _Rows, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+    r: _Rows, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, add: bool
 ) -> None:
-    """Losses and gradients over ``r.index[: r.count]``: tiles behind the count end at once."""
+    """Losses and gradients over ``r.index[: r.count]``: tiles behind the count end at once.
+
+    With ``add``, the gradient of the rows is added to ``grad_hidden``, in fp32.
+    """
     assert r.index is not None
     assert r.count is not None
     (rows, features), classes = r.hidden.shape, r.weight.shape[0]
@@ -148,7 +151,7 @@ def _bounded_gradients(
         if grad_hidden is not None:
             tile = r.tile("hidden_gradient")
             hidden_gradient_kernel[(triton.cdiv(chunk, tile["BM"]), triton.cdiv(features, tile["BN"]))](
-                logits, r.weight, r.index, r.count, grad_hidden, start, chunk, features, classes, **tile
+                logits, r.weight, r.index, r.count, grad_hidden, start, chunk, features, classes, ADD=add, **tile
             )
         if grad_weight is not None:
             tile = r.tile("weight_gradient")
@@ -189,9 +192,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _library_gradients(
-    r: _Rows, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+    r: _Rows, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, add: bool
 ) -> None:
-    """Losses and gradients of every row of ``r.hidden``, by library products."""
+    """Losses and gradients of every row of ``r.hidden``, by library products; ``add`` as in _bounded_gradients."""
     rows, classes, dtype = len(r.hidden), len(r.weight), r.weight.dtype
     step = chunk_rows(rows, classes, dtype.itemsize, r.configs["chunk"])
     buffer = torch.empty(min(step, rows), classes, dtype=dtype, device=r.hidden.device)
@@ -204,7 +207,9 @@ def _library_gradients(
         else:
             torch.addmm(r.bias, h, r.weight.T, out=logits)
         _softmax_gradient(r, logits, start)
-        if grad_hidden is not None and dtype == grad_hidden.dtype:
+        if grad_hidden is not None and add:
+            _add_product(grad_hidden[part], logits, r.weight)
+        elif grad_hidden is not None and dtype == grad_hidden.dtype:
             torch.mm(logits, r.weight, out=grad_hidden[part])
         elif grad_hidden is not None:
             grad_hidden[part] = torch.mm(logits, r.weight)
@@ -216,10 +221,10 @@ def _library_gradients(
 
 def masked_cross_entropy(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    row_weights: Tensor | None,  # (N,)
-    bias: Tensor | None,  # (V,)
+    weight: Tensor,  # (G, V, D)
+    targets: Tensor,  # (G, N)
+    row_weights: Tensor | None,  # (N,) or (G, N)
+    bias: Tensor | None,  # (G, V)
     normalize: bool,
     dtype: torch.dtype,
     label_smoothing: float,
@@ -228,9 +233,9 @@ def masked_cross_entropy(
     max_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     """What the operator ``bestrq2::masked_cross_entropy`` returns."""
-    (rows, features), num_classes, device = hidden.shape, weight.shape[0], hidden.device
+    rows, codebooks, device = hidden.shape[0], weight.shape[0], hidden.device
     on_gpu = device.type == "cuda"
-    losses, correct = torch.zeros(2, rows, device=device).unbind()
+    losses, correct = torch.zeros(2, codebooks, rows, device=device).unbind()
     factor = torch.ones((), device=device)
 
     weights, index, count, scale, total = None, None, None, 1.0, factor * rows
@@ -245,63 +250,77 @@ def masked_cross_entropy(
         largest = factor if weights is None or rows == 0 else weights.abs().max()
         largest = torch.where(largest == 0, 1, largest)
         coefficients = None if weights is None else weights / largest
-        factor = largest / total if normalize else largest
+        factor = largest / (total * codebooks) if normalize else largest
     elif normalize and weights is not None:
-        coefficients = weights / total
+        coefficients = weights / (total * codebooks)
     elif normalize:
-        scale = 1 / max(rows, 1)
+        scale = 1 / max(rows * codebooks, 1)
 
-    def zeros(want: bool, *shape: int, like: torch.dtype = torch.float32) -> Tensor | None:
-        return torch.zeros(shape, dtype=like, device=device) if want else None
-
-    grad_hidden = zeros(wanted[0], rows, features, like=hidden.dtype)
-    grad_weight, grad_bias = zeros(wanted[1], num_classes, features), zeros(wanted[2], num_classes)
-    r = _Rows(
-        hidden if hidden.stride(1) == 1 or features == 1 else hidden.contiguous(),
-        weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous(), targets.contiguous(),
-        coefficients, index, count, float(scale), float(label_smoothing), float(z_loss), losses, correct,
-        load_configs(OP, torch.cuda.get_device_name(device) if on_gpu else None),
-    )  # fmt: skip
+    add = codebooks > 1
+    grads = [
+        x.new_zeros(x.shape, dtype=hidden.dtype if x is hidden and not add else torch.float32) if want else None
+        for x, want in zip((hidden, weight, weight[..., 0] if bias is None else bias), wanted)
+    ]
+    h = hidden if hidden.stride(1) == 1 or hidden.shape[1] == 1 else hidden.contiguous()
+    w, b = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous()
+    configs = load_configs(OP, torch.cuda.get_device_name(device) if on_gpu else None)
+    books = [
+        _Rows(
+            h, w[g], None if b is None else b[g], targets[g].contiguous(),
+            coefficients if coefficients is None or coefficients.dim() == 1 else coefficients[g].contiguous(),
+            index, count, float(scale), float(label_smoothing), float(z_loss), losses[g], correct[g], configs,
+        )
+        for g in range(codebooks)
+    ]  # fmt: skip
     with torch.cuda.device(device) if on_gpu else nullcontext():
         if rows == 0:
             pass
         elif not any(wanted):
-            _fused_losses(r)
-        elif index is None:
-            _library_gradients(r, grad_hidden, grad_weight, grad_bias)
-        elif max_rows is None:
-            _bounded_gradients(r, grad_hidden, grad_weight, grad_bias)
+            for book in books:
+                _fused_losses(book)
+        elif index is None or max_rows is None:
+            _each_codebook(_library_gradients if index is None else _bounded_gradients, books, grads, add)
         else:
-            _gathered_gradients(r, max_rows, grad_hidden, grad_weight, grad_bias)
+            _gathered_gradients(books, max_rows, grads, add)
     if count is not None and max_rows is not None:
         losses = torch.where(count > max_rows, float("nan"), losses)
-    accuracy = (correct if weights is None else correct * weights).sum() / total
+    accuracy = (correct if weights is None else correct * weights).sum(1) / total
     sources = (hidden, weight, weight if bias is None else bias)
     dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
-    grads = (
+    results = (
         source.new_empty(0, dtype=kind) if grad is None else grad.to(kind)
-        for grad, source, kind in zip((grad_hidden, grad_weight, grad_bias), sources, dtypes)
+        for grad, source, kind in zip(grads, sources, dtypes)
     )
-    return losses * factor, accuracy, factor, *grads
+    return losses * factor, accuracy, factor, *results
 
 
-def _gathered_gradients(
-    r: _Rows, most: int, grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
-) -> None:
+def _each_codebook(form: Callable[..., None], books: list[_Rows], grads: list[Tensor | None], add: bool) -> None:
+    of_rows, *of_classifiers = grads
+    for g, book in enumerate(books):
+        form(book, of_rows, *(None if grad is None else grad[g] for grad in of_classifiers), add)
+
+
+def _gathered_gradients(books: list[_Rows], most: int, grads: list[Tensor | None], add: bool) -> None:
     """Losses and gradients of at most ``most`` rows that count, gathered for the library products."""
-    assert r.index is not None
-    assert r.count is not None
-    assert r.weights is not None
-    index = r.index[:most]
+    every = books[0]
+    assert every.index is not None
+    index = every.index[:most]
     # Rows behind the count fill up to the bound. They may hold NaN, and 0 * NaN would reach the weight's gradient.
-    counts = (torch.arange(len(index), device=index.device) < r.count).unsqueeze(1)
-    g = _Rows(
-        torch.where(counts, r.hidden[index], 0), r.weight, r.bias, r.targets[index], r.weights[index], None, None,
-        r.scale, r.label_smoothing, r.z_loss, r.losses[index], r.correct[index], r.configs,
-    )  # fmt: skip
-    rows_gradient = None if grad_hidden is None else torch.empty_like(g.hidden)
-    _library_gradients(g, rows_gradient, grad_weight, grad_bias)
-    r.losses.index_copy_(0, index, g.losses)
-    r.correct.index_copy_(0, index, g.correct)
+    assert every.count is not None
+    counts = (torch.arange(len(index), device=index.device) < every.count).unsqueeze(1)
+    rows = torch.where(counts, every.hidden[index], 0)
+    gathered = [
+        replace(
+            r, hidden=rows, targets=r.targets[index], weights=None if r.weights is None else r.weights[index],
+            index=None, count=None, losses=r.losses[index], correct=r.correct[index],
+        )
+        for r in books
+    ]  # fmt: skip
+    grad_hidden = grads[0]
+    rows_gradient = None if grad_hidden is None else grad_hidden.new_zeros(rows.shape)
+    _each_codebook(_library_gradients, gathered, [rows_gradient, *grads[1:]], add)
+    for r, g in zip(books, gathered):
+        r.losses.index_copy_(0, index, g.losses)
+        r.correct.index_copy_(0, index, g.correct)
     if grad_hidden is not None and rows_gradient is not None:
         grad_hidden.index_copy_(0, index, rows_gradient)

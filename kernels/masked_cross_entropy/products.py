@@ -70,12 +70,13 @@ def hidden_gradient_kernel(
     chunk,
     D,
     V,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``out[index] = dz @ weight``; every row is written by one program."""
+    """``out[index] = dz @ weight``, or ``+=``; every row is written by one program."""
     i_m = tl.program_id(0).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
     present = tl.minimum(tl.load(p_count) - start, chunk)
@@ -97,7 +98,10 @@ def hidden_gradient_kernel(
         p_w += BK * D
     rows = tl.load(p_index + start + o_m, mask=m_m, other=0)
     p_o = p_out + rows[:, None] * D + o_n[None, :]
-    tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    inside = m_m[:, None] & m_n[None, :]
+    if ADD:
+        acc += tl.load(p_o, mask=inside, other=0.0)
+    tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

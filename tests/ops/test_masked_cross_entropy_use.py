@@ -26,7 +26,8 @@ def backend(request, device):
 def test_opcheck(backend, device, mask, bound, grads):
     hidden, weight, targets, bias, _, row_weights = make((37,), device=device)
     arguments = (
-        hidden, weight, targets, row_weights if mask else None, bias if mask else None, True, torch.float32,
+        hidden, weight[None], targets[None], row_weights if mask else None, bias[None] if mask else None, True,
+        torch.float32,
         0.1, 1e-3, grads, grads, grads and mask, 30 if bound else None, backend,
     )  # fmt: skip
     opcheck(torch.ops.bestrq2.masked_cross_entropy.default, arguments)
@@ -134,7 +135,7 @@ def test_rejects_bad_input(device):
             call(**options)
     with pytest.raises(ValueError, match=r"hidden \(3, 41, 31\) and weight \(203, 32\)"):
         ops.masked_cross_entropy(hidden[..., 1:], weight, targets)
-    with pytest.raises(ValueError, match=r"expected targets \(3, 41\), got \(41,\)"):
+    with pytest.raises(ValueError, match=r"expected targets \(3, 41\) with weight \(203, 32\), got \(41,\)"):
         ops.masked_cross_entropy(hidden, weight, targets[0])
     with pytest.raises(TypeError, match=r"targets must be int64, got torch.int32"):
         ops.masked_cross_entropy(hidden, weight, targets.int())
@@ -254,8 +255,8 @@ def test_only_wanted_gradients_are_computed(backend, device, reduction, wanted):
     loss.square().sum().backward()
     assert [x.grad is not None for x in leaves] == [bool(want) for want in wanted]
     outputs = torch.ops.bestrq2.masked_cross_entropy(
-        hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), None, bias.detach(), True, torch.float32,
-        0.0, 0.0, *(bool(want) for want in wanted), None, backend,
+        hidden.detach().flatten(0, 1), weight.detach()[None], targets.flatten()[None], None, bias.detach()[None], True,
+        torch.float32, 0.0, 0.0, *(bool(want) for want in wanted), None, backend,
     )  # fmt: skip
     assert [grad.numel() > 0 for grad in outputs[3:]] == [bool(want) for want in wanted]
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 def masked_cross_entropy(
     hidden: Tensor,  # (..., D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (...) int64
+    weight: Tensor,  # (V, D), or (G, V, D)
+    targets: Tensor,  # (...), or (..., G), int64
     *,
     mask: Tensor | None = None,  # (...) bool, or float row weights
-    bias: Tensor | None = None,  # (V,)
+    bias: Tensor | None = None,  # (V,), or (G, V)
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -21,6 +21,17 @@ def masked_cross_entropy(
     Computes the logits of every row and stores them, in static shapes and without a host synchronisation. The loss is
     float32 (float64 for float64 logits).
     """
+    if weight.dim() == 3:
+        results = [
+            masked_cross_entropy(
+                hidden, w, targets[..., g], mask=mask, bias=None if bias is None else bias[g],
+                reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+            )
+            for g, w in enumerate(weight)
+        ]  # fmt: skip
+        losses, accuracies = (torch.stack(parts, -1) for parts in zip(*results))
+        return {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[reduction], accuracies
+
     num_classes = weight.shape[0]
     selected = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0
     valid = (targets >= 0) & (targets < num_classes)
