@@ -6,7 +6,7 @@ from typing import Any
 from ..aot import CompileCase
 from ..tuning import all_configs
 from . import CANDIDATES
-from .launch import MERGE_ROWS, OP, precision
+from .launch import MERGE_ROWS, OP, hidden_gradient_tile, precision
 from .loss import loss_kernel, merge_kernel
 from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
 from .softmax_gradient import softmax_gradient_kernel
@@ -33,7 +33,11 @@ def candidate_cases() -> list[CompileCase]:
             cases = (case for case in _cases(tile, default | {key: config}) if case.name.startswith(prefix))
             whole = key.endswith("/whole")
             matching = [case for case in cases if case.constexprs.get("WHOLE", whole) == whole]
-            found.append(matching[-1])  # the one with all options
+            # The one with all options; adding, the gradient of the rows takes the tile of the weight gradient.
+            found.append(next(case for case in reversed(matching) if not case.constexprs.get("ADD")))
+            if key.startswith("weight_gradient"):
+                adding = f"hidden_gradient-{prefix.partition('-')[2]}-add"
+                found += [case for case in _cases(tile, default | {key: config}) if case.name == adding]
     return found
 
 
@@ -63,7 +67,7 @@ def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
         for add in FLAGS:  # over codebooks, in fp32
             out = {"p_out": "*fp32" if add else f"*{dtype}"}
             flags = {"ADD": add, **exact}
-            tile = configs[f"hidden_gradient/{bits}"]
+            tile = configs[f"{hidden_gradient_tile(add)}/{bits}"]
             yield _case(hidden_gradient_kernel, f"{file}-{dtype}", signature | out, flags, tile)
         yield _case(weight_gradient_kernel, f"{file}-{dtype}", signature, exact, configs[f"weight_gradient/{bits}"])
     # Under autocast the rows are fp32 and the products 16-bit.

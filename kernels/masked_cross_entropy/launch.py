@@ -73,6 +73,11 @@ def precision(bits: int) -> str:
     return "ieee" if bits == 32 else "tf32"  # without meaning for 16-bit operands
 
 
+def hidden_gradient_tile(add: bool) -> str:
+    """Whose tile the gradient of the rows takes: adding in fp32 needs the registers that the weight gradient needs."""
+    return "weight_gradient" if add else "hidden_gradient"
+
+
 def chunk_rows(rows: int, num_classes: int, item_bytes: int, config: dict[str, int]) -> int:
     """Rows of one chunk: an even division of ``rows`` into chunks of about ``config["bytes"]`` of logits at most."""
     multiple = config["rows_multiple"]
@@ -149,7 +154,7 @@ def _bounded_gradients(
         )  # fmt: skip
         _softmax_gradient(r, logits[:chunk], start)
         if grad_hidden is not None:
-            tile = r.tile("hidden_gradient")
+            tile = r.tile(hidden_gradient_tile(add))
             hidden_gradient_kernel[(triton.cdiv(chunk, tile["BM"]), triton.cdiv(features, tile["BN"]))](
                 logits, r.weight, r.index, r.count, grad_hidden, start, chunk, features, classes, ADD=add, **tile
             )

@@ -88,7 +88,11 @@ def hidden_gradient_kernel(
     m_m, m_n = o_m < present, o_n < D
     p_z = p_dz + o_m[:, None] * V + o_k[None, :]  # [BM, BK]
     p_w = p_weight + o_k.to(tl.int64)[:, None] * D + o_n[None, :]  # [BK, BN]
-    acc = tl.zeros((BM, BN), tl.float32)
+    if ADD:  # first: added behind the loop, it would take registers beside the sums
+        rows = tl.load(p_index + start + o_m, mask=m_m, other=0)
+        acc = tl.load(p_out + rows[:, None] * D + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, V, BK):
         m_k = o_k < V - k
         z = tl.load(p_z, mask=m_m[:, None] & m_k[None, :], other=0.0)
@@ -98,10 +102,7 @@ def hidden_gradient_kernel(
         p_w += BK * D
     rows = tl.load(p_index + start + o_m, mask=m_m, other=0)
     p_o = p_out + rows[:, None] * D + o_n[None, :]
-    inside = m_m[:, None] & m_n[None, :]
-    if ADD:
-        acc += tl.load(p_o, mask=inside, other=0.0)
-    tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=inside)
+    tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
 @triton.jit
