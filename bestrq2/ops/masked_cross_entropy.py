@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native, reference
-from .dispatch import choose_backend
+from .arguments import integer, number, require_tensors
+from .dispatch import choose_backend, requested
 from .masked_cross_entropy_checks import check_rows, validate
 from .masked_cross_entropy_cpu import run_cpu
 
@@ -92,6 +93,13 @@ def masked_cross_entropy(
         >>> loss.shape, accuracy.shape
         (torch.Size([]), torch.Size([]))
     """
+    op = "masked_cross_entropy"
+    required = {"hidden": hidden, "weight": weight, "targets": targets}
+    require_tensors(op, required, {"mask": mask, "bias": bias})
+    label_smoothing = number(f"{op}: label_smoothing", label_smoothing)
+    z_loss = number(f"{op}: z_loss", z_loss)
+    if max_rows is not None:
+        max_rows = integer(f"{op}: max_rows", max_rows, 0, " or None")
     dtype = _compute_dtype(hidden)
     validate(hidden, weight, targets, mask, bias, reduction, label_smoothing, z_loss, max_rows, dtype)
     if recompute is False and reduction == "none":
@@ -105,8 +113,8 @@ def masked_cross_entropy(
         None if mask is None else mask.detach(),
         reduction,
         bool(recompute),
-        (dtype, float(label_smoothing), float(z_loss)),
-        (max_rows, backend or ""),
+        (dtype, label_smoothing, z_loss),
+        (max_rows, requested(backend)),
         (
             with_grad and hidden.requires_grad,
             with_grad and weight.requires_grad,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .dispatch import choose_backend
+from .arguments import require_tensors
+from .dispatch import choose_backend, requested
 from .reference.quantize import not_finite
 
 __all__ = ["check_codes", "quantize"]
@@ -61,9 +62,10 @@ def quantize(
         >>> quantize(torch.randn(2, 100, 80, generator=generator), projection, codebook).shape
         torch.Size([2, 100])
     """
+    require_tensors("quantize", {"x": x, "projection": projection, "codebook": codebook}, {"mask": mask})
     _validate(x, projection, codebook, normalize, mask)
     return torch.ops.bestrq2.quantize.default(
-        x.detach(), projection.detach(), codebook.detach(), mask, normalize, backend or ""
+        x.detach(), projection.detach(), codebook.detach(), mask, normalize, requested(backend)
     )
 
 
