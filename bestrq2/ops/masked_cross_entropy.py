@@ -60,8 +60,9 @@ def masked_cross_entropy(
         hidden: (..., D) rows in fp32, bf16, fp16 or fp64, of any strides.
         weight: (V, D) one row per class, in the dtype of ``hidden`` unless inside autocast.
         targets: (...) int64 classes in [0, V). Where a row is not masked its target is ignored, also if out of range.
-        mask: (...) bool, the rows that count, or floating row weights (0: does not count; for ``"mean"`` none may be
-            negative); None: every row. Rows that do not count may hold NaN. Not differentiable.
+        mask: (...) bool, the rows that count, or floating row weights (0: does not count); None: every row. Rows that
+            do not count may hold NaN. A weight of NaN or infinity counts and makes the loss so; those of a mean must be
+            finite and not negative. Not differentiable.
         bias: (V,) added to the logits.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (the weighted loss of each row, 0 where it does not count).
         label_smoothing: in [0, 1].
@@ -81,9 +82,9 @@ def masked_cross_entropy(
     Raises:
         TypeError: for wrong dtypes.
         ValueError: for wrong shapes, devices or options; for CPU tensors also for a masked row whose target is outside
-            [0, V) and for a negative or NaN weight of ``"mean"``, naming the first such row, and for more masked rows
-            than ``max_rows``. GPU backends do not wait
-            for the data: there a masked row with such a target makes the loss NaN.
+            [0, V) and for a negative, infinite or NaN weight of ``"mean"``, naming the first such row, and for more
+            masked rows than ``max_rows``. GPU backends do not wait for the data: there such a target or weight makes
+            the loss NaN.
         RuntimeError: if the requested backend cannot run the call.
 
     Example:
@@ -225,7 +226,10 @@ def _run(
     of rows, would leave. Sums over many rows would leave it as well: then gradients of weight and bias are fp32.
     """
     if hidden.device.type == "cpu":
-        check_rows(targets, row_weights, weight.shape[0], max_rows, weights_may_be_negative=not normalize)
+        check_rows(targets, row_weights, weight.shape[0], max_rows, any_weights=not normalize)
+    if normalize and row_weights is not None and row_weights.is_floating_point():
+        # Elsewhere nobody waits for the values. Weights that cancel would give a mean of no meaning: NaN says so.
+        row_weights = torch.where(row_weights >= 0, row_weights, torch.nan)
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
     chosen = choose_backend(
         "masked_cross_entropy",
@@ -282,7 +286,7 @@ def _run_reference(
     total = _nonzero(weights.sum()) if normalize else factor
     half = dtype == torch.float16
     if half and len(weights):
-        largest = _nonzero(weights.abs().max())
+        largest = _nonzero(weights.nan_to_num(0, 0, 0).abs().max())  # one NaN must not reach the other rows
         weights, factor = weights / largest, largest / total
     elif not half:
         weights = weights / total

@@ -70,15 +70,15 @@ def check_rows(
     num_classes: int,
     max_rows: int | None,
     *,
-    weights_may_be_negative: bool,
+    any_weights: bool,
 ) -> None:
     """Name the first row that cannot be computed. Only for CPU tensors, where reading a value waits for nothing."""
     op = "masked_cross_entropy"
-    if row_weights is not None and row_weights.dtype != torch.bool and not weights_may_be_negative:
-        bad = ~(row_weights >= 0)
+    if row_weights is not None and row_weights.dtype != torch.bool and not any_weights:
+        bad = ~((row_weights >= 0) & (row_weights < torch.inf))
         if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"{op}: row weights must be >= 0, got {row_weights[row].item()} in row {row}")
+            row, given = int(bad.nonzero()[0]), row_weights[bad][0].item()
+            raise ValueError(f"{op}: row weights of a mean must be >= 0 and finite, got {given} in row {row}")
     if max_rows is not None and row_weights is not None and (count := int(row_weights.count_nonzero())) > max_rows:
         raise ValueError(f"{op}: {count} rows are masked but max_rows is {max_rows}")
     bad = (targets < 0) | (targets >= num_classes)

@@ -62,7 +62,7 @@ def run_cpu(
     divisor = total if normalize else 1
     scale, factor = 1 / divisor, torch.ones(())
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
-        largest = (1.0 if weights is None or not count else weights.abs().max().item()) or 1.0
+        largest = (1.0 if weights is None or not count else weights.nan_to_num(0, 0, 0).abs().max().item()) or 1.0
         scale, factor = 1 / largest, torch.tensor(largest / divisor)
     if count == 0:
         sources = (hidden, weight, weight if bias is None else bias)

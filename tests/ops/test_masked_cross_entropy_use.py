@@ -155,7 +155,7 @@ def test_bad_rows_are_named(backend, device):
             assert ops.masked_cross_entropy(hidden, weight, wrong, mask=mask, backend=backend).isnan()
     row_weights[0, 3] = -0.5
     if device.type == "cpu":
-        with pytest.raises(ValueError, match=r"row weights must be >= 0, got -0.5 in row 3"):
+        with pytest.raises(ValueError, match=r"row weights of a mean must be >= 0 and finite, got -0.5 in row 3"):
             ops.masked_cross_entropy(hidden, weight, targets, mask=row_weights, backend=backend)
 
 
