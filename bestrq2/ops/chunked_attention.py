@@ -13,7 +13,7 @@ from .arguments import integer, number, require_tensors
 from .chunk_layouts import ChunkLayout
 from .dispatch import choose_backend, requested
 from .native import triton_obstacle
-from .reference.chunked_attention import attend, logsumexp, scores
+from .reference.chunked_attention import forward as reference_forward
 
 __all__ = ["chunked_attention"]
 
@@ -243,8 +243,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[
     chosen = _choose(query, backend)
     if chosen != "reference" and len(query):  # nothing to launch for no items
         return _compiled(chosen).forward(query, key, value, _named(options))
-    score, visible, value = scores(query, key, value, **_named(options))
-    return torch.empty_like(query).copy_(attend(score, visible, value)), logsumexp(score, visible).float()
+    out, logsumexp = reference_forward(query, key, value, **_named(options))
+    return torch.empty_like(query).copy_(out), logsumexp.float()
 
 
 @torch.library.impl("bestrq2::chunked_attention_backward", "CompositeExplicitAutograd", lib=_library)
