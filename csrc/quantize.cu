@@ -37,27 +37,15 @@ __global__ void __launch_bounds__(kThreads) search(const QuantizeCuda q) {
   __syncthreads();
 
   // Projection: one (row, dim) per thread and step.
-  const int item_size = q.x_type == Float::f32 ? 4 : 2;
+  const auto row_at = [&](int r) {
+    return static_cast<const char*>(q.x) + row_of[r] * q.row_stride * (q.x_type == Float::f32 ? 4 : 2);
+  };
   for (int i = thread; i < kRows * kDims; i += kThreads) {
     const int r = i / kDims, k = i % kDims;
-    float value = 0.0f;
-    if (usable[r] && k < q.dims) {
-      const char* x = static_cast<const char*>(q.x) + row_of[r] * q.row_stride * item_size;
-      float first = 0.0f, mean = 0.0f;
-      if (q.layer_norm) {
-        first = read_value(x, q.x_type, 0);
-        mean = mean_difference(x, q.x_type, q.features, q.feature_stride, first);
-      }
-      Sum sum;
-      for (int64_t feature = 0; feature < q.features; ++feature)
-        sum.add_product((read_value(x, q.x_type, feature * q.feature_stride) - first) - mean,
-                        projection[feature * q.dims + k]);
-      value = sum.value();
-    }
-    y[r][k] = value;
+    y[r][k] = usable[r] && k < q.dims ? Row(q, row_at(r), 1.0f).project(projection + k, q.dims) : 0.0f;
   }
   __syncthreads();
-  if (thread < kRows && usable[thread] && !scale_row(y[thread], kDims, 1)) usable[thread] = false;
+  if (thread < kRows && usable[thread] && !scale_row(q, row_at(thread), projection, y[thread])) usable[thread] = false;
   __syncthreads();
 
   Best best[kRows];

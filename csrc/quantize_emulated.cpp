@@ -14,20 +14,10 @@ void quantize_cuda_emulated(const QuantizeCuda& q) {
       const char* x = static_cast<const char*>(q.x) + row * q.row_stride * item_size;
       const float* projection = q.projection + (q.shared_projection ? 0 : book * q.features * q.dims);
       const float* codebook = q.codebook + (q.shared_codebook ? 0 : book * q.codes * q.dims);
-      float first = 0.0f, mean = 0.0f;
-      if (q.layer_norm) {
-        first = read_value(x, q.x_type, 0);
-        mean = mean_difference(x, q.x_type, q.features, q.feature_stride, first);
-      }
       float y[kQuantizeCudaDims];
-      for (int64_t k = 0; k < q.dims; ++k) {
-        Sum sum;
-        for (int64_t feature = 0; feature < q.features; ++feature)
-          sum.add_product((read_value(x, q.x_type, feature * q.feature_stride) - first) - mean,
-                          projection[feature * q.dims + k]);
-        y[k] = sum.value();
-      }
-      if (!scale_row(y, q.dims, 1)) continue;
+      const Row values(q, x, 1.0f);
+      for (int64_t k = 0; k < q.dims; ++k) y[k] = values.project(projection + k, q.dims);
+      if (!scale_row(q, x, projection, y)) continue;
       Best winner;
       for (int64_t thread = kThreads - 1; thread >= 0; --thread) {  // joined in an order that is not the codes'
         Best best;

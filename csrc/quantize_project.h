@@ -94,6 +94,25 @@ double sum(int64_t count, Term term) {
          ((partial[4] + partial[5]) + (partial[6] + partial[7]));
 }
 
+// The power of two that brings the largest of some finite values into [0.5, 1): multiplying by it is exact.
+class PowerOfTwo {
+ public:
+  PowerOfTwo(const double* values, int64_t count) {
+    uint64_t largest = 0;  // bits of positive doubles sort like the doubles
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t magnitude = bits_as<uint64_t>(values[i]) & ~(uint64_t{1} << 63);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    int exponent = 0;
+    if (largest > 0) __builtin_frexp(bits_as<double>(largest), &exponent);
+    half_ = __builtin_ldexp(1.0, -exponent / 2), rest_ = __builtin_ldexp(1.0, -exponent - -exponent / 2);
+  }
+  double operator*(double value) const { return value * half_ * rest_; }
+
+ private:
+  double half_, rest_;  // one factor alone could overflow
+};
+
 inline void layer_norm(double* row, int64_t features) {
   const double first = row[0];  // subtracting it first makes a constant row exactly zero, however long
   for (int64_t i = 0; i < features; ++i) row[i] -= first;
@@ -129,16 +148,8 @@ void project(const double* rows, const double* projection, int64_t features, int
   }
   for (int r = 0; r < kRows; ++r) {
     const double* row = sums + r * stride;
-    uint64_t largest = 0;  // bits of positive doubles sort like the doubles
-    for (int64_t k = 0; k < dims; ++k) {
-      const uint64_t magnitude = bits_as<uint64_t>(row[k]) & ~(uint64_t{1} << 63);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    int exponent = 0;
-    if (largest > 0) __builtin_frexp(bits_as<double>(largest), &exponent);
-    // In two steps: one factor alone could overflow.
-    const double half = __builtin_ldexp(1.0, -exponent / 2), rest = __builtin_ldexp(1.0, -exponent - -exponent / 2);
-    for (int64_t k = 0; k < dims; ++k) y[r * dims + k] = static_cast<float>(row[k] * half * rest);
+    const PowerOfTwo scale(row, dims);
+    for (int64_t k = 0; k < dims; ++k) y[r * dims + k] = static_cast<float>(scale * row[k]);
   }
 }
 
@@ -158,6 +169,10 @@ int64_t project_chunk(const Quantize& q, const double* projections, const int64_
       }
       const int64_t index = rows != nullptr ? rows[i + r] : first + i + r;
       if (!read_row(q, index, row)) return index;
+      if (q.x_type == Float::f64) {  // whose sums could leave the range of double; no other type's can
+        const PowerOfTwo scale(row, q.features);
+        for (int64_t k = 0; k < q.features; ++k) row[k] = scale * row[k];
+      }
       if (q.layer_norm) layer_norm(row, q.features);
     }
     for (int64_t book = 0; book < (q.shared_projection ? 1 : q.books); ++book)

@@ -27,7 +27,17 @@ BESTRQ2_DEVICE uint32_t bits_of(float value) {
   return bits;
 }
 
-BESTRQ2_DEVICE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
+constexpr uint32_t kInfinite = 0x7f800000u;
+
+// Bits of |value|: integers in the order of the numbers, infinity and NaN above all.
+BESTRQ2_DEVICE uint32_t magnitude_of(float value) { return bits_of(value) & 0x7fffffffu; }
+BESTRQ2_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// The power of two, whose products are exact, that takes a number of this magnitude to [1, 8), subnormal ones below.
+BESTRQ2_DEVICE float inverse_power(uint32_t magnitude) {
+  const uint32_t exponent = magnitude & kInfinite;
+  return float_from_bits(0x7f000000u - (exponent < 0x7e000000u ? exponent : 0x7e000000u));
+}
 
 // Element `index` of x, exactly.
 BESTRQ2_DEVICE float read_value(const void* x, Float type, int64_t index) {
@@ -58,24 +68,58 @@ struct Sum {
   BESTRQ2_DEVICE float value() const { return total + lost; }
 };
 
-// Mean of x[0..features) minus x[0], added up as differences: exactly zero for a constant row.
-BESTRQ2_DEVICE float mean_difference(const void* x, Float type, int64_t features, int64_t stride, float first) {
-  Sum sum;
-  for (int64_t k = 0; k < features; ++k) sum.add(read_value(x, type, k * stride) - first);
-  return sum.value() / static_cast<float>(features);
+// A row as the projection takes it: times a power of two and, for layer norm, centred. Without division by the
+// deviation, which moves no code.
+struct Row {
+  const void* x;
+  Float type;
+  int64_t features, stride;
+  float scale, first = 0.0f, mean = 0.0f;
+
+  BESTRQ2_DEVICE Row(const QuantizeCuda& q, const void* x, float scale)
+      : x(x), type(q.x_type), features(q.features), stride(q.feature_stride), scale(scale) {
+    if (!q.layer_norm) return;
+    first = scaled(0);
+    Sum sum;  // added up as differences: exactly zero for a constant row
+    for (int64_t k = 0; k < features; ++k) sum.add(scaled(k) - first);
+    mean = sum.value() / static_cast<float>(features);
+  }
+  BESTRQ2_DEVICE float scaled(int64_t k) const { return read_value(x, type, k * stride) * scale; }
+  BESTRQ2_DEVICE uint32_t magnitude() const {
+    uint32_t largest = 0;
+    for (int64_t k = 0; k < features; ++k) largest = larger(largest, magnitude_of(read_value(x, type, k * stride)));
+    return largest;
+  }
+  // Product with one column of the projection (features, dims).
+  BESTRQ2_DEVICE float project(const float* column, int64_t dims) const {
+    Sum sum;
+    for (int64_t k = 0; k < features; ++k) sum.add_product((scaled(k) - first) - mean, column[k * dims]);
+    return sum.value();
+  }
+};
+
+BESTRQ2_DEVICE uint32_t largest_magnitude(const float* y, int64_t dims) {
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < dims; ++k) largest = larger(largest, magnitude_of(y[k]));
+  return largest;
 }
 
-// Scales y by a power of two so that its largest magnitude is in [1, 4); false if y is not finite.
-BESTRQ2_DEVICE bool scale_row(float* y, int64_t dims, int64_t stride) {
-  uint32_t largest = 0;
-  for (int64_t k = 0; k < dims; ++k) {
-    const uint32_t magnitude = bits_of(y[k * stride]) & 0x7fffffffu;
-    largest = magnitude > largest ? magnitude : largest;
+// Scales y (dims), the projection of x by the first of its columns onwards, by a power of two so that its largest
+// magnitude is in [1, 8); false if x is not finite. Sums of a row near the end of fp32 may have overflowed and products
+// of a tiny one lost bits: such a row, and not one that is just silent, is projected once more, scaled itself.
+BESTRQ2_DEVICE bool scale_row(const QuantizeCuda& q, const void* x, const float* projection, float* y) {
+  uint32_t largest = largest_magnitude(y, q.dims);
+  if (largest >= kInfinite || largest < bits_of(0x1p-100f)) {
+    const uint32_t size = Row(q, x, 1.0f).magnitude();
+    if (size > 0 && (size < bits_of(0x1p-60f) || size > bits_of(0x1p60f))) {
+      const Row row(q, x, inverse_power(size));
+      for (int64_t k = 0; k < q.dims; ++k) y[k] = row.project(projection + k, q.dims);
+      largest = largest_magnitude(y, q.dims);
+    }
   }
-  if (largest >= 0x7f800000u) return false;
-  const uint32_t exponent = largest & 0x7f800000u;
-  const float scale = float_from_bits(0x7f000000u - (exponent < 0x7e000000u ? exponent : 0x7e000000u));
-  for (int64_t k = 0; k < dims; ++k) y[k * stride] *= scale;
+  if (largest >= kInfinite) return false;
+  const float scale = inverse_power(largest);
+  for (int64_t k = 0; k < q.dims; ++k) y[k] *= scale;
   return true;
 }
 

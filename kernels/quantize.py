@@ -24,6 +24,9 @@ from .aot import CompileCase
 from .tuning import all_configs, load_configs
 
 GROUP, STEP = tl.constexpr(8), tl.constexpr(8)  # 8 codes, 8 apart, share a running maximum
+# Bits of fp32 numbers: infinity; y below 2^-100, a row below 2^-60 and one above 2^60.
+INFINITE, TINY = tl.constexpr(0x7F800000), tl.constexpr(0x0D800000)
+SMALL_ROW, LARGE_ROW = tl.constexpr(0x21800000), tl.constexpr(0x5D800000)
 FEW_ROWS = 65536  # rows x codebooks: below, tiles of fewer rows occupy the whole GPU
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a configuration; the rest are compile-time constants
 
@@ -61,17 +64,68 @@ CANDIDATES = {
 
 
 @triton.jit
-def _centre(x_ptrs, x_feature_stride, D, valid, BM: tl.constexpr, BK: tl.constexpr):
+def _centre(x_ptrs, x_feature_stride, D, BM: tl.constexpr, BK: tl.constexpr):
     """First value of each row and the mean of the differences from it: a constant row gives exactly (x, 0)."""
-    first = tl.load(x_ptrs, mask=valid, other=0.0).to(tl.float32)  # [BM]
+    first = tl.load(x_ptrs).to(tl.float32)  # [BM]
     total = tl.zeros((BM,), tl.float32)
     for k in range(0, D, BK):
         o_k = k + tl.arange(0, BK)
-        inside = valid[:, None] & (o_k < D)[None, :]
+        inside = (o_k < D)[None, :]
         x = tl.load(x_ptrs[:, None] + o_k.to(tl.int64)[None, :] * x_feature_stride, mask=inside, other=0.0)
         x = x.to(tl.float32)
         total += tl.sum(tl.where(inside, x - first[:, None], 0.0), axis=1)
     return first, total / D
+
+
+@triton.jit
+def _magnitude(x):
+    """The bits of |x|: integers in the order of the numbers, infinity and NaN above all."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _inverse_power(magnitude):
+    """A power of two that takes a number of this magnitude to [1, 8), a subnormal one below 1: an exact factor."""
+    exponent = tl.minimum(magnitude & 0x7F800000, 0x7E000000)
+    return (0x7F000000 - exponent).to(tl.float32, bitcast=True)  # inverts the exponent's bits
+
+
+@triton.jit
+def _project_scaled(
+    y, doubtful, x_ptrs, x_feature_stride, projection_ptr, D, d, LAYER_NORM: tl.constexpr, BD: tl.constexpr
+):
+    """y of the doubtful rows again, if they are of extreme size, scaled by powers of two. Slow and rare."""
+    largest = _magnitude(tl.load(x_ptrs, mask=doubtful, other=0.0).to(tl.float32))
+    p_x = x_ptrs
+    for _ in tl.range(1, D, num_stages=1):
+        p_x += x_feature_stride
+        largest = tl.maximum(largest, _magnitude(tl.load(p_x, mask=doubtful, other=0.0).to(tl.float32)))
+    extreme = (largest > 0) & ((largest < SMALL_ROW) | (largest > LARGE_ROW))
+    if tl.max(extreme.to(tl.int32), axis=0) > 0:
+        scale = _inverse_power(largest)
+        first = tl.zeros_like(scale)
+        mean = tl.zeros_like(scale)
+        if LAYER_NORM:
+            first = tl.load(x_ptrs, mask=extreme, other=0.0).to(tl.float32) * scale
+            p_x = x_ptrs
+            for _ in tl.range(1, D, num_stages=1):
+                p_x += x_feature_stride
+                mean += tl.load(p_x, mask=extreme, other=0.0).to(tl.float32) * scale - first
+            mean /= D
+        o_d = tl.arange(0, BD)
+        total = tl.zeros_like(y)
+        lost = tl.zeros_like(y)
+        for k in tl.range(0, D, num_stages=1):
+            x = tl.load(x_ptrs, mask=extreme, other=0.0).to(tl.float32) * scale  # [BM]
+            p = tl.load(projection_ptr + k * d + o_d, mask=o_d < d, other=0.0)  # [BD]
+            part = ((x - first) - mean)[:, None] * p[None, :]
+            now = total + part
+            taken = now - total
+            lost += (total - (now - taken)) + (part - taken)
+            total = now
+            x_ptrs += x_feature_stride
+        y = tl.where(extreme[:, None], total + lost, y)
+    return y
 
 
 @triton.jit
@@ -113,10 +167,11 @@ def quantize_kernel(
         count = tl.load(count_ptr)
     if i_m * BM >= count:
         return
-    o_m = i_m * BM + tl.arange(0, BM)
-    valid = o_m < count
+    # A block that is not full repeats the last row: all its threads store the same code.
+    last = tl.minimum(count - 1 - i_m * BM, BM - 1).to(tl.int32)
+    o_m = i_m * BM + tl.minimum(tl.arange(0, BM), last)
     if SELECT:
-        o_m = tl.load(selected_ptr + o_m, mask=valid, other=0)
+        o_m = tl.load(selected_ptr + o_m)
     o_d = tl.arange(0, BD)
     o_n = tl.arange(0, BN)
     x_ptrs = x_ptr + o_m * x_row_stride
@@ -128,12 +183,12 @@ def quantize_kernel(
     shift = tl.zeros((BM,), tl.float32)
     mean = tl.zeros((BM,), tl.float32)
     if LAYER_NORM:
-        shift, mean = _centre(x_ptrs, x_feature_stride, D, valid, BM, BK)
+        shift, mean = _centre(x_ptrs, x_feature_stride, D, BM, BK)
     y = tl.zeros((BM, BD), tl.float32)
     lost = tl.zeros((BM, BD), tl.float32)
     for k in range(0, D, BK):
         o_k = k + tl.arange(0, BK)
-        inside = valid[:, None] & (o_k < D)[None, :]
+        inside = (o_k < D)[None, :]
         x = tl.load(x_ptrs[:, None] + o_k.to(tl.int64)[None, :] * x_feature_stride, mask=inside, other=0.0)
         x = x.to(tl.float32)  # [BM, BK]
         if LAYER_NORM:
@@ -147,23 +202,26 @@ def quantize_kernel(
         lost += (y - (total - taken)) + (part - taken)  # exact error of the sum (Knuth)
         y = total
     y += lost
-    # NaN and infinity in x reach y, whatever the projection: infinity times zero is NaN.
-    bad = tl.sum((~(tl.abs(y) < float("inf"))).to(tl.int32), axis=1)
-    y = tl.where((bad > 0)[:, None], 0.0, y)
-    # Scale by a power of two, so that the largest is in [1, 4): inverting the exponent bits is exact.
-    exponent = tl.max(tl.abs(y), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
-    exponent = tl.minimum(exponent, 0x7E000000)
-    y *= (0x7F000000 - exponent).to(tl.float32, bitcast=True)[:, None]
+    largest = tl.max(_magnitude(y), axis=1)
+    # Sums of a row near the end of fp32 may have overflowed, products of a tiny one may have lost bits.
+    doubtful = (largest >= INFINITE) | (largest < TINY)
+    if tl.max(doubtful.to(tl.int32), axis=0) > 0:
+        y = _project_scaled(y, doubtful, x_ptrs, x_feature_stride, projection_ptr, D, d, LAYER_NORM, BD)
+        largest = tl.max(_magnitude(y), axis=1)
+    bad = largest >= INFINITE  # NaN and infinity in x reach y, whatever the projection: infinity times zero is NaN
+    y = tl.where(bad[:, None], 0.0, y)
+    y *= _inverse_power(largest)[:, None]  # for the range of fp16
 
     # 2. search
     yh = y.to(tl.float16)
     yl = (y - yh.to(tl.float32)).to(tl.float16)
     best = tl.full((BM, BN // GROUP), float("-inf"), tl.float32)
+    best = tl.where(bad[:, None], float("inf"), best)  # which no score exceeds, and which says so at the end
     best_tile = tl.zeros((BM, BN // GROUP), tl.int32)
     if (
         PEEL
     ):  # with a second use outside the loop, Triton keeps yh and yl in registers instead of loading them every time
-        best = _group_scores(yh, yl, 0, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
+        best = tl.maximum(best, _group_scores(yh, yl, 0, high_ptr, low_ptr, o_n, o_d, BM, BN, BD))
     for tile in range(PEEL, V // BN):
         score = _group_scores(yh, yl, tile, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
         better = score > best
@@ -172,7 +230,8 @@ def quantize_kernel(
 
     # 3. winner: the lowest tile that holds the maximum, then the lowest code of that tile
     o_w = tl.arange(0, BN // GROUP)
-    open_lanes = best == tl.max(best, axis=1)[:, None]
+    highest = tl.max(best, axis=1)
+    open_lanes = best == highest[:, None]
     winner_tile = tl.min(tl.where(open_lanes, best_tile, 2147483647), axis=1)
     open_lanes = open_lanes & (best_tile == winner_tile[:, None])
     code = tl.full((BM,), 2147483647, tl.int32)
@@ -189,7 +248,7 @@ def quantize_kernel(
             top = tl.maximum(score, top)
         code = tl.where(found, tl.minimum(code, chosen), code)
         open_lanes = open_lanes & (o_w[None, :] > column[:, None]) & (chosen != first)[:, None]
-    tl.store(out_ptr + o_m * books + i_g, tl.where(bad > 0, -1, code).to(tl.int64), mask=valid)
+    tl.store(out_ptr + o_m * books + i_g, tl.where(highest == float("inf"), -1, code).to(tl.int64))
 
 
 def split_codebook(codebook: Tensor, multiple: int) -> tuple[Tensor, Tensor]:

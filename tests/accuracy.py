@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bestrq2.ops.reference.chunked_attention import attend, scores
+
 
 def relative_error(value: Tensor, gold: Tensor) -> float:
     """Root-mean-square error over root-mean-square of ``gold`` (0/0 counts as 0), in float64."""
@@ -36,3 +38,11 @@ def assert_term_matters(name: str, gold: Tensor, without: Tensor, dtype: torch.d
     tolerance = 4.0 * torch.finfo(dtype).eps
     print(f"{name}: dropping it moves the result by {moved:.2e} = {moved / tolerance:.0f} tolerances")
     assert moved > times * tolerance, f"{name} does not matter in this test: {moved:.2e} <= {times} x {tolerance:.2e}"
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    """``ops.chunked_attention`` in plain PyTorch and all in the dtype of its inputs: the baseline of 16-bit kernels.
+
+    The reference itself computes those in fp32, which would be another contract.
+    """
+    return attend(*scores(query, key, value, **options))

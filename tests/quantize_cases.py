@@ -43,6 +43,22 @@ def problem(rows, features=64, dims=16, codes=512, books=None, offset=0.0, scale
     return x, projection, unit(torch.randn(*lead, codes, dims, generator=generator), dim=-1)
 
 
+def rows_of_extreme_size(rows, features=64):
+    """Pairs: rows whose sums would overflow or whose products lose bits, and the same rows of ordinary size."""
+    x = problem(rows, features)[0]
+    one_huge = x.clone()
+    one_huge[:, 5], one_huge[::2, 6] = 3.4e38, -3.4e38
+    yield one_huge, one_huge.double() * 2.0**-120
+    smallest = x.sign() * 2.0**-149
+    yield smallest, smallest.double() * 2.0**149
+    for dtype, tiny in ((torch.float32, 2.0**-140), (torch.bfloat16, 2.0**-125), (torch.float16, 2.0**-14)):
+        for scale in (tiny, torch.finfo(dtype).max / x.abs().max().item() * 0.99):
+            scaled = (x.double() * scale).to(dtype)
+            yield scaled, scaled.double() / scale
+    for scale in (2.0**-1020, 2.0**1021):
+        yield x.double() * scale, x.double()
+
+
 def cosines(x, projection, codebook, layer_norm=False):
     """Brute force in float64, written without anything from the library: (rows, codes)."""
     x = x.double()

@@ -1,9 +1,12 @@
 """One window rule for every streaming encoder, and the settings of other toolkits in its terms."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+
+from .arguments import integer
 
 __all__ = ["ChunkLayout"]
 
@@ -38,41 +41,56 @@ class ChunkLayout:
     right_context: int | None = 0
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1 or None (whole sequence), got {self.chunk_size}")
-        for name in ("left_context", "right_context"):
-            frames = getattr(self, name)
-            if frames is not None and frames < 0:
-                raise ValueError(f"{name} must be at least 0 frames or None (unlimited), got {frames}")
+        sizes = {"chunk_size": (1, " or None (whole sequence)")}
+        sizes |= dict.fromkeys(("left_context", "right_context"), (0, " or None (unlimited)"))
+        for name, (least, also) in sizes.items():
+            given = getattr(self, name)
+            if given is not None and (checked := integer(name, given, least, also)) is not given:
+                object.__setattr__(self, name, checked)  # of another type that counts
 
     @classmethod
     def from_speechbrain(cls, chunk_size: int, left_context_size: int | None = None) -> "ChunkLayout":
         """SpeechBrain's DynChunkTrainConfig, whose left context counts chunks (None: unlimited)."""
-        return cls(chunk_size, None if left_context_size is None else left_context_size * chunk_size)
+        chunk_size = integer("from_speechbrain: chunk_size", chunk_size, 1)
+        if left_context_size is None:
+            return cls(chunk_size)
+        return cls(
+            chunk_size,
+            chunk_size
+            * integer("from_speechbrain: left_context_size", left_context_size, 0, " chunks or None (unlimited)"),
+        )
 
     @classmethod
     def from_wenet(cls, chunk_size: int, num_left_chunks: int = -1) -> "ChunkLayout":
         """WeNet's decoding or static chunk: sizes below 1 mean full context, ``num_left_chunks < 0`` unlimited."""
+        chunk_size = integer("from_wenet: chunk_size", chunk_size)
+        num_left_chunks = integer("from_wenet: num_left_chunks", num_left_chunks)
         if chunk_size < 1:
             return cls()
         return cls(chunk_size, None if num_left_chunks < 0 else num_left_chunks * chunk_size)
 
     @classmethod
-    def from_nemo(cls, att_context_size: tuple[int, int], style: str = "regular") -> "ChunkLayout":
+    def from_nemo(cls, att_context_size: Sequence[int], style: str = "regular") -> "ChunkLayout":
         """NeMo's ``att_context_size`` = [left, right] frames (-1: unlimited), style "regular" or "chunked_limited".
 
         ``regular`` is a band around every query. In ``chunked_limited`` the right context is what is left of a chunk of
         right + 1 frames, and left must be a multiple of it, as NeMo requires; with right = -1 NeMo keeps only the left
         limit, counted from the query.
         """
-        left, right = att_context_size
+        if not isinstance(att_context_size, Sequence) or len(att_context_size) != 2:
+            raise ValueError(f"from_nemo: att_context_size must be one pair [left, right], got {att_context_size!r}")
+        left, right = (
+            integer(f"from_nemo: att_context_size[{i}]", size, -1) for i, size in enumerate(att_context_size)
+        )
         left_context = None if left < 0 else left
         if style == "regular" or (style == "chunked_limited" and right < 0):
             return cls(1, left_context, None if right < 0 else right)
         if style != "chunked_limited":
-            raise ValueError(f"style must be 'regular' or 'chunked_limited', got {style!r}")
+            raise ValueError(f"from_nemo: style must be 'regular' or 'chunked_limited', got {style!r}")
         if left > 0 and left % (right + 1):
-            raise ValueError(f"chunked_limited: left context {left} must be a multiple of right + 1 = {right + 1}")
+            raise ValueError(
+                f"from_nemo: in chunked_limited, left context {left} must be a multiple of right + 1 = {right + 1}"
+            )
         return cls(right + 1, left_context)
 
     @classmethod
@@ -81,10 +99,16 @@ class ChunkLayout:
 
         ``downsampling`` is the stack's own factor and must divide ``chunk_size``. ``chunk_size=-1`` is full context.
         """
+        chunk_size = integer("from_icefall: chunk_size", chunk_size)
+        left_context_frames = integer("from_icefall: left_context_frames", left_context_frames)
+        downsampling = integer("from_icefall: downsampling", downsampling, 1)
         if chunk_size < 0:
             return cls()
-        if chunk_size % downsampling:
-            raise ValueError(f"chunk_size {chunk_size} is not a multiple of the stack's downsampling {downsampling}")
+        if chunk_size == 0 or chunk_size % downsampling:
+            raise ValueError(
+                f"from_icefall: chunk_size must be -1 (full context) or a multiple of downsampling = {downsampling}, "
+                f"got {chunk_size}"
+            )
         size = chunk_size // downsampling
         if left_context_frames < 0:
             return cls(size)
@@ -104,15 +128,17 @@ class ChunkLayout:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """(Tq, Tk) bool, True where the query at ``query_offset + row`` sees the key ``column``."""
-        query = torch.arange(query_length, device=device)[:, None] + query_offset
-        key = torch.arange(query_length if key_length is None else key_length, device=device)
+        key_length = query_length if key_length is None else key_length
+        queries, keys, first = _lengths(query_length, key_length, query_offset)
+        query = torch.arange(queries, device=device)[:, None] + first
+        key = torch.arange(keys, device=device)
         visible = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=device)
         if self.chunk_size is not None:
             chunk_start = query // self.chunk_size * self.chunk_size
             if self.left_context is not None:
                 visible &= key >= chunk_start - self.left_context
             if self.right_context is not None:
-                visible &= key < chunk_start + self.chunk_size + self.right_context
+                visible &= key < chunk_start + min(self.chunk_size + self.right_context, 2**62)  # not past an int64
         return visible
 
     def offsets(self, query_length: int, key_length: int, *, query_offset: int = 0) -> tuple[int, int]:
@@ -121,9 +147,15 @@ class ChunkLayout:
         A position table for the layout needs the rows of these offsets: ``highest - lowest + 1`` of them, with
         ``position_zero = -lowest``.
         """
-        lowest, highest = query_offset - key_length + 1, query_offset + query_length - 1
+        queries, keys, first = _lengths(query_length, key_length, query_offset)
+        lowest, highest = first - keys + 1, first + queries - 1
         if self.chunk_size is not None and self.right_context is not None:
             lowest = max(lowest, 1 - self.chunk_size - self.right_context)
         if self.chunk_size is not None and self.left_context is not None:
             highest = min(highest, self.chunk_size - 1 + self.left_context)
         return lowest, highest
+
+
+def _lengths(query_length: int, key_length: int, query_offset: int) -> tuple[int, ...]:
+    lengths = {"query_length": query_length, "key_length": key_length, "query_offset": query_offset}
+    return tuple(integer(name, length, 0) for name, length in lengths.items())

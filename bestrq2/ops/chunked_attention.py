@@ -9,10 +9,11 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import chunked_attention_cpu, reference
+from .arguments import integer, number, require_tensors
 from .chunk_layouts import ChunkLayout
-from .dispatch import choose_backend
+from .dispatch import choose_backend, requested
 from .native import triton_obstacle
-from .reference.chunked_attention import attend, logsumexp, scores
+from .reference.chunked_attention import forward as reference_forward
 
 __all__ = ["chunked_attention"]
 
@@ -96,17 +97,21 @@ def chunked_attention(
         >>> chunked_attention(q, k, v, chunk_size=16, left_context=32, position=position).shape
         torch.Size([2, 4, 100, 64])
     """
+    op = "chunked_attention"
+    optional = {"lengths": lengths, "starts": starts, "key_mask": key_mask}
+    optional |= {"position": position, "content_bias": content_bias, "position_bias": position_bias}
+    require_tensors(op, {"query": query, "key": key, "value": value}, optional)
     tables = (position, content_bias, position_bias)
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     position, content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in tables)
-    refuse_forward_mode("chunked_attention", query, key, value, position, content_bias, position_bias)
-    ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
-    validate(query, key, value, lengths, starts, key_mask, query_offset, position, content_bias, position_bias)
-    if position is not None and position_zero is None:
-        position_zero = (position.shape[1] - 1) // 2
+    refuse_forward_mode(op, query, key, value, position, content_bias, position_bias)
+    layout = ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
+    validate(query, key, value, lengths, starts, key_mask, position, content_bias, position_bias)
+    if position_zero is None:
+        position_zero = 0 if position is None else (position.shape[1] - 1) // 2
     out, _ = torch.ops.bestrq2.chunked_attention.default(
         query,
         key,
@@ -117,13 +122,13 @@ def chunked_attention(
         lengths,
         starts,
         key_mask,
-        chunk_size,
-        left_context,
-        right_context,
-        query_offset,
-        position_zero or 0,
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
-        backend or "",
+        layout.chunk_size,
+        layout.left_context,
+        layout.right_context,
+        integer(f"{op}: query_offset", query_offset, 0),
+        integer(f"{op}: position_zero", position_zero),
+        query.shape[-1] ** -0.5 if scale is None else number(f"{op}: scale", scale),
+        requested(backend),
     )
     return out
 
@@ -135,7 +140,6 @@ def validate(
     lengths: Tensor | None,
     starts: Tensor | None,
     key_mask: Tensor | None,
-    query_offset: int,
     position: Tensor | None,
     content_bias: Tensor | None,
     position_bias: Tensor | None,
@@ -177,8 +181,6 @@ def validate(
             )
     if position_bias is not None and position is None:
         raise ValueError("chunked_attention: position_bias needs position, got position=None")
-    if query_offset < 0:
-        raise ValueError(f"chunked_attention: query_offset must be at least 0, got {query_offset}")
     others = {"key": key, "value": value, "lengths": lengths, "starts": starts, "key_mask": key_mask}
     others["position"] = position
     for name, other in {**others, "content_bias": content_bias, "position_bias": position_bias}.items():
@@ -241,8 +243,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[
     chosen = _choose(query, backend)
     if chosen != "reference" and len(query):  # nothing to launch for no items
         return _compiled(chosen).forward(query, key, value, _named(options))
-    score, visible, value = scores(query, key, value, **_named(options))
-    return torch.empty_like(query).copy_(attend(score, visible, value)), logsumexp(score, visible).float()
+    out, logsumexp = reference_forward(query, key, value, **_named(options))
+    return torch.empty_like(query).copy_(out), logsumexp.float()
 
 
 @torch.library.impl("bestrq2::chunked_attention_backward", "CompositeExplicitAutograd", lib=_library)

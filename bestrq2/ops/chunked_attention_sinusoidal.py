@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from . import chunked_attention_cpu
 from . import chunked_attention_sinusoidal_appended as appended
+from .arguments import integer, number, require_tensors
 from .chunk_layouts import ChunkLayout
 from .chunked_attention import laid_out, refuse_forward_mode, validate
 from .chunked_attention_sinusoidal_series import device_tables, series_size
-from .dispatch import choose_backend
+from .dispatch import choose_backend, requested
 from .native import triton_obstacle
 
 __all__ = ["chunked_attention_sinusoidal"]
@@ -73,28 +74,33 @@ def chunked_attention_sinusoidal(
         ValueError: for a projection of the wrong shape, and where the window has so many offsets that their channels
             exceed what a compiled backend takes; otherwise as :func:`chunked_attention`.
     """
+    op = "chunked_attention_sinusoidal"
+    optional = {"lengths": lengths, "starts": starts, "key_mask": key_mask}
+    optional |= {"content_bias": content_bias, "position_bias": position_bias}
+    require_tensors(op, {"query": query, "key": key, "value": value, "projection": projection}, optional)
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in (content_bias, position_bias))
-    refuse_forward_mode("chunked_attention_sinusoidal", query, key, value, projection, content_bias, position_bias)
-    ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
-    validate(query, key, value, lengths, starts, key_mask, query_offset, None, content_bias, None)
+    refuse_forward_mode(op, query, key, value, projection, content_bias, position_bias)
+    layout = ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
+    validate(query, key, value, lengths, starts, key_mask, None, content_bias, None)
     heads, head_dim = query.shape[1], query.shape[-1]
     if projection.dim() != 3 or projection.shape[:2] != (heads, head_dim) or projection.shape[2] % 2:
         raise ValueError(
-            f"chunked_attention_sinusoidal: projection must be (H, d, D) = ({heads}, {head_dim}, even), got "
-            f"{tuple(projection.shape)}"
+            f"{op}: projection must be (H, d, D) = ({heads}, {head_dim}, even), got {tuple(projection.shape)}"
         )
     if position_bias is not None and position_bias.shape != (heads, head_dim):
         raise ValueError(
-            f"chunked_attention_sinusoidal: position_bias must be (H, d) = ({heads}, {head_dim}), got "
-            f"{tuple(position_bias.shape)}"
+            f"{op}: position_bias must be (H, d) = ({heads}, {head_dim}), got {tuple(position_bias.shape)}"
         )
     for name, x in (("projection", projection), ("position_bias", position_bias)):
         if x is not None and x.device != query.device:
-            raise ValueError(f"chunked_attention_sinusoidal: {name} is on {x.device} but query is on {query.device}")
+            raise ValueError(f"{op}: {name} is on {x.device} but query is on {query.device}")
+    base = number(f"{op}: base", base)
+    if base <= 0:
+        raise ValueError(f"{op}: base must be positive, got {base}")
     out, _ = torch.ops.bestrq2.chunked_attention_sinusoidal.default(
         query,
         key,
@@ -105,13 +111,13 @@ def chunked_attention_sinusoidal(
         lengths,
         starts,
         key_mask,
-        chunk_size,
-        left_context,
-        right_context,
-        query_offset,
-        head_dim**-0.5 if scale is None else float(scale),
+        layout.chunk_size,
+        layout.left_context,
+        layout.right_context,
+        integer(f"{op}: query_offset", query_offset, 0),
+        head_dim**-0.5 if scale is None else number(f"{op}: scale", scale),
         base,
-        backend or "",
+        requested(backend),
     )
     return out
 

@@ -17,7 +17,7 @@ _forced: str | None = None
 
 
 def _check(name: str) -> str:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
     return name
 
@@ -37,6 +37,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = previous
+
+
+def requested(backend: str | None) -> str:
+    """The ``backend=`` argument as the registered operators take it: "" where there is none."""
+    return "" if backend is None else _check(backend)
 
 
 def choose_backend(op: str, backend: str | None, obstacles: Mapping[str, Callable[[], str | None]]) -> str:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native, reference
-from .dispatch import choose_backend
+from .arguments import integer, number, require_tensors
+from .dispatch import choose_backend, requested
 from .masked_cross_entropy_checks import check_rows, validate
 from .masked_cross_entropy_cpu import run_cpu
 
@@ -64,8 +65,9 @@ def masked_cross_entropy(
         weight: (V, D) one row per class, or (G, V, D), in the dtype of ``hidden`` unless inside autocast.
         targets: (...) or (..., G) int64 classes in [0, V). Where a row is not masked its target is ignored, also if out
             of range.
-        mask: (...) bool, the rows that count, or floating row weights (0: does not count; for ``"mean"`` none may be
-            negative); None: every row. Rows that do not count may hold NaN. Not differentiable.
+        mask: (...) bool, the rows that count, or floating row weights (0: does not count); None: every row. Rows that
+            do not count may hold NaN. A weight of NaN or infinity counts and makes the loss so; those of a mean must be
+            finite and not negative. Not differentiable.
         bias: (V,) or (G, V), added to the logits.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (the weighted loss of each row, 0 where it does not count).
         label_smoothing: in [0, 1].
@@ -85,9 +87,9 @@ def masked_cross_entropy(
     Raises:
         TypeError: for wrong dtypes.
         ValueError: for wrong shapes, devices or options; for CPU tensors also for a masked row whose target is outside
-            [0, V) and for a negative or NaN weight of ``"mean"``, naming the first such row, and for more masked rows
-            than ``max_rows``. GPU backends do not wait
-            for the data: there a masked row with such a target makes the loss NaN.
+            [0, V) and for a negative, infinite or NaN weight of ``"mean"``, naming the first such row, and for more
+            masked rows than ``max_rows``. GPU backends do not wait for the data: there such a target or weight makes
+            the loss NaN.
         RuntimeError: if the requested backend cannot run the call.
 
     Example:
@@ -97,6 +99,13 @@ def masked_cross_entropy(
         >>> loss.shape, accuracy.shape
         (torch.Size([]), torch.Size([]))
     """
+    op = "masked_cross_entropy"
+    required = {"hidden": hidden, "weight": weight, "targets": targets}
+    require_tensors(op, required, {"mask": mask, "bias": bias})
+    label_smoothing = number(f"{op}: label_smoothing", label_smoothing)
+    z_loss = number(f"{op}: z_loss", z_loss)
+    if max_rows is not None:
+        max_rows = integer(f"{op}: max_rows", max_rows, 0, " or None")
     dtype = _compute_dtype(hidden)
     validate(hidden, weight, targets, mask, bias, reduction, label_smoothing, z_loss, max_rows, dtype)
     if recompute is False and reduction == "none":
@@ -110,8 +119,8 @@ def masked_cross_entropy(
         None if mask is None else mask.detach(),
         reduction,
         bool(recompute),
-        (dtype, float(label_smoothing), float(z_loss)),
-        (max_rows, backend or ""),
+        (dtype, label_smoothing, z_loss),
+        (max_rows, requested(backend)),
         (
             with_grad and hidden.requires_grad,
             with_grad and weight.requires_grad,
@@ -224,7 +233,10 @@ def _run(
     of rows, would leave. Sums over many rows would leave it as well: then gradients of weight and bias are fp32.
     """
     if hidden.device.type == "cpu":
-        check_rows(targets, row_weights, weight.shape[1], max_rows, weights_may_be_negative=not normalize)
+        check_rows(targets, row_weights, weight.shape[1], max_rows, any_weights=not normalize)
+    if normalize and row_weights is not None and row_weights.is_floating_point():
+        # Elsewhere nobody waits for the values. Weights that cancel would give a mean of no meaning: NaN says so.
+        row_weights = torch.where(row_weights >= 0, row_weights, torch.nan)
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
     chosen = choose_backend(
         "masked_cross_entropy",
@@ -281,7 +293,7 @@ def _run_reference(
     total = _nonzero(weights.sum()) * len(weight) if normalize else factor
     half = dtype == torch.float16
     if half and weights.numel():
-        largest = _nonzero(weights.abs().max())
+        largest = _nonzero(weights.nan_to_num(0, 0, 0).abs().max())  # one NaN must not reach the other rows
         weights, factor = weights / largest, largest / total
     elif not half:
         weights = weights / total

@@ -25,12 +25,10 @@ def validate(
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not 0.0 <= z_loss < float("inf"):
-        raise ValueError(f"{op}: z_loss must be a finite number >= 0, got {z_loss}")
+    if z_loss < 0.0:
+        raise ValueError(f"{op}: z_loss must be at least 0, got {z_loss}")
     if max_rows is not None and mask is None:
         raise ValueError(f"{op}: max_rows bounds the rows that a mask selects, but there is no mask")
-    if max_rows is not None and max_rows < 0:
-        raise ValueError(f"{op}: max_rows must be at least 0, got {max_rows}")
     if hidden.dim() < 1 or weight.dim() not in (2, 3) or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"{op}: expected hidden (..., D) and weight (V, D) or (G, V, D), got hidden {tuple(hidden.shape)} and "
@@ -59,8 +57,6 @@ def validate(
             continue
         if tensor.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} but hidden is on {hidden.device}")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(f"{op}: {name} is a DTensor; pass local tensors (the classes are not sharded here)")
         if name in ("hidden", "weight", "bias"):
             if tensor.dtype not in DTYPES:
                 raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
@@ -77,15 +73,15 @@ def check_rows(
     num_classes: int,
     max_rows: int | None,
     *,
-    weights_may_be_negative: bool,
+    any_weights: bool,
 ) -> None:
     """Name the first row that cannot be computed. Only for CPU tensors, where reading a value waits for nothing."""
     op = "masked_cross_entropy"
-    if row_weights is not None and row_weights.dtype != torch.bool and not weights_may_be_negative:
-        bad = ~(row_weights >= 0)
+    if row_weights is not None and row_weights.dtype != torch.bool and not any_weights:
+        bad = ~((row_weights >= 0) & (row_weights < torch.inf))
         if bad.any():
-            row = int(bad.nonzero()[0, -1])
-            raise ValueError(f"{op}: row weights must be >= 0, got {row_weights[row].item()} in row {row}")
+            row, given = int(bad.nonzero()[0]), row_weights[bad][0].item()
+            raise ValueError(f"{op}: row weights of a mean must be >= 0 and finite, got {given} in row {row}")
     if max_rows is not None and row_weights is not None and (count := int(row_weights.count_nonzero())) > max_rows:
         raise ValueError(f"{op}: {count} rows are masked but max_rows is {max_rows}")
     bad = (targets < 0) | (targets >= num_classes)

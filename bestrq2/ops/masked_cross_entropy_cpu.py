@@ -64,7 +64,7 @@ def run_cpu(
     divisor = total * codebooks if normalize else 1
     scale, factor = 1 / divisor, torch.ones(())
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
-        largest = (1.0 if weights is None or not count else weights.abs().max().item()) or 1.0
+        largest = (1.0 if weights is None or not count else weights.nan_to_num(0, 0, 0).abs().max().item()) or 1.0
         scale, factor = 1 / largest, torch.tensor(largest / divisor)
     sources = (hidden, weight, weight if bias is None else bias)
     dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]

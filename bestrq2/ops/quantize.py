@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .dispatch import choose_backend
+from .arguments import require_tensors
+from .dispatch import choose_backend, requested
 from .reference.quantize import not_finite
 
 __all__ = ["check_codes", "quantize"]
@@ -32,15 +33,15 @@ def quantize(
     not matter and is never divided by.
 
     Always exact in fp32, also inside autocast: the code equals the float64 argmax except where the two best cosines
-    differ by less than 2^-21. Ties go to the lowest index, a row whose projection is zero gets code 0, and a row's code
-    does not depend on the other rows of the batch. Memory is linear in the rows. Not differentiable.
+    differ by less than 2^-21, for finite rows of any size. Ties go to the lowest index, a row whose projection is zero
+    gets code 0, and a row's code does not depend on the other rows of the batch. Memory is linear in the rows. Not
+    differentiable.
 
     Args:
         x: (..., D) rows in fp32, bf16, fp16 or fp64, of any strides.
         projection: (D, d), or (G, D, d) for G codebooks, floating.
-        codebook: (V, d), or (G, V, d), floating; unit rows. One of the two may have two dimensions: it
-            is then shared by all G. The compiled backends read it
-            in fp32.
+        codebook: (V, d), or (G, V, d), floating; unit rows. One of the two may have two dimensions: it is then shared
+            by all G. The compiled backends read it in fp32.
         normalize: what is done to a row before the projection: ``"none"`` or ``"layer_norm"`` (no affine, eps 1e-5).
         mask: (...) bool, the rows to quantize; the others get -1 and are never read. None selects every row.
         backend: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"reference"``; None chooses the first that can run the call.
@@ -61,9 +62,10 @@ def quantize(
         >>> quantize(torch.randn(2, 100, 80, generator=generator), projection, codebook).shape
         torch.Size([2, 100])
     """
+    require_tensors("quantize", {"x": x, "projection": projection, "codebook": codebook}, {"mask": mask})
     _validate(x, projection, codebook, normalize, mask)
     return torch.ops.bestrq2.quantize.default(
-        x.detach(), projection.detach(), codebook.detach(), mask, normalize, backend or ""
+        x.detach(), projection.detach(), codebook.detach(), mask, normalize, requested(backend)
     )
 
 
@@ -81,9 +83,10 @@ def check_codes(codes: Tensor, mask: Tensor | None = None) -> None:
     if mask is not None:
         bad = bad & (mask if mask.dim() == codes.dim() else mask.unsqueeze(-1))
     if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
+        first = ", ".join(map(str, bad.nonzero()[0].tolist()))
+        where = f" at ({first})" if first else ""
         raise ValueError(
-            f"quantize gave no code at {first} ({int(bad.sum())} of {codes.numel()}): its row of x has NaN or inf"
+            f"quantize gave no code{where} ({int(bad.sum())} of {codes.numel()}): its row of x has NaN or inf"
         )
 
 

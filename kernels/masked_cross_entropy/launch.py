@@ -252,7 +252,8 @@ def masked_cross_entropy(
     coefficients = weights
     half = dtype == torch.float16
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
-        largest = factor if weights is None or rows == 0 else weights.abs().max()
+        # One NaN, or infinity, must not reach the other rows.
+        largest = factor if weights is None or rows == 0 else weights.nan_to_num(0, 0, 0).abs().max()
         largest = torch.where(largest == 0, 1, largest)
         coefficients = None if weights is None else weights / largest
         factor = largest / (total * codebooks) if normalize else largest

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ CASES["key mask, padding, fp16"] = (
 
 
 def compare(shape, dtype, device, positions=True, **options):
-    from accuracy import assert_no_worse_than_torch
+    from accuracy import assert_no_worse_than_torch, eager_attention
 
     from bestrq2 import ops
 
@@ -81,13 +82,13 @@ def compare(shape, dtype, device, positions=True, **options):
     upstream = torch.randn(batch, heads, queries, dim, device=device).to(dtype)
     options = {name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()}
     results = {}
-    for name, kind, backend in (
-        ("gold", torch.float64, "reference"),
-        ("torch", dtype, "reference"),
-        ("triton", dtype, "triton"),
+    for name, kind, function in (
+        ("gold", torch.float64, ops.reference.chunked_attention),
+        ("torch", dtype, eager_attention),
+        ("triton", dtype, partial(ops.chunked_attention, backend="triton")),
     ):
         leaves = {key: x.to(kind).requires_grad_() for key, x in inputs.items()}
-        out = ops.chunked_attention(**leaves, **options, backend=backend)
+        out = function(**leaves, **options)
         results[name] = (out, *torch.autograd.grad(out, list(leaves.values()), upstream.to(kind)))
     for name, ours, plain, gold in zip(("out", *inputs), results["triton"], results["torch"], results["gold"]):
         assert_no_worse_than_torch(name, ours, plain, gold)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than_torch, relative_error
+from accuracy import assert_no_worse_than_torch, eager_attention, relative_error
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -94,13 +94,11 @@ def compare(shape, dtype, device, **options):
     window = {name: options[name] for name in ("chunk_size", "left_context", "right_context") if name in options}
     lowest, highest = ChunkLayout(**window).offsets(queries, keys, query_offset=options.get("query_offset", 0))
 
-    def by_table(projection, **tensors):
+    def by_table(projection, attend=ops.reference.chunked_attention, **tensors):
         offsets = torch.arange(lowest, highest + 1, dtype=torch.float64, device=device)
         angles = offsets[:, None] * 10000.0 ** (-torch.arange(0, 24, 2, device=device).double() / 24)
         position = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).to(projection) @ projection.mT
-        return ops.chunked_attention(
-            **tensors, position=position, position_zero=-lowest, backend="reference", **options
-        )
+        return attend(**tensors, position=position, position_zero=-lowest, **options)
 
     def separable(**tensors):
         return ops.chunked_attention_sinusoidal(**tensors, backend="triton", **options)
@@ -108,7 +106,7 @@ def compare(shape, dtype, device, **options):
     def plain(**tensors):
         # In fp32 the series itself costs rounding, about 2.5 times the table's, in plain PyTorch too.
         if dtype != torch.float32:
-            return by_table(**tensors)
+            return by_table(**tensors, attend=eager_attention)
         return ops.chunked_attention_sinusoidal(**tensors, backend="reference", **options)
 
     results = {}

@@ -40,6 +40,7 @@ def test_candidates_of_the_tuner_compile_without_spills(key, config):
 
 INTERPRETED = """
 import torch
+from quantize_cases import count_wrong, rows_of_extreme_size
 from untouched import spread
 from bestrq2 import ops
 from bestrq2.kernels import tuning
@@ -97,6 +98,11 @@ mask[5] = mask[6] = False
 ops.check_codes(ops.quantize(x, p, c, mask=mask, backend="triton"), mask)
 for scale in (2.0**-120, 2.0**100):
     assert torch.equal(ops.quantize(x[7:] * scale, p, c, backend="triton")[:, 0], codes[7:])
+for extreme, ordinary in rows_of_extreme_size(70, 40):
+    # The interpreter reads subnormal bf16 numbers wrongly.
+    for normalize in ("none", "layer_norm") if extreme.dtype in (torch.float32, torch.float16) else ():
+        codes = ops.quantize(extreme, p[0], c[0], normalize=normalize, backend="triton")
+        assert count_wrong(codes, ordinary, p[0], c[0], normalize == "layer_norm")[0] == 0
 constant = torch.full((4, 40), -61.7)
 assert (ops.quantize(constant, p, c, normalize="layer_norm", backend="triton") == 0).all()
 

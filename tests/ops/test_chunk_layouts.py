@@ -1,8 +1,11 @@
 """The window rule equals the masks of the toolkits it replaces, each restated in its own way of thinking."""
 
+import sys
+
 import pytest
 import torch
 
+from bestrq2 import ops
 from bestrq2.ops import ChunkLayout
 
 LENGTHS = (1, 2, 3, 5, 8, 17, 18, 31, 39, 64, 65)
@@ -126,9 +129,55 @@ def test_full_context_settings():
         (lambda: ChunkLayout(4, 0, -2), "right_context must be at least 0"),
         (lambda: ChunkLayout.from_nemo((10, 3), "chunked_limited"), "multiple of right"),
         (lambda: ChunkLayout.from_nemo((10, 3), "banded"), "style must be"),
-        (lambda: ChunkLayout.from_icefall(16, 64, 3), "not a multiple"),
+        (
+            lambda: ChunkLayout.from_nemo((10, 3, 1)),
+            r"att_context_size must be one pair \[left, right\], got \(10, 3, 1\)",
+        ),
+        (lambda: ChunkLayout.from_nemo(10), "att_context_size must be one pair"),
+        (lambda: ChunkLayout.from_nemo((10, -3)), r"att_context_size\[1\] must be at least -1, got -3"),
+        (
+            lambda: ChunkLayout.from_icefall(16, 64, 3),
+            "chunk_size must be -1 .* or a multiple of downsampling = 3, got 16",
+        ),
+        (lambda: ChunkLayout.from_icefall(0, 64), "chunk_size must be -1 .* or a multiple of downsampling = 1, got 0"),
+        (lambda: ChunkLayout.from_icefall(16, 64, 0), "downsampling must be at least 1, got 0"),
+        (lambda: ChunkLayout.from_speechbrain(4, -1), "left_context_size must be at least 0 .*unlimited.*, got -1"),
+        (lambda: ChunkLayout.from_speechbrain(0, 3), "from_speechbrain: chunk_size must be at least 1, got 0"),
     ],
 )
 def test_rejects_impossible_settings(build, message: str):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: ChunkLayout.from_speechbrain(4.0, 2), "chunk_size"),
+        (lambda: ChunkLayout.from_speechbrain(4, 2.5), "left_context_size"),
+        (lambda: ChunkLayout.from_wenet(4.0), "chunk_size"),
+        (lambda: ChunkLayout.from_wenet(4, None), "num_left_chunks"),
+        (lambda: ChunkLayout.from_nemo(([70, 13], [70, 6])), r"att_context_size\[0\]"),
+        (lambda: ChunkLayout.from_icefall(True), "chunk_size"),
+        (lambda: ChunkLayout.from_icefall(16, "64"), "left_context_frames"),
+        (lambda: ChunkLayout.from_icefall(16, 64, 2.0), "downsampling"),
+        (lambda: ChunkLayout(4).mask(10, query_offset=1.0), "query_offset"),
+        (lambda: ChunkLayout(4).mask(10.0), "query_length"),
+        (lambda: ChunkLayout(4).mask(10, 12.0), "key_length"),
+        (lambda: ChunkLayout(4).offsets(10, 10.0), "key_length"),
+    ],
+)
+def test_what_is_no_integer_is_named(build, name: str):
+    with pytest.raises(TypeError, match=f"{name} must be an integer"):
+        build()
+
+
+def test_sizes_that_stand_for_everything():
+    """sys.maxsize as other libraries take it: sums of such sizes must not turn negative."""
+    for layout in (ChunkLayout(sys.maxsize, 0, 5), ChunkLayout(4, sys.maxsize, sys.maxsize)):
+        assert layout.mask(20).all()
+        query, key, value = torch.randn(3, 1, 1, 20, 4)
+        out = ops.chunked_attention(query, key, value, **layout.window, backend="reference")
+        torch.testing.assert_close(out, ops.chunked_attention(query, key, value))
+    with pytest.raises(ValueError, match=r"chunk_size must be less than 2\^63, got 9223372036854775808"):
+        ChunkLayout(2**63)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than_torch, assert_term_matters
+from accuracy import assert_no_worse_than_torch, assert_term_matters, eager_attention, relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,7 +57,7 @@ def run(inputs: dict[str, Tensor], dtype: torch.dtype, function=None, upstream: 
 def compare(inputs, dtype, backend, **options) -> None:
     upstream = torch.randn_like(inputs["query"].double())
     gold = run(inputs, torch.float64, upstream=upstream.to(dtype), **options)
-    plain = run(inputs, dtype, upstream=upstream, **options)
+    plain = run(inputs, dtype, eager_attention, upstream, **options)
     kernel = run(inputs, dtype, ops.chunked_attention, upstream, backend=backend, **options)
     for name, value in kernel.items():
         assert_no_worse_than_torch(name, value, plain[name], gold[name])
@@ -73,6 +73,23 @@ def test_matches_reference(window):
 def test_matches_reference_in_half_precision(dtype: torch.dtype):
     inputs = make_inputs(queries=100, head_dim=64, dtype=dtype)
     compare(inputs, dtype, "cpu", chunk_size=16, left_context=40, right_context=2, lengths=torch.tensor([100, 61]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_may_leave_the_range_of_fp16(backend: str, dtype: torch.dtype):
+    """Products of 90,000 before the scale. The reference is no coarser than its rounded output."""
+    inputs = make_inputs(1, 2, 40, head_dim=64, dtype=torch.float64)
+    inputs["query"], inputs["key"] = 40 * inputs["query"].sign(), 40 * inputs["key"].sign()
+    inputs["query"][0, 0, 7], inputs["key"][0, 0, 9] = 40.0, 40.0
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    options = {"chunk_size": 16, "left_context": 16, "scale": 1e-4, "lengths": torch.tensor([37])}
+    upstream = torch.randn(1, 2, 40, 64).to(dtype)
+    assert (inputs["query"].double() @ inputs["key"].double().mT).max() > torch.finfo(torch.float16).max
+    gold = run(inputs, torch.float64, upstream=upstream, **options)
+    results = run(inputs, dtype, ops.chunked_attention, upstream, backend=backend, **options)
+    for name, result in results.items():
+        # 16-bit kernels round the weights of the values, too.
+        assert relative_error(result, gold[name]) < (1 if backend == "reference" else 8) * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.parametrize(

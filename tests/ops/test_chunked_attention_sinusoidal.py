@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than_torch, assert_term_matters, relative_error
+from accuracy import assert_no_worse_than_torch, assert_term_matters, eager_attention, relative_error
 from torch import Tensor
 
 from bestrq2 import ops
@@ -30,14 +30,12 @@ def make_inputs(frames=70, keys=70, heads=2, head_dim=8, width=24) -> dict[str, 
     return inputs
 
 
-def by_table(query, key, value, *, projection, query_offset=0, **options) -> Tensor:
+def by_table(query, key, value, *, projection, query_offset=0, attend=ops.chunked_attention, **options) -> Tensor:
     window = {name: options[name] for name in ("chunk_size", "left_context", "right_context") if name in options}
     lowest, highest = ChunkLayout(**window).offsets(query.shape[2], key.shape[2], query_offset=query_offset)
     table = _sinusoids(lowest, highest, projection.shape[2]).to(projection)
     position = table @ projection.mT
-    return ops.chunked_attention(
-        query, key, value, position=position, position_zero=-lowest, query_offset=query_offset, **options
-    )
+    return attend(query, key, value, position=position, position_zero=-lowest, query_offset=query_offset, **options)
 
 
 def _sinusoids(lowest: int, highest: int, width: int) -> Tensor:
@@ -79,7 +77,7 @@ def test_accuracy(dtype: torch.dtype):
     inputs = {name: x.to(dtype) for name, x in make_inputs(150, 150, head_dim=32, width=128).items()}
     upstream, options = torch.randn(2, 2, 150, 32).to(dtype), {"chunk_size": 16, "left_context": 64}
     gold = with_gradients(by_table, inputs, upstream, torch.float64, **options)
-    plain = with_gradients(by_table, inputs, upstream, dtype, backend="reference", **options)
+    plain = with_gradients(by_table, inputs, upstream, dtype, attend=eager_attention, **options)
     results = with_gradients(ops.chunked_attention_sinusoidal, inputs, upstream, dtype, backend="cpu", **options)
     for name, result in results.items():
         assert_no_worse_than_torch(name, result, plain[name], gold[name])

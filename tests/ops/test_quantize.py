@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from quantize_cases import backends, count_wrong, forced, problem
+from quantize_cases import backends, count_wrong, forced, problem, rows_of_extreme_size
 from torch.nn.functional import normalize as unit
 
 from bestrq2 import ops
@@ -132,6 +132,14 @@ def test_scale_of_a_row_does_not_matter(backend):
         assert torch.equal(ops.quantize(x.double() * power, projection, codebook, backend=backend), codes)
 
 
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_rows_at_the_ends_of_the_range(backend, normalize):
+    _, projection, codebook = problem(1)
+    for x, ordinary in rows_of_extreme_size(600):
+        codes = ops.quantize(x, projection, codebook, normalize=normalize, backend=backend)
+        assert count_wrong(codes, ordinary, projection, codebook, normalize == "layer_norm")[0] == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_not_finite_rows_are_named(backend, value, dtype):
@@ -147,6 +155,10 @@ def test_not_finite_rows_are_named(backend, value, dtype):
     ops.check_codes(codes, mask)
     with pytest.raises(ValueError, match=r"no code at \(6, 17\)"):
         ops.check_codes(codes)
+    with pytest.raises(ValueError, match=r"quantize: x contains NaN or inf \(x has shape \(64,\)\)"):
+        ops.quantize(x[6, 17], projection, codebook, backend=backend)
+    with pytest.raises(ValueError, match=r"gave no code \(1 of 1\)"):
+        ops.check_codes(torch.tensor(-1))
 
 
 def test_projection_and_codebook_must_be_finite(backend):
@@ -226,6 +238,10 @@ def test_arithmetic_of_the_cuda_kernel(dtype, normalize):
         codes = run_cuda(emulated, x, projection, codebook, None, normalize, 0)
         assert count_wrong(codes, x, projection, codebook, normalize == "layer_norm")[0] == 0
     assert torch.equal(run_cuda(emulated, x, projection, codebook.repeat(3, 1), None, normalize, 0), codes)
+    for extreme, ordinary in rows_of_extreme_size(40, features):
+        if extreme.dtype != torch.float64:
+            some = run_cuda(emulated, extreme, projection, codebook, None, normalize, 0)
+            assert count_wrong(some, ordinary, projection, codebook, normalize == "layer_norm")[0] == 0
     mask = torch.rand(500) < 0.5
     x[3], x[4, 5], x[5, 6], mask[3:6] = 0.0, float("nan"), float("inf"), True
     some = run_cuda(emulated, x, projection.expand(2, -1, -1), codebook, mask, normalize, 0)

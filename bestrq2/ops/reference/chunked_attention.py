@@ -13,8 +13,21 @@ def chunked_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any)
 
     Differentiable by autograd, any floating dtype, O(Tq * Tk) memory.
     """
+    return forward(query, key, value, **options)[0]
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The output in query's dtype, and the log-sum-exp (B, H, Tq) of each row's scores.
+
+    16-bit inputs are computed in fp32, as by the kernels: the score of two fp16 vectors may lie beyond 65504.
+    """
+    dtype = query.dtype
+    if dtype.itemsize == 2:
+        query, key, value = query.float(), key.float(), value.float()
+        tables = ("position", "content_bias", "position_bias")
+        options |= {name: options[name].float() for name in tables if options.get(name) is not None}
     score, visible, value = scores(query, key, value, **options)
-    return attend(score, visible, value)
+    return attend(score, visible, value).to(dtype), logsumexp(score, visible)
 
 
 def attend(score: Tensor, visible: Tensor, value: Tensor) -> Tensor:
@@ -46,7 +59,10 @@ def scores(
     position_bias: Tensor | None = None,  # (H, d)
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the scaled scores (B, H, Tq, Tk), which of them are visible, and the values with their padding zeroed."""
+    """Return the scaled scores (B, H, Tq, Tk), which of them are visible, and the values with their padding zeroed.
+
+    In the dtype of the inputs: what plain PyTorch makes of them.
+    """
     frames, keys = query.shape[2], key.shape[2]
     i = torch.arange(frames, device=query.device) + query_offset
     j = torch.arange(keys, device=query.device)

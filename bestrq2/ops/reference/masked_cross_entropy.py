@@ -48,6 +48,8 @@ def masked_cross_entropy(
     correct = (logits.detach().argmax(-1).reshape(targets.shape) == targets).to(losses.dtype)
 
     weights = selected.to(losses.dtype) if mask is None else torch.where(selected, mask, 0).to(losses.dtype)
+    if reduction == "mean":  # weights that cancel would give a mean of no meaning
+        weights = torch.where(weights >= 0, weights, torch.nan)
     total = weights.sum()
     total = torch.where(total == 0, 1, total)
     losses = torch.where(selected, losses * weights, 0)

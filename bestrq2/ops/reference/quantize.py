@@ -7,6 +7,8 @@ from torch.nn import functional as F
 LAYER_NORM_EPS = 1e-5
 TIE = 2.0**-46
 """Cosines closer than this are a tie: the rounding of float64 must not choose between equal codes."""
+SMALLEST = 2.0**-1074
+"""The smallest positive float64: what a row of zeros is divided by."""
 CHUNK = 2**21
 """Scores held at once (16 MiB of float64), whatever the number of rows."""
 
@@ -34,11 +36,13 @@ def quantize(
             finite = torch.isfinite(chunk).all(dim=1)
             if not finite.all():
                 raise ValueError(not_finite(x, int(index[~finite][0])))
+            # No code depends on a row's size, which may be such that its sums or squares leave the range of float64.
+            chunk = chunk / chunk.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST)
             if normalize == "layer_norm":
                 chunk = F.layer_norm(chunk, chunk.shape[-1:], eps=LAYER_NORM_EPS)
             for book in range(books):
                 y = chunk @ projection[book]
-                y = y / y.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)  # or the square of a tiny row would vanish
+                y = y / y.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST)
                 cosines = F.normalize(y, dim=1) @ codebook[book].T
                 tie = TIE * codebook[book].norm(dim=1).amax()
                 best = cosines.amax(dim=1, keepdim=True)
@@ -53,4 +57,5 @@ def not_finite(x: Tensor, row: int) -> str:
     for size in reversed(x.shape[:-1]):
         row, rest = divmod(row, size)
         index.append(rest)
-    return f"quantize: x[{', '.join(map(str, reversed(index)))}] contains NaN or inf (x has shape {tuple(x.shape)})"
+    which = f"x[{', '.join(map(str, reversed(index)))}]" if index else "x"
+    return f"quantize: {which} contains NaN or inf (x has shape {tuple(x.shape)})"
