@@ -54,21 +54,21 @@ def run_cpu(
     if half:
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
     rows, num_classes = hidden.shape[0], weight.shape[0]
-    losses, correct = torch.zeros(rows), torch.zeros(rows)
+    losses, correct = torch.zeros(2, rows, dtype=torch.float32).unbind()
     weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
     index = None if weights is None else weights.nonzero().squeeze(1)  # (M,)
     count = rows if index is None else len(index)
     total = (count if weights is None else weights.sum().item()) or 1
     divisor = total if normalize else 1
-    scale, factor = 1 / divisor, torch.ones(())
+    scale, factor = 1 / divisor, torch.ones((), dtype=torch.float32)
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
         largest = (1.0 if weights is None or not count else weights.nan_to_num(0, 0, 0).abs().max().item()) or 1.0
-        scale, factor = 1 / largest, torch.tensor(largest / divisor)
+        scale, factor = 1 / largest, torch.tensor(largest / divisor, dtype=torch.float32)
     if count == 0:
         sources = (hidden, weight, weight if bias is None else bias)
         dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
         grads = [x.new_zeros(x.shape if want else 0, dtype=kind) for x, want, kind in zip(sources, wanted, dtypes)]
-        return losses, torch.zeros(()), factor, *grads
+        return losses, torch.zeros_like(factor), factor, *grads
 
     targets = targets.contiguous()
     if dtype == torch.bfloat16 and native.extension().bf16_dot() != "none":
@@ -85,7 +85,7 @@ def run_cpu(
     if index is None and wanted[0]:
         grad_hidden = hidden.new_empty(hidden.shape)
     grad_weight = _WeightGradient(cast_weight, weight.dtype) if wanted[1] else None
-    grad_bias = torch.zeros(num_classes) if wanted[2] else None
+    grad_bias = torch.zeros(num_classes, dtype=torch.float32) if wanted[2] else None
 
     step = chunk_rows(count, num_classes, dtype.itemsize, gradients=any(wanted))
     buffer = torch.empty(min(step, count), num_classes, dtype=dtype)
@@ -153,7 +153,7 @@ class _WeightGradient:
 
     def __init__(self, weight: Tensor, result: torch.dtype) -> None:
         self.shape, self.dtype, self.result = weight.shape, weight.dtype, result
-        self.total: Tensor = torch.empty(0)
+        self.total: Tensor = torch.empty(0, dtype=torch.float32)
 
     def add(self, logits: Tensor, h: Tensor, *, last: bool) -> None:
         """Add one chunk: ``logits`` (rows, V) holds its logit gradients, ``h`` (rows, D) its rows."""
@@ -165,7 +165,7 @@ class _WeightGradient:
             self.total.addmm_(logits.T, h)
             return
         if first:
-            self.total = torch.zeros(self.shape)
+            self.total = torch.zeros(self.shape, dtype=torch.float32)
         h = h.float()
         for begin in range(0, self.shape[0], CLASSES_PER_PRODUCT):
             part = slice(begin, begin + CLASSES_PER_PRODUCT)
