@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2 import ops
+from bestrq2.ops.arguments import integer
 
 Normalize = Literal["none", "global", "patch", "utterance"]
 
@@ -35,6 +36,7 @@ class RandomProjectionQuantizer(nn.Module):
         -> codes ``(B, M, G)`` int64. Codes of a clip do not depend on its batch: bit for bit.
 
     Raises:
+        TypeError: for sizes that are no integers.
         ValueError: for non-positive sizes or an unknown ``normalize``.
     """
 
@@ -55,11 +57,11 @@ class RandomProjectionQuantizer(nn.Module):
         std: float = 1.0,
     ) -> None:
         super().__init__()
-        if min(patch_dim, codebook_size, codebook_dim, num_codebooks) < 1:
-            raise ValueError(
-                f"expected positive sizes, got patch_dim={patch_dim}, codebook_size={codebook_size}, "
-                f"codebook_dim={codebook_dim}, num_codebooks={num_codebooks}"
-            )
+        patch_dim, codebook_size = integer("patch_dim", patch_dim, 1), integer("codebook_size", codebook_size, 1)
+        codebook_dim, num_codebooks = (
+            integer("codebook_dim", codebook_dim, 1),
+            integer("num_codebooks", num_codebooks, 1),
+        )
         if normalize not in get_args(Normalize):
             raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}; got {normalize!r}")
         if std <= 0:

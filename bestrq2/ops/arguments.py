@@ -23,8 +23,11 @@ def require_tensors(op: str, required: dict[str, Any], optional: dict[str, Any])
             raise TypeError(f"{op}: {name} is a DTensor; pass local tensors (nothing is sharded here)")
 
 
-def integer(name: str, value: Any, least: int | None = None, also: str = "") -> int:
-    """``value`` as an int (while tracing also a SymInt), at least ``least``; ``also``: what else fits, for messages."""
+def integer(name: str, value: Any, least: int | None = None, also: str = "", bits: int = 63) -> int:
+    """``value`` as an int (while tracing also a SymInt) from ``least`` to less than ``2**bits``.
+
+    ``also``: what else fits, for the messages.
+    """
     if type(value) is not int and not isinstance(value, torch.SymInt):
         # A tensor and True have an index, too, but asking a GPU for it waits, and nobody means 1 by True.
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
@@ -32,8 +35,8 @@ def integer(name: str, value: Any, least: int | None = None, also: str = "") -> 
         value = index(value)
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}{also}, got {value}")
-    if type(value) is int and value >= 2**63:  # what a tensor and an operator can hold
-        raise ValueError(f"{name} must be less than 2^63, got {value}")
+    if type(value) is int and value >= 2**bits:
+        raise ValueError(f"{name} must be less than 2^{bits}, got {value}")
     return value
 
 

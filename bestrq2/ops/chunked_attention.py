@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import chunked_attention_cpu, reference
@@ -14,8 +13,12 @@ from .chunk_layouts import ChunkLayout
 from .dispatch import choose_backend, requested
 from .native import triton_obstacle
 from .reference.chunked_attention import forward as reference_forward
+from .transforms import refuse_transforms
 
 __all__ = ["chunked_attention"]
+
+OFFSET_BITS = 29
+"""Of ``query_offset``: the positions of the Triton kernels are int32 (kernels/chunked_attention/window.py)."""
 
 
 def chunked_attention(
@@ -74,7 +77,7 @@ def chunked_attention(
         starts: (B,) int32 or int64, first valid position of each item (caches that are not yet full); None: 0.
         key_mask: (B, Tk) bool, False hides a key anywhere in an item, from every query and head; None: hides nothing.
             Prefer lengths and starts for padding at the ends: they also skip its work and zero the padded queries.
-        query_offset: position of query row 0 (streaming: the number of cached keys in front of it).
+        query_offset: position of query row 0 (streaming: the number of cached keys in front of it), below 2^29.
         position: (H, R, d) table of relative positions, row ``position_zero + n - j``. Must have a row for each
             visible offset (:meth:`ChunkLayout.offsets`). Tables ordered by j - n: pass ``position.flip(1)``.
         position_zero: row of offset 0; default (R - 1) // 2.
@@ -85,9 +88,11 @@ def chunked_attention(
             converted to query's dtype.
 
     Returns:
-        (B, H, Tq, d) in query's dtype and memory order. Differentiable once in query, key, value, position and biases.
+        (B, H, Tq, d) in query's dtype and memory order. Differentiable once in query, key, value, position and biases,
+        not by ``torch.func.grad``.
 
     Raises:
+        TypeError: for what is no tensor, integer or number where one is expected.
         ValueError: for wrong shapes, dtypes or settings, and for a table that lacks a visible offset.
         RuntimeError: if the requested backend cannot run the call.
 
@@ -101,13 +106,10 @@ def chunked_attention(
     optional = {"lengths": lengths, "starts": starts, "key_mask": key_mask}
     optional |= {"position": position, "content_bias": content_bias, "position_bias": position_bias}
     require_tensors(op, {"query": query, "key": key, "value": value}, optional)
-    tables = (position, content_bias, position_bias)
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    position, content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in tables)
-    refuse_forward_mode(op, query, key, value, position, content_bias, position_bias)
+    query, key, value = autocast(query, key, value)
+    tables = {"position": position, "content_bias": content_bias, "position_bias": position_bias}
+    position, content_bias, position_bias = in_dtype_of(query, op, tables)
+    refuse_transforms(op, query, key, value, position, content_bias, position_bias)
     layout = ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
     validate(query, key, value, lengths, starts, key_mask, position, content_bias, position_bias)
     if position_zero is None:
@@ -125,12 +127,29 @@ def chunked_attention(
         layout.chunk_size,
         layout.left_context,
         layout.right_context,
-        integer(f"{op}: query_offset", query_offset, 0),
+        integer(f"{op}: query_offset", query_offset, 0, bits=OFFSET_BITS),
         integer(f"{op}: position_zero", position_zero),
         query.shape[-1] ** -0.5 if scale is None else number(f"{op}: scale", scale),
         requested(backend),
     )
     return out
+
+
+def autocast(*frames: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of the inputs of a product: every floating tensor but float64 in its dtype."""
+    device = frames[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return frames
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in frames)
+
+
+def in_dtype_of(query: Tensor, op: str, tables: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Tables, which are often parameters in fp32, in query's dtype."""
+    for name, x in tables.items():
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating, got {x.dtype}")
+    return tuple(None if x is None else x.to(query.dtype) for x in tables.values())
 
 
 def validate(
@@ -325,11 +344,3 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bestrq2::chunked_attention", _autograd, setup_context=_setup_context, lib=_library)
-
-
-def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """Tangents would be dropped without a word by a custom operator."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError(f"{op} has no forward-mode derivative (torch.func.jvp); use reverse mode")

@@ -115,8 +115,8 @@ class _Call:
         padded = (head_dim + 15) // 16 * 16
         # Frame by frame when the input is a transposed (B, T, H, d), so that the sums can be the gradient itself.
         if like.stride(1) < like.stride(2):
-            tensor = torch.zeros(batch, length, heads, padded).transpose(1, 2)
+            tensor = torch.zeros(batch, length, heads, padded, dtype=torch.float32).transpose(1, 2)
         else:
-            tensor = torch.zeros(batch, heads, length, padded)
+            tensor = torch.zeros(batch, heads, length, padded, dtype=torch.float32)
         self.frames(name, tensor)
         return tensor

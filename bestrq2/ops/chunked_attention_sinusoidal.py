@@ -14,10 +14,11 @@ from . import chunked_attention_cpu
 from . import chunked_attention_sinusoidal_appended as appended
 from .arguments import integer, number, require_tensors
 from .chunk_layouts import ChunkLayout
-from .chunked_attention import laid_out, refuse_forward_mode, validate
+from .chunked_attention import OFFSET_BITS, autocast, in_dtype_of, laid_out, validate
 from .chunked_attention_sinusoidal_series import device_tables, series_size
 from .dispatch import choose_backend, requested
 from .native import triton_obstacle
+from .transforms import refuse_transforms
 
 __all__ = ["chunked_attention_sinusoidal"]
 
@@ -71,6 +72,7 @@ def chunked_attention_sinusoidal(
         (B, H, Tq, d) in query's dtype and memory order. Differentiable once in query, key, value, projection, biases.
 
     Raises:
+        TypeError: as :func:`chunked_attention`.
         ValueError: for a projection of the wrong shape, and where the window has so many offsets that their channels
             exceed what a compiled backend takes; otherwise as :func:`chunked_attention`.
     """
@@ -78,16 +80,17 @@ def chunked_attention_sinusoidal(
     optional = {"lengths": lengths, "starts": starts, "key_mask": key_mask}
     optional |= {"content_bias": content_bias, "position_bias": position_bias}
     require_tensors(op, {"query": query, "key": key, "value": value, "projection": projection}, optional)
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    content_bias, position_bias = (None if x is None else x.to(query.dtype) for x in (content_bias, position_bias))
-    refuse_forward_mode(op, query, key, value, projection, content_bias, position_bias)
+    query, key, value = autocast(query, key, value)
+    tables = {"content_bias": content_bias, "position_bias": position_bias}
+    content_bias, position_bias = in_dtype_of(query, op, tables)
+    if not projection.is_floating_point():
+        raise ValueError(f"{op}: projection must be floating, got {projection.dtype}")
+    refuse_transforms(op, query, key, value, projection, content_bias, position_bias)
     layout = ChunkLayout(chunk_size, left_context, right_context)  # raises for impossible settings
     validate(query, key, value, lengths, starts, key_mask, None, content_bias, None)
     heads, head_dim = query.shape[1], query.shape[-1]
-    if projection.dim() != 3 or projection.shape[:2] != (heads, head_dim) or projection.shape[2] % 2:
+    width = projection.shape[2] if projection.dim() == 3 else 0
+    if width < 2 or width % 2 or projection.shape[:2] != (heads, head_dim):
         raise ValueError(
             f"{op}: projection must be (H, d, D) = ({heads}, {head_dim}, even), got {tuple(projection.shape)}"
         )
@@ -114,7 +117,7 @@ def chunked_attention_sinusoidal(
         layout.chunk_size,
         layout.left_context,
         layout.right_context,
-        integer(f"{op}: query_offset", query_offset, 0),
+        integer(f"{op}: query_offset", query_offset, 0, bits=OFFSET_BITS),
         head_dim**-0.5 if scale is None else number(f"{op}: scale", scale),
         base,
         requested(backend),

@@ -11,6 +11,7 @@ from .arguments import integer, number, require_tensors
 from .dispatch import choose_backend, requested
 from .masked_cross_entropy_checks import check_rows, validate
 from .masked_cross_entropy_cpu import run_cpu
+from .transforms import is_batched, refuse_transforms
 
 __all__ = ["masked_cross_entropy"]
 
@@ -53,7 +54,8 @@ def masked_cross_entropy(
     all be held at once; its forward is also what runs where no gradient is needed.
 
     Inside ``torch.autocast`` the products run in the autocast dtype like ``F.linear``; the gradients have the dtype of
-    their inputs, and that of an fp32 weight is not rounded to the autocast dtype on its way.
+    their inputs, and that of an fp32 weight is not rounded to the autocast dtype on its way. The transforms of
+    ``torch.func`` do not work and say so.
 
     On a GPU the host never waits, so it never learns how many rows are masked. With a mask the rows that count are
     listed on the device and kernels of our own leave out the others. If nearly every row counts, or a bound of their
@@ -85,7 +87,7 @@ def masked_cross_entropy(
         is the target's, a detached scalar (with codebooks (G,), one each), 0 where nothing is masked.
 
     Raises:
-        TypeError: for wrong dtypes.
+        TypeError: for wrong dtypes, and for what is no tensor, integer or number where one is expected.
         ValueError: for wrong shapes, devices or options; for CPU tensors also for a masked row whose target is outside
             [0, V) and for a negative, infinite or NaN weight of ``"mean"``, naming the first such row, and for more
             masked rows than ``max_rows``. GPU backends do not wait for the data: there such a target or weight makes
@@ -106,6 +108,7 @@ def masked_cross_entropy(
     z_loss = number(f"{op}: z_loss", z_loss)
     if max_rows is not None:
         max_rows = integer(f"{op}: max_rows", max_rows, 0, " or None")
+    refuse_transforms(op, hidden, weight, bias, any_level=True)
     dtype = _compute_dtype(hidden)
     validate(hidden, weight, targets, mask, bias, reduction, label_smoothing, z_loss, max_rows, dtype)
     if recompute is False and reduction == "none":
@@ -181,7 +184,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * scale`` in ``dtype``, in place where no second backward can read ``grad`` again."""
     # A CPU scalar can be read without waiting for anything, and it usually is 1.
-    free = not (torch.compiler.is_compiling() or _graph_is_retained())
+    free = not (torch.compiler.is_compiling() or is_batched(scale) or _graph_is_retained())
     if free and scale.device.type == "cpu" and scale.item() == 1.0:
         return grad.to(dtype)
     scale = scale.reshape(1)  # a tensor without dimensions would first be rounded to the dtype of grad

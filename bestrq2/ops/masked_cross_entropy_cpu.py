@@ -54,7 +54,7 @@ def run_cpu(
     if half:
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
     rows, codebooks = hidden.shape[0], weight.shape[0]
-    losses, correct = torch.zeros(2, codebooks, rows).unbind()
+    losses, correct = torch.zeros(2, codebooks, rows, dtype=torch.float32).unbind()
     weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
     index = None  # (M,)
     if weights is not None:
@@ -62,15 +62,15 @@ def run_cpu(
     count = rows if index is None else len(index)
     total = (count if weights is None else weights.sum().item()) or 1
     divisor = total * codebooks if normalize else 1
-    scale, factor = 1 / divisor, torch.ones(())
+    scale, factor = 1 / divisor, torch.ones((), dtype=torch.float32)
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
         largest = (1.0 if weights is None or not count else weights.nan_to_num(0, 0, 0).abs().max().item()) or 1.0
-        scale, factor = 1 / largest, torch.tensor(largest / divisor)
+        scale, factor = 1 / largest, torch.tensor(largest / divisor, dtype=torch.float32)
     sources = (hidden, weight, weight if bias is None else bias)
     dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
     if count == 0:
         grads = [x.new_zeros(x.shape if want else 0, dtype=kind) for x, want, kind in zip(sources, wanted, dtypes)]
-        return losses, torch.zeros(codebooks), factor, *grads
+        return losses, torch.zeros(codebooks, dtype=torch.float32), factor, *grads
 
     targets = targets.contiguous()
     if dtype == torch.bfloat16 and native.extension().bf16_dot() != "none":
@@ -80,7 +80,7 @@ def run_cpu(
     else:
         grad_hidden = _RowsGradient(hidden, index, count, codebooks) if wanted[0] else None
         grad_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=dtypes[1])
-        grad_bias = torch.zeros(weight.shape[:2] if wanted[2] else 0)
+        grad_bias = torch.zeros(weight.shape[:2] if wanted[2] else 0, dtype=torch.float32)
         for g, of_codebook in enumerate(targets):
             _run_library(
                 hidden,
@@ -167,7 +167,7 @@ class _RowsGradient:
         self.sum: Tensor | None = None  # (M, D)
         if codebooks > 1:
             direct = index is None and hidden.dtype == torch.float32
-            self.sum = self.grad if direct else torch.empty(count, hidden.shape[1])
+            self.sum = self.grad if direct else torch.empty(count, hidden.shape[1], dtype=torch.float32)
 
     def add(self, start: int, stop: int, logits: Tensor, weight: Tensor) -> None:
         """Add rows ``[start, stop)`` of those that count; every codebook adds them in order."""
@@ -217,7 +217,7 @@ class _WeightGradient:
             return
         if self.total is None:
             exact = self.result.dtype == torch.float32
-            self.total = self.result.zero_() if exact else torch.zeros(self.result.shape)
+            self.total = self.result.zero_() if exact else torch.zeros(self.result.shape, dtype=torch.float32)
         h = h.float()
         for begin in range(0, len(self.total), CLASSES_PER_PRODUCT):
             part = slice(begin, begin + CLASSES_PER_PRODUCT)

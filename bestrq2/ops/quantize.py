@@ -50,6 +50,7 @@ def quantize(
         int64 codes (...), or (..., G) if ``projection`` or ``codebook`` has three dimensions.
 
     Raises:
+        TypeError: for what is no tensor.
         ValueError: for wrong shapes, dtypes or devices; on the reference and CPU backends also for NaN or inf in a
             selected row, naming the first one. GPU backends do not wait for the result: such a row gets code -1, and
             :func:`check_codes` finds it.
@@ -79,6 +80,7 @@ def check_codes(codes: Tensor, mask: Tensor | None = None) -> None:
         codes: (...) or (..., G) codes of :func:`quantize`.
         mask: the ``mask`` (...) that was given to :func:`quantize`.
     """
+    require_tensors("check_codes", {"codes": codes}, {"mask": mask})
     bad = codes < 0
     if mask is not None:
         bad = bad & (mask if mask.dim() == codes.dim() else mask.unsqueeze(-1))

@@ -40,11 +40,8 @@ class _Call:
         self.batch, self.heads, self.frames, self.head_dim = query.shape
         self.keys = key.shape[2]
         self.content_bias, self.lengths, self.starts, self.key_mask = (
-            None if options[name] is None else options[name].contiguous()
-            for name in ("content_bias", "lengths", "starts", "key_mask")
+            as_read(options[name]) for name in ("content_bias", "lengths", "starts", "key_mask")
         )
-        if self.key_mask is not None:
-            self.key_mask = self.key_mask.view(torch.uint8)
         self.window = window_sizes(options)
         self.offset = options["query_offset"]
         self.device_name = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else None
@@ -127,6 +124,18 @@ def window_sizes(options: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def _limited(size: int | None) -> int:
     return UNLIMITED if size is None else min(size, UNLIMITED)
+
+
+def as_read(x: Tensor | None) -> Tensor | None:
+    """An optional input as the kernels read it: contiguous, a mask as bytes, lengths and starts in the range of int32.
+
+    The kernels convert int64 to int32; clamping there would cost the largest of them a spilled register.
+    """
+    if x is None:
+        return None
+    if x.dtype == torch.int64:
+        x = x.clamp(0, UNLIMITED)
+    return x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous()
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..tuning import load_configs
-from .launch import choose_config, padded_dim, unit_stride, window_sizes
+from .launch import as_read, choose_config, padded_dim, unit_stride, window_sizes
 from .sinusoidal_backward import (
     chunked_attention_sinusoidal_backward_key_kernel,
     chunked_attention_sinusoidal_backward_query_kernel,
@@ -47,10 +47,7 @@ class _Call:
         self.batch, self.heads, self.frames, self.head_dim = query.shape
         self.keys = key.shape[2]
         names = ("content_bias", "position_bias", "lengths", "starts", "key_mask")
-        given = {name: None if options[name] is None else options[name].contiguous() for name in names}
-        if given["key_mask"] is not None:
-            given["key_mask"] = given["key_mask"].view(torch.uint8)
-        self.given: dict[str, Tensor | None] = given
+        self.given = {name: as_read(options[name]) for name in names}
         self.scale = options["scale"]
         self.window, self.offset = window_sizes(options), options["query_offset"]
         self.onto, self.turns, self.basis = series["onto"].contiguous(), series["turns"], series["basis"]

@@ -117,7 +117,7 @@ def _fused_losses(r: _Rows) -> None:
     blocks, tiles = triton.cdiv(rows, tile["BM"]), triton.cdiv(classes, tile["BN"])
     tiles_per_share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
     shares = triton.cdiv(tiles, tiles_per_share)
-    parts = torch.empty(4, shares, rows, device=r.hidden.device)
+    parts = torch.empty(4, shares, rows, dtype=torch.float32, device=r.hidden.device)
     first = torch.empty(shares, rows, dtype=torch.int32, device=r.hidden.device)
     selection = {"HAS_INDEX": r.index is not None}
     loss_kernel[(blocks, shares)](
@@ -240,8 +240,8 @@ def masked_cross_entropy(
     """What the operator ``bestrq2::masked_cross_entropy`` returns."""
     rows, codebooks, device = hidden.shape[0], weight.shape[0], hidden.device
     on_gpu = device.type == "cuda"
-    losses, correct = torch.zeros(2, codebooks, rows, device=device).unbind()
-    factor = torch.ones((), device=device)
+    losses, correct = torch.zeros(2, codebooks, rows, dtype=torch.float32, device=device).unbind()
+    factor = torch.ones((), dtype=torch.float32, device=device)
 
     weights, index, count, scale, total = None, None, None, 1.0, factor * rows
     if row_weights is not None:

@@ -39,6 +39,11 @@ CASES = {
         {"chunk_size": 7, "left_context": 10, "right_context": 3, **PADDED},
     ),
     "nothing to see": ((2, 1, 30, 30, 16), torch.float32, {"lengths": torch.tensor([0, 30])}),
+    "bounds beyond int32": (
+        (2, 1, 30, 30, 16),
+        torch.float32,
+        {"lengths": torch.tensor([2**40, 2**63 - 1]), "starts": torch.tensor([-(2**40), 2**33])},
+    ),
     "full, head size 12": ((1, 2, 70, 70, 12), torch.float32, {}),
     "streaming": (
         (1, 2, 9, 50, 16),

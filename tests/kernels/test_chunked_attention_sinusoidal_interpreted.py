@@ -43,6 +43,11 @@ CASES = {
     ),
     "two blocks of frequencies, fp16": ((1, 2, 150, 150, 16), torch.float16, {"chunk_size": 50, "left_context": 100}),
     "three blocks, fp16": ((1, 1, 230, 230, 16), torch.float16, {"chunk_size": 75, "left_context": 225}),
+    "bounds beyond int32": (
+        (2, 1, 30, 30, 16),
+        torch.float32,
+        {"lengths": torch.tensor([2**40, 2**63 - 1]), "starts": torch.tensor([-(2**40), 2**33])},
+    ),
     "full, head size 12": ((1, 2, 35, 35, 12), torch.float32, {}),
     "full, four blocks, fp16": ((1, 1, 201, 201, 20), torch.float16, {}),
     "streaming": (

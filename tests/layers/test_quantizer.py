@@ -84,8 +84,10 @@ def test_codes_survive_autocast_and_casts():
 def test_rejects_bad_settings():
     with pytest.raises(ValueError, match="normalize must be one of"):
         RandomProjectionQuantizer(10, normalize="layer")
-    with pytest.raises(ValueError, match="codebook_size=0"):
+    with pytest.raises(ValueError, match="codebook_size must be at least 1, got 0"):
         RandomProjectionQuantizer(10, codebook_size=0)
+    with pytest.raises(TypeError, match=r"codebook_size must be an integer, got 8192.0"):
+        RandomProjectionQuantizer(10, codebook_size=8192.0)
 
 
 def test_usage_equals_bincount():

@@ -120,6 +120,12 @@ def test_what_is_no_number_is_named(call, name):
 
 
 def test_numbers_out_of_range():
+    for call in (chunked_attention, chunked_attention_sinusoidal):
+        for offset in (2**29, 2**62, 2**63 - 1):
+            with pytest.raises(ValueError, match=rf"query_offset must be less than 2\^29, got {offset}"):
+                call(query_offset=offset)
+    with pytest.raises(ValueError, match=r"projection must be \(H, d, D\) = \(1, 4, even\), got \(1, 4, 0\)"):
+        chunked_attention_sinusoidal(projection=torch.zeros(1, 4, 0))
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got 2.0"):
         masked_cross_entropy(label_smoothing=2)
     with pytest.raises(ValueError, match=r"base must be positive, got 0.0"):
@@ -142,3 +148,82 @@ def test_sizes_may_be_dynamic(form):
         for frames, *sizes in ((20, 4, 8, 2), (33, 5, 3, 7), (47, 7, 9, 11)):
             query = torch.randn(2, 1, frames, 4)
             torch.testing.assert_close(compiled(query, *sizes), attend(query, *sizes))
+
+
+def test_autocast_casts_only_floating_tensors(device):
+    """An integer or complex query would otherwise be rounded, or lose its imaginary part, without a word."""
+    wrong = (torch.int64, torch.complex64)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        for call in (chunked_attention, chunked_attention_sinusoidal):
+            for dtype in wrong:
+                with pytest.raises(ValueError, match=f"query must be fp32, bf16, fp16 or fp64, got {dtype}"):
+                    call(query=torch.zeros(1, 1, 20, 4, dtype=dtype))
+            with pytest.raises(ValueError, match=r"must share a dtype, got .*bfloat16, .*float64, .*bfloat16"):
+                call(key=torch.zeros(1, 1, 20, 4, dtype=torch.float64))
+    for dtype in wrong:
+        with pytest.raises(ValueError, match=f"position must be floating, got {dtype}"):
+            chunked_attention(position=torch.zeros(1, 59, 4, dtype=dtype))
+        with pytest.raises(ValueError, match=f"projection must be floating, got {dtype}"):
+            chunked_attention_sinusoidal(projection=torch.zeros(1, 4, 8, dtype=dtype))
+        with pytest.raises(ValueError, match=f"content_bias must be floating, got {dtype}"):
+            chunked_attention(content_bias=torch.zeros(1, 4, dtype=dtype))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # no batching rule: PyTorch runs the call once for each item
+def test_transforms_of_torch_func(device):
+    """What works gives the right result, what does not says so in the operation's name."""
+    query, hidden = torch.randn(2, 1, 1, 20, 4), torch.randn(3, 4)
+    batched = torch.func.vmap(lambda query: chunked_attention(query=query))(query)
+    assert torch.equal(batched, torch.stack([chunked_attention(query=x) for x in query]))
+    codes = torch.func.vmap(lambda x: quantize(x=x))(torch.randn(2, 3, 8))
+    assert codes.shape == (2, 3)
+    for call, argument in (
+        (lambda x: chunked_attention(query=x).sum(), query[0]),
+        (lambda x: chunked_attention_sinusoidal(query=x).sum(), query[0]),
+        (lambda x: masked_cross_entropy(hidden=x), hidden),
+    ):
+        for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev):
+            with pytest.raises(RuntimeError, match=r"(attention|sinusoidal|entropy) does not run inside .* torch.func"):
+                transform(call)(argument)
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            torch.func.jvp(call, (argument,), (argument,))
+    with pytest.raises(RuntimeError, match="masked_cross_entropy does not run inside"):
+        torch.func.vmap(lambda x: masked_cross_entropy(hidden=x))(hidden[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_default_dtype_is_none_of_our_business(dtype):
+    """The kernels write fp32 into what the host allocates, whatever torch.set_default_dtype says."""
+    inputs = {name: x for name, x in _attention_inputs().items() if torch.is_tensor(x)}
+    inputs |= {"position": torch.randn(1, 59, 4), "content_bias": torch.randn(1, 4)}
+    head = {"hidden": torch.randn(9, 4), "weight": torch.randn(5, 4), "bias": torch.randn(5)}
+    targets, mask = torch.arange(9) % 5, torch.rand(9) < 0.7
+
+    def results():
+        for function, tensors, options in (
+            (ops.chunked_attention, inputs, {"chunk_size": 4, "left_context": 4}),
+            (ops.masked_cross_entropy, head, {"targets": targets, "mask": mask, "reduction": "sum"}),
+            (ops.masked_cross_entropy, head, {"targets": targets, "mask": mask}),
+            (ops.masked_cross_entropy, head, {"targets": targets, "mask": torch.zeros(9, dtype=torch.bool)}),
+        ):
+            leaves = {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
+            out = function(**leaves, **options)
+            yield from (out, *torch.autograd.grad(out.sum(), list(leaves.values())))
+            with torch.no_grad():
+                yield function(**leaves, **options)
+
+    expected = list(results())
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours = list(results())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [x.dtype for x in ours] == [x.dtype for x in expected]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
+def test_check_codes_takes_tensors():
+    with pytest.raises(TypeError, match=r"check_codes: codes must be a torch.Tensor, got a list"):
+        ops.check_codes([1, -1])
+    with pytest.raises(TypeError, match=r"check_codes: mask must be a torch.Tensor or None, got a list"):
+        ops.check_codes(torch.tensor([1, -1]), [True, False])

@@ -236,6 +236,19 @@ def test_bound_of_the_masked_rows(backend, device, recompute):
         assert run(count - 1, hidden, weight, bias).isnan()
 
 
+@pytest.mark.parametrize("recompute", [None, True])
+def test_several_upstream_gradients_at_once(backend, device, recompute):
+    """What torch.autograd.functional.jacobian(vectorize=True) asks for: an upstream gradient that has no one value."""
+    hidden, weight, targets, *_ = make(device=device)
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    loss = ops.masked_cross_entropy(hidden, weight, targets, recompute=recompute, backend=backend)
+    batched = torch.autograd.grad(
+        loss, leaves, torch.tensor([1.0, -2.0], device=device), is_grads_batched=True, retain_graph=True
+    )
+    for both, one in zip(batched, torch.autograd.grad(loss, leaves)):
+        torch.testing.assert_close(both, torch.stack((one, -2 * one)))
+
+
 def test_upstream_gradient_scales(backend, device):
     hidden, weight, targets, *_ = make(device=device)
     hidden.requires_grad_()
