@@ -2,8 +2,8 @@
 // Compiled for AVX-512 BF16 and, where the compiler knows it, AMX.
 //
 // The strip of position scores of 32 queries is a product over 96 columns of the table; each row is added to the scores
-// one column further left. In the backward pass the same shear is a stride of the operands: rows of score gradients are
-// read with row stride + 1, pairs of rows with pair stride + 2.
+// one column further left. In the backward pass score gradients are stored a second time, each row one column further
+// right, as they meet the table.
 #include "chunked_attention_bf16_kernel.h"
 
 #include <initializer_list>
@@ -46,7 +46,7 @@ struct Scratch {
   u16 *grad, *content_T, *position_T, *grad_T;  // [64][dim], [dim][64]
   float* value_scores;                          // [32][64] gradient x value
   u16 *weight_pairs, *grad_pairs;               // [32][64][2]
-  u16 *score_grad, *sheared;                    // [64][32 + 64 + 32], [32][128][2]
+  u16 *score_grad, *sheared, *sheared_pairs;    // [64][32 + 64 + 32], [64][32 + 96], [32][128][2]
   float *content_grad, *position_grad, *delta, *base;
 };
 
@@ -74,7 +74,8 @@ Scratch divide(const Call& c, Arena& arena) {
   for (u16** part : {&s.grad, &s.content_T, &s.position_T, &s.grad_T}) arena.take(*part, frames);
   arena.take(s.value_scores, kBlock * kTile);
   arena.take(s.weight_pairs, kTile * kTile), arena.take(s.grad_pairs, kTile * kTile);
-  arena.take(s.score_grad, kTile * kSheared), arena.take(s.sheared, kTile * kSheared);
+  arena.take(s.score_grad, kTile * kSheared), arena.take(s.sheared, kTile * kSheared),
+      arena.take(s.sheared_pairs, kTile * kSheared);
   arena.take(s.content_grad, frames), arena.take(s.position_grad, frames);
   arena.take(s.delta, kTile), arena.take(s.base, kTile);
   return s;
@@ -96,14 +97,13 @@ inline __m512 exp2(__m512 x) {
 // The first `count` rows of a tile with a bias added, as bf16; the others are zeros.
 template <class Get>
 void add_bias(const Call& c, Get rows, int64_t count, const float* bias, int64_t head, u16* out) {
-  for (int64_t d = 0; d < c.dim; d += kLanes) {
-    const __mmask16 mask = first_lanes(c.a->head_dim - d);
-    const __m512 b = bias ? _mm512_maskz_loadu_ps(mask, bias + head * c.a->head_dim + d) : _mm512_setzero_ps();
-    for (int64_t r = 0; r < kTile; ++r) {
-      const __m512 x = r < count ? _mm512_add_ps(widen(rows(r, d)), b) : _mm512_setzero_ps();
-      bf16::store_rounded(out + r * c.dim + d, 0xffff, x);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t d = 0; d < c.dim; d += kLanes) {
+      const __mmask16 mask = first_lanes(c.a->head_dim - d);
+      const __m512 b = bias ? _mm512_maskz_loadu_ps(mask, bias + head * c.a->head_dim + d) : _mm512_setzero_ps();
+      bf16::store_rounded(out + r * c.dim + d, 0xffff, _mm512_add_ps(widen(rows(r, d)), b));
     }
-  }
+  __builtin_memset(out + count * c.dim, 0, (kTile - count) * c.dim * sizeof(u16));
 }
 
 void read_queries(const Call& c, int64_t batch, int64_t head, const Queries& q, const Scratch& s) {
@@ -310,16 +310,18 @@ void score_grads(const Call& c, const Queries& q, const Half& h, int64_t first_k
       u16* row = s.score_grad + (h.first + 2 * pair) * kSheared + kGuard + block * kBlock;
       _mm512_store_si512(row, grads[0]);
       _mm512_store_si512(row + kSheared, grads[1]);
+      u16* sheared = s.sheared + (h.first + 2 * pair) * kSheared + kGuard + kBlock - 1 - 2 * pair + block * kBlock;
+      _mm512_storeu_si512(sheared, grads[0]);
+      _mm512_storeu_si512(sheared + kSheared - 1, grads[1]);
     }
 }
 
-// Pairs of rows of score gradients, the second one column further right: the same column of the table. Pair p of a half
-// meets its first columns at 30 - 2p.
+// Pairs of rows of score gradients, sheared: the second one column further right than the first.
 void shear_pairs(int64_t first_row, const Scratch& s) {
-  for (int64_t r = first_row; r < first_row + kBlock; r += 2) {
-    const u16* even = s.score_grad + r * kSheared + kGuard - 1;
-    const u16* odd = s.score_grad + (r + 1) * kSheared + kGuard;
-    u16* out = s.sheared + (r / 2 * kSheared + kBlock - 2) * 2;
+  for (int64_t r = 0; r < kBlock; r += 2) {
+    const u16* even = s.score_grad + (first_row + r) * kSheared + kGuard - 1;
+    const u16* odd = s.score_grad + (first_row + r + 1) * kSheared + kGuard;
+    u16* out = s.sheared_pairs + (first_row + r) * kSheared + 2 * (kBlock - 2 - r);
     for (int64_t i = 0; i <= kTile; i += kLanes)
       _mm512_storeu_si512(out + 2 * i, pairs(bf16::load(even + i, 0xffff), bf16::load(odd + i, 0xffff)));
   }
@@ -334,7 +336,7 @@ void add_position_grads(const Call& c, int64_t head, const Half (&halves)[2], co
     const Half& h = halves[half];
     if (h.begin >= h.end) continue;
     const int64_t odd = h.column & 1;  // pairs of columns begin at even ones
-    add_product(c, {s.score_grad + h.first * kSheared + kGuard - (kBlock - 1) - odd, kSheared + 1, kBlock},
+    add_product(c, {s.sheared + h.first * kSheared + kGuard - odd, kSheared, kBlock},
                 columns + (h.column - odd) * c.dim, kStrip / kBlock, s.position_grad + h.first * c.dim, started[half]);
     shear_pairs(h.first, s);
     begin = least(begin, half), end = half + 1;
@@ -345,7 +347,7 @@ void add_position_grads(const Call& c, int64_t head, const Half (&halves)[2], co
     const int64_t from = at_least(begin, b < 0), to = at_most(end, b < 2 ? 2 : 1);
     if (from >= to) continue;
     add_transposed(c, {s.position_T + from * kBlock, kTile, kBlock},
-                   {s.sheared + from * kBlock * kSheared + (b + from) * 2 * kBlock, 2 * kSheared + 4,
+                   {s.sheared_pairs + from * kBlock * kSheared + (b + from) * 2 * kBlock, 2 * kSheared,
                     kBlock * kSheared + 2 * kBlock},
                    to - from, table + column + b * kBlock, c.width);
   }
@@ -454,6 +456,7 @@ void backward(const Call& c, int64_t batch, int64_t head, int64_t first_tile, in
   __builtin_memset(sums.position_bias, 0, c.dim * sizeof(float));
   __builtin_memset(s.score_grad, 0, kTile * kSheared * sizeof(u16));  // the guards stay zero
   __builtin_memset(s.sheared, 0, kTile * kSheared * sizeof(u16));
+  __builtin_memset(s.sheared_pairs, 0, kTile * kSheared * sizeof(u16));
   const Tiles tiles(c.dot);
   for (int64_t tile = first_tile; tile < last_tile; ++tile) backward_tile(c, batch, head, tile, sums, s);
 }
