@@ -161,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
     const auto dot = bestrq2::best_dot();
     return std::string(dot == bestrq2::Dot::amx ? "amx" : dot == bestrq2::Dot::avx512 ? "avx512_bf16" : "none");
   });
+  m.def("bf16_dot_beats_fma", &bestrq2::dot_beats_fma);
   m.def("limit_bf16_dot", [](const std::string& most) {
     if (most != "amx" && most != "avx512_bf16" && most != "none")
       throw std::invalid_argument("expected amx, avx512_bf16 or none, got " + most);

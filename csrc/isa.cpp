@@ -98,6 +98,14 @@ Dot best_dot() {
 #endif
 }
 
+bool dot_beats_fma() {
+#ifdef BESTRQ2_X86
+  return best_dot() == Dot::amx || (best_dot() == Dot::avx512 && __builtin_cpu_is("amd"));
+#else
+  return false;
+#endif
+}
+
 void limit_dot(Dot most) { most_dot() = most; }
 
 bool force_isa(Isa isa, bool vnni) {

@@ -18,6 +18,10 @@ enum class Dot { none = 0, avx512 = 1, amx = 2 };
 // BF16) and matrix tiles (AMX) both need avx512.
 Dot best_dot();
 
+// Whether best_dot() multiplies faster than fp32 FMAs. Tiles do, and so do AMD's dot products, which issue like FMAs
+// with twice the products. Intel's issue every other cycle on one port: half the products of its two FMA ports.
+bool dot_beats_fma();
+
 // Forbid better ways than `most` (tests compare all of them).
 void limit_dot(Dot most);
 

@@ -23,6 +23,11 @@ def obstacle(query: Tensor) -> str | None:
     return native.extension_obstacle()
 
 
+def multiplies_bf16(dtype: torch.dtype) -> bool:
+    """Whether matrix products take bf16 operands (AMX, or AVX-512 BF16 where it wins); otherwise all is fp32."""
+    return dtype == torch.bfloat16 and native.extension().bf16_dot_beats_fma()
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
     out = torch.empty_like(query)
@@ -81,7 +86,7 @@ class _Call:
             "head_dim": head_dim,
             "table_rows": 0 if options["position"] is None else options["position"].shape[1],
             "threads": torch.get_num_threads(),
-            "bf16_products": query.dtype == torch.bfloat16 and native.extension().bf16_dot() != "none",
+            "bf16_products": multiplies_bf16(query.dtype),
         }
         for name in ("chunk_size", "left_context", "right_context", "query_offset", "position_zero", "scale"):
             self.pointers[name] = options[name]
