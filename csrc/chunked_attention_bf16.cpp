@@ -1,4 +1,4 @@
-// Passes of the kernels with bf16 products: operands are packed once per call, then tiles of queries run in parallel,
+// Phases of the kernels with bf16 products: operands are packed once per call, then tiles of queries run in parallel,
 // then gradients are brought back to the caller's layout.
 #include <algorithm>
 #include <stdexcept>
@@ -33,7 +33,8 @@ void find_key_tiles(const ChunkedAttention& a, Call& c) {
   c.last_tile = std::max(c.first_tile, (std::min(high, a.key_length) + kTile - 1) / kTile);
 }
 
-Operands pack(const ChunkedAttention& a, bool backward) {
+// Memory for everything that is packed once per call.
+Operands allocate_operands(const ChunkedAttention& a, bool backward) {
   Operands o;
   Call& c = o.call;
   c.a = &a, c.dot = best_dot(), c.backward = backward;
@@ -47,7 +48,6 @@ Operands pack(const ChunkedAttention& a, bool backward) {
     o.position_by_dim = allocate<u16>(a.heads * c.dim * c.width);
     if (backward) o.position_by_column = allocate<u16>(a.heads * c.dim * c.width);
     c.position_by_dim = o.position_by_dim.get(), c.position_by_column = o.position_by_column.get();
-    parallel_for(a.heads, a.threads, [&](int64_t head, int) { attention_bf16::pack_position(c, head); });
   }
   find_key_tiles(a, c);
   const int64_t tiles = c.last_tile - c.first_tile, rows = a.batch * a.heads, size = rows * tiles * kTile * c.dim;
@@ -62,11 +62,16 @@ Operands pack(const ChunkedAttention& a, bool backward) {
   } else {
     make(o.value_by_key, c.value_by_key);
   }
-  parallel_for(rows * tiles, a.threads, [&](int64_t index, int) {
-    const int64_t row = index / tiles;
-    attention_bf16::pack_keys(c, row / a.heads, row % a.heads, c.first_tile + index % tiles);
-  });
   return o;
+}
+
+// The first phase of every kernel; rows of the first item also pack the positions of their head.
+Phase packing(const Call& c) {
+  return {c.last_tile - c.first_tile + 1, [&c](int64_t row, int64_t index, int) {
+            if (index > 0)
+              return attention_bf16::pack_keys(c, row / c.a->heads, row % c.a->heads, c.first_tile + index - 1);
+            if (row < c.a->heads && c.a->position != nullptr) attention_bf16::pack_position(c, row);
+          }};
 }
 
 // One block of scratch memory per thread, allocated by the calling thread so that a failure is an exception here.
@@ -84,19 +89,19 @@ void add_rows(const float* in, int64_t size, float* out) {
 }  // namespace
 
 void chunked_attention_forward_bf16(const ChunkedAttention& a) {
-  const Operands operands = pack(a, false);
+  const Operands operands = allocate_operands(a, false);
   const Call& c = operands.call;
   const QueryTiles tiles(a);
-  const int64_t count = tiles.last - tiles.first;
   const auto scratch = make_scratch(c);
-  parallel_for(a.batch * a.heads * count, a.threads, [&](int64_t index, int thread) {
-    const int64_t row = index / count;
-    attention_bf16::forward(c, row / a.heads, row % a.heads, tiles.first + index % count, scratch[thread].get());
-  });
+  const Phase queries{tiles.last - tiles.first, [&](int64_t row, int64_t index, int thread) {
+                        attention_bf16::forward(c, row / a.heads, row % a.heads, tiles.first + index,
+                                                scratch[thread].get());
+                      }};
+  parallel_phases(a.batch * a.heads, a.heads, {packing(c), queries}, a.threads);
 }
 
 void chunked_attention_backward_bf16(const ChunkedAttention& a) {
-  const Operands operands = pack(a, true);
+  const Operands operands = allocate_operands(a, true);
   const Call& c = operands.call;
   const QueryTiles tiles(a);
   const auto scratch = make_scratch(c);
@@ -104,22 +109,19 @@ void chunked_attention_backward_bf16(const ChunkedAttention& a) {
   const int64_t table = c.width * c.dim, size = table + 2 * c.dim;
   const auto partials = allocate<float>(a.batch * a.heads * segments * size);
   const auto partial = [&](int64_t row, int64_t segment) { return partials.get() + (row * segments + segment) * size; };
-  for (int64_t parity = 0; parity < 2; ++parity) {
-    const int64_t count = (segments + 1 - parity) / 2;
-    parallel_for(a.batch * a.heads * count, a.threads, [&](int64_t index, int thread) {
-      const int64_t row = index / count, segment = 2 * (index % count) + parity;
-      const int64_t first = tiles.first + segment * step;
-      float* sums = partial(row, segment);
-      attention_bf16::backward(c, row / a.heads, row % a.heads, first, std::min(first + step, tiles.last),
-                               {sums, sums + table, sums + table + c.dim}, scratch[thread].get());
-    });
-  }
-
-  const int64_t key_tiles = (a.key_length + kTile - 1) / kTile, rows = a.batch * a.heads;
-  parallel_for(rows * key_tiles, a.threads, [&](int64_t index, int) {
-    const int64_t row = index / key_tiles;
-    attention_bf16::write_key_grads(c, row / a.heads, row % a.heads, index % key_tiles);
-  });
+  const auto every_other_segment = [&](int64_t parity) -> Phase {
+    return {(segments + 1 - parity) / 2, [&, parity](int64_t row, int64_t index, int thread) {
+              const int64_t segment = 2 * index + parity, first = tiles.first + segment * step;
+              float* sums = partial(row, segment);
+              attention_bf16::backward(c, row / a.heads, row % a.heads, first, std::min(first + step, tiles.last),
+                                       {sums, sums + table, sums + table + c.dim}, scratch[thread].get());
+            }};
+  };
+  const Phase keys{(a.key_length + kTile - 1) / kTile, [&](int64_t row, int64_t index, int) {
+                     attention_bf16::write_key_grads(c, row / a.heads, row % a.heads, index);
+                   }};
+  parallel_phases(a.batch * a.heads, a.heads, {packing(c), every_other_segment(0), every_other_segment(1), keys},
+                  a.threads);
   parallel_for(a.heads, a.threads, [&](int64_t head, int) {
     std::vector<const float*> parts;
     std::vector<float> biases(static_cast<size_t>(2 * c.dim), 0.0f);

@@ -198,9 +198,7 @@ def test_memory_is_linear(dtype: str):
     done = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, check=True)
     small, large, process = map(int, done.stdout.split())
     tensor = 65536 * 4 * 64 * 4
-    print(
-        f"{dtype}, T=16384: {small / 2**20:.0f} MiB, T=65536: {large / 2**20:.0f} MiB, process {process / 2**30:.2f} GiB"
-    )
+    print(f"{dtype}: {small / 2**20:.0f} MiB, {large / 2**20:.0f} MiB, process {process / 2**30:.2f} GiB")
     assert large < 6 * small
     assert large < 7 * tensor  # out, three gradients, partial sums; the scores alone would be 1024 such tensors
     assert process < 2 * 2**30
