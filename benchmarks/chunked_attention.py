@@ -115,14 +115,16 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     for i, name in enumerate(_TENSORS[4:]):
         inputs[name] = make(heads, dim, seed=4 + i).requires_grad_()
     inputs |= {"chunk_size": chunk, "left_context": left, "right_context": right}
-    from bestrq2.ops import ChunkLayout
+    from bestrq2.ops import ChunkLayout, native
+    from bestrq2.ops.chunked_attention_cpu import multiplies_bf16
 
     pairs = float(ChunkLayout(chunk, left, right).mask(frames).sum()) * batch * heads
     # Each visible pair: content, position and value forward; backward eight, position and content scores among them.
     product = 2.0 * pairs * dim
     tensor = batch * heads * frames * dim * dtype.itemsize
-    # On a CPU all sums are fp32, whatever the inputs.
-    arithmetic = "float32" if device.type == "cpu" else str(dtype).removeprefix("torch.")
+    # On a CPU all sums are fp32; whether products are bf16 depends on the processor.
+    fp32 = device.type == "cpu" and not (native.extension_obstacle() is None and multiplies_bf16(dtype))
+    arithmetic = "float32" if fp32 else str(dtype).removeprefix("torch.")
     return Case(
         op=OP,
         shape=shape,

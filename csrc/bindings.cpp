@@ -42,6 +42,7 @@ bestrq2::Frames frames(const py::dict& arguments, const char* name) {
 // Backward-only entries may be missing. Addresses of absent tensors are 0.
 bestrq2::ChunkedAttention chunked_attention(const py::dict& d) {
   const auto integer = [&](const char* name) { return d[name].cast<std::int64_t>(); };
+  const auto address = [&](const char* name) { return at<void>(d.contains(name) ? integer(name) : 0); };
   const auto floats = [&](const char* name) { return at<float>(d.contains(name) ? integer(name) : 0); };
   bestrq2::ChunkedAttention a{};
   a.type = float_type(d["type"].cast<std::string>());
@@ -49,7 +50,8 @@ bestrq2::ChunkedAttention chunked_attention(const py::dict& d) {
   a.query_length = integer("query_length"), a.key_length = integer("key_length");
   a.query = frames(d, "query"), a.key = frames(d, "key"), a.value = frames(d, "value"), a.out = frames(d, "out");
   a.logsumexp = floats("logsumexp");
-  a.position = floats("position"), a.table_rows = integer("table_rows"), a.position_zero = integer("position_zero");
+  a.bf16_products = d["bf16_products"].cast<bool>();
+  a.position = address("position"), a.table_rows = integer("table_rows"), a.position_zero = integer("position_zero");
   a.content_bias = floats("content_bias"), a.position_bias = floats("position_bias");
   a.lengths = at<const std::int64_t>(integer("lengths")), a.starts = at<const std::int64_t>(integer("starts"));
   a.key_mask = at<const std::uint8_t>(integer("key_mask"));
@@ -61,7 +63,7 @@ bestrq2::ChunkedAttention chunked_attention(const py::dict& d) {
   a.scale = d["scale"].cast<float>(), a.threads = static_cast<int>(integer("threads"));
   a.grad = frames(d, "grad"), a.grad_query = frames(d, "grad_query");
   a.grad_key = frames(d, "grad_key"), a.grad_value = frames(d, "grad_value");
-  a.grad_position = floats("grad_position");
+  a.grad_position = address("grad_position");
   a.grad_content_bias = floats("grad_content_bias"), a.grad_position_bias = floats("grad_position_bias");
   return a;
 }
@@ -159,6 +161,7 @@ PYBIND11_MODULE(_C, m) {
     const auto dot = bestrq2::best_dot();
     return std::string(dot == bestrq2::Dot::amx ? "amx" : dot == bestrq2::Dot::avx512 ? "avx512_bf16" : "none");
   });
+  m.def("bf16_dot_beats_fma", &bestrq2::dot_beats_fma);
   m.def("limit_bf16_dot", [](const std::string& most) {
     if (most != "amx" && most != "avx512_bf16" && most != "none")
       throw std::invalid_argument("expected amx, avx512_bf16 or none, got " + most);

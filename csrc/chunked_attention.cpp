@@ -1,23 +1,16 @@
 #include "chunked_attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "aligned_memory.h"
 #include "chunked_attention_kernel.h"
+#include "chunked_attention_segments.h"
 #include "isa.h"
 #include "parallel.h"
 
 namespace bestrq2 {
 namespace {
-
-// A tile's corners reach this far beyond the window: its other queries, its other keys, one more vector and stripe.
-constexpr int64_t kMargin = 2 * kTile + 48;
-// Shortest stretch of queries whose key gradients one task sums; sets how many partial position gradients there are.
-constexpr int64_t kShortestSegment = 1024;
 
 const AttentionKernel& kernel() {
 #ifdef BESTRQ2_X86
@@ -27,30 +20,9 @@ const AttentionKernel& kernel() {
   return portable::attention_kernel;
 }
 
-struct Free {
-  void operator()(float* pointer) const { std::free(pointer); }
-};
-using Memory = std::unique_ptr<float[], Free>;
-
-Memory allocate(int64_t floats) {
-  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-  auto* pointer = static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));
-  if (pointer == nullptr) throw std::bad_alloc();
-  return Memory(pointer);
-}
-
-// Bounds of query position - key over all visible pairs, as ChunkLayout.offsets in Python.
-int64_t lowest_offset(const ChunkedAttention& a) {
-  return std::max(a.query_offset - a.key_length + 1, 1 - a.chunk_size - a.right_context);
-}
-
-int64_t highest_offset(const ChunkedAttention& a) {
-  return std::min(a.query_offset + a.query_length - 1, a.chunk_size - 1 + a.left_context);
-}
-
 struct Strip {
   PositionStrip view{};
-  Memory by_dim, by_column;
+  Buffer<float> by_dim, by_column;
 };
 
 // Rows of the table, in the direction of the keys and with zeros around them.
@@ -62,15 +34,15 @@ Strip make_strip(const ChunkedAttention& a, bool backward) {
   const int64_t zero = std::max(lowest, highest) + kMargin;  // lowest > highest: nothing is visible
   int64_t width = (zero - lowest + kMargin + 16) / 16 * 16;
   if (width % 256 == 0) width += 16;  // rows a power of two apart would share cache sets
-  strip.by_dim = allocate(a.heads * dim * width);
-  if (backward) strip.by_column = allocate(a.heads * width * padded);
+  strip.by_dim = allocate<float>(a.heads * dim * width);
+  if (backward) strip.by_column = allocate<float>(a.heads * width * padded);
   parallel_for(a.heads, a.threads, [&](int64_t head, int) {
     float* by_dim = strip.by_dim.get() + head * dim * width;
     float* by_column = backward ? strip.by_column.get() + head * width * padded : nullptr;
     std::fill(by_dim, by_dim + dim * width, 0.0f);
     if (backward) std::fill(by_column, by_column + width * padded, 0.0f);
     for (int64_t offset = lowest; offset <= highest; ++offset) {
-      const float* row = a.position + (head * a.table_rows + a.position_zero + offset) * dim;
+      const float* row = static_cast<const float*>(a.position) + (head * a.table_rows + a.position_zero + offset) * dim;
       const int64_t x = zero - offset;
       for (int64_t i = 0; i < dim; ++i) by_dim[i * width + x] = row[i];
       if (backward) std::copy(row, row + dim, by_column + x * padded);
@@ -81,30 +53,15 @@ Strip make_strip(const ChunkedAttention& a, bool backward) {
 }
 
 // One block of scratch memory per thread, allocated by the calling thread so that a failure is an exception here.
-std::vector<Memory> make_scratch(int64_t floats, int threads) {
-  std::vector<Memory> scratch;
-  for (int i = 0; i < std::max(threads, 1); ++i) scratch.push_back(allocate(floats));
+std::vector<Buffer<float>> make_scratch(int64_t floats, int threads) {
+  std::vector<Buffer<float>> scratch;
+  for (int i = 0; i < std::max(threads, 1); ++i) scratch.push_back(allocate<float>(floats));
   return scratch;
 }
 
-struct Tiles {
-  int64_t first, last;
-  explicit Tiles(const ChunkedAttention& a)
-      : first(a.query_offset / kTile), last((a.query_offset + a.query_length + kTile - 1) / kTile) {}
-};
-
-// Queries are cut into segments, the same ones for any number of threads. A segment is longer than the reach of a
-// window, so segments 0, 2, 4, ... add to disjoint rows of grad_key and grad_value, and so do 1, 3, 5, ...: two
-// parallel passes give every row its additions in a fixed order, with no atomics and no second buffer.
-int64_t tiles_per_segment(const ChunkedAttention& a) {
-  const int64_t reach = a.left_context + a.right_context + 2 * a.chunk_size;
-  const int64_t longest = a.query_length + kTile;
-  return (std::min(longest, std::max(2 * std::min(reach, longest), kShortestSegment)) + kTile - 1) / kTile;
-}
-
 // out[row] = sum over batch items and segments, in that order, of the partial sums of `head`.
-void add_partials(const ChunkedAttention& a, const Memory& partials, int64_t size, int64_t segments, int64_t head,
-                  int64_t at, float* out) {
+void add_partials(const ChunkedAttention& a, const Buffer<float>& partials, int64_t size, int64_t segments,
+                  int64_t head, int64_t at, float* out) {
   std::fill(out, out + a.head_dim, 0.0f);
   for (int64_t batch = 0; batch < a.batch; ++batch)
     for (int64_t segment = 0; segment < segments; ++segment) {
@@ -116,8 +73,9 @@ void add_partials(const ChunkedAttention& a, const Memory& partials, int64_t siz
 }  // namespace
 
 void chunked_attention_forward(const ChunkedAttention& a) {
+  if (a.bf16_products) return chunked_attention_forward_bf16(a);
   const AttentionKernel& k = kernel();
-  const Tiles tiles(a);
+  const QueryTiles tiles(a);
   const int64_t count = tiles.last - tiles.first;
   const Strip strip = make_strip(a, false);
   const auto scratch = make_scratch(k.forward_scratch(a), a.threads);
@@ -128,13 +86,14 @@ void chunked_attention_forward(const ChunkedAttention& a) {
 }
 
 void chunked_attention_backward(const ChunkedAttention& a) {
+  if (a.bf16_products) return chunked_attention_backward_bf16(a);
   const AttentionKernel& k = kernel();
-  const Tiles tiles(a);
+  const QueryTiles tiles(a);
   const Strip strip = make_strip(a, true);
   const auto scratch = make_scratch(k.backward_scratch(a), a.threads);
   const int64_t step = tiles_per_segment(a), segments = (tiles.last - tiles.first + step - 1) / step;
   const int64_t padded = padded_dim(a.head_dim), table = strip.view.width * padded, size = table + 2 * padded;
-  const Memory partials = allocate(a.batch * a.heads * segments * size);
+  const Buffer<float> partials = allocate<float>(a.batch * a.heads * segments * size);
   for (int64_t parity = 0; parity < 2; ++parity) {
     const int64_t count = (segments + 1 - parity) / 2;
     parallel_for(a.batch * a.heads * count, a.threads, [&](int64_t index, int thread) {
@@ -154,7 +113,7 @@ void chunked_attention_backward(const ChunkedAttention& a) {
     if (a.grad_content_bias) reduce(head, table, a.grad_content_bias + head * a.head_dim);
     if (a.grad_position_bias) reduce(head, table + padded, a.grad_position_bias + head * a.head_dim);
     if (a.grad_position == nullptr) return;
-    float* out = a.grad_position + head * a.table_rows * a.head_dim;
+    float* out = static_cast<float*>(a.grad_position) + head * a.table_rows * a.head_dim;
     std::fill(out, out + a.table_rows * a.head_dim, 0.0f);
     for (int64_t offset = lowest; offset <= highest; ++offset)
       reduce(head, (strip.view.zero - offset) * padded, out + (a.position_zero + offset) * a.head_dim);

@@ -19,8 +19,11 @@ struct ChunkedAttention {
   Frames query, key, value, out;
   float* logsumexp;  // (B, H, Tq) contiguous
 
-  // fp32, contiguous, or null.
-  const float* position;       // (H, table_rows, d)
+  // Multiply in bf16 (AVX-512 BF16 or AMX) with fp32 sums: needs type bf16 and a best_dot() other than none.
+  bool bf16_products;
+
+  // Contiguous, or null.
+  const void* position;        // (H, table_rows, d), bf16 with bf16_products, otherwise fp32; the others are fp32
   const float* content_bias;   // (H, d)
   const float* position_bias;  // (H, d)
   int64_t table_rows, position_zero;
@@ -34,10 +37,12 @@ struct ChunkedAttention {
   float scale;
   int threads;
 
-  // Backward only. grad_key and grad_value are fp32, zeroed, with frames of padded_dim(head_dim) elements to write to;
-  // the last three are fp32, contiguous, shaped like their inputs, or null where those are null.
+  // Backward only. grad_key and grad_value are of the same type with bf16_products; otherwise they are fp32, zeroed,
+  // with frames of padded_dim(head_dim) elements to write to. The last three are contiguous, shaped and typed like
+  // their inputs, zeroed, or null where those are null.
   Frames grad, grad_query, grad_key, grad_value;
-  float *grad_position, *grad_content_bias, *grad_position_bias;
+  void* grad_position;
+  float *grad_content_bias, *grad_position_bias;
 };
 
 constexpr int64_t kUnlimited = int64_t{1} << 40;
@@ -50,5 +55,9 @@ void chunked_attention_forward(const ChunkedAttention& a);
 
 // Fills every gradient. Bit-deterministic for any number of threads.
 void chunked_attention_backward(const ChunkedAttention& a);
+
+// The same with bf16_products; the two above call them.
+void chunked_attention_forward_bf16(const ChunkedAttention& a);
+void chunked_attention_backward_bf16(const ChunkedAttention& a);
 
 }  // namespace bestrq2

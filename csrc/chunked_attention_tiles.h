@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "chunked_attention_queries.h"
 #include "float_type.h"
 
 namespace bestrq2 {
@@ -50,8 +51,6 @@ inline float largest(Floats v) {
   return most;
 }
 
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // exp(x) for x <= 0 (-inf gives 0, NaN stays NaN), within 2 units in the last place: 2^n * exp(r), |r| <= ln(2) / 2,

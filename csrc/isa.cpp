@@ -1,9 +1,16 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <initializer_list>
 #include <string>
+
+#if defined(BESTRQ2_AMX) && defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace bestrq2 {
 namespace {
@@ -27,6 +34,27 @@ bool vnni_supported() {
 #else
   return false;
 #endif
+}
+
+// Whether the processor multiplies tiles of bf16 and the system lets this process keep tile registers.
+bool tiles_allowed() {
+#if defined(BESTRQ2_AMX) && defined(__linux__) && defined(__x86_64__)
+  static const bool allowed = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // CPUID 7.0: EDX
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return allowed;
+#else
+  return false;
+#endif
+}
+
+std::atomic<Dot>& most_dot() {
+  static std::atomic<Dot> most{Dot::amx};
+  return most;
 }
 
 struct Choice {
@@ -61,13 +89,24 @@ Isa best_isa() { return chosen().isa; }
 
 bool use_vnni() { return chosen().vnni; }
 
-bool use_bf16_dot() {
+Dot best_dot() {
 #ifdef BESTRQ2_X86
-  return best_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  if (best_isa() != Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return Dot::none;
+  return std::min(most_dot().load(), tiles_allowed() ? Dot::amx : Dot::avx512);
+#else
+  return Dot::none;
+#endif
+}
+
+bool dot_beats_fma() {
+#ifdef BESTRQ2_X86
+  return best_dot() == Dot::amx || (best_dot() == Dot::avx512 && __builtin_cpu_is("amd"));
 #else
   return false;
 #endif
 }
+
+void limit_dot(Dot most) { most_dot() = most; }
 
 bool force_isa(Isa isa, bool vnni) {
   if (!supported(isa) || (vnni && (isa != Isa::avx512 || !vnni_supported()))) return false;

@@ -12,8 +12,18 @@ Isa best_isa();
 // Whether best_isa() is avx512 and 8-bit dot products (AVX-512 VNNI) may be used as well.
 bool use_vnni();
 
-// Whether best_isa() is avx512 and the processor has bf16 dot products (AVX-512 BF16).
-bool use_bf16_dot();
+enum class Dot { none = 0, avx512 = 1, amx = 2 };
+
+// The best way to multiply bf16 that processor, system and build offer and best_isa() allows: dot products (AVX-512
+// BF16) and matrix tiles (AMX) both need avx512.
+Dot best_dot();
+
+// Whether best_dot() multiplies faster than fp32 FMAs. Tiles do, and so do AMD's dot products, which issue like FMAs
+// with twice the products. Intel's issue every other cycle on one port: half the products of its two FMA ports.
+bool dot_beats_fma();
+
+// Forbid better ways than `most` (tests compare all of them).
+void limit_dot(Dot most);
 
 // Force a set (tests compare all of them); returns false when processor or build lacks it.
 bool force_isa(Isa isa, bool vnni = false);

@@ -10,19 +10,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <thread>
 #include <vector>
 
-#if defined(__linux__) && defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#include "aligned_memory.h"
 #include "isa.h"
 #include "masked_cross_entropy_fused_kernel.h"
 #include "parallel.h"
@@ -45,41 +37,6 @@ constexpr int64_t kWorkPerThread = 1 << 24;  // products: less is not worth waki
 constexpr int64_t kGroup = 16;               // least number of panels of classes between two passes over the rows
 constexpr int64_t kAhead = 2;                // groups of classes that may be computed before the rows of a group
 constexpr int64_t kSlots = kAhead + 2;       // groups whose transposed weight is kept
-
-// Whether the processor multiplies tiles of bf16 and the system lets this process keep tile registers.
-bool tiles_allowed() {
-#if defined(BESTRQ2_AMX) && defined(__linux__) && defined(__x86_64__)
-  static const bool allowed = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // CPUID 7.0: EDX
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTiles) == 0) return false;
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return allowed;
-#else
-  return false;
-#endif
-}
-
-std::atomic<Dot>& most_dot() {
-  static std::atomic<Dot> most{Dot::amx};
-  return most;
-}
-
-struct Free {
-  void operator()(void* pointer) const { std::free(pointer); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-  auto* pointer = static_cast<T*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));
-  if (pointer == nullptr) throw std::bad_alloc();
-  return Buffer<T>(pointer);
-}
 
 // Rows of the chunk by panel of their target's class, in order.
 void sort_by_target(Chunk& c) {
@@ -159,13 +116,6 @@ FusedCrossEntropy codebook(const FusedCrossEntropy& f, int64_t g) {
 
 }  // namespace
 
-Dot best_dot() {
-  if (!use_bf16_dot()) return Dot::none;
-  return std::min(most_dot().load(), tiles_allowed() ? Dot::amx : Dot::avx512);
-}
-
-void limit_dot(Dot most) { most_dot() = most; }
-
 void masked_cross_entropy_fused(const FusedCrossEntropy& f) {
   if (best_dot() == Dot::none) throw std::runtime_error("masked_cross_entropy_fused needs AVX-512 BF16");
   const int64_t enough = 1 + f.count * f.classes * f.features / kWorkPerThread;
@@ -224,8 +174,6 @@ void masked_cross_entropy_fused(const FusedCrossEntropy& f) {
 
 #else
 
-Dot best_dot() { return Dot::none; }
-void limit_dot(Dot) {}
 void masked_cross_entropy_fused(const FusedCrossEntropy&) {
   throw std::runtime_error("masked_cross_entropy_fused needs AVX-512 BF16");
 }

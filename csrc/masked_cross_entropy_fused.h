@@ -8,14 +8,6 @@
 
 namespace bestrq2 {
 
-enum class Dot { none = 0, avx512 = 1, amx = 2 };
-
-// The best way to multiply bf16 that processor, system and build offer and the chosen instruction set allows.
-Dot best_dot();
-
-// Forbid better ways than `most` (tests compare all of them).
-void limit_dot(Dot most);
-
 // N rows, of which `count` count; G codebooks, each with a classifier of its own on the same rows; V classes, D
 // features. Operands in fp32 are rounded to bf16 as they are packed; every sum is fp32, in an order that does not
 // depend on the number of threads. Losses, `correct` and gradients are those of SoftmaxGradient in

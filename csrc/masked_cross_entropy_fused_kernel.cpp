@@ -11,13 +11,8 @@ namespace bestrq2 {
 namespace fused {
 namespace {
 
-inline __m512 widen_low(__m512i line) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(line)), 16));
-}
-inline __m512 widen_high(__m512i line) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(line, 1)), 16));
-}
-inline __m512i join(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+inline __m512 widen_low(__m512i line) { return widen(_mm512_castsi512_si256(line)); }
+inline __m512 widen_high(__m512i line) { return widen(_mm512_extracti64x4_epi64(line, 1)); }
 
 // exp(x) for x <= 0, to 1 ulp: 2^n q(r), x = n log 2 + r, |r| <= log(2) / 2. 0 for -inf; NaN stays NaN.
 inline __m512 exp_nonpositive(__m512 x) {

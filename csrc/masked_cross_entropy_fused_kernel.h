@@ -6,6 +6,7 @@
 //   A panel: [step][32 rows][32 k] u16     B panel: [step][16 pairs of k][32 columns][2] u16     C block: [32][32] fp32
 #pragma once
 
+#include "isa.h"
 #include "masked_cross_entropy_fused.h"
 
 namespace bestrq2 {

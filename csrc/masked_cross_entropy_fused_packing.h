@@ -1,88 +1,27 @@
 // From rows of the caller to panels, and back (layouts in masked_cross_entropy_fused_kernel.h).
 #pragma once
 
+#include "bf16_packing.h"
 #include "masked_cross_entropy_fused_products.h"
 
 namespace bestrq2 {
 namespace fused {
 namespace {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline __mmask16 first_lanes(int64_t n) {
-  return n >= kLanes ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
-}
-
-// 16 values as bf16, those outside of the mask 0.
-inline __m256i load(const u16* p, __mmask16 mask) { return _mm256_maskz_loadu_epi16(mask, p); }
-inline __m256i load(const float* p, __mmask16 mask) {
-  return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, p));
-}
-
-inline void store_rounded(u16* p, __mmask16 mask, __m512 x) {
-  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
-}
-inline void store_rounded(float* p, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(p, mask, x); }
-
-// Word i of `low` and word i of `high` as one 32-bit word.
-inline __m512i pairs(__m256i low, __m256i high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-inline void transpose(__m512i (&x)[16]) {  // 16 x 16 words of 32 bits
-  __m512i y[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
-    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
-    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
-    y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
-    y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
-    y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
-    x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
-    x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
-    x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
-  }
-}
+using bf16::first_lanes;
+using bf16::join;
+using bf16::least;
+using bf16::load;
+using bf16::pack_columns;
+using bf16::pack_summed;
+using bf16::pairs;
+using bf16::store_rounded;
+using bf16::transpose;
+using bf16::widen;
 
 // Row number of the caller's tensors of row r of the chunk.
 inline int64_t row_of(const Chunk& c, int64_t r) {
   return c.call->index != nullptr ? c.call->index[c.first + r] : c.first + r;
-}
-
-// Step of a B panel whose columns are 32 rows and which is summed over 32 features: `get(i, d)` gives 16 features.
-template <class Get>
-void pack_columns(Get get, int64_t d, u16* out) {
-  for (int half = 0; half < 2; ++half) {
-    __m512i x[16];
-    for (int i = 0; i < 16; ++i)
-      x[i] = _mm512_inserti64x4(_mm512_castsi256_si512(get(half * 16 + i, d)), get(half * 16 + i, d + kLanes), 1);
-    transpose(x);
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(out + i * 2 * kPanel + half * kPanel, x[i]);
-  }
-}
-
-// Step of a B panel whose columns are 32 features and which is summed over 32 rows.
-template <class Get>
-void pack_summed(Get get, int64_t d, u16* out) {
-  for (int i = 0; i < 16; ++i)
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = d + half * kLanes;
-      _mm512_store_si512(out + i * 2 * kPanel + half * kPanel, pairs(get(2 * i, at), get(2 * i + 1, at)));
-    }
 }
 
 template <class T>
@@ -99,8 +38,8 @@ void pack_rows_of(const Chunk& c, const T* hidden, int64_t p) {
     return load(exists ? rows[i] + d : hidden, exists ? first_lanes(features - d) : __mmask16{0});
   };
   for (int64_t s = 0; s < steps; ++s) {
-    pack_columns(get, s * kPanel, c.by_feature + (p * steps + s) * kStep);
-    if (c.by_row != nullptr) pack_summed(get, s * kPanel, c.by_row + (s * row_panels + p) * kStep);
+    pack_columns(get, s * kPanel, c.by_feature + (p * steps + s) * kStep, 2 * kPanel);
+    if (c.by_row != nullptr) pack_summed(get, s * kPanel, c.by_row + (s * row_panels + p) * kStep, 2 * kPanel);
   }
 }
 
@@ -122,15 +61,12 @@ void pack_classes(const FusedCrossEntropy& f, const T* weight, int64_t q, u16* o
 template <class T>
 void pack_transposed(const FusedCrossEntropy& f, const T* weight, int64_t q, u16* out, int64_t panel_stride) {
   for (int64_t d = 0; d < panels(f.features) * kPanel; d += kLanes) {
-    const auto get = [&](int64_t v) {
+    const auto get = [&](int64_t i, int64_t) {
+      const int64_t v = q * kPanel + i;
       const bool exists = v < f.classes;
       return load(exists ? weight + v * f.features + d : weight, exists ? first_lanes(f.features - d) : __mmask16{0});
     };
-    __m512i x[16];
-    for (int i = 0; i < 16; ++i) x[i] = pairs(get(q * kPanel + 2 * i), get(q * kPanel + 2 * i + 1));
-    transpose(x);
-    u16* block = out + d / kPanel * panel_stride + d % kPanel * kPanel;
-    for (int i = 0; i < 16; ++i) _mm512_store_si512(block + i * kPanel, x[i]);
+    bf16::pack_transposed(get, d, out + d / kPanel * panel_stride + d % kPanel * kPanel, kPanel);
   }
 }
 

@@ -62,6 +62,27 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t, 
   if (work.error) std::rethrow_exception(work.error);
 }
 
+void parallel_phases(int64_t rows, int64_t leaders, const std::vector<Phase>& phases, int threads) {
+  if (rows == 0) return;
+  std::vector<std::atomic<int64_t>> done(phases.size() * static_cast<size_t>(rows));  // tasks of each phase and row
+  const auto counter = [&](size_t phase, int64_t row) -> auto& { return done[phase * rows + row]; };
+  const auto wait = [&](size_t phase, int64_t row) {
+    while (counter(phase, row).load(std::memory_order_acquire) < phases[phase].tasks) std::this_thread::yield();
+  };
+  int64_t count = 0;
+  for (const Phase& phase : phases) count += phase.tasks * rows;
+  // Tasks begin in order and need only tasks before them, so that some thread can always go on.
+  parallel_for(count, threads, [&](int64_t number, int thread) {
+    size_t phase = 0;
+    for (; number >= phases[phase].tasks * rows; ++phase) number -= phases[phase].tasks * rows;
+    const int64_t row = number / phases[phase].tasks;
+    for (size_t earlier = 0; earlier < phase; ++earlier) wait(earlier, row);
+    if (phase > 0) wait(0, row % leaders);
+    phases[phase].task(row, number % phases[phase].tasks, thread);
+    counter(phase, row).fetch_add(1, std::memory_order_acq_rel);
+  });
+}
+
 const char* thread_pool() { return openmp() != nullptr ? "openmp" : "threads"; }
 
 }  // namespace bestrq2

@@ -23,6 +23,11 @@ def obstacle(query: Tensor) -> str | None:
     return native.extension_obstacle()
 
 
+def multiplies_bf16(dtype: torch.dtype) -> bool:
+    """Whether matrix products take bf16 operands (AMX, or AVX-512 BF16 where it wins); otherwise all is fp32."""
+    return dtype == torch.bfloat16 and native.extension().bf16_dot_beats_fma()
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
     out = torch.empty_like(query)
@@ -45,18 +50,19 @@ def backward(
     call.pointers["logsumexp"] = logsumexp.data_ptr()
     grad_query = torch.empty_like(query)
     call.frames("grad_query", grad_query, writable=True)
-    grad_key, grad_value = (call.sums(name, x) for name, x in (("grad_key", key), ("grad_value", value)))
+    # With bf16 products the kernels fill gradients in the dtypes of their inputs, otherwise they add to fp32 sums.
+    grad_key, grad_value = (call.key_gradient(name, x) for name, x in (("grad_key", key), ("grad_value", value)))
     tables: list[Tensor | None] = []
     for name in ("position", "content_bias", "position_bias"):
-        given = options[name]
-        table = None if given is None else torch.zeros(given.shape, dtype=torch.float32)
+        given = call.keep.get(name)
+        table = None if given is None else torch.zeros(given.shape, dtype=given.dtype)
         call.pointers[f"grad_{name}"] = 0 if table is None else table.data_ptr()
         tables.append(table)
     if query.numel():
         native.extension().chunked_attention_backward(call.pointers)
     frames = [call.finished("grad_query", grad_query)]
-    for sums, like in ((grad_key, key), (grad_value, value)):
-        sums = sums[..., : key.shape[-1]]
+    for name, sums, like in (("grad_key", grad_key, key), ("grad_value", grad_value, value)):
+        sums = call.finished(name, sums)[..., : key.shape[-1]]
         frames.append(sums if _same_layout(sums, like) else torch.empty_like(like).copy_(sums))
     return (*frames, *(None if x is None else x.to(query.dtype) for x in tables))
 
@@ -80,10 +86,12 @@ class _Call:
             "head_dim": head_dim,
             "table_rows": 0 if options["position"] is None else options["position"].shape[1],
             "threads": torch.get_num_threads(),
+            "bf16_products": multiplies_bf16(query.dtype),
         }
         for name in ("chunk_size", "left_context", "right_context", "query_offset", "position_zero", "scale"):
             self.pointers[name] = options[name]
-        for name in ("position", "content_bias", "position_bias"):
+        self.flat("position", options["position"], query.dtype if self.pointers["bf16_products"] else torch.float32)
+        for name in ("content_bias", "position_bias"):
             self.flat(name, options[name], torch.float32)
         for name in ("lengths", "starts"):
             self.flat(name, options[name], torch.int64)
@@ -109,8 +117,12 @@ class _Call:
         """The written tensor, moved to its memory order where the kernel had to write elsewhere."""
         return tensor if self.keep[name] is tensor else tensor.copy_(self.keep[name])
 
-    def sums(self, name: str, like: Tensor) -> Tensor:
-        """Zeroed fp32 sums for a gradient, with frames that hold whole vectors."""
+    def key_gradient(self, name: str, like: Tensor) -> Tensor:
+        """What the kernels write a gradient of keys or values to: itself, or zeroed fp32 sums in whole vectors."""
+        if self.pointers["bf16_products"]:
+            tensor = torch.empty_like(like) if self.pointers["query_length"] else torch.zeros_like(like)
+            self.frames(name, tensor, writable=True)
+            return tensor
         batch, heads, length, head_dim = like.shape
         padded = (head_dim + 15) // 16 * 16
         # Frame by frame when the input is a transposed (B, T, H, d), so that the sums can be the gradient itself.

@@ -163,17 +163,19 @@ def test_inference_mode():
 
 
 MEMORY = """
-import re, torch
+import re, sys, torch
 from bestrq2 import ops
+
+dtype = getattr(torch, sys.argv[1])
 
 torch.set_num_threads(2)
 def status(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 def step(frames):
-    query, key, value = (torch.randn(1, frames, 4, 64).transpose(1, 2).requires_grad_() for _ in range(3))
-    position = torch.randn(4, 2 * 64 + 256, 64, requires_grad=True)
-    upstream = torch.ones(1, 4, frames, 64)
+    query, key, value = (torch.randn(1, frames, 4, 64).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    position = torch.randn(4, 2 * 64 + 256, 64).to(dtype).requires_grad_()
+    upstream = torch.ones(1, 4, frames, 64, dtype=dtype)
     before = status("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
     out = ops.chunked_attention(query, key, value, chunk_size=64, left_context=256, position=position,
@@ -190,12 +192,13 @@ print(small, large, status("VmHWM"))
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_linear():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_is_linear(dtype: str):
     """T = 65,536 with d = 64 and 4 heads, forward and backward: linear in T and within 2 GB for the whole process."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, check=True)
     small, large, process = map(int, done.stdout.split())
     tensor = 65536 * 4 * 64 * 4
-    print(f"T=16384: {small / 2**20:.0f} MiB, T=65536: {large / 2**20:.0f} MiB, process {process / 2**30:.2f} GiB")
+    print(f"{dtype}: {small / 2**20:.0f} MiB, {large / 2**20:.0f} MiB, process {process / 2**30:.2f} GiB")
     assert large < 6 * small
     assert large < 7 * tensor  # out, three gradients, partial sums; the scores alone would be 1024 such tensors
     assert process < 2 * 2**30
