@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than_torch, relative_error
+from accuracy import assert_no_worse_than_torch, eager_attention, relative_error
 from attention_cases import WINDOWS, make_inputs, make_key_mask, run
 
 from bestrq2 import ops
@@ -30,7 +30,7 @@ def compare(inputs, **options) -> None:
     """Output and gradients, under a non-constant upstream gradient, at most twice as far off as plain PyTorch's."""
     upstream = torch.randn_like(inputs["query"].double()).to(BF16)
     gold = run(inputs, torch.float64, upstream=upstream, **options)
-    plain = run(inputs, BF16, upstream=upstream, **options)
+    plain = run(inputs, BF16, eager_attention, upstream, **options)
     kernel = run(inputs, BF16, ops.chunked_attention, upstream, backend="cpu", **options)
     for name, value in kernel.items():
         assert value.dtype == BF16
@@ -83,7 +83,7 @@ def test_would_notice_a_missing_term(term: str):
     inputs = make_inputs(head_dim=40, dtype=BF16)
     upstream = torch.randn_like(inputs["query"].double()).to(BF16)
     gold = run(inputs, torch.float64, upstream=upstream, **options)
-    plain = run(inputs, BF16, upstream=upstream, **options)
+    plain = run(inputs, BF16, eager_attention, upstream, **options)
     if term == "lookback":
         broken = run(inputs, torch.float64, upstream=upstream, **(options | {"left_context": 31}))
     else:
