@@ -78,6 +78,14 @@ def _centre(x_ptrs, x_feature_stride, D, BM: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def _add(total, lost, part):
+    """The sum, and the exact rounding errors of such sums so far (Knuth)."""
+    now = total + part
+    taken = now - total
+    return now, lost + ((total - (now - taken)) + (part - taken))
+
+
+@triton.jit
 def _magnitude(x):
     """The bits of |x|: integers in the order of the numbers, infinity and NaN above all."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -108,21 +116,19 @@ def _project_scaled(
         if LAYER_NORM:
             first = tl.load(x_ptrs, mask=extreme, other=0.0).to(tl.float32) * scale
             p_x = x_ptrs
+            lost_mean = tl.zeros_like(scale)
             for _ in tl.range(1, D, num_stages=1):
                 p_x += x_feature_stride
-                mean += tl.load(p_x, mask=extreme, other=0.0).to(tl.float32) * scale - first
-            mean /= D
+                x = tl.load(p_x, mask=extreme, other=0.0).to(tl.float32) * scale
+                mean, lost_mean = _add(mean, lost_mean, x - first)
+            mean = (mean + lost_mean) / D
         o_d = tl.arange(0, BD)
         total = tl.zeros_like(y)
         lost = tl.zeros_like(y)
         for k in tl.range(0, D, num_stages=1):
             x = tl.load(x_ptrs, mask=extreme, other=0.0).to(tl.float32) * scale  # [BM]
             p = tl.load(projection_ptr + k * d + o_d, mask=o_d < d, other=0.0)  # [BD]
-            part = ((x - first) - mean)[:, None] * p[None, :]
-            now = total + part
-            taken = now - total
-            lost += (total - (now - taken)) + (part - taken)
-            total = now
+            total, lost = _add(total, lost, ((x - first) - mean)[:, None] * p[None, :])
             x_ptrs += x_feature_stride
         y = tl.where(extreme[:, None], total + lost, y)
     return y
@@ -196,11 +202,7 @@ def quantize_kernel(
         p = tl.load(
             projection_ptr + o_k[:, None] * d + o_d[None, :], mask=(o_k < D)[:, None] & (o_d < d)[None, :], other=0.0
         )  # [BK, BD]
-        part = tl.dot(x, p, input_precision="ieee")
-        total = y + part
-        taken = total - y
-        lost += (y - (total - taken)) + (part - taken)  # exact error of the sum (Knuth)
-        y = total
+        y, lost = _add(y, lost, tl.dot(x, p, input_precision="ieee"))
     y += lost
     largest = tl.max(_magnitude(y), axis=1)
     # Sums of a row near the end of fp32 may have overflowed, products of a tiny one may have lost bits.
