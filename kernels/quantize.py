@@ -147,9 +147,8 @@ def quantize_kernel(
         lost += (y - (total - taken)) + (part - taken)  # exact error of the sum (Knuth)
         y = total
     y += lost
-    # NaN and infinity in x reach y, whatever the projection: infinity times zero is NaN.
-    bad = tl.sum((~(tl.abs(y) < float("inf"))).to(tl.int32), axis=1)
-    y = tl.where((bad > 0)[:, None], 0.0, y)
+    # NaN and infinity in x reach y, whatever the projection (infinity times zero is NaN), and every score of the row,
+    # since yl = infinity - infinity: NaN is never better, so such a row finds no code.
     # Scale by a power of two, so that the largest is in [1, 4): inverting the exponent bits is exact.
     exponent = tl.max(tl.abs(y), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(exponent, 0x7E000000)
@@ -187,9 +186,15 @@ def quantize_kernel(
             score = _rescore(yh, yl, high_ptr, low_ptr, candidate, found, o_d, BD)
             chosen = tl.where(score > top, candidate, chosen)
             top = tl.maximum(score, top)
-        code = tl.where(found, tl.minimum(code, chosen), code)
+        code = tl.where(found & (top > float("-inf")), tl.minimum(code, chosen), code)
         open_lanes = open_lanes & (o_w[None, :] > column[:, None]) & (chosen != first)[:, None]
-    tl.store(out_ptr + o_m * books + i_g, tl.where(bad > 0, -1, code).to(tl.int64), mask=valid)
+    o_m = i_m * BM + tl.arange(0, BM)
+    if (
+        SELECT
+    ):  # read again, with another hint so that it is not the first load: no register holds them through the loops
+        valid = o_m < tl.load(count_ptr, cache_modifier=".cg")
+        o_m = tl.load(selected_ptr + o_m, mask=valid, other=0, cache_modifier=".cg")
+    tl.store(out_ptr + o_m * books + i_g, tl.where(code < 2147483647, code, -1).to(tl.int64), mask=valid)
 
 
 def split_codebook(codebook: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
