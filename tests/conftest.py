@@ -19,10 +19,9 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """``pytest`` without a path runs its files in two processes, where pytest-xdist is installed and has no ``-n``.
+    """``pytest`` without a path uses two processes, where pytest-xdist is installed and has no ``-n``.
 
-    A file stays in one process, and files start in the order of their names. In one process: tests named on the command
-    line, ``-s``, ``--pdb``, and a GPU, whose memory one process may need.
+    One process is for tests named on the command line, ``-s``, ``--pdb``, and a GPU, whose memory one may need.
     """
     option = config.option
     everything = config.args_source == config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
@@ -30,7 +29,24 @@ def pytest_cmdline_main(config):
     if everything and not watched and getattr(option, "numprocesses", 0) is None and option.dist == "no":
         option.numprocesses = min(PROCESSES, os.cpu_count() or 1)
         option.dist = "loadfile"
-        option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one process, with its fixtures; compilations are single tests that fill up what time is left.
+
+    xdist begins with the files of most tests, so a single test comes last.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("_compile.py") else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
