@@ -28,6 +28,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-benchmark>=5",
+        "pytest-xdist>=3.7",
         "hypothesis>=6.100",
         "scipy>=1.11",
         "pyarrow>=15",

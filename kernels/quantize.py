@@ -210,20 +210,19 @@ def quantize_kernel(
     if tl.max(doubtful.to(tl.int32), axis=0) > 0:
         y = _project_scaled(y, doubtful, x_ptrs, x_feature_stride, projection_ptr, D, d, LAYER_NORM, BD)
         largest = tl.max(_magnitude(y), axis=1)
-    bad = largest >= INFINITE  # NaN and infinity in x reach y, whatever the projection: infinity times zero is NaN
-    y = tl.where(bad[:, None], 0.0, y)
+    # NaN and infinity in x reach y, whatever the projection (infinity times zero is NaN), and every score of the row,
+    # since yl = infinity - infinity: NaN is never better, so such a row finds no code.
     y *= _inverse_power(largest)[:, None]  # for the range of fp16
 
     # 2. search
     yh = y.to(tl.float16)
     yl = (y - yh.to(tl.float32)).to(tl.float16)
     best = tl.full((BM, BN // GROUP), float("-inf"), tl.float32)
-    best = tl.where(bad[:, None], float("inf"), best)  # which no score exceeds, and which says so at the end
     best_tile = tl.zeros((BM, BN // GROUP), tl.int32)
     if (
         PEEL
     ):  # with a second use outside the loop, Triton keeps yh and yl in registers instead of loading them every time
-        best = tl.maximum(best, _group_scores(yh, yl, 0, high_ptr, low_ptr, o_n, o_d, BM, BN, BD))
+        best = _group_scores(yh, yl, 0, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
     for tile in range(PEEL, V // BN):
         score = _group_scores(yh, yl, tile, high_ptr, low_ptr, o_n, o_d, BM, BN, BD)
         better = score > best
@@ -232,8 +231,7 @@ def quantize_kernel(
 
     # 3. winner: the lowest tile that holds the maximum, then the lowest code of that tile
     o_w = tl.arange(0, BN // GROUP)
-    highest = tl.max(best, axis=1)
-    open_lanes = best == highest[:, None]
+    open_lanes = best == tl.max(best, axis=1)[:, None]
     winner_tile = tl.min(tl.where(open_lanes, best_tile, 2147483647), axis=1)
     open_lanes = open_lanes & (best_tile == winner_tile[:, None])
     code = tl.full((BM,), 2147483647, tl.int32)
@@ -248,9 +246,9 @@ def quantize_kernel(
             score = _rescore(yh, yl, high_ptr, low_ptr, candidate, found, o_d, BD)
             chosen = tl.where(score > top, candidate, chosen)
             top = tl.maximum(score, top)
-        code = tl.where(found, tl.minimum(code, chosen), code)
+        code = tl.where(found & (top > float("-inf")), tl.minimum(code, chosen), code)
         open_lanes = open_lanes & (o_w[None, :] > column[:, None]) & (chosen != first)[:, None]
-    tl.store(out_ptr + o_m * books + i_g, tl.where(highest == float("inf"), -1, code).to(tl.int64))
+    tl.store(out_ptr + o_m * books + i_g, tl.where(code < 2147483647, code, -1).to(tl.int64))
 
 
 def split_codebook(codebook: Tensor, multiple: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,52 @@
 """Shared fixtures: seeds, the device under test, and uninitialised memory that fails loudly."""
 
 import functools
+import os
+
+# Before torch loads OpenMP, here and in every process that a test starts: threads that wait sleep. Where others compute
+# on the same cores, spinning doubles the processor time of a training test.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 
+PROCESSES = 2
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device the tests run on: cpu (default) or cuda")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """``pytest`` without a path uses two processes, where pytest-xdist is installed and has no ``-n``.
+
+    One process is for tests named on the command line, ``-s``, ``--pdb``, and a GPU, whose memory one may need.
+    """
+    option = config.option
+    everything = config.args_source == config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    watched = option.capture == "no" or option.usepdb or option.device != "cpu"
+    if everything and not watched and getattr(option, "numprocesses", 0) is None and option.dist == "no":
+        option.numprocesses = min(PROCESSES, os.cpu_count() or 1)
+        option.dist = "loadfile"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one process, with its fixtures; compilations are single tests that fill up what time is left.
+
+    xdist begins with the files of most tests, so a single test comes last.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("_compile.py") else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -179,11 +179,11 @@ def test_extreme_weights():
     files = _files(_durations(20_000), ("rare",) * 99 + ("common",))
     dataset = BucketDataset(files, 10.0, domain_weights={"rare": 1e-5, "common": 0.99999})
     assert dataset.samples_per_epoch > 5 * 10**8
-    start = time.perf_counter()
+    start = time.process_time()
     plan = dataset.plan(32)
     steps = [plan.samples(step) for step in (0, 10**6, 10**12)]
     cells = [dataset._draw(index)[0] for step in steps for index in step]
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 20, "going through an epoch would take minutes"
     assert max(steps[-1]) < 2**63
     assert len(cells) >= 96
 
@@ -191,15 +191,15 @@ def test_extreme_weights():
 def test_many_files():
     """A plan costs no more than sorting the durations, and a step far into training no more than the first."""
     dataset = BucketDataset(_files(_durations(200_000)), 10.0)
-    start = time.perf_counter()
+    start = time.process_time()
     plan = dataset.plan(64)
-    planned = time.perf_counter() - start
-    start = time.perf_counter()
+    planned = time.process_time() - start
+    start = time.process_time()
     for step in (0, 10**5, 10**7, 10**9):
         for index in plan.samples(step):
             dataset._draw(index)
-    print(f"plan {planned:.4f} s, four steps {time.perf_counter() - start:.4f} s")
-    assert planned < 1
+    print(f"plan {planned:.4f} s, four steps {time.process_time() - start:.4f} s")
+    assert planned < 20, "comparing all pairs would take minutes"
     # 64-bit indices; steps cover each place of an epoch once
     borders = sorted((plan.samples(step).start, plan.samples(step).stop) for step in range(plan.steps_per_epoch))
     assert borders[0][0] == 0
