@@ -40,9 +40,9 @@ void score_grads(const Call& c, const Queries& q, const Half& h, int64_t first_k
           for (int v = 0; v < 2; ++v) {
             const int64_t column = block * kBlock + v * kLanes;
             const auto mask = static_cast<__mmask16>(seen >> v * kLanes);
-            w[v] = _mm512_maskz_mov_ps(mask, exp2(_mm512_fmsub_ps(score_at<kPosition>(s, r, column), scale, base)));
-            g[v] = _mm512_maskz_mul_ps(mask, w[v],
-                                       _mm512_sub_ps(_mm512_load_ps(s.value_scores + r * kTile + column), delta));
+            w[v] = _mm512_maskz_mov_ps(mask, exp2(_mm512_fmsub_ps(score_at<kPosition>(s, h, r, column), scale, base)));
+            g[v] = _mm512_maskz_mul_ps(
+                mask, w[v], _mm512_sub_ps(_mm512_load_ps(s.value_scores + (h.first + r) * kTile + column), delta));
           }
           weights[i] = join(w[0], w[1]), grads[i] = join(g[0], g[1]);
         }
@@ -144,19 +144,22 @@ void backward_tile(const Call& c, int64_t batch, int64_t head, int64_t tile, con
     if (visible == 0) continue;
     const int64_t at = c.key_tile(batch, head, t);
     const Half halves[2] = {find_half(c, q, 0, t * kTile), find_half(c, q, 1, t * kTile)};
-    for (int64_t half = 0; half < 2; ++half) {
-      const Half& h = halves[half];
+    // Step by step for both halves, so that no step reads what is still being stored.
+    for (const Half& h : halves) {
       if (h.begin >= h.end) continue;
       score(c, h, head, c.key_by_dim + at, s);
       for (int64_t block = h.begin; block < h.end; ++block)
         product(c.dot, {s.grad + h.first * c.dim, c.dim, kBlock},
                 {c.value_by_dim + at + 2 * block * kBlock, 2 * kTile, kBlock * kTile}, c.dim / kBlock,
-                s.value_scores + block * kBlock, kTile, false);
-      (a.position ? score_grads<true> : score_grads<false>)(c, q, h, t * kTile, visible, s);
-      add_product(c, {s.score_grad + h.first * kSheared + kGuard + h.begin * kBlock, kSheared, kBlock},
-                  c.key_by_key + at + h.begin * kBlock * c.dim, h.end - h.begin, s.content_grad + h.first * c.dim,
-                  started[half]);
+                s.value_scores + h.first * kTile + block * kBlock, kTile, false);
     }
+    for (const Half& h : halves)
+      if (h.begin < h.end) (a.position ? score_grads<true> : score_grads<false>)(c, q, h, t * kTile, visible, s);
+    for (const Half& h : halves)
+      if (h.begin < h.end)
+        add_product(c, {s.score_grad + h.first * kSheared + kGuard + h.begin * kBlock, kSheared, kBlock},
+                    c.key_by_key + at + h.begin * kBlock * c.dim, h.end - h.begin, s.content_grad + h.first * c.dim,
+                    started[h.first / kBlock]);
     for (int64_t block = 0; block < 2; ++block) {
       int64_t from = 2, to = 0;  // halves that see the block
       for (int64_t half = 0; half < 2; ++half)

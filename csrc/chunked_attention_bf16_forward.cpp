@@ -20,7 +20,7 @@ void softmax_step(const Call& c, const Queries& q, const Half& h, int64_t first_
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const auto mask = static_cast<__mmask16>(seen >> v * kLanes);
-      x[v] = _mm512_mask_mul_ps(hidden, mask, score_at<kPosition>(s, r, column + v * kLanes), scale);
+      x[v] = _mm512_mask_mul_ps(hidden, mask, score_at<kPosition>(s, h, r, column + v * kLanes), scale);
       most = _mm512_max_ps(x[v], most);
     }
     const float found = _mm512_reduce_max_ps(most);
@@ -41,7 +41,7 @@ void softmax_step(const Call& c, const Queries& q, const Half& h, int64_t first_
     _mm512_store_ps(total, sum);
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; v += 2)
-      _mm512_store_si512(s.weights + r * kTile + column + v * kLanes, join(x[v], x[v + 1]));
+      _mm512_store_si512(s.weights + (h.first + r) * kTile + column + v * kLanes, join(x[v], x[v + 1]));
   }
 }
 
@@ -74,17 +74,23 @@ void forward(const Call& c, int64_t batch, int64_t head, int64_t tile, void* scr
     const uint64_t visible = visible_keys(a, batch, t);
     if (visible == 0) continue;
     const int64_t at = c.key_tile(batch, head, t);
-    for (int64_t half = 0; half < 2; ++half) {
-      const Half h = find_half(c, q, half, t * kTile);
+    // Step by step for both halves, so that no step reads what is still being stored.
+    const Half halves[2] = {find_half(c, q, 0, t * kTile), find_half(c, q, 1, t * kTile)};
+    for (const Half& h : halves)
+      if (h.begin < h.end) score(c, h, head, c.key_by_dim + at, s);
+    for (const Half& h : halves) {
       if (h.begin >= h.end) continue;
-      score(c, h, head, c.key_by_dim + at, s);
       const bool both = h.end - h.begin == 2;
       (a.position ? both ? softmax_step<true, 4> : softmax_step<true, 2>
        : both     ? softmax_step<false, 4>
-                  : softmax_step<false, 2>)(c, q, h, t * kTile, visible, started[half], s);
-      add_product(c, {s.weights + h.begin * kBlock, kTile, kBlock}, c.value_by_key + at + h.begin * kBlock * c.dim,
-                  h.end - h.begin, s.out + h.first * c.dim, started[half]);
-      started[half] = true;
+                  : softmax_step<false, 2>)(c, q, h, t * kTile, visible, started[h.first / kBlock], s);
+    }
+    for (const Half& h : halves) {
+      if (h.begin >= h.end) continue;
+      bool& begun = started[h.first / kBlock];
+      add_product(c, {s.weights + h.first * kTile + h.begin * kBlock, kTile, kBlock},
+                  c.value_by_key + at + h.begin * kBlock * c.dim, h.end - h.begin, s.out + h.first * c.dim, begun);
+      begun = true;
     }
   }
   for (int64_t r = 0; r < q.rows; ++r) {

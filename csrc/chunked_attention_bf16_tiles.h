@@ -35,13 +35,14 @@ inline void product(Dot dot, Left a, Right b, int64_t steps, float* c, int64_t c
 }
 
 struct Scratch {
-  u16 *content, *position;       // [64][dim] q + u and q + v, zeros below the last query
-  float *scores, *strip;         // [32][64], [32][96]
-  u16* weights;                  // [32][64]
+  u16 *content, *position;  // [64][dim] q + u and q + v, zeros below the last query
+  float *scores, *strip;    // [64][64], [64][96]
+  // Forward only.
+  u16* weights;                  // [64][64]
   float *out, *largest, *total;  // [64][dim], [64], [64][16]
   // Backward only.
   u16 *grad, *content_T, *position_T, *grad_T;  // [64][dim], [dim][64]
-  float* value_scores;                          // [32][64] gradient x value
+  float* value_scores;                          // [64][64] gradient x value
   u16 *weight_pairs, *grad_pairs;               // [32][64][2]
   u16 *score_grad, *sheared, *sheared_pairs;    // [64][32 + 64 + 32], [64][32 + 96], [32][128][2]
   float *content_grad, *position_grad, *delta, *base;
@@ -62,14 +63,14 @@ inline Scratch divide(const Call& c, Arena& arena) {
   const int64_t frames = kTile * c.dim;
   Scratch s{};
   arena.take(s.content, frames), arena.take(s.position, frames);
-  arena.take(s.scores, kBlock * kTile), arena.take(s.strip, kBlock * kStrip);
-  arena.take(s.out, frames);
+  arena.take(s.scores, kTile * kTile), arena.take(s.strip, kTile * kStrip);
   if (!c.backward) {
-    arena.take(s.weights, kBlock * kTile), arena.take(s.largest, kTile), arena.take(s.total, kTile * kLanes);
+    arena.take(s.weights, kTile * kTile), arena.take(s.out, frames);
+    arena.take(s.largest, kTile), arena.take(s.total, kTile * kLanes);
     return s;
   }
   for (u16** part : {&s.grad, &s.content_T, &s.position_T, &s.grad_T}) arena.take(*part, frames);
-  arena.take(s.value_scores, kBlock * kTile);
+  arena.take(s.value_scores, kTile * kTile);
   arena.take(s.weight_pairs, kTile * kTile), arena.take(s.grad_pairs, kTile * kTile);
   arena.take(s.score_grad, kTile * kSheared), arena.take(s.sheared, kTile * kSheared),
       arena.take(s.sheared_pairs, kTile * kSheared);
@@ -145,21 +146,21 @@ inline void score(const Call& c, const Half& h, int64_t head, const u16* keys, c
   const int64_t steps = c.dim / kBlock;
   for (int64_t block = h.begin; block < h.end; ++block)
     product(c.dot, {s.content + h.first * c.dim, c.dim, kBlock}, {keys + 2 * block * kBlock, 2 * kTile, kBlock * kTile},
-            steps, s.scores + block * kBlock, kTile, false);
+            steps, s.scores + h.first * kTile + block * kBlock, kTile, false);
   if (!c.a->position) return;
   const u16* table = c.position_by_dim + head * c.dim * c.width + 2 * h.column;
   for (int64_t block = h.begin; block <= h.end; ++block)
     product(c.dot, {s.position + h.first * c.dim, c.dim, kBlock},
-            {table + 2 * block * kBlock, 2 * c.width, kBlock * c.width}, steps, s.strip + block * kBlock, kStrip,
-            false);
+            {table + 2 * block * kBlock, 2 * c.width, kBlock * c.width}, steps,
+            s.strip + h.first * kStrip + block * kBlock, kStrip, false);
 }
 
 // Scores of row r of a half from column on.
 template <bool kPosition>
-inline __m512 score_at(const Scratch& s, int64_t r, int64_t column) {
-  const __m512 x = _mm512_load_ps(s.scores + r * kTile + column);
+inline __m512 score_at(const Scratch& s, const Half& h, int64_t r, int64_t column) {
+  const __m512 x = _mm512_load_ps(s.scores + (h.first + r) * kTile + column);
   if (!kPosition) return x;
-  return _mm512_add_ps(x, _mm512_loadu_ps(s.strip + r * kStrip + kBlock - 1 - r + column));
+  return _mm512_add_ps(x, _mm512_loadu_ps(s.strip + (h.first + r) * kStrip + kBlock - 1 - r + column));
 }
 
 // Products with rows of `dim`: c [32][dim] (+)= a b, where b has pairs of rows of `dim`.

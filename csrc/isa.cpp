@@ -36,6 +36,7 @@ bool vnni_supported() {
 #endif
 }
 
+#ifdef BESTRQ2_X86
 // Whether the processor multiplies tiles of bf16 and the system lets this process keep tile registers.
 bool tiles_allowed() {
 #if defined(BESTRQ2_AMX) && defined(__linux__) && defined(__x86_64__)
@@ -51,6 +52,8 @@ bool tiles_allowed() {
   return false;
 #endif
 }
+
+#endif
 
 std::atomic<Dot>& most_dot() {
   static std::atomic<Dot> most{Dot::amx};
