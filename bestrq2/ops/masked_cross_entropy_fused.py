@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import native
 
-CHUNK_ROWS = 768
+CHUNK_ROWS = 640
 """Rows of one chunk at most, if there are several. Every chunk reads and writes the weight gradient once more, every
 row of a chunk keeps its exponentials: kernels/README.md has the measurement."""
 
