@@ -53,6 +53,7 @@ def _figure(op: str, groups: dict[tuple[str, ...], list[Row]], path: Path) -> No
         f"{op} on {row['device']}, {row['threads']} threads, "
         f"torch {row['torch']}, commit {row['commit']}, {row['date'][:10]}",
         fontsize=10,
+        y=1 - 0.05 / figure.get_figheight(),
     )
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     figure.savefig(path, dpi=110)

@@ -41,7 +41,7 @@ def append_csv(path: Path, rows: Iterable[Row]) -> None:
         if header != FIELDS:
             raise ValueError(f"{path} has the columns {', '.join(header)}, expected {', '.join(FIELDS)}")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not exists:
             writer.writeheader()
         writer.writerows({name: _written(row[name]) for name in FIELDS} for row in rows)
