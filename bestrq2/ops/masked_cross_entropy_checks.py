@@ -82,8 +82,10 @@ def check_rows(
         if bad.any():
             row, given = int(bad.nonzero()[0]), row_weights[bad][0].item()
             raise ValueError(f"{op}: row weights of a mean must be >= 0 and finite, got {given} in row {row}")
-    if max_rows is not None and row_weights is not None and (count := int(row_weights.count_nonzero())) > max_rows:
-        raise ValueError(f"{op}: {count} rows are masked but max_rows is {max_rows}")
+    if max_rows is not None and row_weights is not None:
+        count = int((row_weights != 0).reshape(-1, targets.shape[1]).any(0).sum())
+        if count > max_rows:
+            raise ValueError(f"{op}: {count} rows are masked but max_rows is {max_rows}")
     bad = (targets < 0) | (targets >= num_classes)
     if row_weights is not None:
         bad &= row_weights != 0

@@ -113,7 +113,8 @@ def test_every_codebook_matters(backend, device):
         assert_term_matters(f"codebook {g} in grad weight", of_weight[g], of_other_weight[g], torch.float32)
 
 
-def test_upstream_gradient_of_each_row_and_codebook(backend, device):
+@pytest.mark.parametrize("bound", [False, True])
+def test_upstream_gradient_of_each_row_and_codebook(backend, device, bound):
     """Rows whose upstream gradient is 0 in some codebooks only, in all, and masked rows that hold NaN."""
     hidden, weight, targets, bias, mask, _ = make(device=device)
     mask[0, :4] = True
@@ -129,7 +130,7 @@ def test_upstream_gradient_of_each_row_and_codebook(backend, device):
         )
         return losses.detach(), torch.autograd.grad(losses, leaves, upstream)
 
-    ours = run(poisoned, wrong, {"backend": backend})
+    ours = run(poisoned, wrong, {"backend": backend, "max_rows": int(mask.sum()) if bound else None})
     leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
     losses, _ = reference.masked_cross_entropy(
         leaves[0], leaves[1], targets, bias=leaves[2], mask=mask, reduction="none"
