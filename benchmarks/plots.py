@@ -49,9 +49,10 @@ def _figure(op: str, groups: dict[tuple[str, ...], list[Row]], path: Path) -> No
     axes[-1, 0].set_xlabel("ms: forward solid, backward pale; dashed: the machine's limit")
     axes[-1, 1].set_xlabel("MB needed beyond inputs and results, log scale")
     row = next(iter(groups.values()))[0]
+    commits = dict.fromkeys(group[0]["commit"] for group in groups.values())  # a shape may have been measured later
     figure.suptitle(
         f"{op} on {row['device']}, {row['threads']} threads, "
-        f"torch {row['torch']}, commit {row['commit']}, {row['date'][:10]}",
+        f"torch {row['torch']}, commit {', '.join(commits)}, {row['date'][:10]}",
         fontsize=10,
         y=1 - 0.05 / figure.get_figheight(),
     )
