@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import chunked_attention_cpu, reference
 from .arguments import integer, number, require_tensors
 from .chunk_layouts import ChunkLayout
+from .chunked_attention_autograd import register
 from .dispatch import choose_backend, requested
 from .native import triton_obstacle
 from .reference.chunked_attention import forward as reference_forward
@@ -315,32 +315,4 @@ def _check_table(
         )
 
 
-@torch.library.register_fake("bestrq2::chunked_attention", lib=_library)
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@torch.library.register_fake("bestrq2::chunked_attention_backward", lib=_library)
-def _fake_backward(
-    grad: Tensor, out: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    tensors = (query, key, value, *options[:3])
-    return tuple(grad.new_empty((0,)) if x is None else torch.empty_like(x) for x in tensors)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, logsumexp = output
-    ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(out, logsumexp, *inputs[:9])
-    ctx.settings = inputs[9:]
-
-
-@once_differentiable
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    out, logsumexp, *inputs = ctx.saved_tensors
-    gradients = torch.ops.bestrq2.chunked_attention_backward.default(grad, out, logsumexp, *inputs, *ctx.settings)
-    wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
-    return (*wanted, *(None,) * (3 + len(ctx.settings)))  # lengths, starts, key_mask
-
-
-torch.library.register_autograd("bestrq2::chunked_attention", _autograd, setup_context=_setup_context, lib=_library)
+register("chunked_attention", _library)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import chunked_attention_cpu
 from . import chunked_attention_sinusoidal_appended as appended
 from .arguments import integer, number, require_tensors
 from .chunk_layouts import ChunkLayout
 from .chunked_attention import OFFSET_BITS, autocast, in_dtype_of, laid_out, validate
+from .chunked_attention_autograd import register
 from .chunked_attention_sinusoidal_series import device_tables, series_size
 from .dispatch import choose_backend, requested
 from .native import triton_obstacle
@@ -223,32 +223,4 @@ def _backward(grad: Tensor, out: Tensor, logsumexp: Tensor, *inputs: Any) -> tup
     return tuple(grad.new_empty((0,)) if x is None else laid_out(x, like) for x, like in zip(gradients, inputs))
 
 
-@torch.library.register_fake("bestrq2::chunked_attention_sinusoidal", lib=_library)
-def _fake_forward(query: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@torch.library.register_fake("bestrq2::chunked_attention_sinusoidal_backward", lib=_library)
-def _fake_backward(grad: Tensor, out: Tensor, logsumexp: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(grad.new_empty((0,)) if x is None else torch.empty_like(x) for x in inputs[:6])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    out, logsumexp = output
-    ctx.mark_non_differentiable(logsumexp)
-    ctx.save_for_backward(out, logsumexp, *inputs[:9])
-    ctx.settings = inputs[9:]
-
-
-@once_differentiable
-def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    out, logsumexp, *inputs = ctx.saved_tensors
-    operation = torch.ops.bestrq2.chunked_attention_sinusoidal_backward.default
-    gradients = operation(grad, out, logsumexp, *inputs, *ctx.settings)
-    wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad))
-    return (*wanted, *(None,) * (3 + len(ctx.settings)))  # lengths, starts, key_mask
-
-
-torch.library.register_autograd(
-    "bestrq2::chunked_attention_sinusoidal", _autograd, setup_context=_setup_context, lib=_library
-)
+register("chunked_attention_sinusoidal", _library)

@@ -7,6 +7,7 @@ goes to memory.
 import triton
 import triton.language as tl
 
+from .online_softmax import add_keys, store_result
 from .sinusoidal import RUNTIME, add_position_scores, query_features
 from .window import add_bias, load_rows, valid_range, visible_keys, window
 
@@ -57,23 +58,8 @@ def chunked_attention_sinusoidal_forward_kernel(
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
         if HAS_KEY_MASK:
             visible &= m_n[None, :]
-        s = tl.where(visible, s * to_log2, float("-inf"))  # [BM, BN]
-        now = tl.maximum(largest, tl.max(s, axis=1))
-        base = tl.where(now == float("-inf"), 0.0, now)  # nothing visible yet
-        p = tl.exp2(s - base[:, None])
-        keep = tl.exp2(largest - base)
-        total = total * keep + tl.sum(p, axis=1)
-        v = load_rows(v_ptr, j, v_t, m_n, d, BD)
-        out = out * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        largest = now
-    if HAS_KEY_MASK:
-        m_row &= total != 0  # the mask may hide a whole window
-    total_or_one = tl.where(m_row, total, 1.0)
-    out = out / total_or_one[:, None]
-    lse = tl.where(m_row, (largest + tl.log2(total_or_one)) * 0.6931471805599453, 0.0)
-
-    o_d = tl.arange(0, BD)
-    in_range = o_m < Tq
-    p_out = out_ptr + i_b * out_b + i_h * out_h + o_m.to(tl.int64)[:, None] * out_t + o_d[None, :]
-    tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=in_range[:, None] & (o_d < d)[None, :])
-    tl.store(lse_ptr + i_bh * Tq + o_m, lse, mask=in_range)
+        largest, total, out = add_keys(s, visible, v_ptr, j, v_t, m_n, d, to_log2, largest, total, out, PRECISION, BD)
+    store_result(
+        out_ptr + i_b * out_b + i_h * out_h, out_t, lse_ptr + i_bh * Tq, o_m, Tq, d, m_row, largest, total, out,
+        HAS_KEY_MASK, BD,
+    )  # fmt: skip

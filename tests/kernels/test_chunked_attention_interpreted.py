@@ -1,29 +1,20 @@
 """The Triton kernels of chunked attention in Triton's interpreter, against the float64 definition."""
 
-import os
-import subprocess
-import sys
+import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels already run in this process")
 def test_in_the_interpreter():
-    """In a process of its own: Triton decides when it is imported whether it interprets."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=root)
-    print(result.stdout[-4000:])
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert f"{len(CASES) + 8} passed" in result.stdout
+    counts = run_interpreted(__file__)
+    assert re.search(r"\d+ passed, 1 skipped", counts), "more was skipped than this test itself"
 
 
 needs_kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or interpreter")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import run_interpreted
 
 pytest.importorskip("triton")
 CONTRACT = sorted((Path(__file__).parents[1] / "ops").glob("test_masked_cross_entropy*.py"))
@@ -18,14 +19,9 @@ SELECTION = " and not ".join(["triton", *LEFT_OUT])
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the contract itself: pytest --device cuda")
 def test_contract_in_the_interpreter():
-    """In a process of its own: Triton decides when it is imported whether it interprets."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", SELECTION, "-p", "no:cacheprovider", *CONTRACT]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    print(result.stdout[-4000:])
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert " passed" in result.stdout
-    assert "skipped" not in result.stdout.splitlines()[-1]
+    counts = run_interpreted("-k", SELECTION, *CONTRACT)
+    assert " passed" in counts
+    assert "skipped" not in counts
 
 
 TILES = """
