@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, command: str) -> list[Row]:
             print(f"peak memory is left out: {reason}\n")
         else:
             worker = Worker(torch.get_num_threads())
-    budget = Budget(seconds=0.5, at_least=3, at_most=50) if options.quick else Budget()
+    budget = Budget(seconds=0.2, at_least=3, at_most=15) if options.quick else Budget()
     budget.repeats = options.repeats
     caches = options.cache or (("hot", "cold") if device.type == "cuda" else ("cold",))
     groups: list[tuple[tuple[Work | None, ...], list[Row]]] = []
