@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .run_record import RunRecord
+from .record import RunRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

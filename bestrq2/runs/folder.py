@@ -18,13 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from yaml import YAMLError
 
-from bestrq2.checkpoint import list_checkpoints
+from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml
 from bestrq2.data import Skip
 from bestrq2.version import __version__
 
-from .errors import TrainingError
-from .metrics_log import MetricsLog, read_metrics
+from bestrq2.errors import TrainingError
+from .metrics import MetricsLog, read_metrics
 
 __all__ = ["MetricsLog", "RunFolder", "git_revision", "installed_version", "read_metrics"]
 

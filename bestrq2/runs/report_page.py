@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from .run_record import RunRecord, flatten
+from .record import RunRecord, flatten
 
 PICTURES = 6  # of a run, evenly spaced over training
 EXAMPLES = 5  # skipped files of each reason
@@ -28,7 +28,7 @@ code { background: #f2f2f2; padding: 0 0.25em; overflow-wrap: anywhere; }
 
 
 def page(runs: Sequence[RunRecord], title: str, curves: Path | None) -> str:
-    """The document. ``curves`` is the PNG of :func:`bestrq2.training.report_curves.draw_curves`, if there is one."""
+    """The document. ``curves`` is the PNG of :func:`bestrq2.runs.report_curves.draw_curves`, if there is one."""
     parts = [f"<h1>{escape(title)}</h1>", _paragraph(f"Written {time.strftime('%Y-%m-%d %H:%M:%S')}.", "note")]
     parts.append(_headline(runs))
     if curves is not None:

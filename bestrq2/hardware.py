@@ -1,10 +1,13 @@
-"""Device, precision, and the matrix-product rate that utilisation is measured against."""
+"""Device, precision, memory, and the matrix-product rate that utilisation is measured against."""
 
+import sys
 import time
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from bestrq2.config import ConfigError
+from bestrq2.errors import ConfigError, OutOfMemory
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets, by a part of the device name.
 GPU_PEAKS = {
@@ -93,3 +96,63 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> tuple[float, 
         best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
         del b
     return best, f"measured {str(a.dtype).removeprefix('torch.')} matrix product"
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far in MiB: of tensors on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return (peak_resident_bytes() or 0) / 2**20
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on a GPU or on the CPU."""
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text.lower())
+    )
+
+
+def out_of_memory(
+    error: BaseException, model: nn.Module, device: torch.device, clips: int, seconds: float
+) -> OutOfMemory:
+    """The numbers, and what to change."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = ""
+    if device.type == "cuda":
+        total = f" of {torch.cuda.get_device_properties(device).total_memory / 2**20:.0f} MiB"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return OutOfMemory(
+        f"out of memory on {device}: {clips} clips of up to {seconds:.1f} s in one pass; weights, gradients and "
+        f"optimizer take {16 * trained / 2**20:.0f} MiB, the peak was {peak_memory(device):.0f} MiB{total}. Split the "
+        "batch (train.accumulate=2 or more: the update stays the same), or set model.encoder.activation_checkpointing="
+        "true, train.precision=bf16, a smaller train.batch_size or data.crop_seconds, or on several GPUs "
+        f"train.strategy=fsdp; --find-batch shows what fits. ({first})"
+    )
+
+
+def peak_resident_bytes() -> int | None:
+    """Peak resident set of this process, or None where the system does not tell."""
+    try:
+        # Unlike getrusage, this is not inherited from the process that started this one.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peak memory so far in GiB: ``memory_gib`` resident in this process (its data workers not counted) and on a GPU
+    ``cuda_memory_gib`` allocated by torch."""
+    found = {}
+    if (peak := peak_resident_bytes()) is not None:
+        found["memory_gib"] = peak / 2**30
+    if device.type == "cuda":
+        found["cuda_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return found

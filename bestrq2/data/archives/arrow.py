@@ -17,9 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bestrq2.data.errors import AudioError, DataError, Skip
-from bestrq2.data.manifest import AudioFile, Listing
-from bestrq2.data.members import address
+from bestrq2.data.files import AudioFile, Listing, address
+from bestrq2.errors import AudioError, DataError, Skip
 
 __all__ = ["list_arrow", "open_arrow_clip", "saved_dataset_files"]
 

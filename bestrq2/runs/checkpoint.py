@@ -19,15 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bestrq2.errors import CheckpointError
+
 WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors", "ema.safetensors", "state.json"
 FORMAT = "bestrq2-checkpoint-1"
 PREFIX = "step-"
+BEST = "best.json"
 # Hidden folders that a kill may leave behind: a checkpoint half written, one half deleted.
 WRITING, DISCARDED = ".writing-", ".discarded-"
 
 
-class CheckpointError(Exception):
-    """A checkpoint that could not be written or read; the message says which file and why."""
 
 
 @dataclass(frozen=True)
@@ -248,3 +249,32 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def read_best(parent: Path) -> list[tuple[float, int]]:
+    """(value, step) of every checkpoint that has a value, best first, from the checkpoints themselves."""
+    found = []
+    for folder in list_checkpoints(parent):
+        try:
+            state = read_state(folder)
+        except CheckpointError:
+            continue
+        value = state["extra"].get("score")
+        if isinstance(value, (int, float)) and value == value:
+            found.append((float(value), state["step"]))
+    return sorted(found)
+
+
+def write_best(parent: Path, best: list[tuple[float, int]]) -> None:
+    """Record the best checkpoints, and let the link ``best`` point to the first."""
+    partial = parent / f"{BEST}.partial"
+    partial.write_text(json.dumps([{"value": value, "step": step} for value, step in best]) + "\n")
+    partial.replace(parent / BEST)
+    link = parent / ".best.partial"
+    link.unlink(missing_ok=True)
+    os.symlink(folder_name(best[0][1]), link)
+    link.replace(parent / "best")

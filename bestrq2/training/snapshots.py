@@ -8,7 +8,6 @@ batch: without gradients, dropout, random numbers, or a change of any state that
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,53 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.data import Batch, CropDataset, collate
-from bestrq2.data.plan import plan_of
+from bestrq2.data.steps import plan_of
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
+from bestrq2.runs.code_colours import code_colours
+from bestrq2.runs.metrics import MetricsLog
+from bestrq2.runs.pictures import FOLDER, ClipPicture, draw_clips
 
-from .code_colours import code_colours
 from .distributed import whole
-from .metrics_log import MetricsLog
-from .picture_drawing import draw_clips
 
-FOLDER = "pictures"
 TAG = "pictures/codes"
-
-
-@dataclass(frozen=True)
-class ClipPicture:
-    """What is drawn of one clip. A token is a cell of the grid (frequency row, time column); G codebooks.
-
-    Attributes:
-        index: global index of the clip in the training order.
-        decibels: ``(T, F)`` log-mel frames.
-        frame_seconds: from frame to frame.
-        f_min, f_max: edges of the mel filters, Hz.
-        height, width: bands and frames of a token.
-        masked: ``(R, C)`` bool: hidden from the encoder and predicted.
-        true: ``(G, R, C)`` codes of all tokens.
-        predicted: ``(G, R, C)`` most likely codes, -1 where not masked.
-        probability: ``(G, R, C)`` of the true code, NaN where not masked.
-        true_colours, predicted_colours: ``(G, R, C, 3)`` in 0..1; similar codes have similar colours.
-    """
-
-    index: int
-    decibels: np.ndarray
-    frame_seconds: float
-    f_min: float
-    f_max: float
-    height: int
-    width: int
-    masked: np.ndarray
-    true: np.ndarray
-    predicted: np.ndarray
-    probability: np.ndarray
-    true_colours: np.ndarray
-    predicted_colours: np.ndarray
-
-    @property
-    def seconds(self) -> float:
-        return (len(self.decibels) - 1) * self.frame_seconds
 
 
 def fixed_batch(dataset: CropDataset, clips: int = 2, candidates: int = 8) -> Batch:

@@ -1,10 +1,54 @@
-"""Faults of audio files as values and exceptions, and of whole sources."""
+"""Every error of this package. All derive from :class:`BestRQError`, so that a program can catch them together.
+
+The operations (``bestrq2.ops``) and layers raise Python's own ``TypeError``, ``ValueError`` and ``RuntimeError``.
+"""
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["REASONS", "AudioError", "DataError", "Skip"]
+__all__ = [
+    "REASONS",
+    "AudioError",
+    "BestRQError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ManifestError",
+    "OutOfMemory",
+    "Skip",
+    "TrainingError",
+    "UnknownLayoutError",
+]
+
+
+class BestRQError(Exception):
+    """Base class: something the user can change; the message says what was expected and what was found."""
+
+
+class ConfigError(BestRQError, ValueError):
+    """A configuration that cannot be used; the message names the key and what was expected."""
+
+
+class TrainingError(BestRQError):
+    """Training cannot go on; the message says what to change."""
+
+
+class OutOfMemory(TrainingError):
+    """The memory of this rank alone; the others do not know of it."""
+
+
+class ManifestError(BestRQError, ValueError):
+    """A manifest that cannot be understood; the message names the file and, where there is one, the line."""
+
+
+class UnknownLayoutError(ConfigError):
+    """A file whose tensors are not those of a layout we know; the message lists their names."""
+
+
+class CheckpointError(BestRQError):
+    """A checkpoint that could not be written or read; the message says which file and why."""
+
 
 REASONS = (
     "missing",  # no such file
@@ -38,7 +82,7 @@ class Skip:
         return f"{name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-class AudioError(Exception):
+class AudioError(BestRQError):
     """A file that cannot be used. ``path``, ``reason`` (one of ``REASONS``) and ``detail`` say which and why."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str, detail: str = "") -> None:
@@ -63,5 +107,5 @@ class AudioError(Exception):
         return self.skip.detail
 
 
-class DataError(RuntimeError):
+class DataError(BestRQError, RuntimeError):
     """A source of audio that gives nothing to work with; the message says what was found and why it was left out."""

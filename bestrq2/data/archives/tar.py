@@ -24,10 +24,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bestrq2.data.audio import is_audio
-from bestrq2.data.errors import AudioError, Skip
-from bestrq2.data.manifest import AudioFile, Listing
-from bestrq2.data.members import Section, address
+from bestrq2.data.archives.readers import Section
+from bestrq2.data.files import AudioFile, Listing, address, is_audio
+from bestrq2.errors import AudioError, Skip
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from bestrq2.data import Skip, iterate_clips
 
-from .assembly import assemble
+from .experiment import assemble
 from .features import ENCODER, LOG_MEL, RANDOM, Clip, FeatureError, extract, untrained_copy
 from .heads import require_sklearn
 from .labels import LabelledClips, read_clips

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bestrq2.data import Batch
 
-from .errors import TrainingError
+from bestrq2.errors import TrainingError
 
 FOLDER = "bad_batches"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,48 @@ from bestrq2.layers.log_mel import hertz_to_mel
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .pictures import ClipPicture
 
 MAX_BOOKS = 3  # codebooks drawn
 MASKED, ABSENT = "#c8c8c8", "#f5f5f5"  # no code has the second: they are at most as light as LIGHTNESS allows
 RIGHT, WRONG = "#1a8f3c", "#d1495b"
 TICKS_HZ = (125, 250, 500, 1000, 2000, 4000, 8000, 16000)
+FOLDER = "pictures"
+
+
+@dataclass(frozen=True)
+class ClipPicture:
+    """What is drawn of one clip. A token is a cell of the grid (frequency row, time column); G codebooks.
+
+    Attributes:
+        index: global index of the clip in the training order.
+        decibels: ``(T, F)`` log-mel frames.
+        frame_seconds: from frame to frame.
+        f_min, f_max: edges of the mel filters, Hz.
+        height, width: bands and frames of a token.
+        masked: ``(R, C)`` bool: hidden from the encoder and predicted.
+        true: ``(G, R, C)`` codes of all tokens.
+        predicted: ``(G, R, C)`` most likely codes, -1 where not masked.
+        probability: ``(G, R, C)`` of the true code, NaN where not masked.
+        true_colours, predicted_colours: ``(G, R, C, 3)`` in 0..1; similar codes have similar colours.
+    """
+
+    index: int
+    decibels: np.ndarray
+    frame_seconds: float
+    f_min: float
+    f_max: float
+    height: int
+    width: int
+    masked: np.ndarray
+    true: np.ndarray
+    predicted: np.ndarray
+    probability: np.ndarray
+    true_colours: np.ndarray
+    predicted_colours: np.ndarray
+
+    @property
+    def seconds(self) -> float:
+        return (len(self.decibels) - 1) * self.frame_seconds
 
 
 def draw_clips(path: Path, clips: list[ClipPicture], title: str, codebook_size: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .report_curves import draw_curves
 from .report_page import page
-from .run_record import RunRecord
+from .record import RunRecord
 
 
 def save_report(folder: Path, title: str | None = None) -> Path | None:

@@ -7,9 +7,9 @@ import torch
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import BucketDataset, CropDataset, Skip, batches, collect, tiny_dataset
-from bestrq2.data.members import ARCHIVES
+from bestrq2.data.files import ARCHIVES
+from bestrq2.errors import TrainingError
 from bestrq2.models import build_encoder
-from bestrq2.training.errors import TrainingError
 from bestrq2.training.statistics import measure_statistics
 
 FIRST_LOOK_CLIPS = 64

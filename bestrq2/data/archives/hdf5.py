@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from bestrq2.data.errors import AudioError, DataError, Skip
-from bestrq2.data.manifest import AudioFile, Listing
-from bestrq2.data.members import SampleReader, address
+from bestrq2.data.archives.readers import SampleReader
+from bestrq2.data.files import AudioFile, Listing, address
+from bestrq2.errors import AudioError, DataError, Skip
 
 __all__ = ["DEFAULT_SAMPLE_RATE", "list_hdf5", "open_hdf5_clip"]
 

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from bestrq2.checkpoint import list_checkpoints
+from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.config import Config, config_to_dict
-from bestrq2.data.audio import REASONS
+from bestrq2.errors import REASONS
 
-from . import bad_batches, pictures
-from .metrics_log import read_metrics, series
-from .run_folder import RunFolder
-from .saver import read_best
+from . import bad_batches
+from . import pictures
+from .metrics import read_metrics, series
+from .folder import RunFolder
+from .checkpoint import read_best
 
 _SKIP = re.compile(rf": ({'|'.join(map(re.escape, REASONS))})(?: \(.*\))?$")
 

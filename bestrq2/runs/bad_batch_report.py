@@ -6,7 +6,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from .bad_batches import BadBatch, clip_statistics, load_bad_batch
-from .errors import TrainingError
+from bestrq2.errors import TrainingError
 
 DRAWN = 8  # clips
 SUSPECT = "#d1495b"

@@ -6,8 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from bestrq2.data.audio import AudioError, Skip, load_audio
-from bestrq2.data.manifest import AudioFile
+from bestrq2.data.audio import load_audio
+from bestrq2.data.files import AudioFile
+from bestrq2.errors import AudioError, Skip
 
 __all__ = ["iterate_clips"]
 

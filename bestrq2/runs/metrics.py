@@ -17,7 +17,7 @@ import torch
 
 from bestrq2.config import ConfigError
 
-from .errors import TrainingError
+from bestrq2.errors import TrainingError
 
 # The first columns of a new file. Others (validation, probes, codebooks, skip reasons) are added when they first occur.
 COLUMNS = (
@@ -287,31 +287,8 @@ def series(rows: Iterable[Mapping[str, str]], name: str) -> tuple[np.ndarray, np
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory so far in GiB: ``memory_gib`` resident in this process (its data workers not counted) and on a GPU
-    ``cuda_memory_gib`` allocated by torch."""
-    found = {}
-    if (peak := peak_resident_bytes()) is not None:
-        found["memory_gib"] = peak / 2**30
-    if device.type == "cuda":
-        found["cuda_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return found
 
 
-def peak_resident_bytes() -> int | None:
-    """Peak resident set of this process, or None where the system does not tell."""
-    try:
-        # Unlike getrusage, this is not inherited from the process that started this one.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def skip_metrics(counts: Mapping[str, int]) -> dict[str, int]:
