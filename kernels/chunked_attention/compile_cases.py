@@ -37,6 +37,7 @@ def compile_case(name: str, key: str, key_mask: bool, configs: dict[str, dict[st
         "HAS_KEY_MASK": key_mask,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
         "BD": int(key.split("/")[1]),
+        "ACCUMULATE": False,
         **config,
     }
     names = kernel.arg_names
