@@ -1,12 +1,12 @@
 """Pretrain an audio encoder.
 
-    python -m bestrq2.train                        # tiny model on the 24 clips of the package, less than a minute
-    python -m bestrq2.train --data FOLDER --config best_rq2_small
-    python -m bestrq2.train --data clips.csv --config recipe.yaml train.steps=20000 model.masking.ratio=[0.6,0.8]
-    python -m bestrq2.train --resume runs/best_rq2_small-001
-    python -m bestrq2.train --find-batch --config best_rq2_small           # what fits, what is fastest
-    python -m bestrq2.train --frozen-encoder runs/best_rq2_small-001       # only a head, on cached embeddings
-    torchrun --nproc-per-node 8 --max-restarts 3 -m bestrq2.train --config best_rq2_base --data FOLDER --name b --resume
+    bestrq2 train                        # tiny model on the 24 clips of the package, less than a minute
+    bestrq2 train --data FOLDER --config best_rq2_small
+    bestrq2 train --data clips.csv --config recipe.yaml train.steps=20000 model.masking.ratio=[0.6,0.8]
+    bestrq2 train --resume runs/best_rq2_small-001
+    bestrq2 train --find-batch --config best_rq2_small           # what fits, what is fastest
+    bestrq2 train --frozen-encoder runs/best_rq2_small-001       # only a head, on cached embeddings
+    torchrun --nproc-per-node 8 --max-restarts 3 -m bestrq2 train --config best_rq2_base --data FOLDER --name b --resume
 
 Everything about a run is in its folder: configuration, versions, metrics.csv, TensorBoard events, report.png and
 checkpoints. Exit codes: 0 done, 2 an error with a message, 130 or 143 saved and stopped by SIGINT or SIGTERM.
@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-# Threads that wait must not spin: on a laptop whose other core is busy, spinning made small models 2.7 times slower.
-# OpenMP reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from bestrq2.command import command, leave
 
+# isort: split
 import torch
 
 from bestrq2.config import Config, ConfigError, load_config, recipe_names, with_overrides
@@ -44,9 +43,10 @@ DEFAULT_RECIPE = "best_rq2_tiny"
 FAILURES = (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
     parser.add_argument("--data", help="folder of audio, CSV/JSONL manifest, tar shards, HDF5 or Parquet file")
@@ -58,10 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="continue a run (default: the newest one); with --name: continue that one, or begin it",
     )
     parser.add_argument(
-        "--frozen-encoder", metavar="SOURCE", help="train only a head on the embeddings of this encoder"
+        "--frozen-encoder", metavar="ENCODER", help="train only a head on the embeddings of this encoder"
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the SOURCE's transformers folder brings"
+        "--trust-remote-code", action="store_true", help="run Python code that the ENCODER's transformers folder brings"
     )
     parser.add_argument(
         "--find-batch", action="store_true", help="try batch sizes of one rank, say which fit and how fast they are"
@@ -81,9 +81,6 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.is_first or isinstance(error, OutOfMemory):
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the first step, or a second time
-        ranks.say("interrupted", file=sys.stderr)
-        return 130
     finally:
         ranks.close()
 
@@ -183,11 +180,4 @@ def seeded_model(config: Config) -> BestRQ2 | BestRQ:
 
 
 if __name__ == "__main__":
-    code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Everything is written and closed. Taking the interpreter down would race with the threads of gloo, to which
-        # sharded models hold on: a run that had ended well was once aborted there (torch 2.13).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(main())

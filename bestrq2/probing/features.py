@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bestrq2.data import AudioFile, Skip
+from bestrq2.errors import BestRQError
 from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 
@@ -24,7 +25,7 @@ NUM_MELS = 64
 Clip = tuple[AudioFile, np.ndarray]
 
 
-class FeatureError(ValueError):
+class FeatureError(BestRQError, ValueError):
     """Features that no probe can use: not finite, or no frame at all."""
 
 
