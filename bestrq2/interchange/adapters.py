@@ -168,15 +168,15 @@ class ForeignEncoder(ReadoutMixin, nn.Module, ABC):
             with torch.autocast(waveform.device.type, enabled=False):
                 found = self._run([clips[windows[n].clip][windows[n].begin : windows[n].end] for n in group], wanted)
             pieces.update(zip(group, found))
-        rows: list[list[Tensor]] = [[] for _ in clips]
+        of_clip: list[list[Tensor]] = [[] for _ in clips]
         for number, window in enumerate(windows):
             piece, end = pieces[number], None if window.keep is None else window.skip + window.keep
             if end is not None and piece.shape[1] < end:
                 raise ConfigError(
                     f"the encoder gave {piece.shape[1]} frames for a window of {end} frames of {self.hop_size_in_ms} ms"
                 )
-            rows[window.clip].append(piece[:, window.skip : end].float())
-        joined = [torch.cat(row, dim=1) for row in rows]
+            of_clip[window.clip].append(piece[:, window.skip : end].float())
+        joined = [torch.cat(row, dim=1) for row in of_clip]
         counts = torch.tensor([row.shape[1] for row in joined], dtype=torch.int64)
         longest = int(counts.max()) if len(counts) else 0
         features = waveform.new_zeros(len(wanted), len(joined), longest, self.output_dim, dtype=torch.float32)
