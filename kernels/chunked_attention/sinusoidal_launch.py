@@ -27,16 +27,12 @@ def config_key(kernel: str, head_dim: int, frequencies: int, dtype: torch.dtype)
 
 def padded_frequencies(head_dim: int, frequencies: int, dtype: torch.dtype, device: torch.device) -> int | None:
     """The next larger number of frequencies that the device's configurations have; None where there is none."""
-    configs = load_configs("chunked_attention", _device_name(device))
+    configs = load_configs("chunked_attention", device)
     for padded in FREQUENCIES:
         keys = (config_key(kernel, head_dim, padded, dtype) for kernel in KERNELS)
         if padded >= frequencies and all(key in configs for key in keys):
             return padded
     return None
-
-
-def _device_name(device: torch.device) -> str | None:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 class _Call:
@@ -70,7 +66,7 @@ class _Call:
         )
 
     def constants(self, kernel: str) -> dict[str, Any]:
-        configs = load_configs("chunked_attention", _device_name(self.query.device))
+        configs = load_configs("chunked_attention", self.query.device)
         key = config_key(kernel, self.head_dim, self.frequencies, self.query.dtype)
         config = choose_config(configs, key, self.given["key_mask"] is not None)
         has = {
