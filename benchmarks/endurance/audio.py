@@ -23,8 +23,9 @@ import soundfile
 
 from benchmarks.endurance.kills import Figures
 from bestrq2.data import AudioError, audio_info, discover_folder, load_audio, read_manifest, tiny_dataset
-from bestrq2.data.audio import REASONS, audio_digest
-from bestrq2.training.metrics_log import read_metrics
+from bestrq2.data.audio import audio_digest
+from bestrq2.errors import REASONS
+from bestrq2.runs.metrics import read_metrics
 
 LIMIT = 300.0  # seconds for a command
 FILE_LIMIT = 20.0  # seconds for one file

@@ -23,8 +23,8 @@ import torch
 import torch._dynamo  # what the first optimizer imports: the forked runs need not
 
 from bestrq2 import train
-from bestrq2.checkpoint import DISCARDED, WRITING, list_checkpoints, newest_intact, read_checkpoint
-from bestrq2.training.metrics_log import read_metrics
+from bestrq2.runs.checkpoint import DISCARDED, WRITING, list_checkpoints, newest_intact, read_checkpoint
+from bestrq2.runs.metrics import read_metrics
 
 Figures = dict[str, float]
 

@@ -79,7 +79,7 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
 def _ours(backend: str | None) -> Callable[[Case], Callable[[], Tensor]]:
     def build(case: Case) -> Callable[[], Tensor]:
         from bestrq2 import ops
-        from bestrq2.layers.conformer_attention import FrameGrid
+        from bestrq2.layers.frame_grid import FrameGrid
 
         x, model, layout = (case.inputs[name] for name in ("x", "model", "layout"))
         if backend == "reference":
@@ -121,7 +121,8 @@ def _attention(attn: RelativeAttention, x: Tensor, table: Tensor, visible: Tenso
 
 
 def _dense(model: Conformer, x: Tensor, visible: Tensor, layout: ChunkLayout) -> Tensor:
-    from bestrq2.layers.conformer_attention import FrameGrid, relative_sinusoids
+    from bestrq2.layers.conformer_attention import relative_sinusoids
+    from bestrq2.layers.frame_grid import FrameGrid
 
     frames = x.shape[1]
     grid = FrameGrid(frames)
