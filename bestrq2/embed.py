@@ -31,12 +31,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, collect, iterate_clips
+from bestrq2.errors import CheckpointError
+from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
+<<<<<<< HEAD
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, parse_layers, pool_frames
 from bestrq2.training.hardware import choose_device
+=======
+>>>>>>> main
 
 
 class Writer(Protocol):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bestrq2.layers.chunk_sampling import ChunkSampler
 from bestrq2.layers.conformer import Conformer, ConformerSettings
-from bestrq2.layers.conformer_attention import FrameGrid
 from bestrq2.layers.conformer_subsampling import ConvSubsampling
+from bestrq2.layers.frame_grid import FrameGrid
 from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
 from bestrq2.layers.masking import MaskPlan, valid_mask

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .assembly import Experiment
 from .evaluation import Outcome
+from .experiment import Experiment
 from .features import ENCODER, LOG_MEL, RANDOM
 from .folds import NEVER
 from .metrics import Estimate, confusion
