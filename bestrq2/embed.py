@@ -36,11 +36,7 @@ from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, 
 from bestrq2.errors import CheckpointError
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
-<<<<<<< HEAD
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, parse_layers, pool_frames
-from bestrq2.training.hardware import choose_device
-=======
->>>>>>> main
 
 
 class Writer(Protocol):

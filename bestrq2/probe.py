@@ -38,34 +38,19 @@ import torch
 from tqdm import tqdm
 
 from bestrq2.config import ConfigError
-<<<<<<< HEAD
 from bestrq2.data import ManifestError, Skip, iterate_clips
-from bestrq2.interchange import open_encoder, open_source
-from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
-from bestrq2.models.readout import POOLINGS, ROW_JOINS
-from bestrq2.probing import controls, report
-from bestrq2.probing.assembly import Experiment, assemble
-from bestrq2.probing.evaluation import Outcome
-from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, readings, untrained_copy
-from bestrq2.probing.heads import require_sklearn
-from bestrq2.probing.labels import LabelledClips, read_clips
-from bestrq2.probing.task import COMBINATIONS, SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
-from bestrq2.training.hardware import choose_device
-=======
-from bestrq2.data import ManifestError, iterate_clips
-from bestrq2.embed import parse_layers
 from bestrq2.errors import CheckpointError
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
-from bestrq2.probing import report
+from bestrq2.models.readout import POOLINGS, ROW_JOINS
+from bestrq2.probing import controls, report
 from bestrq2.probing.evaluation import Outcome
 from bestrq2.probing.experiment import Experiment, assemble
-from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, untrained_copy
+from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, readings, untrained_copy
 from bestrq2.probing.heads import require_sklearn
 from bestrq2.probing.labels import LabelledClips, read_clips
-from bestrq2.probing.task import SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
->>>>>>> main
+from bestrq2.probing.task import COMBINATIONS, SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
 
 _READING = ("layers", "combine", "rows", "pooling")
 DEFAULT_HEADS = {"retrieval": "cosine", "events": "linear"}
