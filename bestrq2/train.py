@@ -13,12 +13,12 @@ checkpoints. Exit codes: 0 done, 2 an error with a message, 130 or 143 saved and
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from bestrq2.command import command, leave
 
@@ -88,19 +88,18 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and options.resume is None:
         raise ConfigError("--max-restarts: torchrun repeats this command line, so it needs --name NAME --resume")
-    overrides = list(options.overrides)
+    values: dict[str, Any] = {}
     if options.data is not None:
-        # Quoted: a folder may be called "a: b" or "2024".
-        overrides.append(f"data.source={json.dumps(options.data)}")
+        values["data.source"] = options.data
     if options.frozen_encoder is not None:
-        overrides.append(f"frozen.source={json.dumps(options.frozen_encoder)}")
+        values["frozen.source"] = options.frozen_encoder
     if options.trust_remote_code:
-        overrides.append("frozen.trust_remote_code=true")
+        values["frozen.trust_remote_code"] = True
     folder = ranks.from_first(lambda: folder_to_resume(options))
     if folder is not None:
         with alone_in(folder, ranks):
-            return resume(folder, overrides, ranks)
-    config = load_config(options.config or DEFAULT_RECIPE, overrides)
+            return resume(folder, options.overrides, values, ranks)
+    config = load_config(options.config or DEFAULT_RECIPE, options.overrides, values)
     dataset = ranks.from_first(lambda: open_dataset(config))
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:
@@ -135,10 +134,10 @@ def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
     return named if list_checkpoints(named.checkpoints) else None
 
 
-def resume(run: RunFolder, overrides: list[str], ranks: Ranks) -> int:
+def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: Ranks) -> int:
     checkpoint = ranks.from_first(lambda: newest_checkpoint(run))
     saved = None if checkpoint is None else checkpoint.config
-    config = with_overrides(ranks.from_first(lambda: run.read_config(saved)), overrides)
+    config = with_overrides(ranks.from_first(lambda: run.read_config(saved)), overrides, values)
     if checkpoint is None:
         ranks.say(f"{run.path} ended before its first checkpoint: it begins again")
     else:
@@ -151,7 +150,7 @@ def resume(run: RunFolder, overrides: list[str], ranks: Ranks) -> int:
             f"the training data changed since the checkpoint was written (fingerprint {found} instead of {expected}): "
             "files, durations or crop settings differ. Restore them, or start a new run."
         )
-    if overrides:
+    if overrides or values:
         ranks.from_first(lambda: run.write_config(config))
     return start(config, dataset, run, checkpoint, ranks)
 
