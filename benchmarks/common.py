@@ -77,7 +77,7 @@ FIELDS = (
     *("speedup", "status", "note", "cache", "fwd_p20", "fwd_p80", "bwd_p20", "bwd_p80", "repeats", "limit_ms"),
     *("device", "threads", "load", "python", "torch", "triton", "bestrq2", "commit", "date", "command"),
 )
-"""Columns of every result file. README.md says what each means."""
+"""Columns of every result file. docs/benchmarks.md says what each means."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 """``max_error`` above this flags a row as wrong: far above honest rounding, far below a wrong formula."""
