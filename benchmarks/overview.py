@@ -12,9 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # so that "benchmarks" is this package, whatever the working directory
+if not __package__:  # a script: make `benchmarks` importable
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import matplotlib
 
@@ -22,8 +21,9 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from benchmarks.machine import ROOT
 from benchmarks.measure import Row, total_ms
-from benchmarks.report import read_csv
+from benchmarks.report import latest, read_csv
 
 CASES = (
     ("quantize", "16384x256->16x8192", "float32"),
@@ -38,18 +38,16 @@ EAGER = {
     "chunked_attention": "Transformer-XL, materialised",
     "masked_cross_entropy": "eager",
 }
-COMPILED = {op: "torch.compile" for op in EAGER}
+COMPILED = dict.fromkeys(EAGER, "torch.compile")
 STYLES = (("plain PyTorch", EAGER, "#555555"), ("torch.compile", COMPILED, "#e08a1e"), ("bestrq2", None, "#1b6ca8"))
 
+OFFSETS = {"plain PyTorch": (0, 8), "torch.compile": (0, -14), "bestrq2": (-8, -3)}
+SIDES = {"plain PyTorch": "center", "torch.compile": "center", "bestrq2": "right"}
 
-def newest(rows: list[Row], op: str, shape: str, dtype: str, provider: str) -> Row | None:
-    found = [
-        row
-        for row in rows
-        if (row["op"], row["shape"], row["dtype"], row["provider"]) == (op, shape, dtype, provider)
-        and row["status"] == "ok"
-    ]
-    return max(found, key=lambda row: row["date"], default=None)
+
+def point(rows: list[Row], op: str, shape: str, dtype: str, provider: str) -> Row | None:
+    wanted = (op, shape, dtype, provider, "ok")
+    return next((r for r in rows if (r["op"], r["shape"], r["dtype"], r["provider"], r["status"]) == wanted), None)
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -58,22 +56,23 @@ def draw(rows: list[Row], path: Path) -> None:
     for place, case in enumerate(CASES):
         points = []
         for label, names, colour in STYLES:
-            row = newest(rows, *case, names[case[0]] if names else OURS)
+            row = point(rows, *case, names[case[0]] if names else OURS)
             if row is None:
                 continue
             shown.append(row)
             points.append((total_ms(row), row["peak_mb"]))
             for axis, value in zip((times, memory), points[-1]):
                 axis.plot(value, place, "o", color=colour, markersize=8, label=label if place == 0 else None, zorder=3)
-                offset = -13 if label == "torch.compile" else 8
-                axis.annotate(f"{value:.3g}", (value, place), (0, offset), textcoords="offset points", ha="center", fontsize=8)
+                text, offset, side = f"{value:,.0f}" if value >= 20 else f"{value:.2g}", OFFSETS[label], SIDES[label]
+                axis.annotate(text, (value, place), offset, textcoords="offset points", ha=side, fontsize=8)
         for axis, values in zip((times, memory), zip(*points)):
             axis.plot([min(values), max(values)], [place, place], color="#cccccc", linewidth=2, zorder=1)
     times.set_yticks(range(len(CASES)), [f"{op}\n{shape}, {dtype}" for op, shape, dtype in CASES], fontsize=8)
     times.set_ylim(len(CASES) - 0.4, -0.6)
     for axis, title in ((times, "milliseconds"), (memory, "megabytes beyond inputs and results")):
         axis.set_xscale("log")
-        axis.margins(x=0.12)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axis.margins(x=0.16)
         axis.set_title(title, fontsize=10)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", color="#eeeeee")
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("rows", type=Path, help="result file of benchmarks/run.py --save")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "operations.png", help="PNG to write")
     options = parser.parse_args(arguments)
-    draw(read_csv(options.rows), options.out)
+    draw(latest(read_csv(options.rows)), options.out)
 
 
 if __name__ == "__main__":
