@@ -22,7 +22,7 @@ from bestrq2.ops import reference
 OP = "masked_cross_entropy"
 BASELINE = "eager"
 
-_JUDGED = "16384x768->8192"  # the base model: predictions of a large batch
+_REFERENCE = "16384x768->8192"  # the base model: predictions of a large batch
 _BASE = "4096x768->8192"
 _SPEECHBRAIN = "4096x576->8192"
 _NEMO = "4096x512->8192"
@@ -35,7 +35,7 @@ _MASKED = "2048of4096x768->8192"  # one-stage BEST-RQ: the masked half of all fr
 SHAPES = {
     "cpu": (_BASE, "1024x768->8192", _MASKED, _SPEECHBRAIN, _NEMO, _NEMO_LARGE, _SMALL_CODEBOOK, _MULTI_CODEBOOK),
     "cuda": (
-        *(_JUDGED, "32768x768->8192", _HALF, "3277of16384x768->8192", _SPEECHBRAIN, _NEMO_LARGE, "65536x512->1024"),
+        *(_REFERENCE, "32768x768->8192", _HALF, "3277of16384x768->8192", _SPEECHBRAIN, _NEMO_LARGE, "65536x512->1024"),
         "16384x768->8192x16",
     ),
 }
@@ -47,7 +47,7 @@ TUNING = {
     "softmax_gradient": ("4096x768->32768", "bfloat16"),  # rows that fit no block; the others take .../whole
     **{f"{kernel}/16": (_HALF, "bfloat16") for kernel in ("logits", "hidden_gradient", "weight_gradient")},
     **{f"{kernel}/32": (_MASKED, "float32") for kernel in ("logits", "hidden_gradient", "weight_gradient")},
-    "loss/16": (_JUDGED, "bfloat16", RECOMPUTE),
+    "loss/16": (_REFERENCE, "bfloat16", RECOMPUTE),
     "loss/32": (_BASE, "float32", RECOMPUTE),
 }
 """Where a kernel is tuned: shape, dtype and, unless it is ``bestrq2[triton]``, the provider that runs it."""
@@ -57,7 +57,7 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     """Gaussian rows and classes with logits of unit variance, as at the start of training."""
     match = re.fullmatch(r"(?:(\d+)of)?(\d+)x(\d+)->(\d+)(?:x(\d+))?", shape)
     if not match:
-        raise ValueError(f"{OP}: a shape reads like {_JUDGED}, {_MASKED} or {_MULTI_CODEBOOK}, got {shape!r}")
+        raise ValueError(f"{OP}: a shape reads like {_REFERENCE}, {_MASKED} or {_MULTI_CODEBOOK}, got {shape!r}")
     rows, features, classes = (int(number) for number in match.groups()[1:4])
     books = int(match[5] or 1)
     masked = int(match[1]) if match[1] else rows

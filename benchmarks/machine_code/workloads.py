@@ -1,7 +1,7 @@
-"""How often each loop of the judged kernels runs at the judged shape: what turns counts per iteration into a bound.
+"""How often each loop of the kernels runs at a reference shape: what turns counts per iteration into a bound.
 
 A loop is recognised by what it holds, because compilers reorder and unroll; how often it runs follows from the work
-that one iteration holds, so an unrolled loop runs less often. Loops that no phase claims are not on the judged path
+that one iteration holds, so an unrolled loop runs less often. Loops that no phase claims are not on that path
 (the branch of a row of weight zero) and count as never run.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import chips
-from benchmarks.sass import LANES, Code, Counts, Loop
+from benchmarks.machine_code import rates
+from benchmarks.machine_code.sass import LANES, Code, Counts, Loop
 
 Trips = Callable[[Counts], float]
 
@@ -25,7 +25,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Workload:
     case: str  # name of the compile case
     shape: str
     unit: str
@@ -57,12 +57,12 @@ class Bound:
         return 1e3 * self.busy[self.limit]
 
 
-def bound(code: Code, judged: Judged) -> Bound:
+def bound(code: Code, workload: Workload) -> Bound:
     """What the busiest part of an H100 takes; every part works alone and is never waited for."""
-    free, warps = list(code.loops), judged.blocks * judged.num_warps
+    free, warps = list(code.loops), workload.blocks * workload.num_warps
     pieces: list[tuple[str, Counts, float]] = [("outside loops", code.outside, 1.0)]
     missing = []
-    for phase in judged.phases:
+    for phase in workload.phases:
         claimed = [loop for loop in free if phase.claims(loop)]
         free = [loop for loop in free if loop not in claimed]
         # A second loop of a kind is the remainder of an unrolled one: the largest does the work.
@@ -73,11 +73,11 @@ def bound(code: Code, judged: Judged) -> Bound:
             pieces.append((phase.name, largest.counts, phase.trips(largest.counts)))
     busy: dict[str, float] = {}
     for _, counts, trips in pieces:
-        for part, seconds in chips.h100_seconds(counts, trips * warps).items():
+        for part, seconds in rates.h100_seconds(counts, trips * warps).items():
             busy[part] = busy.get(part, 0.0) + seconds
-    busy["HBM"] = judged.hbm_bytes / chips.HBM_BYTES
+    busy["HBM"] = workload.hbm_bytes / rates.HBM_BYTES
     name, counts, trips = max(pieces[1:] or pieces, key=lambda piece: piece[1].instructions * piece[2])
-    scale = trips * warps * LANES / judged.units
+    scale = trips * warps * LANES / workload.units
     per_unit = {kind: number * scale for kind, number in counts.classes.items()}
     return Bound(busy, name, per_unit, counts.instructions, counts.matrix, trips, tuple(missing))
 
@@ -91,11 +91,11 @@ def _matrix_phase(name: str, fmas: float) -> Phase:
     return Phase(name, _has_mma, lambda counts: fmas / counts.fmas)
 
 
-def _quantize(constants: Mapping[str, Any], num_warps: int) -> Judged:
+def _quantize(constants: Mapping[str, Any], num_warps: int) -> Workload:
     rows, features, width, codes = 1_000_000, 256, 16, 8192
     tile = constants["BM"]
     fmas = 3.0 * tile * codes * width / num_warps
-    return Judged(
+    return Workload(
         "default.json-quantize/16-fp32",
         "1000000x256->16x8192",
         "score",
@@ -111,7 +111,7 @@ def _quantize(constants: Mapping[str, Any], num_warps: int) -> Judged:
     )
 
 
-def _cross_entropy(kernel: str, constants: Mapping[str, Any], num_warps: int) -> Judged:
+def _cross_entropy(kernel: str, constants: Mapping[str, Any], num_warps: int) -> Workload:
     rows, features, classes = 16384, 768, 8192
     inputs = 2.0 * features * (rows + classes)  # bf16
     shape, unit = "16384x768->8192 bf16", "row, class"
@@ -122,18 +122,18 @@ def _cross_entropy(kernel: str, constants: Mapping[str, Any], num_warps: int) ->
             return 2.0 * classes / num_warps / counts.read_bytes
 
         if constants["WHOLE"]:  # the row stays in registers: no loop
-            return Judged(f"{case}-gradient-whole", shape, unit, rows, num_warps, rows * classes, (), 0.0)
+            return Workload(f"{case}-gradient-whole", shape, unit, rows, num_warps, rows * classes, (), 0.0)
         phases: tuple[Phase, ...] = (
             Phase("gradient", lambda loop: bool(loop.counts.classes["stg"] and loop.counts.read_bytes), trips),
             Phase("statistics", lambda loop: loop.counts.classes["special"] > 0, trips),
         )
         case += "-gradient"
-        return Judged(case, shape, unit, rows, num_warps, rows * classes, phases, 0.0)  # the logits stay in the L2
+        return Workload(case, shape, unit, rows, num_warps, rows * classes, phases, 0.0)  # the logits stay in the L2
     blocks = {
         "logits": rows / constants["BM"] * classes / constants["BN"],
         "hidden_gradient": rows / constants["BM"] * features / constants["BN"],
         "weight_gradient": classes / constants["BM"] * features / constants["BN"] * rows / 1536,  # once a chunk
-        "loss": 2 * chips.SMS,  # enough shares for two blocks on every multiprocessor
+        "loss": 2 * rates.SMS,  # enough shares for two blocks on every multiprocessor
     }[kernel]
     fmas = float(rows) * features * classes / blocks / num_warps
     output = {"hidden_gradient": 2.0 * rows * features, "weight_gradient": 8.0 * classes * features * rows / 1536}
@@ -142,10 +142,10 @@ def _cross_entropy(kernel: str, constants: Mapping[str, Any], num_warps: int) ->
         tiles = rows * classes / constants["BM"] / constants["BN"] / blocks
         phases += (Phase("softmax", lambda loop: loop.counts.classes["special"] > 0, lambda _: tiles),)
     hbm = inputs + output.get(kernel, 0.0)
-    return Judged(case, shape, unit, blocks, num_warps, float(rows) * classes, phases, hbm)
+    return Workload(case, shape, unit, blocks, num_warps, float(rows) * classes, phases, hbm)
 
 
-def _attention(constants: Mapping[str, Any], num_warps: int) -> Judged:
+def _attention(constants: Mapping[str, Any], num_warps: int) -> Workload:
     batch, heads, frames, chunk, left, size = 16, 8, 1500, 64, 256, 64
     rows, columns = constants["BM"], constants["BN"]
     tiles = pairs = 0
@@ -160,7 +160,7 @@ def _attention(constants: Mapping[str, Any], num_warps: int) -> Judged:
     fmas = 2.0 * rows * columns * size / num_warps
     band_row = (chunk + left + chunk - 1 + 14 + 15) // 16 * 16 + 1
     tensors = 4.0 * batch * heads * frames * size * 2 + batch * heads * frames * band_row * 2
-    return Judged(
+    return Workload(
         "default.json-forward/64",
         "B16 H8 T1500 d64, chunk 64, 256 frames left, bf16",
         "visible (query, key)",
@@ -172,11 +172,11 @@ def _attention(constants: Mapping[str, Any], num_warps: int) -> Judged:
     )
 
 
-def judged_of(op: str, case: Any) -> Judged | None:
-    """What ``case`` does at its judged shape, or None where it is another variant."""
+def workload_of(op: str, case: Any) -> Workload | None:
+    """What ``case`` does at its reference shape, or None where it is another variant."""
     constants, warps = case.constexprs, case.num_warps
     if op == "quantize":
-        found: Judged | None = _quantize(constants, warps)
+        found: Workload | None = _quantize(constants, warps)
     elif op == "masked_cross_entropy":
         kernel = case.kernel.__name__.removesuffix("_kernel")
         if kernel == "merge":

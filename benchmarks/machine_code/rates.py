@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.sass import Counts
+from benchmarks.machine_code.sass import Counts
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from benchmarks.common import Case, Provider, Skip, Work, bestrq2_providers, com
 OP = "chunked_attention"
 BASELINE = "Transformer-XL, materialised"
 
-_JUDGED = "B2H4T2048d64-c64l256r0"
+_REFERENCE = "B2H4T2048d64-c64l256r0"
 _SPEECHBRAIN = "B4H8T500d64-c16l64r0"  # 20 s at 25 Hz, 16 frames, 4 left chunks
 _NEMO = "B2H8T1000d64-c14l70r0"  # FastConformer, att_context_size [70, 13]
 _FULL = "B1H4T512d64"  # offline encoder, everything visible
 _LONG = "B1H2T4096d64-c64l256r0"  # minutes of audio
 
 SHAPES = {
-    "cpu": (_JUDGED, _SPEECHBRAIN, _NEMO, _FULL, _LONG),
+    "cpu": (_REFERENCE, _SPEECHBRAIN, _NEMO, _FULL, _LONG),
     "cuda": (
-        _JUDGED,
+        _REFERENCE,
         "B16H8T1500d64-c64l256r0",
         "B8H12T6000d64-c16l128r0",
         "B16H12T1500d64-c32l256r32",
@@ -72,7 +72,7 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     """Normal inputs; query, key and value are the (B, T, H, d) of a projection, seen as (B, H, T, d)."""
     match = re.fullmatch(r"B(\d+)H(\d+)T(\d+)d(\d+)(?:-c(\d+)l(\d+)r(\d+))?", shape)
     if not match:
-        raise ValueError(f"chunked_attention: a shape reads like {_JUDGED} or {_FULL}, got {shape!r}")
+        raise ValueError(f"chunked_attention: a shape reads like {_REFERENCE} or {_FULL}, got {shape!r}")
     batch, heads, frames, dim = (int(number) for number in match.groups()[:4])
     chunk, left, right = (None, None, 0) if match[5] is None else (int(match[i]) for i in (5, 6, 7))
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """What the compiler made of every Triton kernel, and a first bound for an H100: ARITHMETIC FROM THE MACHINE CODE.
 
-python benchmarks/compile_report.py                      every kernel of every shipped configuration, for sm_90
-python benchmarks/compile_report.py quantize --arch 80   one operation, another chip
-python benchmarks/compile_report.py --judged             only the kernels whose judged shape has a bound
-python benchmarks/compile_report.py --save               also writes benchmarks/results/compile-sm_90_<date>.csv
+python benchmarks/machine_code/report.py                      every kernel of every shipped configuration, for sm_90
+python benchmarks/machine_code/report.py quantize --arch 80   one operation, another chip
+python benchmarks/machine_code/report.py --workloads             only the kernels whose reference shape has a bound
+python benchmarks/machine_code/report.py --save               also writes benchmarks/results/compile-sm_90_<date>.csv
 
 Nothing runs and nothing is timed; no GPU is needed. A bound is what the busiest part of the chip needs if nothing ever
 waits; "added up" is what all parts need one after the other. A measurement lies above the first, and far above it where
-few warps hide latencies. Rates and their sources: chips.py. How often a loop runs: judged.py.
+few warps hide latencies. Rates and their sources: rates.py. How often a loop runs: workloads.py.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # a script: make `benchmarks` and, in an uninstalled checkout, `bestrq2` importable
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bestrq2.kernels import aot
 
-from benchmarks import chips, sass
-from benchmarks.judged import Bound, Judged, bound, judged_of
+from benchmarks.machine_code import rates, sass
+from benchmarks.machine_code.workloads import Bound, Workload, bound, workload_of
 
 OPS = {
     "quantize": "bestrq2.kernels.quantize",
@@ -43,21 +43,21 @@ FIELDS = (
     *(f"{part}_ms" for part in PARTS),
     *("triton", "date", "label"),
 )
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 Row = dict[str, Any]
 
 
-def inspect(op: str, case: aot.CompileCase, architecture: int) -> tuple[Row, Bound | None, Judged | None]:
-    """One row; counts are instructions of one lane per unit of work at a judged shape, else per iteration."""
+def inspect(op: str, case: aot.CompileCase, architecture: int) -> tuple[Row, Bound | None, Workload | None]:
+    """One row; counts are instructions of one lane per unit of work at its reference shape, else per iteration."""
     import triton
 
     compiled = aot.compile_cubin(case, architecture)
     code = sass.parse(aot.disassemble(compiled.cubin))
     report = compiled.report
-    held = chips.occupancy(architecture, report.registers, report.shared_bytes, case.num_warps)
-    judged = judged_of(op, case) if architecture == 90 else None
-    result = bound(code, judged) if judged else None
+    held = rates.occupancy(architecture, report.registers, report.shared_bytes, case.num_warps)
+    workload = workload_of(op, case) if architecture == 90 else None
+    result = bound(code, workload) if workload else None
     hot = max(
         (loop.counts for loop in code.loops if loop.innermost),
         key=lambda counts: (counts.fmas, counts.instructions),
@@ -80,29 +80,34 @@ def inspect(op: str, case: aot.CompileCase, architecture: int) -> tuple[Row, Bou
         "date": date.today().isoformat(),
         "label": LABEL,
     }
-    if judged and result:
-        row |= {"shape": judged.shape, "unit": judged.unit, "bound_ms": result.milliseconds, "bound_by": result.limit}
+    if workload and result:
+        row |= {
+            "shape": workload.shape,
+            "unit": workload.unit,
+            "bound_ms": result.milliseconds,
+            "bound_by": result.limit,
+        }
         row |= {kind: result.per_unit.get(kind, 0.0) for kind in sass.CLASSES}
         row |= {"loop_instructions": result.instructions}
         row |= {f"{part}_ms": 1e3 * result.busy.get(part, 0.0) for part in PARTS}
-    return row, result, judged
+    return row, result, workload
 
 
-def describe(row: Row, result: Bound | None, judged: Judged | None) -> Iterator[str]:
+def describe(row: Row, result: Bound | None, workload: Workload | None) -> Iterator[str]:
     yield (
         f"{row['op']} {row['case']} sm_{row['arch']}: {row['registers']} registers, {row['spill_bytes']} B spilled, "
         f"{row['shared_bytes']} B shared, {row['warps_per_sm']} warps per SM ({row['limited_by']}), "
         f"loop of {row['loop_instructions']}, {row['matrix'] or 'no matrix instruction'}"
     )
-    if not result or not judged:
+    if not result or not workload:
         return
-    yield f"    {judged.shape}, {LABEL}: at least {result.milliseconds:.3f} ms by {result.limit}"
+    yield f"    {workload.shape}, {LABEL}: at least {result.milliseconds:.3f} ms by {result.limit}"
     busy = sorted(result.busy.items(), key=lambda item: -item[1])
     yield f"    ms busy: {', '.join(f'{part} {1e3 * seconds:.3f}' for part, seconds in busy if seconds > 0)}"
     yield f"    added up (nothing overlaps): {1e3 * sum(result.busy.values()):.3f} ms"
     counted = sorted(result.per_unit.items(), key=lambda item: -item[1])
     yield (
-        f"    hot loop: {result.hot}, {result.trips:.1f} iterations, per {judged.unit}: "
+        f"    hot loop: {result.hot}, {result.trips:.1f} iterations, per {workload.unit}: "
         f"{', '.join(f'{kind} {number:.3f}' for kind, number in counted)}; all {sum(result.per_unit.values()):.2f}"
     )
     if result.missing:
@@ -126,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)} (default: all)")
     parser.add_argument("--arch", type=int, choices=aot.ARCHITECTURES, default=90, help="default: 90")
-    parser.add_argument("--judged", action="store_true", help="only kernels with a judged shape")
+    parser.add_argument("--workloads", action="store_true", help="only kernels with a reference shape")
     parser.add_argument("--save", nargs="?", const="", metavar="CSV", help="write rows (default: results/compile-...)")
     options = parser.parse_args(arguments)
     if unknown := [op for op in options.ops if op not in OPS]:
@@ -134,11 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for op in options.ops or OPS:
         for case in cases_of(op):
-            if options.judged and not judged_of(op, case):
+            if options.workloads and not workload_of(op, case):
                 continue
-            row, result, judged = inspect(op, case, options.arch)
+            row, result, workload = inspect(op, case, options.arch)
             rows.append(row)
-            print("\n".join(describe(row, result, judged)), flush=True)
+            print("\n".join(describe(row, result, workload)), flush=True)
     if options.save is not None:
         path = Path(options.save or RESULTS / f"compile-sm_{options.arch}_{date.today().isoformat()}.csv")
         save(rows, path)

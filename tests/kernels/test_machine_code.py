@@ -1,4 +1,4 @@
-"""benchmarks/compile_report.py: the reading of machine code, on lines written here and on one compiled kernel."""
+"""benchmarks/machine_code/report.py: the reading of machine code, on lines written here and on one compiled kernel."""
 
 import csv
 import os
@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import benchmark_cases  # noqa: F401  (makes benchmarks importable)
 from bestrq2.kernels import quantize
 
-from benchmarks import chips, compile_report, judged, sass
+from benchmarks.machine_code import rates, report, sass, workloads
 
 NESTED = """
 .text.kernel:
@@ -76,15 +76,15 @@ def test_text_without_instructions_is_refused():
 
 
 def test_occupancy():
-    assert chips.occupancy(90, 128, 1024, 4) == chips.Occupancy(4, 16, "registers")
-    assert chips.occupancy(90, 129, 1024, 4).blocks == 3, "136 registers a thread are given"
-    assert chips.occupancy(80, 32, 80 * 1024, 4) == chips.Occupancy(2, 8, "shared memory")
+    assert rates.occupancy(90, 128, 1024, 4) == rates.Occupancy(4, 16, "registers")
+    assert rates.occupancy(90, 129, 1024, 4).blocks == 3, "136 registers a thread are given"
+    assert rates.occupancy(80, 32, 80 * 1024, 4) == rates.Occupancy(2, 8, "shared memory")
 
 
 def test_quantize(tmp_path):
-    """The search loop of the compiled kernel: its products are those of the judged shape, three a score."""
+    """The search loop of the compiled kernel: its products are those of the reference shape, three a score."""
     case = next(case for case in quantize.compile_cases() if case.name == "default.json-quantize/16-fp32")
-    row, result, shape = compile_report.inspect("quantize", case, 90)
+    row, result, shape = report.inspect("quantize", case, 90)
     assert result.hot == "search"
     assert not result.missing
     assert result.trips in (8192 / case.constexprs["BN"], 8192 / case.constexprs["BN"] / 2), "one tile or a pair"
@@ -92,14 +92,16 @@ def test_quantize(tmp_path):
     # 786 GFLOP at 800 TFLOP/s and a warp-wide maximum per score at least, whatever the tile.
     assert result.busy["mma"] == pytest.approx(0.983e-3, rel=0.01)
     assert result.per_unit["compare"] >= 1
-    assert any("not measured" in line for line in compile_report.describe(row, result, shape))
-    compile_report.save([row], tmp_path / "rows.csv")
+    assert any("not measured" in line for line in report.describe(row, result, shape))
+    report.save([row], tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:
         (read,) = csv.DictReader(file)
-    assert read["label"] == compile_report.LABEL
+    assert read["label"] == report.LABEL
     assert float(read["bound_ms"]) == pytest.approx(row["bound_ms"], rel=1e-3)
 
 
 def test_a_phase_without_its_loop_is_named():
-    kernel = judged.Judged("", "", "", 1, 4, 1, (judged.Phase("absent", lambda loop: False, lambda counts: 1.0),), 0.0)
-    assert judged.bound(sass.parse(NESTED), kernel).missing == ("absent",)
+    kernel = workloads.Workload(
+        "", "", "", 1, 4, 1, (workloads.Phase("absent", lambda loop: False, lambda counts: 1.0),), 0.0
+    )
+    assert workloads.bound(sass.parse(NESTED), kernel).missing == ("absent",)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from benchmarks.soak_kills import Figures
+from benchmarks.endurance.kills import Figures
 from bestrq2.data import AudioError, audio_info, discover_folder, load_audio, read_manifest, tiny_dataset
 from bestrq2.data.audio import audio_digest
 from bestrq2.errors import REASONS
@@ -236,7 +236,7 @@ def malformed_run(folder: Path, least: int, seed: int) -> Figures:
     figures: Figures = {"files and folders": entries, "audio files tried": len(inputs)}
     problems: list[str] = []
 
-    output = command("each file", ["-m", "benchmarks.soak_audio", str(audio)], folder / "each.log")
+    output = command("each file", ["-m", "benchmarks.endurance.audio", str(audio)], folder / "each.log")
     single = {bytes.fromhex(name).decode(errors="surrogateescape"): (seconds, outcomes)
               for name, seconds, outcomes in map(json.loads, output.splitlines())}  # fmt: skip
     if len(single) != len(inputs):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Try to make training lose work: kills at random moments, a rank that dies, a folder of broken audio.
 
-python benchmarks/soak.py                        50 kills, 2 killed ranks, 1000 malformed files: about 15 minutes
-python benchmarks/soak.py --only kills --kills 200 --seed 7
-python benchmarks/soak.py --save                 appends the figures to benchmarks/results/soak-<device>_<date>.csv
+python benchmarks/endurance/run.py               50 kills, 2 killed ranks, 1000 malformed files: 15 minutes
+python benchmarks/endurance/run.py --only kills --kills 200 --seed 7
+python benchmarks/endurance/run.py --save        appends to benchmarks/results/soak-<device>_<date>.csv
 
 Exit code 0 only if nothing was lost. Real processes and real signals; Linux, because processes are found in /proc.
 """
@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 
 if not __package__:  # a script: make `benchmarks` and, in an uninstalled checkout, `bestrq2` importable
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from benchmarks.endurance.audio import malformed_run
+from benchmarks.endurance.kills import Figures, kill_run, ranks_run
 from benchmarks.machine import cpu_name, environment, load
 from benchmarks.report import RESULTS
-from benchmarks.soak_audio import malformed_run
-from benchmarks.soak_kills import Figures, kill_run, ranks_run
 
 CASES = ("kills", "ranks", "malformed")
 
@@ -70,7 +70,7 @@ def save(figures: dict[str, Figures], path: Path, command: str, busy: float) -> 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     busy = load()
-    command = shlex.join(["python", "benchmarks/soak.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(["python", "benchmarks/endurance/run.py", *(sys.argv[1:] if arguments is None else arguments)])
     runs = {
         "kills": lambda folder: kill_run(folder, options.kills, options.seed),
         "ranks": lambda folder: ranks_run(folder, options.rank_kills, options.seed),

@@ -18,7 +18,7 @@ from benchmarks.common import Case, Provider, Results, Skip, Work, bestrq2_provi
 OP = "quantize"
 BASELINE = "published eager"
 
-_JUDGED = "16384x256->16x8192"
+_REFERENCE = "16384x256->16x8192"
 _MANY_ROWS = "1000000x256->16x8192"
 _SPEECHBRAIN = "4096x320->16x8192"  # 80 mels x 4 frames
 _NEMO = "2048x640->16x8192"  # 80 mels x 8 frames, one codebook
@@ -29,12 +29,12 @@ _SMALL_CODEBOOK = "4096x320->16x1024"
 _SMALL = "128x256->16x8192"  # one 10 s clip of 2.0
 
 SHAPES = {
-    "cpu": (_JUDGED, _SPEECHBRAIN, _NEMO, _MANY_BOOKS, _USM, _NEMO_BOOKS, _SMALL_CODEBOOK, _SMALL),
-    "cuda": (_JUDGED, _SPEECHBRAIN, _NEMO, "16384x256->16x8192x16", _SMALL, _MANY_ROWS),
+    "cpu": (_REFERENCE, _SPEECHBRAIN, _NEMO, _MANY_BOOKS, _USM, _NEMO_BOOKS, _SMALL_CODEBOOK, _SMALL),
+    "cuda": (_REFERENCE, _SPEECHBRAIN, _NEMO, "16384x256->16x8192x16", _SMALL, _MANY_ROWS),
 }
 TUNING = {
     "quantize/16": (_MANY_ROWS, "float32"),
-    "quantize/16/few": (_JUDGED, "float32"),
+    "quantize/16/few": (_REFERENCE, "float32"),
     "quantize/32": ("16384x256->32x8192", "float32"),
     "quantize/64": ("16384x256->64x8192", "float32"),
 }
@@ -50,7 +50,7 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     """Gaussian rows, xavier-uniform projection(s), Gaussian unit codes. Only the rows have ``dtype``."""
     match = re.fullmatch(r"(\d+)x(\d+)->(\d+)x(\d+)(?:x(\d+))?", shape)
     if not match:
-        raise ValueError(f"quantize: a shape reads like {_JUDGED} or {_MANY_BOOKS}, got {shape!r}")
+        raise ValueError(f"quantize: a shape reads like {_REFERENCE} or {_MANY_BOOKS}, got {shape!r}")
     rows, features, width, codes = (int(number) for number in match.groups()[:4])
     books = int(match[5]) if match[5] else 0
     lead = (books,) if books else ()
