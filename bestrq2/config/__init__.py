@@ -21,7 +21,6 @@ from .sections import (
     ProbeConfig,
     TargetsConfig,
     TrainConfig,
-    TransformerConfig,
     ValidationConfig,
 )
 
@@ -40,7 +39,6 @@ __all__ = [
     "ProbeConfig",
     "TargetsConfig",
     "TrainConfig",
-    "TransformerConfig",
     "ValidationConfig",
     "config_from_dict",
     "config_to_dict",
