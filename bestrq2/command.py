@@ -188,8 +188,8 @@ _open_standard_files()
 @contextlib.contextmanager
 def _safe_output() -> Iterator[tuple[_Output, _Output]]:
     before = sys.stdout, sys.stderr
-    if isinstance(before[0], _Output) and isinstance(before[1], _Output):  # a command that calls another
-        yield before
+    if isinstance(sys.stdout, _Output) and isinstance(sys.stderr, _Output):  # a command that calls another
+        yield sys.stdout, sys.stderr
         return
     out, err = _Output(before[0], 1), _Output(before[1], 2)
     sys.stdout, sys.stderr = out, err

@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         progress = tqdm(stream, total=-(-clips // size), desc="measuring", unit="batch")
         found = measure_statistics(build_encoder(config.model).front_end, progress, torch.device("cpu"))
         section = {"normalize": "global", "mean": round(found.mean, 4), "std": round(found.std, 4)}
-        text = f"# over {found.frames} frames of {found.clips} clips of {printable(str(config.data.source or 'the packaged clips'))}\n"
+        origin = printable(str(config.data.source or "the packaged clips"))
+        text = f"# over {found.frames} frames of {found.clips} clips of {origin}\n"
         text += write_yaml({"model": {"front_end": section}})
         if options.out is None:
             print(text, end="")

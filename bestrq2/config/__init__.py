@@ -29,7 +29,6 @@ from .sections import (
     ProbeConfig,
     TargetsConfig,
     TrainConfig,
-    TransformerConfig,
     ValidationConfig,
 )
 from .text import read_text, read_yaml, write_yaml
@@ -49,7 +48,6 @@ __all__ = [
     "ProbeConfig",
     "TargetsConfig",
     "TrainConfig",
-    "TransformerConfig",
     "ValidationConfig",
     "config_from_dict",
     "config_from_yaml",

@@ -62,7 +62,7 @@ def _sections() -> list[str]:
 def _layer(values: Mapping[str, Any], origin: str) -> DictConfig:
     try:
         layer = OmegaConf.create(shield(values))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: {readable(str(error).splitlines()[0])}") from error
     assert isinstance(layer, DictConfig)
     return layer
@@ -169,5 +169,7 @@ def _checked(merged: DictConfig) -> Config:
         config: Config = unshielded(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {readable(str(error).splitlines()[0])}") from error
+    except ValueError as error:  # of the settings of a layer
+        raise ConfigError(f"model: {error}") from error
     check_values(config)
     return config

@@ -1,7 +1,7 @@
 """Where text becomes values and values become text: YAML, ``key=value`` arguments, and the paths among the values.
 
-A string is itself: ``${...}`` and ``???``, to which OmegaConf gives a meaning, have none here, so that a folder may have
-any name, and ``configuration -> YAML -> configuration`` changes nothing.
+A string is itself: ``${...}`` and ``???``, to which OmegaConf gives a meaning, have none here. So a folder may have any
+name, and ``configuration -> YAML -> configuration`` changes nothing.
 """
 
 import os
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 
 from bestrq2.errors import ConfigError
 
@@ -24,6 +23,54 @@ _NAMES = (*PATHS, "recipe", "train.wandb", "probe.label", "probe.group", "probe.
 _SHIELD = "\0text:"
 
 
+_MOST_ALIASES = 16  # more can stand for billions of values
+
+# YAML 1.2 for numbers (1e-4 is one) and none of YAML 1.1's dates and sums of minutes, the same in both directions:
+# what would be read as a number is written in quotes.
+_FLOAT = re.compile(
+    r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_DROPPED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+
+
+def _resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
+    found = {
+        first: [(tag, pattern) for tag, pattern in entries if tag not in _DROPPED]
+        for first, entries in base.yaml_implicit_resolvers.items()
+    }
+    for first in "-+0123456789.":
+        found[first] = [*found.get(first, []), ("tag:yaml.org,2002:float", _FLOAT)]
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Also refuses keys that are there twice, of which one would be lost."""
+
+    yaml_implicit_resolvers = _resolvers(yaml.SafeLoader)
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > _MOST_ALIASES:
+                raise yaml.YAMLError(f"more than {_MOST_ALIASES} aliases (*name)")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.YAMLError(f"the key {key.value!r} is there twice, line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _resolvers(yaml.SafeDumper)
+
+
 def read_yaml(text: str, origin: str) -> dict[str, Any]:
     """The mapping that YAML describes.
 
@@ -31,7 +78,7 @@ def read_yaml(text: str, origin: str) -> dict[str, Any]:
         ConfigError: if it is no YAML or no mapping; it names ``origin``.
     """
     try:
-        values = yaml.load(text, Loader=get_yaml_loader())
+        values = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
     if values is None:
@@ -43,8 +90,7 @@ def read_yaml(text: str, origin: str) -> dict[str, Any]:
 
 def write_yaml(values: Mapping[str, Any]) -> str:
     """YAML that :func:`read_yaml` gives back, strings to the last character."""
-    options: Any = {"default_flow_style": False, "allow_unicode": True, "sort_keys": False}
-    return yaml.dump(dict(values), Dumper=get_omega_conf_dumper(), **options)
+    return yaml.dump(dict(values), Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
@@ -80,7 +126,7 @@ def read_override(text: str) -> tuple[str, Any]:
     if key in _NAMES and not re.fullmatch(r"\s*(null|~|\[.*\]|'.*'|\".*\"|[-+.\d]+|)\s*", value, re.S):
         return key, value
     try:
-        return key, yaml.load(value, Loader=get_yaml_loader())
+        return key, yaml.load(value, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"override {text!r}: not valid YAML: {reason}") from error
@@ -129,7 +175,7 @@ def readable(message: str) -> str:
 
 
 def located(values: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The same nested values with relative names of files taken from ``folder``, so that they mean the same anywhere."""
+    """The same nested values with relative names of files taken from ``folder``: they mean the same anywhere."""
     for key in PATHS:
         *sections, last = key.split(".")
         inner: Any = values

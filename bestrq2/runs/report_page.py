@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bestrq2.config import write_yaml
+
 from .record import RunRecord, flatten
 
 PICTURES = 6  # of a run, evenly spaced over training
