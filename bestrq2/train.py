@@ -26,6 +26,7 @@ from bestrq2.command import command, leave
 import torch
 
 from bestrq2.config import Config, ConfigError, load_config, recipe_names, with_overrides
+from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
@@ -66,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--find-batch", action="store_true", help="try batch sizes of one rank, say which fit and how fast they are"
     )
+    parser.add_argument(
+        "--show-config", action="store_true", help="print every key with its value and a line about it, and end"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     parser.add_argument("--name", help="name of the new run folder (default: the recipe and a number)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=1000 data.crop_seconds=4")
@@ -74,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.resume and "=" in options.resume and not Path(options.resume).exists():
         options.overrides.insert(0, options.resume)  # "--resume train.steps=100": an override followed the bare option
         options.resume = ""
+    if options.show_config:
+        print(describe(load_config(options.config or DEFAULT_RECIPE, options.overrides, chosen_values(options))))
+        return 0
     ranks = Ranks.start()
     try:
         return run(options, ranks)
@@ -88,13 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and options.resume is None:
         raise ConfigError("--max-restarts: torchrun repeats this command line, so it needs --name NAME --resume")
-    values: dict[str, Any] = {}
-    if options.data is not None:
-        values["data.source"] = options.data
-    if options.frozen_encoder is not None:
-        values["frozen.source"] = options.frozen_encoder
-    if options.trust_remote_code:
-        values["frozen.trust_remote_code"] = True
+    values = chosen_values(options)
     folder = ranks.from_first(lambda: folder_to_resume(options))
     if folder is not None:
         with alone_in(folder, ranks):
@@ -109,6 +110,18 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.is_first:
             new.note_skips(dataset.left_out)
         return start(config, dataset, new, None, ranks)
+
+
+def chosen_values(options: argparse.Namespace) -> dict[str, Any]:
+    """Configuration values that have an option of their own."""
+    values: dict[str, Any] = {}
+    if options.data is not None:
+        values["data.source"] = options.data
+    if options.frozen_encoder is not None:
+        values["frozen.source"] = options.frozen_encoder
+    if options.trust_remote_code:
+        values["frozen.trust_remote_code"] = True
+    return values
 
 
 @contextmanager

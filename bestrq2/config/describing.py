@@ -1,4 +1,4 @@
-"""Every key of a configuration with its value and one line about it, from the comments and docstrings of its section."""
+"""Every key of a configuration with its value and one line about it, from comments and docstrings of the sections."""
 
 import ast
 import inspect
