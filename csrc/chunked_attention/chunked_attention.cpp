@@ -1,3 +1,4 @@
+// Order of the tiles with fp32 products: position table and scratch memory, tiles of queries in parallel, sums.
 #include "chunked_attention/chunked_attention.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Element types of tensors.
 #pragma once
 
 namespace bestrq2 {

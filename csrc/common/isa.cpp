@@ -1,3 +1,4 @@
+// Which instruction sets processor, system and build offer.
 #include "common/isa.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Loops on the threads of torch's OpenMP pool.
 #include "common/parallel.h"
 
 #include <dlfcn.h>

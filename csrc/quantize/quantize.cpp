@@ -1,3 +1,4 @@
+// Packs projections and codebooks, then gives chunks of rows to the search of the best instruction set.
 #include "quantize/quantize.h"
 
 #include <algorithm>
