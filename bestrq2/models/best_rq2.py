@@ -19,7 +19,7 @@ from .predictor import CodeHead, Predictor
 
 @dataclass
 class PretrainOutput:
-    """What one pretraining pass gives.
+    """Results of one pretraining pass.
 
     Attributes:
         loss, accuracy: 0-d float32; mean cross-entropy and top-1 accuracy over the predicted patches.

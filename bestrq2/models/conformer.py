@@ -280,7 +280,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         return features if mask is None else features * mask[..., None], valid
 
     def _obstacle(self, layout: ChunkLayout) -> str | None:
-        """Why a layout cannot be streamed exactly, or None."""
+        """Reason why a layout cannot be streamed exactly, or None."""
         if layout.chunk_size is None:
             return "attention to the whole sequence (chunk_size None) needs all of it"
         if layout.right_context != 0:
