@@ -15,7 +15,7 @@ from bestrq2.training.statistics import measure_statistics
 FIRST_LOOK_CLIPS = 64
 
 
-def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
+def open_dataset(config: Config, purpose: str = "Data", split: str = "train") -> CropDataset:
     """Find the audio and say, under the name ``purpose``, what was found and what was left out."""
     data, front = config.data, config.model.front_end
     shortest = (config.model.encoder.frames_per_token - 1) * front.hop_length / front.sampling_rate
@@ -25,10 +25,12 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         files = tiny_dataset()
         print(f"{purpose}: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
     else:
-        files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty())
+        files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty(), split=split)
         name = data.source if isinstance(data.source, str) else ", ".join(data.source)
         hours = sum(file.duration or 0.0 for file in files) / 3600
         print(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
+        for note in report.notes:
+            print(f"note: {note}")
         left_out = report.skips
         if report.skips:
             print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
