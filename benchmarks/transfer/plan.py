@@ -128,7 +128,7 @@ def flops_per_step(config: Config) -> float:
     total = 0.0
     with torch.no_grad():
         for step in range(4):
-            output = model(noise, lengths, step, torch.tensor([2 * step, 2 * step + 1]))
+            output = model(noise, lengths, step=step, index=torch.tensor([2 * step, 2 * step + 1]))
             total += model.flops(output.plan)
     return total / 4 * config.train.batch_size / 2
 

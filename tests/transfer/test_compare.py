@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from benchmarks.transfer import __main__ as command
+from benchmarks.transfer import compare as command
 from benchmarks.transfer import scores, table
 from benchmarks.transfer.plan import Candidate, Plan, quick_plan, read_plan, steps_of
 from bestrq2.config import ConfigError

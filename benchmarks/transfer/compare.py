@@ -1,8 +1,9 @@
+#!/usr/bin/env python
 """Compare recipes by how well their features transfer: equal compute, equal data, several seeds, one probe suite.
 
-    python benchmarks/transfer --quick                                  # clips of the package, under 40 s: does it work
-    python benchmarks/transfer PLAN.yaml --corpora corpora --out transfer/masks --threads 1
-    python benchmarks/transfer PLAN.yaml --corpora corpora --out transfer/masks --table      # of what is done so far
+    python benchmarks/transfer/compare.py --quick                       # clips of the package, under 40 s
+    python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --threads 1
+    python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --table
 
 ``--corpora`` is what ``benchmarks/transfer/corpora.py`` made. PLAN.yaml is described in ``plan.py``. Equal compute is
 equal matrix-product operations of training (forward and backward, as the training log counts them); the steps of each
@@ -10,7 +11,7 @@ recipe follow from that and are printed. Every run is probed with the same reado
 training and log-mel statistics.
 
 Everything is kept in ``--out``: run folders, scores, scores.csv, table.md and table.png. A comparison that was killed
-at any moment goes on with the same command.
+at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def minutes_of(run: Path) -> float | str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python benchmarks/transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python benchmarks/transfer/compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("plan", nargs="?", type=Path, help="YAML file, see plan.py")
     parser.add_argument("--quick", action="store_true", help="two tiny recipes on the clips of the package")
@@ -132,7 +135,7 @@ def report(plan: Plan, tasks: list[str], out: Path) -> None:
 
 def provenance() -> dict[str, Any]:
     """Columns that let a reader repeat a score."""
-    command = shlex.join(["python", "benchmarks/transfer", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/transfer/compare.py", *sys.argv[1:]])
     return {"device": cpu_name(), "threads": torch.get_num_threads(), **environment(command)}
 
 
