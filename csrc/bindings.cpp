@@ -10,6 +10,7 @@
 
 #include "chunked_attention.h"
 #include "isa.h"
+#include "log_mel/log_mel.h"
 #include "masked_cross_entropy.h"
 #include "masked_cross_entropy_fused.h"
 #include "parallel.h"
@@ -66,6 +67,24 @@ bestrq2::ChunkedAttention chunked_attention(const py::dict& d) {
   a.grad_position = address("grad_position");
   a.grad_content_bias = floats("grad_content_bias"), a.grad_position_bias = floats("grad_position_bias");
   return a;
+}
+
+bestrq2::LogMel log_mel(const py::dict& d) {
+  const auto integer = [&](const char* name) { return d[name].cast<std::int64_t>(); };
+  const auto integers = [&](const char* name) { return at<const std::int64_t>(d[name].cast<std::uintptr_t>()); };
+  const auto doubles = [&](const char* name) { return at<const double>(d[name].cast<std::uintptr_t>()); };
+  const auto floats = [&](const char* name) { return at<float>(d[name].cast<std::uintptr_t>()); };
+  bestrq2::LogMel job{};
+  job.waveform = floats("waveform"), job.clips = integer("clips"), job.stride = integer("stride");
+  job.lengths = integers("lengths"), job.counts = integers("counts");
+  job.begin = integer("begin"), job.hop = integer("hop"), job.size = integer("size");
+  job.window = doubles("window"), job.window_length = integer("window_length");
+  job.radices = integers("radices"), job.passes = integer("passes");
+  job.twiddles = doubles("twiddles"), job.places = integers("places"), job.half_turns = doubles("half_turns");
+  job.bins = integers("bins"), job.offsets = integers("offsets"), job.weights = doubles("weights");
+  job.bands = integer("bands"), job.mean = floats("mean"), job.std = floats("std");
+  job.out = floats("out"), job.frames = integer("frames"), job.threads = d["threads"].cast<int>();
+  return job;
 }
 
 template <class Run>
@@ -187,6 +206,11 @@ PYBIND11_MODULE(_C, m) {
     f.grad_bias = at<float>(address("grad_bias")), f.threads = d["threads"].cast<int>();
     const py::gil_scoped_release release;
     bestrq2::masked_cross_entropy_fused(f);
+  });
+  m.def("log_mel", [](const py::dict& arguments) {
+    const auto job = log_mel(arguments);
+    const py::gil_scoped_release release;
+    bestrq2::log_mel(job);
   });
   m.def("chunked_attention_forward", [](const py::dict& arguments) {
     const auto a = chunked_attention(arguments);
