@@ -13,7 +13,7 @@ from torch import Tensor
 from bestrq2.ops import native
 from bestrq2.ops.dispatch import forced_backend
 
-from .log_mel_tables import Tables, tables
+from .log_mel_tables import Tables, passes, tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # exact in float32
 
@@ -30,22 +30,30 @@ class Settings(NamedTuple):
 
 
 def log_mel_obstacle(waveform: Tensor, device: torch.device, settings: Settings) -> str | None:
-    """Why the fused kernels cannot compute these frames (the PyTorch form then does), or None."""
+    """Why the fused kernels cannot compute these frames on ``device``, the front end's, or None.
+
+    The PyTorch form computes what they cannot.
+    """
     if forced_backend() == "reference":
         return "the reference backend is asked for"
     if waveform.dtype not in DTYPES:
         return f"they read fp32, bf16 and fp16, got {waveform.dtype}"
     if waveform.requires_grad and torch.is_grad_enabled():
         return "they have no gradient"
-    if tables(*settings) is None:
+    if settings.n_fft % 2 or passes(settings.n_fft // 2) is None:
         return f"their FFT needs an even size whose half has no other factors than 2, 3 and 5, got {settings.n_fft}"
     if waveform.device != device:
         return f"the waveform is on {waveform.device}, the front end on {device}"
-    if waveform.device.type == "cpu":
+    return _machine_obstacle(device.type)
+
+
+@torch.compiler.assume_constant_result
+def _machine_obstacle(device_type: str) -> str | None:
+    if device_type == "cpu":
         return native.extension_obstacle()
-    if waveform.device.type == "cuda":
-        return native.triton_obstacle(waveform.device)
-    return f"there are none for {waveform.device.type!r}"
+    if device_type == "cuda":
+        return native.triton_obstacle(torch.device("cuda"))
+    return f"there are none for {device_type!r}"
 
 
 def fused_log_mel(
