@@ -5,39 +5,15 @@ front end (torchaudio ``MelSpectrogram(normalized=True)`` then ``AmplitudeToDB``
 power 2, HTK mel scale without area normalisation.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
+from .log_mel_tables import mel_filters
 
 AMPLITUDE_FLOOR = 1e-10  # -100 dB
 # Frames are processed in groups of clips whose windowed frames take about this much memory.
 GROUP_BYTES = 256 * 2**20
-
-
-def hertz_to_mel(hertz: float) -> float:
-    """HTK mel scale: ``2595 log10(1 + f / 700)``."""
-    return 2595.0 * math.log10(1.0 + hertz / 700.0)
-
-
-def mel_filters(n_fft: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float) -> Tensor:
-    """Triangular HTK filters without area normalisation.
-
-    Computed in float32 because the published transform is: both then agree to rounding, including on filter edges.
-
-    Returns:
-        ``(n_fft // 2 + 1, num_mels)`` float32 weights.
-    """
-    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1, device="cpu")
-    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2, device="cpu")
-    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
-    widths = edges[1:] - edges[:-1]
-    distance = edges[None, :] - bins[:, None]  # (bins, mels + 2)
-    rising = -distance[:, :-2] / widths[:-1]
-    falling = distance[:, 2:] / widths[1:]
-    return torch.minimum(rising, falling).clamp(min=0.0)
 
 
 class LogMel(nn.Module):

@@ -1,12 +1,11 @@
-"""Constant tables of the fused log-mel kernels: window, FFT, sparse filters. Made once per setting, on the CPU."""
+"""Constants of a log-mel front end: mel filters, and the tables of the fused kernels, made once per setting on the CPU."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
-
-RADICES = (8, 4, 2, 3, 5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +37,29 @@ class Tables:
 @cache
 def _copied(constants: Tables, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(t.to(device) for t in (constants.window, constants.bins, constants.offsets, constants.weights))  # type: ignore[return-value]
+
+
+def hertz_to_mel(hertz: float) -> float:
+    """HTK mel scale: ``2595 log10(1 + f / 700)``."""
+    return 2595.0 * math.log10(1.0 + hertz / 700.0)
+
+
+def mel_filters(n_fft: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float) -> Tensor:
+    """Triangular HTK filters without area normalisation.
+
+    Computed in float32 because the published transform is: both then agree to rounding, including on filter edges.
+
+    Returns:
+        ``(n_fft // 2 + 1, num_mels)`` float32 weights.
+    """
+    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1, device="cpu")
+    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2, device="cpu")
+    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+    widths = edges[1:] - edges[:-1]
+    distance = edges[None, :] - bins[:, None]  # (bins, mels + 2)
+    rising = -distance[:, :-2] / widths[:-1]
+    falling = distance[:, 2:] / widths[1:]
+    return torch.minimum(rising, falling).clamp(min=0.0)
 
 
 def passes(points: int) -> tuple[int, ...] | None:
@@ -98,8 +120,6 @@ def fft_tables(points: int, radices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 @cache
 def tables(n_fft: int, win_length: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float) -> Tables | None:
     """Tables of one setting, or None where the kernels have no FFT of this size."""
-    from .log_mel import mel_filters
-
     radices = passes(n_fft // 2)
     if n_fft % 2 or radices is None:
         return None

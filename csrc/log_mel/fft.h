@@ -121,21 +121,31 @@ inline void last_pass(Complex* x, int64_t blocks) {  // m = 1: all twiddles are 
 
 inline void run_pass(int64_t radix, Complex* x, int64_t m, const double* w) {
   switch (radix) {
-    case 2: return pass<2>(x, m, w);
-    case 3: return pass<3>(x, m, w);
-    case 4: return pass<4>(x, m, w);
-    case 5: return pass<5>(x, m, w);
-    default: return pass<8>(x, m, w);
+    case 2:
+      return pass<2>(x, m, w);
+    case 3:
+      return pass<3>(x, m, w);
+    case 4:
+      return pass<4>(x, m, w);
+    case 5:
+      return pass<5>(x, m, w);
+    default:
+      return pass<8>(x, m, w);
   }
 }
 
 inline void run_last_pass(int64_t radix, Complex* x, int64_t blocks) {
   switch (radix) {
-    case 2: return last_pass<2>(x, blocks);
-    case 3: return last_pass<3>(x, blocks);
-    case 4: return last_pass<4>(x, blocks);
-    case 5: return last_pass<5>(x, blocks);
-    default: return last_pass<8>(x, blocks);
+    case 2:
+      return last_pass<2>(x, blocks);
+    case 3:
+      return last_pass<3>(x, blocks);
+    case 4:
+      return last_pass<4>(x, blocks);
+    case 5:
+      return last_pass<5>(x, blocks);
+    default:
+      return last_pass<8>(x, blocks);
   }
 }
 

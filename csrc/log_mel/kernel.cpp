@@ -6,8 +6,8 @@
 //                                          absent points cost nothing)
 //                 -> sparse filters -> decibels -> (dB - mean) / std -> rows of out
 //
-// The power of a frame does not change when the frame is shifted in a circle, so a window shorter than the FFT starts at
-// point 0 wherever its centre should be.
+// The power of a frame does not change when the frame is shifted in a circle, so a window shorter than the FFT starts
+// at point 0 wherever its centre should be.
 #include "log_mel/kernel.h"
 
 #include "log_mel/fft.h"
@@ -72,7 +72,8 @@ inline Doubles windowed(const float* samples, const double* window, int64_t n) {
   return __builtin_convertvector(row, Doubles) * window[n];
 }
 
-// First pass for j in [from, to): point j + p m with p < Present is sample 2 (j + p m) and the next one, others are zero.
+// First pass for j in [from, to): point j + p m with p < Present is sample 2 (j + p m) and the next one, others are
+// zero.
 template <int Radix, int Present>
 void first_pass_of(const LogMel& job, const float* samples, Complex* x, int64_t m, int64_t from, int64_t to) {
   const double* w = job.twiddles + 2 * from * (Radix - 1);
@@ -107,11 +108,16 @@ void first_pass(const LogMel& job, const float* samples, Complex* x, int64_t m) 
 
 void first_pass(const LogMel& job, const float* samples, Complex* x, int64_t m) {
   switch (job.radices[0]) {
-    case 2: return first_pass<2>(job, samples, x, m);
-    case 3: return first_pass<3>(job, samples, x, m);
-    case 4: return first_pass<4>(job, samples, x, m);
-    case 5: return first_pass<5>(job, samples, x, m);
-    default: return first_pass<8>(job, samples, x, m);
+    case 2:
+      return first_pass<2>(job, samples, x, m);
+    case 3:
+      return first_pass<3>(job, samples, x, m);
+    case 4:
+      return first_pass<4>(job, samples, x, m);
+    case 5:
+      return first_pass<5>(job, samples, x, m);
+    default:
+      return first_pass<8>(job, samples, x, m);
   }
 }
 

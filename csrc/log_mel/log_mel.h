@@ -1,4 +1,5 @@
-// Log-mel spectrogram on the CPU: window, real FFT, power, triangular filters, decibels, standardisation, frame by frame.
+// Log-mel spectrogram on the CPU: window, real FFT, power, triangular filters, decibels, standardisation, frame by
+// frame.
 #pragma once
 
 #include <cstdint>
