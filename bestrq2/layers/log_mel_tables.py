@@ -1,4 +1,4 @@
-"""Constants of a log-mel front end: mel filters, and the tables of the fused kernels, made once per setting on the CPU."""
+"""Constants of a log-mel front end: mel filters and tables of the fused kernels, made once per setting on the CPU."""
 
 import math
 from dataclasses import dataclass
