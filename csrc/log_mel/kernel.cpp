@@ -10,6 +10,7 @@
 // at point 0 wherever its centre should be.
 #include "log_mel/kernel.h"
 
+#include "common/arena.h"
 #include "log_mel/fft.h"
 
 // No standard library templates here: their inline functions, compiled for AVX-512, could be the copies that the linker
@@ -29,22 +30,14 @@ struct Scratch {
   float* bands;     // (bands, kLanes)
 };
 
-int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-int64_t lay_out(const LogMel& job, char* base, Scratch* scratch) {
-  int64_t used = 0;
-  const auto place = [&](int64_t bytes) {
-    char* start = base + used;
-    used += rounded(bytes);
-    return static_cast<void*>(start);
-  };
-  const auto float_size = static_cast<int64_t>(sizeof(float));
-  scratch->samples = static_cast<float*>(place(job.window_length * kLanes * float_size));
-  scratch->edges = static_cast<float*>(place(job.window_length * kLanes * float_size));
-  scratch->points = static_cast<Complex*>(place(job.size / 2 * static_cast<int64_t>(sizeof(Complex))));
-  scratch->powers = static_cast<Doubles*>(place((job.size / 2 + 1) * static_cast<int64_t>(sizeof(Doubles))));
-  scratch->bands = static_cast<float*>(place(job.bands * kLanes * float_size));
-  return used;
+int64_t lay_out(const LogMel& job, void* memory, Scratch* scratch) {
+  Arena arena(memory);
+  scratch->samples = arena.take<float>(job.window_length * kLanes);
+  scratch->edges = arena.take<float>(job.window_length * kLanes);
+  scratch->points = arena.take<Complex>(job.size / 2);
+  scratch->powers = arena.take<Doubles>(job.size / 2 + 1);
+  scratch->bands = arena.take<float>(job.bands * kLanes);
+  return arena.bytes();
 }
 
 int64_t scratch_size(const LogMel& job) {
@@ -179,7 +172,7 @@ inline Floats band(const LogMel& job, const Doubles* power, int64_t m) {
 
 void run(const LogMel& job, const int64_t* clips, const int64_t* times, void* memory) {
   Scratch s;
-  lay_out(job, static_cast<char*>(memory), &s);
+  lay_out(job, memory, &s);
   const int64_t length = job.window_length, half = job.size / 2;
   for (int lane = 0; lane < kLanes; ++lane) {
     const float* frame = frame_samples(job, clips[lane], times[lane], s.edges + lane * length);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "common/isa.h"
 #include "log_mel/log_mel.h"
 
 namespace bestrq2 {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "aligned_memory.h"
-#include "isa.h"
+#include "common/isa.h"
+#include "common/memory.h"
+#include "common/parallel.h"
 #include "log_mel/kernel.h"
-#include "parallel.h"
 
 namespace bestrq2 {
 namespace {
