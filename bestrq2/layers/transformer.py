@@ -24,7 +24,9 @@ class TransformerSettings:
     """Shape and variants of a Transformer; the defaults are those of the published BEST-RQ-2 encoder.
 
     Attributes:
-        width, depth, heads: D, number of blocks, H.
+        width: D, numbers per token.
+        depth: number of blocks.
+        heads: H, attention heads.
         hidden: width of the feed-forward layer. None: 4 D for "gelu", 8/3 D for "swiglu" (the same parameter count).
         norm: "layer_norm" or "rms_norm", eps 1e-5.
         feed_forward: "gelu" (exact) or "swiglu".
@@ -46,6 +48,10 @@ class TransformerSettings:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise a :class:`ValueError` for settings that do not fit together."""
         if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of heads and depth positive, got width={self.width}, heads={self.heads}, "
@@ -153,6 +159,7 @@ class Transformer(nn.Module):
 
     def __init__(self, settings: TransformerSettings, activation_checkpointing: bool = False) -> None:
         super().__init__()
+        settings.check()
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
         steps = max(1, settings.depth - 1)

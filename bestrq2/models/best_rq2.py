@@ -1,6 +1,7 @@
 """BEST-RQ-2: contextualize, then predict (Tuncay, Labbé and Pellegrini, arXiv 2606.30700)."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,13 @@ from bestrq2.layers.patches import Patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.transformer import TransformerSettings
 
-from .conformer import ConformerEncoder
+from .encoder import PretrainableEncoder, check_encoder
 from .predictor import CodeHead, Predictor
-from .vit import ViTEncoder
 
 
 @dataclass
 class PretrainOutput:
-    """What one pretraining pass gives.
+    """Results of one pretraining pass.
 
     Attributes:
         loss, accuracy: 0-d float32; mean cross-entropy and top-1 accuracy over the predicted patches.
@@ -37,10 +37,7 @@ class PretrainOutput:
     hidden: Tensor
 
 
-Encoder = ViTEncoder | ConformerEncoder
-
-
-def num_predicted(encoder: Encoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
+def num_predicted(encoder: PretrainableEncoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
     """Targets in a batch of clips with these ``lengths (B,)`` in samples."""
     tokens = torch.tensor([encoder.num_tokens(samples) for samples in lengths.tolist()], dtype=torch.int64)
     return int(masking.num_predicted(tokens, step).sum())
@@ -56,24 +53,33 @@ class BestRQ2(nn.Module):
         predictor: shape of the predictor Transformer. Published: 4 blocks of width 768.
 
     Shapes:
-        waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU, step, index ``(B,)`` global clip index in the training
-        order (step and index seed the mask) -> :class:`PretrainOutput`.
+        waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU (None: all), step, index ``(B,)`` global clip index in
+        the training order (None: 0..B-1; step and index seed the mask) -> :class:`PretrainOutput`.
+
+    Raises:
+        TypeError: for an encoder that lacks members of :class:`PretrainableEncoder`, listing them.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PretrainableEncoder,
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         predictor: TransformerSettings | None = None,
     ) -> None:
         super().__init__()
+        check_encoder(encoder)
         settings = predictor or TransformerSettings(depth=4)
-        self.encoder, self.quantizer, self.masking = encoder, quantizer, masking
+        # Any: an encoder has more than the members that pretraining needs.
+        self.encoder = cast(Any, encoder)
+        self.quantizer, self.masking = quantizer, masking
         self.predictor = Predictor(encoder.output_dim, settings, encoder.position, encoder.rows)
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
 
-    def forward(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> PretrainOutput:
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+    ) -> PretrainOutput:
+        index = torch.arange(len(waveform)) if index is None else index
         patches = self.encoder.patches(waveform, lengths)
         plan = self.masking.plan(patches.lengths, step, index, waveform.device)
         codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
@@ -113,17 +119,26 @@ class BestRQ(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, quantizer: RandomProjectionQuantizer, masking: RandomMasking, noise_std: float = 0.1
+        self,
+        encoder: PretrainableEncoder,
+        quantizer: RandomProjectionQuantizer,
+        masking: RandomMasking,
+        noise_std: float = 0.1,
     ) -> None:
         super().__init__()
-        self.encoder, self.quantizer, self.masking, self.noise_std = encoder, quantizer, masking, noise_std
+        check_encoder(encoder, one_stage=True)
+        self.encoder = cast(Any, encoder)
+        self.quantizer, self.masking, self.noise_std = quantizer, masking, noise_std
         self.mask_token: nn.Parameter | None = None
-        if encoder.needs_mask_token:
+        if self.encoder.needs_mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.output_dim))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = CodeHead(encoder.output_dim, quantizer.codebook_size, quantizer.num_codebooks)
 
-    def forward(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> PretrainOutput:
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+    ) -> PretrainOutput:
+        index = torch.arange(len(waveform)) if index is None else index
         patches = self.encoder.patches(waveform, lengths)
         plan = self.masking.plan(patches.lengths, step, index, waveform.device)
         codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)

@@ -14,15 +14,17 @@ from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
 from bestrq2.layers.masking import MaskPlan, valid_mask
 from bestrq2.layers.patches import Patches, extract_patches
+from bestrq2.layers.positions import PositionKind
 from bestrq2.ops import ChunkLayout
 
 from .layer_choice import block_list, check_layers, choose_layers
+from .readout import ROW_JOINS, ReadoutMixin, check_choice
 from .streaming import StreamingState
 
 PIECE_SECONDS = 30.0  # encode() takes clips that are longer in pieces of about this length
 
 
-class ConformerEncoder(nn.Module):
+class ConformerEncoder(ReadoutMixin, nn.Module):
     """Waveform to features, one-stage and two-step pretraining, and streaming.
 
     A feature frame covers ``factor`` log-mel frames (4 or 8); the "patch" that its target is made of is these frames
@@ -44,7 +46,8 @@ class ConformerEncoder(nn.Module):
     "causal" or "chunk", and refused for everything else.
     """
 
-    position, rows = "rope", 1  # how a two-step predictor places context and mask tokens
+    position: PositionKind = "rope"  # how a two-step predictor places context and mask tokens
+    rows = 1
     needs_mask_token = False
 
     def __init__(
@@ -102,12 +105,7 @@ class ConformerEncoder(nn.Module):
             )
         with torch.no_grad():
             frames, frame_lengths = self.front_end(waveform, lengths)
-            return extract_patches(frames, frame_lengths, self.front_end.num_mels, self.factor)
-
-    def _frames(self, patches: Tensor) -> Tensor:
-        """Undo the stacking: ``(B, N, F * factor)`` -> ``(B, N * factor, F)``."""
-        stacked = patches.unflatten(2, (self.front_end.num_mels, self.factor))
-        return stacked.transpose(2, 3).flatten(1, 2)
+            return extract_patches(frames, frame_lengths, self.front_end.num_mels, self.factor, keep_frames=True)
 
     def training_layout(self, step: int, num_frames: int) -> ChunkLayout:
         """The window of a training step; outside of training, the encoder's own."""
@@ -123,55 +121,29 @@ class ConformerEncoder(nn.Module):
         """
         num_frames = patches.values.shape[1]
         grid = FrameGrid.of_seen(plan, num_frames)
-        tokens = self.subsampling(self._frames(patches.values), grid.frame_valid)
+        tokens = self.subsampling(_frames(patches), grid.frame_valid)
         tokens = self.dropout(grid.to_tokens(tokens))
         return self.encoder(tokens, grid, self.training_layout(step, num_frames))
 
     def infill(self, patches: Patches, masked: Tensor, fill: Tensor, step: int) -> Tensor:
-        """One-stage: features ``(B, T, D)`` with the log-mel values of ``masked (B, T)`` frames replaced by ``fill``
-        ``(B, T, F * factor)`` before anything reads them."""
-        values = torch.where(masked[..., None], fill, patches.values)
-        return self(values, patches.lengths, self.training_layout(step, values.shape[1]))
+        """One-stage: features ``(B, T, D)`` with the log-mel values of ``masked (B, T)`` frames replaced by the noise
+        ``fill (B, T, F * factor)`` before anything reads them."""
+        frames, hidden = _frames(patches), masked.repeat_interleave(self.factor, 1)
+        frames = torch.where(hidden[..., None], fill.reshape(frames.shape), frames)
+        return self.transform(frames, patches.lengths, self.training_layout(step, masked.shape[1]))
 
-    def forward(
+    def transform(
         self,
-        patches: Tensor,
+        frames: Tensor,
         lengths: Tensor | None = None,
         layout: ChunkLayout | None = None,
         layer_outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """Stacked frames ``(B, T, F * factor)`` with ``lengths (B,)`` valid ones (on the CPU) -> ``(B, T, D)``."""
-        grid = FrameGrid.whole(patches.shape[1], lengths, patches.device)
-        tokens = self.dropout(self.subsampling(self._frames(patches), grid.frame_valid))
+        """Subsampling and blocks: log-mel frames ``(B, T * factor, F)`` with ``lengths (B,)`` valid feature frames (on
+        the CPU) -> ``(B, T, D)``."""
+        grid = FrameGrid.whole(frames.shape[1] // self.factor, lengths, frames.device)
+        tokens = self.dropout(self.subsampling(frames, grid.frame_valid))
         return self.encoder(tokens, grid, layout or self.layout, None, layer_outputs)
-
-    def encode(
-        self,
-        waveform: Tensor,
-        lengths: Tensor | None = None,
-        layer: int | None = None,
-        layout: ChunkLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Features of whole clips of any length; the same alone and in any batch.
-
-        Memory grows linearly with the length. Without gradients, clips of more than 30 s pass the front end and the
-        subsampling in pieces, and the blocks, too, if the layout can stream.
-
-        Args:
-            waveform: ``(B, S)`` floating, at ``sampling_rate``.
-            lengths: ``(B,)`` valid samples; None: all.
-            layer: None for the final, normalised output; 0..depth-1 for the output of a block.
-            layout: window of attention instead of the encoder's own.
-
-        Returns:
-            features ``(B, T, D)`` float32 (zeros behind a clip's end) and feature_lengths ``(B,)`` int64 on the CPU,
-            T = ``output_length(S)`` of the longest clip.
-
-        Raises:
-            ValueError: for wrong shapes or lengths, or an unknown layer.
-        """
-        features, counts = self.encode_layers(waveform, lengths, (layer,), layout)
-        return features[0], counts
 
     def encode_layers(
         self,
@@ -179,20 +151,29 @@ class ConformerEncoder(nn.Module):
         lengths: Tensor | None = None,
         layers: Sequence[int | None] | None = None,
         layout: ChunkLayout | None = None,
+        *,
+        rows: str = "average",
     ) -> tuple[Tensor, Tensor]:
         """Like :meth:`encode`, for several layers in one pass.
 
+        Memory grows linearly with the length. Without gradients, clips of more than 30 s pass the front end and the
+        subsampling in pieces, and the blocks, too, if the layout can stream.
+
         Args:
-            waveform, lengths, layout: see :meth:`encode`.
+            waveform, lengths: see :meth:`encode`.
+            layout: window of attention instead of the encoder's own.
+            rows: see :meth:`encode`; a Conformer has one token a time step, so both choices are the same.
             layers: 0..depth-1 for the output of a block, None for the final, normalised output. Default: every block,
                 then the final output.
 
         Returns:
-            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``.
+            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``, T = ``output_length(S)`` of the
+            longest clip.
 
         Raises:
             ValueError: as :meth:`encode`.
         """
+        check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
         wanted = check_layers(layers, self.depth)
         layout = layout or self.layout
@@ -210,7 +191,7 @@ class ConformerEncoder(nn.Module):
             )
             patches = self.patches(waveform, lengths.clamp(min=self.min_samples))
             blocks = block_list(wanted)
-            features = choose_layers(self(patches.values, patches.lengths, layout, blocks), blocks, wanted)
+            features = choose_layers(self.transform(_frames(patches), patches.lengths, layout, blocks), blocks, wanted)
         else:
             state = self._new_state(waveform.shape[0], layout)
             outputs = []
@@ -299,7 +280,7 @@ class ConformerEncoder(nn.Module):
         return features if mask is None else features * mask[..., None], valid
 
     def _obstacle(self, layout: ChunkLayout) -> str | None:
-        """Why a layout cannot be streamed exactly, or None."""
+        """Reason why a layout cannot be streamed exactly, or None."""
         if layout.chunk_size is None:
             return "attention to the whole sequence (chunk_size None) needs all of it"
         if layout.right_context != 0:
@@ -361,3 +342,9 @@ class ConformerEncoder(nn.Module):
         elif layout.chunk_size is not None and layout.left_context is not None:
             keys = min(keys, layout.chunk_size + layout.left_context + (layout.right_context or 0))
         return self.encoder.flops(tokens, frames, keys) + self.subsampling.flops(frames)
+
+
+def _frames(patches: Patches) -> Tensor:
+    if patches.frames is None:
+        raise ValueError("expected patches with their frames, as ConformerEncoder.patches gives them")
+    return patches.frames

@@ -1,4 +1,4 @@
-"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy_fused.cpp)."""
+"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy/masked_cross_entropy.cpp)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from . import native
 
 CHUNK_ROWS = 640
 """Rows of one chunk at most, if there are several. Every chunk reads and writes the weight gradient once more, every
-row of a chunk keeps its exponentials: kernels/README.md has the measurement."""
+row of a chunk keeps its exponentials: docs/kernels/masked_cross_entropy.md has the measurement."""
 
 SINGLE_CHUNK_ROWS = 1024
 """So many rows are one chunk: a second one would need an fp32 sum of weight gradients that takes more memory."""
@@ -57,13 +57,13 @@ def run_fused(
             "bias": _address(cast_bias),
             "rows": len(rows),
             "count": count,
-            "codebooks": classes.shape[0],
+            "num_codebooks": classes.shape[0],
             "classes": classes.shape[1],
             "features": classes.shape[2],
             "index": _address(index),
             "targets": _address(targets),
-            "weights": _address(weights),
-            "weights_stride": 0 if weights is None or weights.dim() == 1 else len(rows),
+            "row_weights": _address(weights),
+            "row_weights_stride": 0 if weights is None or weights.dim() == 1 else len(rows),
             "scale": scale,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,

@@ -1,6 +1,6 @@
 """Labels and features brought together: the clips that could be read, their folds, and one matrix per features."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Experiment:
         rows: what heads are fitted to; None for retrieval.
         values: matrix ``(rows, D)`` of every kind of features, by name.
         seconds: of every clip.
+        parts: by name, how many layers the head weights.
     """
 
     task: ProbeTask
@@ -31,12 +32,14 @@ class Experiment:
     rows: Rows | None
     values: dict[str, np.ndarray]
     seconds: list[float]
+    parts: dict[str, int] = field(default_factory=dict)
 
     def probe(self, name: str, head: str) -> Outcome:
         """One head on one kind of features; retrieval has no head."""
         if self.rows is None:
             return probe_retrieval(self.values[name], self.clips, self.task)
-        return probe_features(self.values[name], self.rows, self.clips, self.seconds, self.task, head)
+        parts = self.parts.get(name, 1)
+        return probe_features(self.values[name], self.rows, self.clips, self.seconds, self.task, head, parts)
 
     def chance(self, outcome: Outcome) -> float:
         return chance(self.rows, outcome)
@@ -59,7 +62,7 @@ def assemble(labels: LabelledClips, features: Features, task: ProbeTask, hop: fl
     seconds = [features.seconds[i] for i in kept]
     if task.kind == "retrieval":
         values = {name: np.stack(rows).astype(np.float64) for name, rows in per_clip.items()}
-        return Experiment(task, clips, np.zeros(0, np.int64), None, values, seconds)
+        return Experiment(task, clips, np.zeros(0, np.int64), None, values, seconds, features.parts)
     folds = make_folds(clips, task)
     tested = len(np.unique(clips.groups[folds != NEVER]))
     if tested < FEW_GROUPS:
@@ -71,4 +74,4 @@ def assemble(labels: LabelledClips, features: Features, task: ProbeTask, hop: fl
     else:
         rows = clip_rows(clips, folds)
         values = {name: np.stack(vectors).astype(np.float64) for name, vectors in per_clip.items()}
-    return Experiment(task, clips, folds, rows, values, seconds)
+    return Experiment(task, clips, folds, rows, values, seconds, features.parts)

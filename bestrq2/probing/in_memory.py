@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bestrq2.config import ConfigError
 from bestrq2.data import Skip, iterate_clips
 
 from .experiment import assemble
-from .features import ENCODER, LOG_MEL, RANDOM, Clip, FeatureError, extract, untrained_copy
+from .features import ENCODER, LOG_MEL, RANDOM, Clip, FeatureError, extract, readings, untrained_copy
 from .heads import require_sklearn
 from .labels import LabelledClips, read_clips
 from .task import ProbeTask, packaged_task
@@ -86,11 +87,17 @@ class PreparedProbe:
 
     def measure(self, encoders: dict[str, Any], hop: float, with_log_mel: bool, batch_size: int) -> dict[str, float]:
         """Metrics of the task's head on the features of each encoder, and on log-mel statistics if asked for."""
+        depth = min((int(getattr(encoder, "depth", 0)) for encoder in encoders.values()), default=0)
+        wanted = readings(self.task.layers, self.task.combine, depth)
+        if len(wanted) != 1:
+            raise ConfigError(f"probe combine: expected average, concatenate or weighted for layers {self.task.layers}")
         features = extract(
             self.source(),
             encoders,
             sampling_rate=self.sampling_rate,
             hop=hop,
+            wanted=wanted,
+            rows=self.task.rows,
             pooling=None if self.task.kind == "events" else self.task.pooling,
             with_log_mel=with_log_mel,
             batch_size=batch_size,
@@ -100,12 +107,10 @@ class PreparedProbe:
         for name in experiment.values:
             outcome = experiment.probe(name, self.task.head)
             values["chance"] = experiment.chance(outcome)
+            prefix = _PREFIX[name.split(",")[0]]
             for metric, estimate in outcome.metrics.items():
-                values[f"{_PREFIX[name]}{metric}"] = estimate.value
-                values[f"{_PREFIX[name]}{metric}_low"], values[f"{_PREFIX[name]}{metric}_high"] = (
-                    estimate.low,
-                    estimate.high,
-                )
+                values[f"{prefix}{metric}"] = estimate.value
+                values[f"{prefix}{metric}_low"], values[f"{prefix}{metric}_high"] = estimate.low, estimate.high
         return values
 
 

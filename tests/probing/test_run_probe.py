@@ -57,7 +57,7 @@ def test_modes_return_after_an_error(encoder):
     encoder.train()
     with pytest.raises(ValueError, match="column 'mood'"):
         run_probe(encoder, ProbeTask(label="mood"))
-    encoder.encode = lambda *_: 1 / 0
+    encoder.encode_layers = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         run_probe(encoder)
     assert encoder.training
