@@ -26,7 +26,9 @@ def test_features_are_those_of_the_version_that_trained(old_run):
     path = next(file.path for file in tiny_dataset() if file.path.endswith(expected["file"]))
     with torch.no_grad():
         features, _ = bestrq2.load(old_run).encode(torch.as_tensor(load_audio(path, 16000))[None])
-    torch.testing.assert_close(features[0, expected["frames"]], torch.tensor(expected["features"]), atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(
+        features[0, expected["frames"]], torch.tensor(expected["features"]), atol=2e-4, rtol=2e-4
+    )
 
 
 def test_averaged_weights_load(old_run):
