@@ -1,4 +1,4 @@
-"""Hands the tensors of :func:`bestrq2.ops.chunked_attention` to the C++ kernels (csrc/chunked_attention/chunked_attention.h)."""
+"""The C++ kernels of :func:`bestrq2.ops.chunked_attention` (csrc/chunked_attention/chunked_attention.h)."""
 
 from typing import Any
 
