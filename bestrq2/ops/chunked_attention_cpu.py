@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The C++ kernels of :func:`bestrq2.ops.chunked_attention` (csrc/chunked_attention/chunked_attention.h)."""
-=======
 """Hands the tensors of :func:`bestrq2.ops.chunked_attention` to the C++ kernels in csrc/chunked_attention/."""
->>>>>>> main
 
 from typing import Any
 
