@@ -1,4 +1,4 @@
-"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy/masked_cross_entropy.cpp)."""
+"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy/)."""
 
 import torch
 from torch import Tensor
