@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2 import ops
-from bestrq2.ops.arguments import integer
+from bestrq2.ops._impl.arguments import integer
 
 Normalize = Literal["none", "global", "patch", "utterance"]
 
@@ -104,7 +104,7 @@ class RandomProjectionQuantizer(nn.Module):
             patches = patches.gather(1, rows[..., None].expand(-1, -1, patches.shape[-1]))
         if self.normalize == "global":
             patches = (patches.float() - self.mean) / self.std
-        inside_op = "layer_norm" if self.normalize == "patch" else "none"
+        inside_op: Literal["none", "layer_norm"] = "layer_norm" if self.normalize == "patch" else "none"
         return ops.quantize(patches, self.projection, self.codebook, normalize=inside_op)
 
     @staticmethod

@@ -27,7 +27,7 @@ from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
-from bestrq2.ops.native import extension_obstacle
+from bestrq2.ops._impl.native import extension_obstacle
 from bestrq2.runs.bad_batches import save_bad_batch
 from bestrq2.runs.checkpoint import Checkpoint
 from bestrq2.runs.folder import RunFolder

@@ -43,7 +43,9 @@ def _import_installed() -> ModuleType:
 
 def _digest(csrc: Path) -> str:
     """Digest of the C++ and CUDA sources, as CMakeLists.txt writes it into the extension."""
-    sources = {path.relative_to(csrc).as_posix(): path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu")}
+    sources = {
+        path.relative_to(csrc).as_posix(): path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu")
+    }
     lines = (f"{name} {hashlib.sha256(sources[name].read_bytes()).hexdigest()}\n" for name in sorted(sources))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -75,7 +77,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "the C++ extension is not built (`pip install .` builds it where a C++ compiler is found)"
     except ImportError as error:
         return None, f"the C++ extension does not load: {error}"
-    reason = stale(module, Path(__file__).resolve().parents[2] / "csrc")
+    reason = stale(module, Path(__file__).resolve().parents[3] / "csrc")
     if reason is None:
         return module, None
     # Loud, because what follows is the slow path.
