@@ -1,5 +1,5 @@
-// The only file that knows Python. Every kernel takes one dict, whose tensors are addresses and sizes that bestrq2.ops
-// has already validated. Addresses of absent tensors are 0.
+// Python bindings, the only file with Python headers. Every kernel takes one dict, whose tensors are addresses and
+// sizes that bestrq2.ops has already validated. Addresses of absent tensors are 0.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +13,7 @@
 #include "chunked_attention/chunked_attention.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "log_mel/log_mel.h"
 #include "masked_cross_entropy/masked_cross_entropy.h"
 #include "masked_cross_entropy/softmax_gradient.h"
 #include "quantize/cuda.h"
@@ -184,6 +185,35 @@ bestrq2::ChunkedAttention chunked_attention_call(const py::dict& values) {
   return a;
 }
 
+bestrq2::LogMel log_mel_call(const Arguments& arguments) {
+  bestrq2::LogMel call{};
+  arguments.read("waveform", call.waveform);
+  arguments.read("clips", call.clips);
+  arguments.read("stride", call.stride);
+  arguments.read("lengths", call.lengths);
+  arguments.read("counts", call.counts);
+  arguments.read("begin", call.begin);
+  arguments.read("hop", call.hop);
+  arguments.read("size", call.size);
+  arguments.read("window", call.window);
+  arguments.read("window_length", call.window_length);
+  arguments.read("radices", call.radices);
+  arguments.read("passes", call.passes);
+  arguments.read("twiddles", call.twiddles);
+  arguments.read("places", call.places);
+  arguments.read("half_turns", call.half_turns);
+  arguments.read("bins", call.bins);
+  arguments.read("offsets", call.offsets);
+  arguments.read("weights", call.weights);
+  arguments.read("bands", call.bands);
+  arguments.read("mean", call.mean);
+  arguments.read("std", call.std);
+  arguments.read("out", call.out);
+  arguments.read("frames", call.frames);
+  arguments.read("threads", call.threads);
+  return call;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -246,6 +276,11 @@ PYBIND11_MODULE(_C, m) {
     const auto call = masked_cross_entropy_call(Arguments(values));
     const py::gil_scoped_release release;
     bestrq2::masked_cross_entropy(call);
+  });
+  m.def("log_mel", [](const py::dict& values) {
+    const auto call = log_mel_call(Arguments(values));
+    const py::gil_scoped_release release;
+    bestrq2::log_mel(call);
   });
   m.def("chunked_attention_forward", [](const py::dict& values) {
     const auto call = chunked_attention_call(values);
