@@ -1,12 +1,12 @@
 """What is measured beside training: the masked loss on audio that is not trained on, a probe, pictures."""
 
+import logging
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, batches
@@ -18,6 +18,8 @@ from bestrq2.runs.metrics import MetricsLog
 from .distributed import Ranks, is_sharded, whole
 from .open_data import open_dataset
 from .snapshots import evaluating, fixed_batch, fixed_pictures
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -108,7 +110,7 @@ class Evaluation:
         except (ValueError, OSError) as error:
             if step == 0:
                 raise ConfigError(f"probe: {error}") from error
-            tqdm.write(f"warning: step {step}: no probe: {error}")  # training must not be lost for it
+            logger.warning(f"step {step}: no probe: {error}")  # training must not be lost for it
             return {}
         return {f"probe/{name}": value for name, value in found.items()}
 
