@@ -10,8 +10,8 @@ False, and the dataset has another fingerprint.
 """
 
 import hashlib
+import logging
 import os
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +24,8 @@ from bestrq2.data.files import split_address
 from bestrq2.errors import AudioError, printable
 
 __all__ = ["BLOCK", "SampleCache", "cache_key", "checksums", "to_int16"]
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 16  # samples with a checksum of their own
 _FULL_SCALE = np.float32(32768)
@@ -94,8 +96,8 @@ class SampleCache:
     def load(self, path: str, sampling_rate: int, *, start: float = 0.0, duration: float | None = None) -> np.ndarray:
         """The part of a clip that :func:`load_audio` would give, as int16 ``(S,)``; do not write into it.
 
-        A clip that is not in the cache, or whose samples there are damaged, is decoded; damage is said on standard
-        error, once for each clip and process.
+        A clip that is not in the cache, or whose samples there are damaged, is decoded; damage is logged as a warning,
+        once for each clip and process.
 
         Raises:
             AudioError: as :func:`load_audio`.
@@ -115,7 +117,7 @@ class SampleCache:
         if samples is None or not self._intact(row, samples, first, last):
             if row not in self._warned:
                 self._warned.add(row)
-                print(f"warning: {self.folder}: damaged samples of {printable(path)}; decoding it", file=sys.stderr)
+                logger.warning(f"{self.folder}: damaged samples of {printable(path)}; decoding it")
             samples = to_int16(load_audio(path, sampling_rate))[0]
         return samples[first:last]
 

@@ -2,9 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +22,8 @@ from bestrq2.data.files import AudioFile, split_address
 from bestrq2.errors import AudioError, DataError, printable
 
 __all__ = ["CacheReport", "open_cache"]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SHARD_BYTES = 1 << 30
@@ -102,11 +104,14 @@ def open_cache(
                 damaged += 1
             elif row is not None:
                 continue
-            wanted.append((item, {"path": key, "size": source[0] if source else 0, "mtime": source[1] if source else 0}))
+            wanted.append(
+                (item, {"path": key, "size": source[0] if source else 0, "mtime": source[1] if source else 0})
+            )
         _check_room(target, [item for item, _ in wanted], sampling_rate)
-        with _Writer(target, known, ends) as writer, tqdm(
-            total=len(wanted), desc="decoding", unit="file", disable=not progress
-        ) as bar:
+        with (
+            _Writer(target, known, ends) as writer,
+            tqdm(total=len(wanted), desc="decoding", unit="file", disable=not progress) as bar,
+        ):
             for row, samples in _decoded(wanted, sampling_rate, threads or min(16, os.cpu_count() or 1)):
                 writer.add(row, samples)
                 bar.update()
@@ -273,7 +278,7 @@ def _check_room(folder: Path, files: Sequence[AudioFile], sampling_rate: int) ->
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"{printable(str(folder))} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB of decoded audio are needed: "
+            f"{printable(str(folder))} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB of samples are needed: "
             "free some space, or name another folder as data.cache"
         )
 
@@ -290,6 +295,6 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print(f"{folder}: waiting for another process that fills this cache", file=sys.stderr)
+            logger.warning(f"{folder}: waiting for another process that fills this cache")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
