@@ -19,7 +19,7 @@ class Clip:
     Attributes:
         domain: "speech", "music" or "environment".
         corpus: the recordings it belongs to.
-        item: what is said or which sound; equal items have equal content.
+        item: the phrase or the sound; equal items have equal content.
         kind: prompt, line, word, track, effect or note.
         lang, speaker: of speech.
         label: class for a task, or "".
@@ -85,7 +85,7 @@ def _stem(path: str) -> str:
 
 
 def _telephone(lang: str, speaker: str, corpus: str, depth: int = 1) -> Rule:
-    """Prompts of a telephone exchange, one voice: the path below ``depth`` folders is what is said."""
+    """Prompts of a telephone exchange, one voice: the path below ``depth`` folders is the phrase."""
 
     def rule(path: str) -> Clip | None:
         item = _stem(path).split("/", depth)[-1]

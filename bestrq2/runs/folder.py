@@ -161,7 +161,7 @@ class RunFolder:
             yield
 
     def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
-        """Append the files that could not be read to ``skipped.txt`` (one per rank) and say so; never silent."""
+        """Append the files that could not be read to ``skipped.txt`` (one per rank) and print a warning."""
         self.note_skips(skips, rank)
         for skip in skips:
             logger.warning(f"skipped {skip}")
