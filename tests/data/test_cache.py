@@ -73,7 +73,7 @@ def test_a_part_is_the_part_of_the_file(tmp_path):
     for start, duration in ((0.0, None), (0.0, 0.5), (4.1, 3.0), (9.5, 3.0), (2.3, 1e-6)):
         expected = load_audio(path, RATE, start=start, duration=duration)
         assert np.array_equal(cache.load(path, RATE, start=start, duration=duration) / np.float32(32768), expected)
-    with pytest.raises(AudioError, match="nothing from 99.000 s on"):
+    with pytest.raises(AudioError, match=r"nothing from 99\.000 s on"):
         cache.load(path, RATE, start=99.0)
     with pytest.raises(ValueError, match="16000 Hz, asked for 8000"):
         cache.load(path, 8000)
@@ -94,10 +94,10 @@ def test_what_has_more_than_16_bits_is_rounded_and_has_another_fingerprint(tmp_p
     assert data_fingerprint(plain) != data_fingerprint(cached)
     for one, two in zip(batches(plain, 3, num_steps=2), batches(cached, 3, num_steps=2)):
         clipped = one.waveform.clamp(-1, 32767 / 32768)
-        assert (clipped - two.waveform).abs().max() <= 0.5 / 32768 + 1e-7
+        assert (clipped - two.waveform).abs().max() <= 0.5 / 32768 + 1e-6  # parts are resampled to 1e-6
 
 
-def test_packaged_clips():
+def test_rounding():
     samples, exact = to_int16(np.array([-1.5, -1.0, 0.0, 1 / 65536, 3 / 65536, 32767 / 32768, 1.5], np.float32))
     assert samples.tolist() == [-32768, -32768, 0, 0, 2, 32767, 32767]
     assert not exact
@@ -136,9 +136,8 @@ def test_damage_is_found_and_the_file_decoded(tmp_path, caplog):
     assert not caplog.records
     for _ in range(2):
         assert np.array_equal(cache.load(files[5].path, RATE, start=3.0), expected[5][3 * RATE :])
-    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
-        f"damaged samples of {files[5].path}; decoding it".split(": ")[0]
-    ]
+    assert len(caplog.records) == 1
+    assert f"damaged samples of {files[5].path}; decoding it" in caplog.text
     _, report = open_cache(tmp_path / "cache", files, verify=True)
     assert (report.added, report.damaged) == (1, 1)
     # A shard that was cut, and one that is gone.
@@ -237,7 +236,7 @@ def test_two_builds_at_once(tmp_path):
     added = sum(process.communicate(timeout=120)[0].count("added") for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     assert added == 12
-    cache, report = open_cache(tmp_path / "cache", files, verify=True)
+    _, report = open_cache(tmp_path / "cache", files, verify=True)
     assert report.added == 0
 
 
@@ -245,8 +244,8 @@ def test_training_uses_it_and_says_so(tmp_path, capsys):
     from bestrq2.train import main
 
     write(tmp_path / "audio")
-    options = ["--data", str(tmp_path / "audio"), "--runs", str(tmp_path / "runs"), "train.steps=2", "train.device=cpu"]
-    options += ["train.pictures_every=0", "data.crop_seconds=1", "data.workers=0", "train.save_every=2"]
+    options = ["--data", str(tmp_path / "audio"), "--runs", str(tmp_path / "runs"), "train.steps=1", "train.device=cpu"]
+    options += ["train.pictures_every=0", "data.crop_seconds=1", "data.workers=0", "train.save_every=1"]
     weights = []
     for name, cache in (("plain", []), ("cached", [f"data.cache={tmp_path / 'cache'}"])):
         assert main([*options, "--name", name, *cache]) == 0
