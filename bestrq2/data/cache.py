@@ -14,16 +14,17 @@ import logging
 import os
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bestrq2.data.audio import load_audio
-from bestrq2.data.files import split_address
+from bestrq2.data.audio import load_audio, load_clip
+from bestrq2.data.files import AudioFile, split_address
 from bestrq2.errors import AudioError, printable
 
-__all__ = ["BLOCK", "SampleCache", "cache_key", "checksums", "to_int16"]
+__all__ = ["BLOCK", "SampleCache", "cache_key", "checksums", "decode_clip", "to_int16"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,27 @@ def to_int16(waveform: np.ndarray) -> tuple[np.ndarray, bool]:
     return rounded.astype("<i2"), bool(np.array_equal(rounded, scaled))
 
 
+def decode_clip(item: AudioFile, sampling_rate: int) -> np.ndarray:
+    """What the cache holds of a clip: all of it, and two samples behind the end of a part.
+
+    Where a part does not begin at a sample, crops of it may reach one sample beyond its rounded end.
+    """
+    if item.is_part:
+        load_clip(item, sampling_rate)  # raises where the file ends before the part does
+    duration = None if item.end is None else item.end - item.start + 2 / sampling_rate
+    return load_audio(item.path, sampling_rate, start=item.start, duration=duration)
+
+
 def checksums(samples: np.ndarray) -> list[int]:
     """CRC-32 of every block of :data:`BLOCK` samples."""
     return [zlib.crc32(samples[start : start + BLOCK].tobytes()) for start in range(0, len(samples), BLOCK)]
 
 
-def cache_key(path: str) -> str:
-    """Name of a clip in the index: its absolute path, or address in an archive."""
-    inside = split_address(path)
-    return os.path.abspath(path) if inside is None else f"{os.path.abspath(inside[0])}::{inside[1]}"
+def cache_key(item: AudioFile) -> str:
+    """Name of a clip in the index: its absolute path, or address in an archive, and which part of the file it is."""
+    inside = split_address(item.path)
+    path = os.path.abspath(item.path) if inside is None else f"{os.path.abspath(inside[0])}::{inside[1]}"
+    return f"{path}\0{item.start!r}\0{item.end!r}" if item.is_part else path
 
 
 def _number(key: str) -> int:
@@ -93,23 +106,31 @@ class SampleCache:
         vars(self).update(state)
         self._begin()
 
-    def load(self, path: str, sampling_rate: int, *, start: float = 0.0, duration: float | None = None) -> np.ndarray:
-        """The part of a clip that :func:`load_audio` would give, as int16 ``(S,)``; do not write into it.
+    def load(
+        self, item: AudioFile, sampling_rate: int, *, start: float = 0.0, duration: float | None = None
+    ) -> np.ndarray:
+        """What :func:`load_clip` would give, as int16 ``(S,)``; do not write into it.
 
         A clip that is not in the cache, or whose samples there are damaged, is decoded; damage is logged as a warning,
         once for each clip and process.
 
         Raises:
-            AudioError: as :func:`load_audio`.
+            AudioError: as :func:`load_clip`.
             ValueError: another sampling rate.
         """
         if sampling_rate != self.sampling_rate:
             raise ValueError(f"the cache in {self.folder} has {self.sampling_rate} Hz, asked for {sampling_rate}")
-        row = self._row(path)
+        row = self._row(item)
         if row is None:
-            return to_int16(load_audio(path, sampling_rate, start=start, duration=duration))[0]
-        count = int(self._counts[row])
-        first = round(start * sampling_rate)
+            return to_int16(load_clip(item, sampling_rate, start=start, duration=duration))[0]
+        return load_clip(item, sampling_rate, start=start, duration=duration, load=partial(self._part, item, row))
+
+    def _part(
+        self, item: AudioFile, row: int, path: str, sampling_rate: int, *, start: float, duration: float | None
+    ) -> np.ndarray:
+        """As :func:`load_audio`: ``start`` counts from the beginning of the file, cached samples from that of the part."""
+        count, before = int(self._counts[row]), round(item.start * sampling_rate)
+        first = round(start * sampling_rate) - before
         last = count if duration is None else min(count, first + max(1, round(duration * sampling_rate)))
         if first >= last:
             raise AudioError(path, "no samples", f"nothing from {start:.3f} s on" if start else "")
@@ -118,19 +139,19 @@ class SampleCache:
             if row not in self._warned:
                 self._warned.add(row)
                 logger.warning(f"{self.folder}: damaged samples of {printable(path)}; decoding it")
-            samples = to_int16(load_audio(path, sampling_rate))[0]
+            samples = to_int16(decode_clip(item, sampling_rate))[0]
         return samples[first:last]
 
-    def damaged(self, path: str) -> bool:
+    def damaged(self, item: AudioFile) -> bool:
         """Whether the samples of a clip are in the cache and are not what was written."""
-        row = self._row(path)
+        row = self._row(item)
         if row is None:
             return False
         samples = self._samples(row)
         return samples is None or not self._intact(row, samples, 0, int(self._counts[row]))
 
-    def _row(self, path: str) -> int | None:
-        key = np.uint64(_number(cache_key(path)))
+    def _row(self, item: AudioFile) -> int | None:
+        key = np.uint64(_number(cache_key(item)))
         row = int(np.searchsorted(self._keys, key))
         return row if row < len(self._keys) and self._keys[row] == key else None
 

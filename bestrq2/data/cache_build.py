@@ -16,8 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from bestrq2.data.audio import load_audio
-from bestrq2.data.cache import SampleCache, cache_key, checksums, shard_path, to_int16
+from bestrq2.data.cache import SampleCache, cache_key, checksums, decode_clip, shard_path, to_int16
 from bestrq2.data.files import AudioFile, split_address
 from bestrq2.errors import AudioError, DataError, printable
 
@@ -96,11 +95,11 @@ def open_cache(
         sources: dict[str, tuple[int, int] | None] = {}
         old = SampleCache(target, sampling_rate, [row for row in known.values() if "reason" not in row])
         for item in files:
-            key = cache_key(item.path)
+            key = cache_key(item)
             row, source = known.get(key), _source(item.path, sources)
             if row is not None and source is not None and (row["size"], row["mtime"]) != source:
                 changed += 1
-            elif row is not None and verify and old.damaged(item.path):
+            elif row is not None and verify and old.damaged(item):
                 damaged += 1
             elif row is not None:
                 continue
@@ -115,7 +114,7 @@ def open_cache(
             for row, samples in _decoded(wanted, sampling_rate, threads or min(16, os.cpu_count() or 1)):
                 writer.add(row, samples)
                 bar.update()
-        rows = list({key: known[key] for key in map(cache_key, (item.path for item in files))}.values())
+        rows = list({key: known[key] for key in map(cache_key, files)}.values())
     present = [row for row in rows if "reason" not in row]
     cache = SampleCache(target, sampling_rate, present, len(rows) - len(present))
     report = CacheReport(
@@ -151,7 +150,7 @@ def _decoded(
 
     def decode(item: AudioFile, row: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
         try:
-            samples, exact = to_int16(load_audio(item.path, sampling_rate))
+            samples, exact = to_int16(decode_clip(item, sampling_rate))
         except AudioError as error:
             return row | {"reason": error.reason, "detail": error.detail}, np.zeros(0, "<i2")
         return row | {"count": len(samples), "exact": exact, "checksums": checksums(samples)}, samples

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from bestrq2.data.audio import audio_info, load_audio
+from bestrq2.data.audio import audio_info, clip_duration, load_clip
 from bestrq2.data.cache import SampleCache
 from bestrq2.data.domains import DomainSchedule, select_domains
 from bestrq2.data.files import AudioFile
@@ -241,9 +241,9 @@ class CropDataset(Dataset):
             f"could not be read:\n  {listed}"
         )
 
-    def _load(self, path: str, sampling_rate: int, *, start: float = 0.0, duration: float) -> np.ndarray:
-        load = load_audio if self.cache is None else self.cache.load
-        return load(path, sampling_rate, start=start, duration=duration)
+    def _load(self, item: AudioFile, sampling_rate: int, *, start: float = 0.0, duration: float) -> np.ndarray:
+        load = load_clip if self.cache is None else self.cache.load
+        return load(item, sampling_rate, start=start, duration=duration)
 
     def _crop(self, index: int, place: int, slots: int, global_index: int, longest: int) -> np.ndarray:
         """The sample of slot ``place`` of a file's ``slots``: a random crop, or all of a file that is not longer."""
@@ -251,11 +251,11 @@ class CropDataset(Dataset):
         rate = self.sampling_rate
         spare = int(self._durations[index] * rate) - longest
         if spare <= 0:
-            waveform = self._load(item.path, rate, duration=longest / rate)
+            waveform = self._load(item, rate, duration=longest / rate)
         else:
             draw = uniform(self.seed, _CROP, global_index, index)
             start = min(spare, int((place + draw) / slots * (spare + 1)))
-            waveform = self._load(item.path, rate, start=start / rate, duration=longest / rate)
+            waveform = self._load(item, rate, start=start / rate, duration=longest / rate)
         return self._checked(waveform, item)
 
     def _join(
@@ -270,7 +270,7 @@ class CropDataset(Dataset):
             position = permute((first + step) % num_files, num_files, self.seed, _JOIN, epoch, unit)
             item = self.files[members[position]]
             try:
-                piece = self._load(item.path, self.sampling_rate, duration=missing / self.sampling_rate)
+                piece = self._load(item, self.sampling_rate, duration=missing / self.sampling_rate)
                 # The last piece may be cut to any length; the file itself must not be too short.
                 pieces.append(piece if len(piece) == missing else self._checked(piece, item))
             except AudioError as error:
@@ -295,6 +295,6 @@ def _duration(item: AudioFile) -> float:
     if item.duration is not None:
         return item.duration
     try:
-        return audio_info(item.path).duration
+        return clip_duration(item, audio_info(item.path))
     except AudioError as error:
         raise DataError(f"{error}; leave such files out with scan()") from error
