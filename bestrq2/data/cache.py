@@ -128,7 +128,7 @@ class SampleCache:
     def _part(
         self, item: AudioFile, row: int, path: str, sampling_rate: int, *, start: float, duration: float | None
     ) -> np.ndarray:
-        """As :func:`load_audio`: ``start`` counts from the beginning of the file, cached samples from that of the part."""
+        """As :func:`load_audio`: ``start`` counts from the beginning of the file, cached samples from the part's."""
         count, before = int(self._counts[row]), round(item.start * sampling_rate)
         first = round(start * sampling_rate) - before
         last = count if duration is None else min(count, first + max(1, round(duration * sampling_rate)))
