@@ -105,6 +105,7 @@ class DataConfig:
     )
     batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
     domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
+    cache: str | None = None  # folder for decoded 16-bit samples, filled at the start, read instead of the files
     workers: int = 2  # processes that decode audio, per rank; 0: none
 
 
@@ -168,6 +169,10 @@ class ProbeConfig:
     group: str | None = None  # column whose clips are never split between training and test
     split: str | None = None  # column that says which clips train and which test
     head: str = "linear"  # linear | mlp | knn
+    layers: str = "final"  # final | middle | all, or numbers of blocks and "final" separated by commas
+    combine: str = "average"  # of several layers: average | concatenate | weighted (learned by the linear head)
+    rows: str = "average"  # of 2-D patches: average | concatenate
+    pooling: str = "mean"  # of frames to a clip: mean | max | mean+std
 
 
 @dataclass

@@ -54,7 +54,7 @@ class Evaluation:
                 config.data, source=settings.source, batching="crops", batch_seconds=None, domain_weights={}
             )
             held_out = replace(config, data=crops)
-            self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation"))
+            self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
             self.clips = min(settings.clips, len(self.dataset))
         self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
         self.task = probe_task(config.probe)

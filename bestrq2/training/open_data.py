@@ -8,6 +8,7 @@ import torch
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import BucketDataset, CropDataset, Skip, batches, collect, tiny_dataset
+from bestrq2.data.cache_build import open_cache
 from bestrq2.data.files import ARCHIVES
 from bestrq2.errors import TrainingError
 from bestrq2.models import build_encoder
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 FIRST_LOOK_CLIPS = 64
 
 
-def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
+def open_dataset(config: Config, purpose: str = "Data", split: str = "train") -> CropDataset:
     """Find the audio and say, under the name ``purpose``, what was found and what was left out."""
     data, front = config.data, config.model.front_end
     shortest = (config.model.encoder.frames_per_token - 1) * front.hop_length / front.sampling_rate
@@ -28,10 +29,12 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         files = tiny_dataset()
         logger.info(f"{purpose}: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
     else:
-        files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty())
+        files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty(), split=split)
         name = data.source if isinstance(data.source, str) else ", ".join(data.source)
         hours = sum(file.duration or 0.0 for file in files) / 3600
         logger.info(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
+        for note in report.notes:
+            logger.info(f"note: {note}")
         left_out = report.skips
         if report.skips:
             logger.warning("\n  ".join([str(report), *report.examples()]))
@@ -43,6 +46,10 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
         "min_seconds": min_seconds,
         "domain_weights": data.domain_weights,
     }
+    if data.cache is not None:
+        cache, found = open_cache(data.cache, files, front.sampling_rate, progress=sys.stderr.isatty())
+        logger.info(f"Cache: {found}")
+        common["cache"] = cache
     try:
         if data.batching == "buckets":
             # Per unit of batch size: a first look or a micro-step of fewer samples then has as much less audio.
