@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from bestrq2 import ops
 from bestrq2.ops._impl.arguments import integer
 
+CACHED_VALUES = 1 << 17  # values that are standardised together on a CPU: 1 MB of float64
+
 Normalize = Literal["none", "global", "patch", "utterance"]
 
 
@@ -110,15 +112,24 @@ class RandomProjectionQuantizer(nn.Module):
     @staticmethod
     def _standardise_clips(patches: Tensor, lengths: Tensor | None) -> Tensor:
         # float64 sums: the result, rounded to float32, does not depend on how much padding the sum runs over.
-        values = patches.double()
-        inside = torch.ones(values.shape[:2], device=values.device, dtype=torch.float64)
-        if lengths is not None:
-            inside = (torch.arange(values.shape[1]) < lengths.cpu()[:, None]).to(inside)
-        count = (inside.sum(1) * values.shape[2]).clamp(min=1)[:, None, None]
-        mean = (values * inside[..., None]).sum((1, 2), keepdim=True) / count
-        variance = ((values - mean).square() * inside[..., None]).sum((1, 2), keepdim=True) / count
-        # Patches of digital silence have no spread: they become zero rows, whose code is 0.
-        return ((values - mean) / (variance + 1e-10).sqrt()).float()
+        num_clips, num_patches, dim = patches.shape
+        if lengths is None:
+            lengths = torch.full((num_clips,), num_patches)
+        lengths = lengths.to(patches.device, non_blocking=True)
+        inside = torch.arange(num_patches, device=patches.device) < lengths[:, None]
+        counts = (lengths * dim).clamp(min=1).double()[:, None, None]
+        out = torch.empty(patches.shape, dtype=torch.float32, device=patches.device)
+        # On a CPU a few clips at a time: their float64 values stay in the cache.
+        group = (
+            max(1, CACHED_VALUES // max(1, num_patches * dim)) if patches.device.type == "cpu" else max(1, num_clips)
+        )
+        for clips in (slice(start, start + group) for start in range(0, num_clips, group)):
+            values, valid, count = patches[clips].double(), inside[clips, :, None], counts[clips]
+            values -= (values * valid).sum((1, 2), keepdim=True) / count
+            variance = (values.square() * valid).sum((1, 2), keepdim=True) / count
+            # Patches of digital silence have no spread: they become zero rows, whose code is 0.
+            out[clips] = values.div_((variance + 1e-10).sqrt_())
+        return out
 
     def extra_repr(self) -> str:
         books, dim, width = self.projection.shape
