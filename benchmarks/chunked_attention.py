@@ -1,9 +1,7 @@
 """``chunked_attention``: chunks with Transformer-XL positions, against the materialised forms and FlexAttention.
 
 Shape labels: ``B<batch>H<heads>T<frames>d<head size>-c<chunk>l<left frames>r<right frames>``; without ``-c...`` the
-context is full. Every case has positions and both biases. With ``-s<width>`` the table of positions is a projection of
-so many sinusoids: the projection is the input that has a gradient, every provider projects inside the timed call, and
-``bestrq2 separable`` computes the same without a table.
+context is full. Every case has positions and both biases.
 """
 
 from __future__ import annotations
@@ -25,20 +23,23 @@ _JUDGED = "B2H4T2048d64-c64l256r0"
 _SPEECHBRAIN = "B4H8T500d64-c16l64r0"  # 20 s at 25 Hz, 16 frames, 4 left chunks
 _NEMO = "B2H8T1000d64-c14l70r0"  # FastConformer, att_context_size [70, 13]
 _FULL = "B1H4T512d64"  # offline encoder, everything visible
-_SINUSOIDAL = "B2H4T2048d64-c64l256r0-s512"  # the judged shape, its positions projected
 _LONG = "B1H2T4096d64-c64l256r0"  # minutes of audio
 
 SHAPES = {
-    "cpu": (_JUDGED, _SPEECHBRAIN, _NEMO, _FULL, _LONG, _SINUSOIDAL, _SPEECHBRAIN + "-s512"),
+    "cpu": (_JUDGED, _SPEECHBRAIN, _NEMO, _FULL, _LONG),
     "cuda": (
-        *(_JUDGED, "B16H8T1500d64-c64l256r0", "B8H12T6000d64-c16l128r0", "B16H12T1500d64-c32l256r32", _NEMO, _FULL),
-        *("B16H8T1500d64-c64l256r0-s512", "B8H12T6000d64-c16l128r0-s768"),
+        _JUDGED,
+        "B16H8T1500d64-c64l256r0",
+        "B8H12T6000d64-c16l128r0",
+        "B16H12T1500d64-c32l256r32",
+        _NEMO,
+        _FULL,
     ),
 }
 QUICK_SHAPES = ("B1H4T1024d64-c64l256r0", "B2H4T250d64-c16l64r0")
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
-TUNING: dict[str, tuple[str, ...]] = {
+TUNING = {
     f"{kernel}/{key}": (shape, dtype)
     for kernel in ("forward", "backward_query", "backward_key")
     for key, shape, dtype in (
@@ -49,18 +50,6 @@ TUNING: dict[str, tuple[str, ...]] = {
     )
 }
 
-TUNING |= {
-    f"sinusoidal_{kernel}/{dim}x{frequencies}{suffix}": (
-        f"B16H{512 // dim}T1500d{dim}-c{chunk}l{left}r0-s512",
-        "float32" if suffix else "bfloat16",
-        "bestrq2 separable",
-    )
-    for kernel in ("forward", "backward_query", "backward_key")
-    for dim, suffix in ((64, ""), (128, ""), (64, "/fp32"))
-    for frequencies, chunk, left in ((32, 16, 64), (64, 32, 128), (96, 64, 256), (128, 64, 384))
-    if f"{dim}x{frequencies}{suffix}" not in ("128x96", "64x96/fp32", "64x128/fp32")
-}
-
 _TENSORS = ("query", "key", "value", "position", "content_bias", "position_bias")
 _MOST_BYTES = 6 * 2**30  # the materialised forms keep about six (B, H, T, 2T) tensors between forward and backward
 
@@ -69,19 +58,8 @@ def _options(case: Case) -> dict[str, Any]:
     return {name: case.inputs[name] for name in ("chunk_size", "left_context", "right_context")}
 
 
-def _sinusoids(width: int, lowest: int, highest: int, device: torch.device) -> Tensor:
-    """Transformer-XL's, of the offsets lowest..highest, in fp64: (offsets, width)."""
-    angles = torch.arange(lowest, highest + 1, device=device, dtype=torch.float64)[:, None]
-    angles = angles * 10000.0 ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
-
-
 def _attention_inputs(case: Case) -> dict[str, Any]:
-    """The six tensors of an attention with a table, which a sinusoidal case projects now."""
-    inputs = dict(case.inputs)
-    if "projection" in inputs:
-        inputs["position"] = inputs["sinusoids"] @ inputs["projection"].mT
-    return {name: inputs[name] for name in _TENSORS}
+    return {name: case.inputs[name] for name in _TENSORS}
 
 
 def _visible(case: Case) -> Tensor:
@@ -92,7 +70,7 @@ def _visible(case: Case) -> Tensor:
 
 def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     """Normal inputs; query, key and value are the (B, T, H, d) of a projection, seen as (B, H, T, d)."""
-    match = re.fullmatch(r"B(\d+)H(\d+)T(\d+)d(\d+)(?:-c(\d+)l(\d+)r(\d+))?(?:-s(\d+))?", shape)
+    match = re.fullmatch(r"B(\d+)H(\d+)T(\d+)d(\d+)(?:-c(\d+)l(\d+)r(\d+))?", shape)
     if not match:
         raise ValueError(f"chunked_attention: a shape reads like {_JUDGED} or {_FULL}, got {shape!r}")
     batch, heads, frames, dim = (int(number) for number in match.groups()[:4])
@@ -105,13 +83,7 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         name: make(batch, frames, heads, dim, seed=i).transpose(1, 2).requires_grad_()
         for i, name in enumerate(_TENSORS[:3])
     }
-    if match[8]:
-        width = int(match[8])
-        scale = (2 / width) ** 0.5
-        inputs["projection"] = (make(heads, dim, width, seed=3) * scale).requires_grad_()
-        inputs["sinusoids"] = _sinusoids(width, 1 - frames, frames - 1, device).to(dtype)
-    else:
-        inputs["position"] = make(heads, 2 * frames - 1, dim, seed=3).requires_grad_()
+    inputs["position"] = make(heads, 2 * frames - 1, dim, seed=3).requires_grad_()
     for i, name in enumerate(_TENSORS[4:]):
         inputs[name] = make(heads, dim, seed=4 + i).requires_grad_()
     inputs |= {"chunk_size": chunk, "left_context": left, "right_context": right}
@@ -152,12 +124,7 @@ def _gold(case: Case) -> dict[str, Tensor]:
                 x = case.inputs[name].detach()
                 part = x[b : b + 1, h : h + 1] if x.dim() == 4 else x[h : h + 1]
                 tensors[name] = part.double().requires_grad_()
-            attended = dict(tensors)
-            if "projection" in tensors:
-                frames, width = case.inputs["query"].shape[2], tensors["projection"].shape[2]
-                sinusoids = _sinusoids(width, 1 - frames, frames - 1, case.device)
-                attended["position"] = sinusoids @ attended.pop("projection").mT
-            out = ops.reference.chunked_attention(**attended, **_options(case))
+            out = ops.reference.chunked_attention(**tensors, **_options(case))
             assert case.upstream is not None
             upstream = case.upstream[b : b + 1, h : h + 1].double()
             gradients = torch.autograd.grad(out, list(tensors.values()), upstream)
@@ -175,16 +142,6 @@ def _ours(case: Case, backend: str | None) -> Tensor:
     if backend == "reference":
         _fits(case)
     return ops.chunked_attention(**_attention_inputs(case), **_options(case), backend=backend)
-
-
-def _separable(case: Case) -> Callable[[], Tensor]:
-    """The same function from the projection: no table and no band."""
-    from bestrq2 import ops
-
-    if "projection" not in case.inputs:
-        raise Skip("its table is not a projection of sinusoids")
-    inputs = {name: case.inputs[name] for name in case.differentiable}
-    return lambda: ops.chunked_attention_sinusoidal(**inputs, **_options(case))
 
 
 def _bias(case: Case) -> Callable[..., Tensor]:
@@ -263,7 +220,6 @@ def _call(build: Callable[[Case], Callable[..., Tensor]]) -> Callable[[Case], Ca
 
 PROVIDERS = [
     *bestrq2_providers(OP, _ours),
-    Provider("bestrq2 separable", _separable, note="ops.chunked_attention_sinusoidal, no table"),
     Provider(BASELINE, _call(_transformer_xl)),
     Provider("torch.compile", _call(lambda case: compiled(_transformer_xl(case))), note="of the materialised form"),
     Provider("SDPA + position mask", _call(_sdpa)),

@@ -7,7 +7,7 @@ python benchmarks/tune.py quantize --dry-run show the measurements, write nothin
 
 The candidates are what ``bestrq2.kernels.<op>.CANDIDATES`` lists; each is timed (forward plus backward, median, cold
 cache) on the shape and dtype that ``benchmarks/<op>.py`` names in ``TUNING`` (default: its first CUDA shape and dtype),
-by the provider ``bestrq2[triton]`` or the third name there.
+by the provider ``bestrq2[triton]``.
 A candidate that gives wrong results, spills out of shared memory or fails is reported and never chosen. One kernel at a
 time, in the order of ``CANDIDATES``, the best of the earlier ones kept. Commit the file to ship it.
 """
@@ -121,8 +121,8 @@ def tune(
     cases: dict[tuple[str, str], Case] = {}
 
     def measure(kernel: str, configs: Mapping[str, Config]) -> float:
-        shape, dtype, *name = getattr(benchmark, "TUNING", {}).get(kernel, default)
-        key, provider = (shape, dtype), providers[name[0] if name else "bestrq2[triton]"]
+        shape, dtype = getattr(benchmark, "TUNING", {}).get(kernel, default)
+        key, provider = (shape, dtype), providers["bestrq2[triton]"]
         if key not in cases:
             cases.clear()  # one at a time in memory
             say(f"{op}: {shape} {dtype}")
