@@ -14,7 +14,6 @@ from bestrq2.hashing import mix, uniform
 
 from .counter_random import random_keys
 
-
 SMALLEST_WEIGHT = 1e-6  # of a patch without any variation: it is taken last, but may be taken
 
 

@@ -18,9 +18,9 @@ Projection = Literal["random", "pca", "whitened_pca"]
 class RandomProjectionQuantizer(nn.Module):
     """Nearest code of a randomly projected patch: ``argmax_v cos(norm(x) P, c_v)``, for one or several codebooks.
 
-    By default nothing is learned. P is Xavier-uniform, the codes are normally distributed and scaled to unit length. Both are persistent buffers,
-    drawn on the CPU in fp32 from the quantizer's own seed: every rank, device and resumed run has the same ones, no
-    optimizer ever sees them, and no other random state is touched.
+    By default nothing is learned. P is Xavier-uniform, the codes are normally distributed and scaled to unit length.
+    Both are persistent buffers, drawn on the CPU in fp32 from the quantizer's own seed: every rank, device and resumed
+    run has the same ones, no optimizer ever sees them, and no other random state is touched.
 
     P and the codes may instead be fitted to a sample of patches, once and before training: :meth:`fit`. They are frozen
     and stored like random ones.
@@ -150,8 +150,8 @@ class RandomProjectionQuantizer(nn.Module):
             sample: ``(S, D)`` float32 patches from :meth:`normalise`, without padding.
 
         Raises:
-            ValueError: for a wrong width, fewer patches than axes or than two per code, or a sample that varies in fewer
-                directions than there are axes.
+            ValueError: for a wrong width, fewer patches than axes or than two per code, or a sample that varies in
+                fewer directions than there are axes.
         """
         if sample.dim() != 2 or sample.shape[1] != self.patch_dim:
             raise ValueError(f"expected a sample (S, {self.patch_dim}), got {tuple(sample.shape)}")
