@@ -1,7 +1,7 @@
 """Compile Triton kernels for GPUs that are not here, and read what the compiler and assembler say of them.
 
 Each operation lists its kernels at every shipped configuration in ``compile_cases()``: in ``kernels/<op>.py``, or in
-``kernels/<op>/compile_cases.py``. The compile tests and ``benchmarks/compile_report.py`` read the same lists.
+``kernels/<op>/compile_cases.py``. The compile tests and ``benchmarks/machine_code/report.py`` read the same lists.
 """
 
 import re
@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = (80, 90, 100)
+from .tuning import ARCHITECTURES
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
@@ -36,6 +37,7 @@ class CompileCase:
     num_stages: int = 3
     divisible_by_16: tuple[str, ...] = field(default=())  # pointers and sizes that the launcher specialises on
     maxnreg: int | None = None  # registers that a thread may take at most
+    architectures: tuple[int, ...] = ARCHITECTURES  # whose GPUs launch it
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError
+from bestrq2.errors import ConfigError
+
 from .rules import check_values
 from .sections import Config
 

@@ -2,7 +2,8 @@
 
 from math import isfinite
 
-from .errors import ConfigError
+from bestrq2.errors import ConfigError
+
 from .sections import Config, EncoderConfig
 
 

@@ -12,7 +12,7 @@ each half of a head (ours across halves: queries and keys are permuted alike).
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from bestrq2.config import Config, ConfigError, PredictorConfig, TransformerConf
 from bestrq2.layers.log_mel import mel_filters
 from bestrq2.layers.positions import sincos_2d
 
-from .errors import unknown_layout
 from .published_blocks import read_transformer, write_transformer
+from .published_keys import Keys, unknown_layout
 
 FILTERS = "spectrogram.mel_spec.mel_scale.fb"
 WINDOW = "spectrogram.mel_spec.spectrogram.window"
@@ -48,34 +48,6 @@ class Published:
     config: Config
     weights: dict[str, Tensor]
     complete: bool
-
-
-@dataclass
-class Keys:
-    """The tensors of a file, and which of them have been understood."""
-
-    tensors: dict[str, Tensor]
-    origin: Path | str
-    used: set[str] = field(default_factory=set)
-
-    def get(self, name: str) -> Tensor | None:
-        if name not in self.tensors:
-            return None
-        self.used.add(name)
-        tensor = self.tensors[name]
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    def need(self, name: str) -> Tensor:
-        tensor = self.get(name)
-        if tensor is None:
-            raise unknown_layout(self.origin, f"no tensor {name!r}", list(self.tensors))
-        return tensor
-
-    def below(self, stem: str) -> list[str]:
-        return [name for name in self.tensors if name.startswith(stem)]
-
-    def rest(self) -> list[str]:
-        return sorted(set(self.tensors) - self.used)
 
 
 def without_prefix(tensors: Mapping[str, Tensor], origin: Path | str) -> dict[str, Tensor]:

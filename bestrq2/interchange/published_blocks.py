@@ -1,17 +1,13 @@
 """Transformer blocks in the names of the published checkpoints, whatever variant their shapes show."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bestrq2.config import ConfigError, TransformerConfig
 
-from .errors import unknown_layout
-
-if TYPE_CHECKING:
-    from .published import Keys
+from .published_keys import Keys, unknown_layout
 
 # Names under which code bases keep the three matrices of SwiGLU: gate (through the SiLU), value, output.
 SWIGLU_NAMES = (("fc1_g", "fc1_x", "fc2"), ("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
@@ -19,7 +15,7 @@ PACKED_NAMES = (("fc1", "fc2"), ("w12", "w3"))
 
 
 def read_transformer(
-    keys: "Keys", stem: str, rows: int, heads: int | None, default_head_dim: int
+    keys: Keys, stem: str, rows: int, heads: int | None, default_head_dim: int
 ) -> tuple[TransformerConfig, dict[str, Tensor], str]:
     """The Transformer whose tensors begin with ``stem``.
 
@@ -77,7 +73,7 @@ def read_transformer(
     return settings, out, position
 
 
-def _copy_norms(keys: "Keys", block: str, own: str, out: dict[str, Tensor]) -> None:
+def _copy_norms(keys: Keys, block: str, own: str, out: dict[str, Tensor]) -> None:
     for name in ("norm1", "norm2"):
         out[f"{own}{name}.weight"] = keys.need(f"{block}{name}.weight")
         bias = keys.get(f"{block}{name}.bias")
@@ -85,13 +81,13 @@ def _copy_norms(keys: "Keys", block: str, own: str, out: dict[str, Tensor]) -> N
             out[f"{own}{name}.bias"] = bias
 
 
-def _copy_bias(keys: "Keys", name: str, own: str, out: dict[str, Tensor], wanted: bool) -> None:
+def _copy_bias(keys: Keys, name: str, own: str, out: dict[str, Tensor], wanted: bool) -> None:
     bias = keys.get(name)
     if wanted:
         out[f"{own}.bias"] = torch.zeros(out[f"{own}.weight"].shape[0]) if bias is None else bias
 
 
-def _copy_feed_forward(keys: "Keys", block: str, own: str, out: dict[str, Tensor], bias: bool) -> tuple[int, bool]:
+def _copy_feed_forward(keys: Keys, block: str, own: str, out: dict[str, Tensor], bias: bool) -> tuple[int, bool]:
     """Returns the hidden width and whether it is SwiGLU."""
     stem = block + "mlp."
     for gate, value, last in SWIGLU_NAMES:
@@ -116,7 +112,7 @@ def _copy_feed_forward(keys: "Keys", block: str, own: str, out: dict[str, Tensor
 
 
 def _head_dim(
-    keys: "Keys", stem: str, out: dict[str, Tensor], width: int, rows: int, heads: int | None, default: int
+    keys: Keys, stem: str, out: dict[str, Tensor], width: int, rows: int, heads: int | None, default: int
 ) -> int:
     query_scale = out.get("blocks.0.attn.q_norm.weight")
     frequencies = _rotary_frequencies(keys, stem)
@@ -134,12 +130,12 @@ def _head_dim(
     return head_dim
 
 
-def _rotary_frequencies(keys: "Keys", stem: str) -> list[tuple[str, Tensor]]:
+def _rotary_frequencies(keys: Keys, stem: str) -> list[tuple[str, Tensor]]:
     names = [name for name in keys.below(stem) if ".inv_freq" in name and "rope" in name]
     return [(name, tensor) for name in names if (tensor := keys.get(name)) is not None]
 
 
-def _check_rotary(keys: "Keys", stem: str, head_dim: int, rows: int) -> None:
+def _check_rotary(keys: Keys, stem: str, head_dim: int, rows: int) -> None:
     count = head_dim // (2 if rows == 1 else 4)
     expected = 10000.0 ** (-torch.arange(count, device="cpu", dtype=torch.float32) / count)
     for name, found in _rotary_frequencies(keys, stem):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bestrq2.ops import ChunkLayout
 
-from .conformer_attention import AttentionCache, FrameGrid, RelativeAttention, relative_sinusoids
+from .conformer_attention import AttentionCache, RelativeAttention, relative_sinusoids
 from .conformer_convolution import (
     ConvMode,
     ConvNorm,
@@ -21,6 +21,7 @@ from .conformer_convolution import (
     depthwise_convolution,
     past_frames,
 )
+from .frame_grid import FrameGrid
 from .transformer import DropPath
 
 Activation = Literal["silu", "gelu"]

@@ -1,7 +1,9 @@
 """Every kernel of every shipped configuration, for an ahead-of-time compilation: all that a call can have."""
 
+from dataclasses import replace
+
 from ..aot import CompileCase
-from ..tuning import all_configs
+from ..tuning import shipped
 from . import backward, forward
 from .launch import choose_config
 
@@ -16,9 +18,12 @@ INTEGER_POINTERS = {"lengths_ptr": "*i64", "starts_ptr": "*i64", "key_mask_ptr":
 
 def compile_cases() -> list[CompileCase]:
     return [
-        compile_case(f"{file}-{key}{'-key_mask' if key_mask else ''}", key, key_mask, configs)
-        for file, configs in all_configs("chunked_attention").items()
-        for key in configs
+        replace(
+            compile_case(f"{file.name}-{key}{'-key_mask' if key_mask else ''}", key, key_mask, file.configs),
+            architectures=file.serves(key),
+        )
+        for file in shipped("chunked_attention")
+        for key in file.keys
         if not key.endswith("key_mask")
         for key_mask in (False, True)
     ]

@@ -19,6 +19,9 @@ TINY = [
     "model.predictor.hidden=32",
     "model.encoder.depth=3",
     "model.predictor.depth=1",
+    "model.encoder.heads=4",
+    "model.predictor.heads=4",
+    "model.encoder.drop_path=0",
     "model.targets.codebook_size=64",
 ]
 
