@@ -184,12 +184,17 @@ class RandomProjectionQuantizer(nn.Module):
             patches = patches.gather(1, rows[..., None].expand(-1, -1, patches.shape[-1]))
         if self.center is not None:
             # The mean is subtracted after the normalisation, which therefore cannot happen inside of the operation.
-            values = patches if self.normalize == "utterance" else self.normalise(patches)
-            return ops.quantize(values - self.center, self.projection, self.codebook)
+            return self.codes_of_normalised(patches if self.normalize == "utterance" else self.normalise(patches))
         if self.normalize == "global":
             patches = (patches.float() - self.mean) / self.std
         inside_op = "layer_norm" if self.normalize == "patch" else "none"
         return ops.quantize(patches, self.projection, self.codebook, normalize=inside_op)
+
+    @torch.no_grad()
+    def codes_of_normalised(self, values: Tensor) -> Tensor:
+        """Codes ``(..., G)`` of patches from :meth:`normalise`, ``(..., D)``."""
+        centred = values if self.center is None else values - self.center
+        return ops.quantize(centred, self.projection, self.codebook)
 
     @staticmethod
     def _standardise_clips(patches: Tensor, lengths: Tensor | None) -> Tensor:

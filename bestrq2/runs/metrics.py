@@ -39,6 +39,7 @@ COLUMNS = (
     "skipped_files",
     "skipped_steps",
     "elapsed_seconds",
+    "touching_share",
 )
 WANDB_FILE = "wandb.json"
 
