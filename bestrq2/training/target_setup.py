@@ -1,4 +1,4 @@
-"""Before the first step: the seed of the targets chosen among many, projections and codes fitted, the teacher's digest."""
+"""Before the first step: a seed of the targets chosen among many, projections and codes fitted, a teacher noted."""
 
 import torch
 from torch import Tensor
