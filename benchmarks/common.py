@@ -84,7 +84,7 @@ FIELDS = (
     *("ceiling_tflops", "ceiling_gb_per_s", "ceiling_source"),
     *("device", "threads", "load", "python", "torch", "triton", "bestrq2", "commit", "date", "command"),
 )
-"""Columns of every result file. README.md says what each means."""
+"""Columns of every result file. docs/benchmarks.md says what each means."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 """``max_error`` above this flags a row as wrong: far above honest rounding, far below a wrong formula."""

@@ -22,7 +22,6 @@ from .sections import (
     ProbeConfig,
     TargetsConfig,
     TrainConfig,
-    TransformerConfig,
     ValidationConfig,
 )
 
@@ -42,7 +41,6 @@ __all__ = [
     "ProbeConfig",
     "TargetsConfig",
     "TrainConfig",
-    "TransformerConfig",
     "ValidationConfig",
     "config_from_dict",
     "config_to_dict",

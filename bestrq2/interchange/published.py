@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bestrq2.config import Config, ConfigError, PredictorConfig, TransformerConfig
+from bestrq2.config import Config, EncoderConfig, PredictorConfig
+from bestrq2.errors import ConfigError
+from bestrq2.layers import TransformerSettings
 from bestrq2.layers.log_mel import mel_filters
 from bestrq2.layers.positions import sincos_2d
 
@@ -123,10 +125,8 @@ def from_published(
 
     rows = front.num_mels // height
     settings, blocks, position = read_transformer(keys, "encoder.", rows, heads, HEAD_DIM)
-    encoder = config.model.encoder
-    for name, value in asdict(settings).items():
-        setattr(encoder, name, value)
-    encoder.patch_height, encoder.patch_width, encoder.position, encoder.drop_path = height, frames, position, 0.1
+    shape = asdict(settings) | {"drop_path": 0.1}
+    config.model.encoder = EncoderConfig(**shape, patch_height=height, patch_width=frames, position=position)
     weights |= {f"encoder.encoder.{name}": tensor for name, tensor in blocks.items()}
     table = keys.get("encoder.pos_embed")
     seconds = window_seconds or WINDOW_SECONDS
@@ -146,7 +146,7 @@ def _read_pretraining(
     config: Config,
     weights: dict[str, Tensor],
     rows: int,
-    encoder: TransformerConfig,
+    encoder: TransformerSettings,
     predictor_heads: int | None,
 ) -> bool:
     """Predictor, mask token, quantizer and head, as far as they are there; whether all are."""

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bestrq2.config import ConfigError, TransformerConfig
+from bestrq2.errors import ConfigError
+from bestrq2.layers.positions import PositionKind
+from bestrq2.layers.transformer import Norm, TransformerSettings
 
 from .published_keys import Keys, unknown_layout
 
@@ -16,7 +18,7 @@ PACKED_NAMES = (("fc1", "fc2"), ("w12", "w3"))
 
 def read_transformer(
     keys: Keys, stem: str, rows: int, heads: int | None, default_head_dim: int
-) -> tuple[TransformerConfig, dict[str, Tensor], str]:
+) -> tuple[TransformerSettings, dict[str, Tensor], PositionKind]:
     """The Transformer whose tensors begin with ``stem``.
 
     A norm without bias is an RMSNorm; a feed-forward layer with three matrices, or a first matrix twice as wide as the
@@ -52,9 +54,9 @@ def read_transformer(
     final_bias = keys.get(stem + "norm.bias")
     if final_bias is not None:
         out["norm.bias"] = final_bias
-    kind = "layer_norm" if final_bias is not None else "rms_norm"
+    kind: Norm = "layer_norm" if final_bias is not None else "rms_norm"
     head_dim = _head_dim(keys, stem, out, width, rows, heads, default_head_dim)
-    settings = TransformerConfig(
+    settings = TransformerSettings(
         width=width,
         depth=depth,
         heads=width // head_dim,
@@ -65,7 +67,7 @@ def read_transformer(
         qk_norm="blocks.0.attn.q_norm.weight" in out,
     )
     # A sin-cos table is always stored; a file without one has rotary positions, whose frequencies need not be stored.
-    position = "sincos" if stem + "pos_embed" in keys.tensors else "rope"
+    position: PositionKind = "sincos" if stem + "pos_embed" in keys.tensors else "rope"
     if position == "rope":
         _check_rotary(keys, stem, head_dim, rows)
         if rows > 1:

@@ -1,7 +1,7 @@
 """The ViT encoder of BEST-RQ-2: patches of a log-mel spectrogram, a linear embedding, fixed positions, Transformer."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,11 @@ from torch import Tensor, nn
 from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.masking import MaskPlan, take
 from bestrq2.layers.patches import Patches, extract_patches
-from bestrq2.layers.positions import published_short_clip_positions, rotary_angles, sincos_2d
+from bestrq2.layers.positions import PositionKind, published_short_clip_positions, rotary_angles, sincos_2d
 from bestrq2.layers.transformer import Transformer, TransformerSettings
 
 from .layer_choice import block_list, check_layers, choose_layers
 from .readout import ROW_JOINS, ReadoutMixin, check_choice
-
-PositionKind = Literal["sincos", "rope"]
 
 WINDOWS_AT_ONCE = 16  # windows of long clips that encode() puts through the Transformer together
 

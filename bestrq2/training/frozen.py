@@ -16,7 +16,7 @@ from bestrq2.hardware import choose_device, describe_device
 from bestrq2.hashing import mix
 from bestrq2.interchange import open_encoder
 from bestrq2.layers.code_usage import CodeUsage
-from bestrq2.models.build import build_masking, load_weights, transformer_settings
+from bestrq2.models.build import build_masking, load_weights
 from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.checkpoint import Checkpoint, save_checkpoint
 from bestrq2.runs.folder import MetricsLog, RunFolder
@@ -34,7 +34,7 @@ def build_head(config: Config, input_dim: int) -> FrozenHead:
     masking = build_masking(config.model.masking, config.train.seed)
     return FrozenHead(
         input_dim,
-        transformer_settings(config.model.predictor),
+        config.model.predictor,
         targets.codebook_size,
         targets.num_codebooks,
         None if config.frozen.every_frame else masking,
