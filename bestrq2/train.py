@@ -160,6 +160,7 @@ def resume(run: RunFolder, overrides: list[str], ranks: Ranks) -> int:
             "files, durations or crop settings differ. Restore them, or start a new run."
         )
     if overrides:
+        ranks.all_agree(lambda: open_teacher(config))  # one that is refused must not be left in the run's configuration
         ranks.from_first(lambda: run.write_config(config))
     return start(config, dataset, run, checkpoint, ranks)
 

@@ -15,7 +15,7 @@ TINY = [
     "model.front_end.std=20",
     "model.encoder.width=32",
     "model.encoder.hidden=48",
-    "model.predictor.width=24",
+    "model.predictor.width=32",
     "model.predictor.hidden=32",
     "model.encoder.depth=3",
     "model.predictor.depth=1",
@@ -134,7 +134,8 @@ def test_blocks_reach_the_grid_of_patches():
     grid = ["model.encoder.patch_height=16", "model.masking.block_rows=null", "model.masking.block_columns=3"]
     output = build(*grid)(*audio(), 0, torch.arange(2))
     columns = torch.bincount(output.plan.predicted[0] // 4)
-    assert set(columns.tolist()) <= {0, 4}
+    assert sum(0 < count < 4 for count in columns.tolist()) <= 1  # the last span is cut where the count is reached
+    assert 4 in columns
     assert 0 < float(output.touching_share()) < 1
 
 
@@ -204,7 +205,10 @@ def test_times_of_teacher_and_tokens_are_equal():
             ["model.front_end.hop_length=320"],
             "every 80 ms, like the tokens of the model, got one with a frame every 40",
         ),
-        (["model.front_end.sampling_rate=8000"], "expected a teacher for 8000 Hz.*got one for 16000 Hz"),
+        (
+            ["model.front_end.sampling_rate=8000", "model.front_end.f_max=null"],
+            "expected a teacher for 8000 Hz.*got one for 16000 Hz",
+        ),
         (["model.encoder.patch_height=16"], "patches over all bands, got 4 rows"),
     ],
 )
@@ -239,7 +243,7 @@ def test_digest_is_that_of_weights_and_layer():
         (["model.mixing.share=2"], "model.mixing.share: expected a share"),
         (["model.clip_weight=-1"], "clip_weight must be"),
         (["model.masking.block_columns=3", "model.masking.span_length=2"], "spans or blocks"),
-        (["model.targets.projection=lda"], "projection must be one of"),
+        (["model.targets.projection=lda"], "expected one of .*whitened_pca"),
         (["model.targets.seed_candidates=0"], "seed_candidates: expected at least 1"),
         (["frozen.source=x", "model.targets.projection=pca"], "null with model.targets.projection"),
     ],
@@ -264,7 +268,7 @@ def test_tokens_of_40_ms_with_rotary_positions_learn(height, width, hop, mels):
     assert model.encoder.hop_size_in_ms == 40
     assert model.encoder.rows == mels // height
     waveform, lengths = audio(4)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     losses = []
     for _ in range(30):
         output = model(waveform, lengths, 0, torch.arange(4))
@@ -272,4 +276,4 @@ def test_tokens_of_40_ms_with_rotary_positions_learn(height, width, hop, mels):
         output.objective.backward()
         optimizer.step()
         losses.append(float(output.loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.3

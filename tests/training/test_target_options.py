@@ -65,7 +65,7 @@ def plain(tmp_path_factory) -> Path:
     ids=["kept-spans", "dispersion", "fitted-clip-mixing", "grid-blocks"],
 )
 def test_every_option_learns(tmp_path, overrides):
-    run = train(tmp_path, "learns", *overrides, "train.steps=40", "train.save_every=40", "optimizer.learning_rate=5e-3")
+    run = train(tmp_path, "learns", *overrides, "train.steps=30", "train.save_every=30", "optimizer.learning_rate=1e-2")
     rows = [row for row in read_metrics(run) if row["loss"]]
     losses = [float(row["loss"]) for row in rows]
     assert all(math.isfinite(loss) for loss in losses)
