@@ -1,4 +1,4 @@
-"""What a frozen encoder's features know, beside two baselines.
+"""Evaluate frozen features with linear, MLP and k-NN probes, next to two baselines.
 
     python -m bestrq2.probe runs/best_rq2_tiny-001        # speech, music or environment, on the 24 clips of the package
     python -m bestrq2.probe ENCODER clips.csv --label instrument --group recording --head linear,mlp,knn
@@ -191,7 +191,7 @@ def add_log_mel_encoder(
 
 
 def announce(experiment: Experiment) -> None:
-    """What is tested, and what was left out of it."""
+    """Describe the test clips and the rows that were left out."""
     clips, task = experiment.clips, experiment.task
     parts = [f"{len(clips)} clips", f"{clips.groups.max() + 1} groups"]
     if clips.parts is not None:

@@ -1,4 +1,4 @@
-"""Log-mel spectrogram, batched, on the device of the waveform, blind to padding.
+"""Log-mel spectrogram, batched, on the device of the waveform, independent of padding.
 
 Formula: ``10 log10(max(1e-10, |STFT(x; hann) / sqrt(sum(hann^2))|^2 @ mel))``, the transform of the published BEST-RQ-2
 front end (torchaudio ``MelSpectrogram(normalized=True)`` then ``AmplitudeToDB``): centred frames with reflected edges,

@@ -1,7 +1,7 @@
-"""Which patches the encoder sees and which are predicted.
+"""Masking: the patches that the encoder sees and those to predict.
 
-Masking never reads the audio. The one exception is a number per token that the caller may hand in (how much a patch
-varies) and that only changes the odds of a draw.
+It does not depend on the audio, with one exception: weights of the tokens, which a caller may derive from it and which
+change nothing but the odds of a draw.
 """
 
 from collections.abc import Sequence

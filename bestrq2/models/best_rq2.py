@@ -1,6 +1,7 @@
 """BEST-RQ-2: contextualize, then predict (Tuncay, Labbé and Pellegrini, arXiv 2606.30700)."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,14 @@ from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.transformer import TransformerSettings
 
 from .clip_head import ClipHead
-from .conformer import ConformerEncoder
+from .encoder import PretrainableEncoder, check_encoder
 from .predictor import CodeHead, Predictor
 from .teacher import Teacher
-from .vit import ViTEncoder
 
 
 @dataclass
 class PretrainOutput:
-    """What one pretraining pass gives.
+    """Results of one pretraining pass.
 
     Attributes:
         loss, accuracy: 0-d float32; mean cross-entropy and top-1 accuracy over the predicted patches.
@@ -53,9 +53,6 @@ class PretrainOutput:
         return touching_share(self.plan, self.patches.values.shape[1], self.patches.rows)
 
 
-Encoder = ViTEncoder | ConformerEncoder
-
-
 class _Pretraining(nn.Module):
     """What both ways of pretraining share: patches, targets, masks, the optional target for whole clips.
 
@@ -68,14 +65,17 @@ class _Pretraining(nn.Module):
         clip_weight: of the loss of the target for whole clips; 0: none.
 
     Raises:
-        ValueError: if the quantizer does not take what it gets, or the teacher's frames are not the encoder's tokens.
+        TypeError: for an encoder that lacks members of :class:`PretrainableEncoder`, listing them.
+        ValueError: if the quantizer does not take what it gets, the teacher's frames are not the encoder's tokens, or
+            ``mixing`` with an encoder that has no ``front_end``.
     """
 
+    one_stage = False
     clip_head: ClipHead | None
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PretrainableEncoder,
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         teacher: Teacher | None,
@@ -83,12 +83,17 @@ class _Pretraining(nn.Module):
         clip_weight: float,
     ) -> None:
         super().__init__()
-        self.encoder, self.quantizer, self.masking = encoder, quantizer, masking
+        check_encoder(encoder, one_stage=self.one_stage)
+        # Any: an encoder has more than the members that pretraining needs.
+        self.encoder = cast(Any, encoder)
+        self.quantizer, self.masking = quantizer, masking
         self.teacher, self.mixing, self.clip_weight = teacher, mixing, clip_weight
         if not 0 <= clip_weight < float("inf"):
             raise ValueError(f"clip_weight must be a number of at least 0, got {clip_weight}")
+        if mixing is not None and not hasattr(encoder, "front_end"):
+            raise ValueError(f"mixing needs an encoder with a front_end (a LogMel); {type(encoder).__name__} has none")
         if teacher is not None:
-            teacher.check(encoder)
+            teacher.check(self.encoder)
         width = encoder.patch_dim if teacher is None else teacher.width
         if quantizer.patch_dim != width:
             raise ValueError(f"expected a quantizer of {width} values, got one of {quantizer.patch_dim}")
@@ -98,15 +103,19 @@ class _Pretraining(nn.Module):
         books, size = self.quantizer.num_codebooks, self.quantizer.codebook_size
         self.clip_head = ClipHead(self.encoder.output_dim, size, books) if self.clip_weight else None
 
-    def target_values(self, waveform: Tensor, lengths: Tensor, patches: Patches) -> Tensor:
+    def target_values(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> Tensor:
         """What is quantized: log-mel patches, or the teacher's features of the same audio, ``(B, N, P)``."""
         return patches.values if self.teacher is None else self.teacher.features(waveform, lengths, patches)
 
-    def target_codes(self, waveform: Tensor, lengths: Tensor, patches: Patches, rows: Tensor | None = None) -> Tensor:
+    def target_codes(
+        self, waveform: Tensor, lengths: Tensor | None, patches: Patches, rows: Tensor | None = None
+    ) -> Tensor:
         """Codes ``(B, M, G)`` int64 of the tokens ``rows (B, M)`` (None: all) of single clips."""
         return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
 
-    def _prepare(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> tuple[Patches, MaskPlan, Tensor]:
+    def _prepare(
+        self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor
+    ) -> tuple[Patches, MaskPlan, Tensor]:
         """Patches (mixed, if clips are mixed), mask and codes at the predicted places."""
         patches = single = self.encoder.patches(waveform, lengths)
         mixture = None
@@ -159,13 +168,16 @@ class BestRQ2(_Pretraining):
             clips, which the mean of the context predicts (0: none).
 
     Shapes:
-        waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU, step, index ``(B,)`` global clip index in the training
-        order (step and index seed the mask) -> :class:`PretrainOutput`.
+        waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU (None: all), step, index ``(B,)`` global clip index in
+        the training order (None: 0..B-1; step and index seed the mask) -> :class:`PretrainOutput`.
+
+    Raises:
+        TypeError: for an encoder that lacks members of :class:`PretrainableEncoder`, listing them.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PretrainableEncoder,
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         predictor: TransformerSettings | None = None,
@@ -180,7 +192,10 @@ class BestRQ2(_Pretraining):
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
         self._add_clip_head()
 
-    def forward(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> PretrainOutput:
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+    ) -> PretrainOutput:
+        index = torch.arange(len(waveform)) if index is None else index
         patches, plan, codes = self._prepare(waveform, lengths, step, index)
 
         context = self.encoder.context(patches, plan, step)
@@ -215,9 +230,11 @@ class BestRQ(_Pretraining):
         noise_std: deviation of the noise around zero. Published: 0.1, on standardised log-mel values.
     """
 
+    one_stage = True
+
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PretrainableEncoder,
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         noise_std: float = 0.1,
@@ -229,13 +246,16 @@ class BestRQ(_Pretraining):
         super().__init__(encoder, quantizer, masking, teacher, mixing, clip_weight)
         self.noise_std = noise_std
         self.mask_token: nn.Parameter | None = None
-        if encoder.needs_mask_token:
+        if self.encoder.needs_mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.output_dim))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = CodeHead(encoder.output_dim, quantizer.codebook_size, quantizer.num_codebooks)
         self._add_clip_head()
 
-    def forward(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> PretrainOutput:
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+    ) -> PretrainOutput:
+        index = torch.arange(len(waveform)) if index is None else index
         patches, plan, codes = self._prepare(waveform, lengths, step, index)
 
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token

@@ -64,7 +64,7 @@ class Teacher:
             )
 
     @torch.no_grad()
-    def features(self, waveform: Tensor, lengths: Tensor, patches: Patches) -> Tensor:
+    def features(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> Tensor:
         """``(B, N, width)`` float32, a frame for every token of ``patches``; zeros behind a clip's end."""
         if next(self.encoder.parameters()).device != waveform.device:
             self.encoder.to(waveform.device)

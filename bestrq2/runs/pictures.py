@@ -1,4 +1,4 @@
-"""How the pictures of a run are drawn."""
+"""Draw the pictures of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDER = "pictures"
 
 @dataclass(frozen=True)
 class ClipPicture:
-    """What is drawn of one clip. A token is a cell of the grid (frequency row, time column); G codebooks.
+    """Data of the picture of one clip. A token is a cell of the grid (frequency row, time column); G codebooks.
 
     Attributes:
         index: global index of the clip in the training order.

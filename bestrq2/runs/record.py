@@ -1,4 +1,4 @@
-"""A run as its folder tells it, for reports: readable at any time, also while the run goes on or after a crash."""
+"""The record of a run, read from its folder for reports: at any time, also during the run or after a crash."""
 
 import re
 import time
@@ -35,7 +35,7 @@ class CheckpointRecord:
 
 
 class RunRecord:
-    """What a run folder holds. Whatever is missing or damaged is empty: a report must not fail on an old run.
+    """Contents of a run folder. Missing or damaged parts are empty, so a report does not fail on an old run.
 
     Attributes:
         folder, name: of the run.

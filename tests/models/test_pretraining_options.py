@@ -66,8 +66,8 @@ def test_clip_head_is_the_cross_entropy_with_the_codes_of_each_clip():
 def test_clip_target_adds_to_the_objective_and_reaches_the_encoder(recipe):
     waveform, lengths = audio()
     plain, model = build(recipe=recipe), build("model.clip_weight=0.5", recipe=recipe)
-    before = plain(waveform, lengths, 0, torch.arange(2))
-    output = model(waveform, lengths, 0, torch.arange(2))
+    before = plain(waveform, lengths, step=0, index=torch.arange(2))
+    output = model(waveform, lengths, step=0, index=torch.arange(2))
     assert before.clip_loss is None
     assert before.objective is before.loss
     assert torch.equal(before.loss, output.loss)  # the other parts start from the same weights
@@ -86,8 +86,10 @@ def test_objective_adds_up_over_parts_of_a_batch():
     model = build("model.clip_weight=1.0").eval()
     waveform, _ = audio(3)
     lengths, index = torch.tensor([16000, 9000, 12000]), torch.arange(3)
-    whole = model(waveform, lengths, 1, index)
-    parts = [model(waveform[k : k + 1, : lengths[k]], lengths[k : k + 1], 1, index[k : k + 1]) for k in range(3)]
+    whole = model(waveform, lengths, step=1, index=index)
+    parts = [
+        model(waveform[k : k + 1, : lengths[k]], lengths[k : k + 1], step=1, index=index[k : k + 1]) for k in range(3)
+    ]
     counts = [model.num_predicted(lengths[k : k + 1], 1) for k in range(3)]
     together = sum(count * part.objective for count, part in zip(counts, parts)) / sum(counts)
     torch.testing.assert_close(whole.objective, together)
@@ -103,7 +105,7 @@ def test_mixing_changes_the_input_and_the_codes_in_training_only(grid):
     options = ["model.mixing.share=1.0", "model.mixing.level_db=[0,0]", "model.mixing.span=[1,1]"]
     plain, model = build(*grid), build(*grid, *options)
     index = torch.tensor([8, 9])
-    single, mixed = plain(waveform, lengths, 0, index), model(waveform, lengths, 0, index)
+    single, mixed = plain(waveform, lengths, step=0, index=index), model(waveform, lengths, step=0, index=index)
     assert torch.equal(single.plan.predicted, mixed.plan.predicted)
     changed = (single.codes != mixed.codes).squeeze(-1)
     swapped = model.target_codes(
@@ -118,21 +120,21 @@ def test_mixing_changes_the_input_and_the_codes_in_training_only(grid):
     assert float((mixed.patches.values - single.patches.values).min()) > -1e-4
     assert float((mixed.patches.values - single.patches.values).mean()) > 0.01
     model.eval()
-    assert torch.equal(model(waveform, lengths, 0, index).codes, single.codes)
+    assert torch.equal(model(waveform, lengths, step=0, index=index).codes, single.codes)
 
 
 def test_dispersion_masks_what_varies():
     model = build("model.masking.dispersion=2.0", "model.front_end.normalize=none")
     waveform, lengths = audio(16)
     waveform[:, :8000] = 0.0
-    output = model(waveform, lengths, 0, torch.arange(16))
+    output = model(waveform, lengths, step=0, index=torch.arange(16))
     late = output.plan.predicted >= output.patches.values.shape[1] // 2
     assert float(late.float().mean()) > 0.85
 
 
 def test_blocks_reach_the_grid_of_patches():
     grid = ["model.encoder.patch_height=16", "model.masking.block_rows=null", "model.masking.block_columns=3"]
-    output = build(*grid)(*audio(), 0, torch.arange(2))
+    output = build(*grid)(*audio(), step=0, index=torch.arange(2))
     columns = torch.bincount(output.plan.predicted[0] // 4)
     assert sum(0 < count < 4 for count in columns.tolist()) <= 1  # the last span is cut where the count is reached
     assert 4 in columns
@@ -148,7 +150,7 @@ def test_teacher_features_are_quantized_in_place_of_patches(kind):
     model = build(*settings, teacher=teacher)
     waveform, _ = audio()
     lengths = torch.tensor([16000, 11000])
-    output = model(waveform, lengths, 0, torch.arange(2))
+    output = model(waveform, lengths, step=0, index=torch.arange(2))
     features, counts = source.encode(waveform, lengths, 1)
     assert features.shape[1] == output.patches.values.shape[1]
     for clip in range(2):
@@ -271,7 +273,7 @@ def test_tokens_of_40_ms_with_rotary_positions_learn(height, width, hop, mels):
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     losses = []
     for _ in range(30):
-        output = model(waveform, lengths, 0, torch.arange(4))
+        output = model(waveform, lengths, step=0, index=torch.arange(4))
         optimizer.zero_grad()
         output.objective.backward()
         optimizer.step()
