@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bestrq2.layers.log_mel import hertz_to_mel
+from bestrq2.layers.log_mel_tables import hertz_to_mel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
