@@ -125,6 +125,7 @@ class DataConfig:
     )
     batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
     domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
+    cache: str | None = None  # folder for decoded 16-bit samples, filled at the start, read instead of the files
     workers: int = 2  # processes that decode audio, per rank; 0: none
 
 

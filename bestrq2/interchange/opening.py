@@ -146,7 +146,7 @@ def open_teacher(config: Config) -> Teacher | None:
     if targets.encoder is None:
         return None
     try:
-        teacher = Teacher(load(targets.encoder), targets.layer)
+        teacher = Teacher(open_own(targets.encoder), targets.layer)
     except ValueError as error:
         raise ConfigError(f"model.targets.encoder={targets.encoder}: {error}") from error
     found = teacher.digest()

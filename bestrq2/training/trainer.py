@@ -129,6 +129,7 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.size,
             pin_memory=self.device.type == "cuda",
+            as_float=False,  # the feeder converts on the device
         )
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
