@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2 import ops
-from bestrq2.ops.arguments import integer
+from bestrq2.ops._impl.arguments import integer
 
 from .target_fitting import fit_axes, move_to_centroids
 
@@ -187,7 +187,7 @@ class RandomProjectionQuantizer(nn.Module):
             return self.codes_of_normalised(patches if self.normalize == "utterance" else self.normalise(patches))
         if self.normalize == "global":
             patches = (patches.float() - self.mean) / self.std
-        inside_op = "layer_norm" if self.normalize == "patch" else "none"
+        inside_op: Literal["none", "layer_norm"] = "layer_norm" if self.normalize == "patch" else "none"
         return ops.quantize(patches, self.projection, self.codebook, normalize=inside_op)
 
     @torch.no_grad()
