@@ -30,7 +30,9 @@ from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
+from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
+from bestrq2.interchange.opening import open_teacher
 from bestrq2.models import BestRQ, BestRQ2, build_model
 from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoints, newest_intact
 from bestrq2.runs.folder import RunFolder
@@ -38,6 +40,7 @@ from bestrq2.training.batch_finder import find_batch
 from bestrq2.training.distributed import Ranks
 from bestrq2.training.frozen import train_head
 from bestrq2.training.open_data import fill_statistics, open_dataset
+from bestrq2.training.target_setup import fit_targets, settle_targets
 from bestrq2.training.trainer import Trainer
 
 DEFAULT_RECIPE = "best_rq2_tiny"
@@ -105,6 +108,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:
         return find_batch(config, seeded_model(config), ranks)
+    if not config.frozen.source:
+        config = ranks.from_first(lambda: settle_targets(config, dataset, device_of(config, ranks)))
     new = ranks.from_first(lambda: RunFolder.create(options.runs, options.name, config, options.resume is not None))
     with alone_in(new, ranks):
         if ranks.is_first:
@@ -164,6 +169,7 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
             "files, durations or crop settings differ. Restore them, or start a new run."
         )
     if overrides or values:
+        ranks.all_agree(lambda: open_teacher(config))  # one that is refused must not be left in the run's configuration
         ranks.from_first(lambda: run.write_config(config))
     return start(config, dataset, run, checkpoint, ranks)
 
@@ -180,15 +186,24 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
 
 def start(config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Checkpoint | None, ranks: Ranks) -> int:
     if not config.frozen.source:
-        return Trainer(config, seeded_model(config), dataset, run, ranks, checkpoint).train()
+        model = seeded_model(config, ranks)
+        if checkpoint is None:
+            fit_targets(model, config, dataset, device_of(config, ranks), ranks)
+        return Trainer(config, model, dataset, run, ranks, checkpoint).train()
     if ranks.size > 1:
         raise ConfigError("--frozen-encoder trains a small head on cached embeddings: start it as one process")
     return train_head(config, dataset, run, checkpoint)
 
 
-def seeded_model(config: Config) -> BestRQ2 | BestRQ:
+def seeded_model(config: Config, ranks: Ranks | None = None) -> BestRQ2 | BestRQ:
+    """The model as training begins: its weights are a function of the configuration, and of a teacher if it has one."""
+    teacher = open_teacher(config) if ranks is None else ranks.all_agree(lambda: open_teacher(config))
     torch.manual_seed(mix(config.train.seed, 1) >> 1)
-    return build_model(config)
+    return build_model(config, teacher)
+
+
+def device_of(config: Config, ranks: Ranks) -> torch.device:
+    return choose_device(config.train.device, ranks.local_rank)
 
 
 if __name__ == "__main__":

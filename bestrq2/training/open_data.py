@@ -8,6 +8,7 @@ import torch
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import BucketDataset, CropDataset, Skip, batches, collect, tiny_dataset
+from bestrq2.data.cache_build import open_cache
 from bestrq2.data.files import ARCHIVES
 from bestrq2.errors import TrainingError
 from bestrq2.models import build_encoder
@@ -45,6 +46,10 @@ def open_dataset(config: Config, purpose: str = "Data", split: str = "train") ->
         "min_seconds": min_seconds,
         "domain_weights": data.domain_weights,
     }
+    if data.cache is not None:
+        cache, found = open_cache(data.cache, files, front.sampling_rate, progress=sys.stderr.isatty())
+        logger.info(f"Cache: {found}")
+        common["cache"] = cache
     try:
         if data.batching == "buckets":
             # Per unit of batch size: a first look or a micro-step of fewer samples then has as much less audio.
