@@ -65,13 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--frozen-encoder", metavar="ENCODER", help="train only a head on the embeddings of this encoder"
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the ENCODER's transformers folder brings"
+        "--trust-remote-code", action="store_true", help="run the Python code of ENCODER's transformers folder"
     )
     parser.add_argument(
-        "--find-batch", action="store_true", help="try batch sizes of one rank, say which fit and how fast they are"
+        "--find-batch", action="store_true", help="measure which batch sizes fit on one rank and how fast they are"
     )
     parser.add_argument(
-        "--show-config", action="store_true", help="print every key with its value and a line about it, and end"
+        "--show-config", action="store_true", help="print every key with its value and one line about it, then exit"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     parser.add_argument("--name", help="name of the new run folder (default: the recipe and a number)")
@@ -178,7 +178,7 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
     """None if the run ended before it wrote any."""
     checkpoint, problems = newest_intact(run.checkpoints)
     for problem in problems:
-        print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
+        print(f"warning: skipped a damaged checkpoint: {problem}", file=sys.stderr)
     if checkpoint is None and problems:
         raise CheckpointError(f"{run.checkpoints}: no intact checkpoint to resume from")
     return checkpoint

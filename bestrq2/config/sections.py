@@ -199,7 +199,7 @@ class ProbeConfig:
 @dataclass
 class FrozenConfig:
     source: str | None = None  # train only a head on the embeddings of this encoder; None: pretrain
-    trust_remote_code: bool = False  # run Python code that a transformers folder brings along
+    trust_remote_code: bool = False  # run the Python code of a transformers folder
     every_frame: bool = False  # predict the code of every frame, without masking
     cache: str | None = None  # folder of cached embeddings; None: inside the run folder
 

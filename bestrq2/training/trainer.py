@@ -267,7 +267,7 @@ class Trainer:
         if not own[self.ranks.rank] or all(own):  # the batch of the rank whose loss it was, or nobody knows whose
             path = save_bad_batch(self.run.path, number, self.ranks.rank, batch, own_loss, self.grad_norm)
             if path is not None:
-                logger.info(f"note: the batch is kept in {path} (python -m bestrq2.report --bad-batch {path})")
+                logger.info(f"note: the batch is kept in {path} (bestrq2 report --bad-batch {path})")
         self._warn(f"step {number}: loss {totals.mean_loss}, gradient norm {self.grad_norm}: update skipped")
 
     def _count(self, batch: Batch, totals: StepTotals) -> None:
