@@ -99,7 +99,7 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput, limit: int = 2) -> list[ClipPicture]:
-    """What there is to draw of the first ``limit`` clips of a batch and of the model's output for it.
+    """Pictures of the first ``limit`` clips of a batch and of the model's output for it.
 
     Only the logits of these clips are computed.
     """
