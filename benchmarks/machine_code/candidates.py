@@ -6,7 +6,7 @@ python benchmarks/machine_code/candidates.py chunked_attention --kernels forward
 
 A proposal that spills or does not fit is dropped; of the others the MOST with most warps on a multiprocessor stay, the
 shortest code for a multiply-add first among equals. Written to ``candidates_sm_<architecture>.json`` beside this file,
-which ``benchmarks/tune.py --preselected`` and ``benchmarks/gpu_run.py`` read. Arithmetic from machine code, no measurement.
+which ``benchmarks/tune.py --preselected`` and ``benchmarks/gpu_run.py`` read. Nothing is measured.
 """
 
 from __future__ import annotations
