@@ -2,7 +2,7 @@
 
 An illegal memory access ends every later call of its process, and a peer may hang or crash. On a GPU each group
 therefore runs in a process of its own, which appends its rows to a file as soon as it has them. Where the process dies,
-the provider it was at gets a row that says so and the others are measured again without it.
+the provider it was at gets a row with the reason and the others are measured again without it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Group:
 
 @dataclass
 class Plan:
-    """What every group of a run has in common."""
+    """Settings that all groups of a run share."""
 
     device: str
     machine: Machine

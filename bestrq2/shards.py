@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", nargs="+", help="folder, manifest, tar shards, HDF5, Arrow, Parquet or audio file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the shards")
     parser.add_argument("--max-bytes", type=float, default=1e9, metavar="N", help="size of a shard (default: 1e9)")
-    parser.add_argument("--prefix", default="shards", help="of the names (default: shards-000000.tar ...)")
+    parser.add_argument("--prefix", default="shards", help="prefix of the file names (default: shards-000000.tar ...)")
     parser.add_argument("--check", action="store_true", help="decode everything; leave silent and duplicate files out")
     parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
     options = parser.parse_args(arguments)
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
     except ValueError as error:
         raise DataError(str(error)) from error
+    for note in report.notes:
+        print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in packed.files) / 3600
     print(
         f"{out}: {len(packed.shards)} shards, {len(packed.files)} files, {hours:.2f} h, read back and equal; {report}"

@@ -1,5 +1,5 @@
-// The only file that knows Python. Every kernel takes one dict, whose tensors are addresses and sizes that bestrq2.ops
-// has already validated. Addresses of absent tensors are 0.
+// Python bindings, the only file with Python headers. Every kernel takes one dict, whose tensors are addresses and
+// sizes that bestrq2.ops has already validated. Addresses of absent tensors are 0.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -6,7 +6,7 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd, isfinite
 from typing import BinaryIO
@@ -18,6 +18,7 @@ import soxr
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames
+from bestrq2.data.files import AudioFile
 from bestrq2.errors import AudioError
 
 __all__ = [
@@ -25,11 +26,14 @@ __all__ = [
     "AudioInfo",
     "audio_digest",
     "audio_info",
+    "clip_duration",
     "load_audio",
+    "load_clip",
 ]
 
 SILENCE = 1e-4  # -80 dB of full scale, three steps of a 16-bit file
 TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a real cut is larger
+_TOLERANCE_SECONDS = 0.05  # lists round their times
 LARGEST_SAMPLE = 2.0**31
 SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 _LOSSY = ("VORBIS", "OPUS", "MPEG")
@@ -42,7 +46,7 @@ _UNKNOWN = 1 << 60  # libsndfile gives 2^63 - 1 frames for a stream that does no
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a header says: ``sampling_rate`` in Hz, ``num_samples`` per channel, ``duration`` in seconds."""
+    """Contents of a header: ``sampling_rate`` in Hz, ``num_samples`` per channel, ``duration`` in seconds."""
 
     sampling_rate: int
     num_samples: int
@@ -132,13 +136,73 @@ def load_audio(
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
+def load_clip(
+    item: AudioFile,
+    sampling_rate: int = 16000,
+    *,
+    start: float = 0.0,
+    duration: float | None = None,
+    load: Callable[..., np.ndarray] = load_audio,
+) -> np.ndarray:
+    """As :func:`load_audio`, of a listed file or part of a file; ``start`` counts from the beginning of the part.
+
+    ``load`` gives the samples of a file, with the arguments of :func:`load_audio`.
+
+    Raises:
+        AudioError: as :func:`load_audio`; "truncated" also if the file ends over 1 % before the part does.
+    """
+    if not item.is_part:
+        return load(item.path, sampling_rate, start=start, duration=duration)
+    if item.end is not None:
+        left = item.end - item.start - start
+        if left <= 0:
+            raise AudioError(item.path, "no samples", f"nothing from {start:.3f} s of the part on")
+        duration = left if duration is None else min(left, duration)
+    waveform = load(item.path, sampling_rate, start=item.start + start, duration=duration)
+    if duration is not None:
+        missing = duration - len(waveform) / sampling_rate
+        if missing > max(_TOLERANCE_SECONDS, TRUNCATED_ABOVE * duration):
+            raise AudioError(item.path, "truncated", f"the file ends {missing:.3f} s before {item.place} does")
+    return waveform
+
+
+def clip_duration(item: AudioFile, info: AudioInfo) -> float:
+    """Seconds of a listed file or part, from the header of the file.
+
+    Raises:
+        AudioError: the part begins after the end of the file, or ends over 1 % after it.
+    """
+    if not item.is_part:
+        return info.duration
+    end = info.duration if item.end is None else min(item.end, info.duration)
+    if item.start >= info.duration:
+        raise AudioError(item.path, "no samples", f"{item.place}: the file has {info.duration:.3f} s")
+    missing = 0.0 if item.end is None else item.end - end
+    if missing > max(_TOLERANCE_SECONDS, TRUNCATED_ABOVE * (end - item.start)):
+        raise AudioError(item.path, "truncated", f"{item.place}: the file has {info.duration:.3f} s")
+    return end - item.start
+
+
 @dataclass(frozen=True)
 class AudioDigest:
-    """What full decoding shows: real length, largest magnitude over time after the mono mix, hash of the samples."""
+    """Results of full decoding: real length, largest magnitude over time after the mono mix, hash of the samples."""
 
     info: AudioInfo
     peak: float
     sha256: str
+
+
+def part_digest(item: AudioFile) -> AudioDigest:
+    """As :func:`audio_digest`, of a listed file or part of a file (which is held in memory as a whole)."""
+    if not item.is_part:
+        return audio_digest(item.path)
+    info = audio_info(item.path)
+    clip_duration(item, info)
+    samples = load_clip(item, info.sampling_rate)
+    digest = hashlib.sha256(str(info.sampling_rate).encode())
+    digest.update(samples.tobytes())
+    found = AudioInfo(info.sampling_rate, len(samples), info.channels)
+    return AudioDigest(found, float(np.abs(samples).max()), digest.hexdigest())
 
 
 def audio_digest(path: str | os.PathLike[str]) -> AudioDigest:
@@ -209,7 +273,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
 
 
 def _least_bytes(file: soundfile.SoundFile) -> float:
-    """What its stated length takes at least, but for silence: 0.1 byte per sample of FLAC, 7 kbit/s of MP3."""
+    """Smallest size of a file of this length, except for silence: 0.1 byte per sample of FLAC, 7 kbit/s of MP3."""
     if file.format == "FLAC":
         return 0.1 * file.frames * file.channels
     rate = 900 if file.subtype.startswith("MPEG") else 40 if file.subtype.startswith(_LOSSY) else 0
@@ -217,7 +281,7 @@ def _least_bytes(file: soundfile.SoundFile) -> float:
 
 
 def _has_end(file: soundfile.SoundFile) -> bool:
-    """Whether there are samples shortly before the stated end. Slow for an MP3, which is read from its beginning."""
+    """Return True if there are samples shortly before the stated end. Slow for an MP3, which is read from its start."""
     try:
         with _quiet_seek(file):
             file.seek(max(0, file.frames - file.samplerate))
@@ -230,7 +294,7 @@ def _has_end(file: soundfile.SoundFile) -> bool:
 
 def _check_regular(name: str) -> None:
     status = os.stat(name)
-    # Opening a pipe or a device could block for ever.
+    # Opening a pipe or a device could block forever.
     if not stat.S_ISREG(status.st_mode):
         raise AudioError(name, "not readable", "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
     if status.st_size == 0:

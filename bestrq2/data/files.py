@@ -32,7 +32,7 @@ _ADDRESS = re.compile(rf"(.+?(?:{'|'.join(re.escape(suffix) for suffix in sorted
 
 
 def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether the extension is one of a file that holds clips: tar, HDF5, Arrow or Parquet."""
+    """Return True for the extension of an archive of clips: tar, HDF5, Arrow or Parquet."""
     return Path(path).suffix.lower() in ARCHIVES
 
 
@@ -60,9 +60,10 @@ def group_of(path: str) -> str:
 
 @dataclass(frozen=True)
 class AudioFile:
-    """One audio file, or a clip in an archive by its address (see ``members``).
+    """One audio file, a clip in an archive by its address, or a part of either.
 
-    ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read.
+    ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read. A part begins ``start``
+    seconds after the beginning of the file and ends at ``end`` (None: where the file ends); ``duration`` is its own.
     """
 
     path: str
@@ -70,6 +71,19 @@ class AudioFile:
     sampling_rate: int | None = None
     domain: str = ""
     label: str = ""
+    start: float = 0.0
+    end: float | None = None
+
+    @property
+    def is_part(self) -> bool:
+        return self.start > 0 or self.end is not None
+
+    @property
+    def place(self) -> str:
+        """The path and, of a part, the seconds: different clips have different places."""
+        if not self.is_part or (self.start == 0 and self.end == self.duration):
+            return self.path
+        return f"{self.path}@{self.start:.3f}-" + ("" if self.end is None else f"{self.end:.3f}")
 
     @property
     def group(self) -> str:
@@ -79,7 +93,7 @@ class AudioFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or an archive holds: audio ``files``, how many other files by extension, what could not be read.
+    """Contents of a folder or an archive: audio ``files``, counts of other extensions, and unreadable entries.
 
     ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
     """
@@ -94,5 +108,5 @@ EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif
 
 
 def is_audio(path: str | os.PathLike[str]) -> bool:
-    """Whether the extension is one that :func:`load_audio` is meant for."""
+    """Return True for an extension that :func:`load_audio` reads."""
     return Path(path).suffix.lower() in EXTENSIONS

@@ -1,5 +1,7 @@
 """The report of a run: ``report.html`` with everything in one file, and ``report.png`` with the curves alone."""
 
+import logging
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +10,15 @@ from .report_curves import draw_curves
 from .report_page import page
 from .record import RunRecord
 
+logger = logging.getLogger(__name__)
+
 
 def save_report(folder: Path, title: str | None = None) -> Path | None:
     """Write ``report.html`` and ``report.png`` into a run folder, from what lies there; the run may be going on.
 
     Returns:
         path of the HTML; None when nothing was logged yet, or when the disk does not take the report (with a warning:
-        it can be made again at any time by ``python -m bestrq2.report RUN``).
+        it can be made again at any time by ``bestrq2 report RUN``).
     """
     run = RunRecord(folder)
     if not run.rows:
@@ -24,7 +28,7 @@ def save_report(folder: Path, title: str | None = None) -> Path | None:
     try:
         return write_report([run], folder / "report.html", f"{run.name} ({title})")
     except OSError as error:
-        print(f"warning: the report could not be written: {error}", file=sys.stderr)
+        logger.warning(f"the report could not be written: {error}")
         return None
 
 

@@ -61,6 +61,9 @@ PANELS = (
     Panel("Commonest code of each codebook", "% of patches", ((r"unigram/(\d+)", "codebook {}"),), 100, from_zero=True),
     Panel("Probes", "score", ((r"probe/(.+)", "{}"),)),
     Panel("Validation, other", "", ((r"validation/(?!loss$|accuracy$)(.+)", "{}"),)),
+    Panel("Loss of whole clips", "cross-entropy (nats)", (("clip_loss", ""),), noisy=True),
+    Panel("Output of each block", "RMS", ((r"health/rms/(\d+)", "block {}"),), log=True),
+    Panel("Effective rank of the features", "directions", (("health/effective_rank", ""),), from_zero=True),
     Panel("Gradient norm", "before clipping", (("grad_norm", ""),), log=True, noisy=True),
     Panel("Learning rate", "", (("learning_rate", ""),), from_zero=True),
     Panel("Throughput", "seconds of audio per second", (("audio_seconds_per_second", ""),), from_zero=True, noisy=True),
@@ -72,7 +75,11 @@ PANELS = (
     Panel(
         "Mask and padding",
         "%",
-        (("mask_ratio", "masked patches"), ("padding_share", "padding")),
+        (
+            ("mask_ratio", "masked patches"),
+            ("touching_share", "of these beside a visible one"),
+            ("padding_share", "padding"),
+        ),
         scale=100,
         from_zero=True,
         noisy=True,
@@ -89,7 +96,7 @@ QUIET = {"step", "audio_seconds", "elapsed_seconds"}  # columns that are no curv
 
 
 def draw_curves(path: Path, runs: list[RunRecord], title: str) -> bool:
-    """Write a PNG with every curve that has data; columns that no panel knows get panels of their own.
+    """Write a PNG with every curve that has data; columns without a panel get their own.
 
     With several runs, each has a colour and the curves of a panel differ by line style. Returns False, and writes
     nothing, when nothing was logged yet.
@@ -147,7 +154,7 @@ def _matches(panel: Panel, columns: list[str]) -> list[tuple[str, str]]:
 
 
 def _unknown(runs: list[RunRecord]) -> list[Panel]:
-    """One panel for each column that no panel knows, or for all of them with the same name before a slash."""
+    """One panel for each column without a panel, or for all of them with the same name before a slash."""
     names = dict.fromkeys(name for run in runs for name in run.columns)
     known = {name for panel in PANELS for name, _ in _matches(panel, list(names))} | QUIET
     groups: dict[str, list[tuple[str, str]]] = {}

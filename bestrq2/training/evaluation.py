@@ -1,12 +1,12 @@
-"""What is measured beside training: the masked loss on audio that is not trained on, a probe, pictures."""
+"""Measurements during training: the masked loss on held-out audio, a probe, pictures."""
 
+import logging
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, batches
@@ -15,9 +15,12 @@ from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
 from bestrq2.runs.metrics import MetricsLog
 
-from .distributed import Ranks, is_sharded, whole
+from .distributed import Ranks
+from .health import whole_encoder
 from .open_data import open_dataset
 from .snapshots import evaluating, fixed_batch, fixed_pictures
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -52,13 +55,13 @@ class Evaluation:
                 config.data, source=settings.source, batching="crops", batch_seconds=None, domain_weights={}
             )
             held_out = replace(config, data=crops)
-            self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation"))
+            self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
             self.clips = min(settings.clips, len(self.dataset))
         self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
         self.task = probe_task(config.probe)
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether something is to be measured after ``step`` steps."""
+        """Return True if something is to be measured after ``step`` steps."""
         return any(self._due(step, last).values())
 
     def _due(self, step: int, last: bool) -> dict[str, bool]:
@@ -95,12 +98,7 @@ class Evaluation:
 
     def _probe(self, step: int) -> dict[str, float]:
         """Of the encoder as it is, on the first rank; the others wait at their next common sum."""
-        encoder = self.model.encoder
-        if any(is_sharded(parameter) for parameter in encoder.parameters()):
-            weights = {name: whole(tensor).cpu() for name, tensor in encoder.state_dict().items()}
-            encoder = build_encoder(self.config.model, self.config.data.crop_seconds)
-            encoder.load_state_dict(weights)
-            encoder.to(self.device)
+        encoder = whole_encoder(self.model, self.config, self.device)
         if not self.ranks.is_first or self.task is None:
             return {}
         try:
@@ -108,7 +106,7 @@ class Evaluation:
         except (ValueError, OSError) as error:
             if step == 0:
                 raise ConfigError(f"probe: {error}") from error
-            tqdm.write(f"warning: step {step}: no probe: {error}")  # training must not be lost for it
+            logger.warning(f"step {step}: no probe: {error}")  # training must not be lost for it
             return {}
         return {f"probe/{name}": value for name, value in found.items()}
 

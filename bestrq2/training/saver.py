@@ -1,9 +1,8 @@
-"""When checkpoints are written, which are kept, and that none is lost on the way."""
+"""Schedule of checkpoints: when to write them, which to keep, and retries after a failed write."""
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-
-from tqdm import tqdm
 
 from bestrq2.config import Config, config_to_dict
 from bestrq2.errors import CheckpointError
@@ -12,13 +11,15 @@ from bestrq2.runs.folder import RunFolder
 
 from .state import Snapshot
 
+logger = logging.getLogger(__name__)
+
 
 class Saver:
     """Writes snapshots, on the first rank, one at a time, beside training if ``train.async_save``.
 
     A checkpoint appears under its name only when it is whole and on the disk, however the process ends. A failure (a
-    full disk) is said at once; training goes on, because a later save may succeed. What decides about ``keep_best``
-    is in every checkpoint, so that a kill between a checkpoint and the note about it forgets nothing.
+    full disk) is reported at once; training continues, because a later save may succeed. The scores for
+    ``keep_best`` are in every checkpoint, so a kill between a checkpoint and the note about it loses nothing.
 
     Attributes:
         saved_step: of the last checkpoint that was begun, at first the step the run started from.
@@ -37,7 +38,7 @@ class Saver:
             self._note_best()
 
     def overdue(self) -> bool:
-        """Whether ``train.save_minutes`` have passed. A monotonic clock: setting the time changes nothing."""
+        """Return True if ``train.save_minutes`` have passed. The clock is monotonic: setting the time has no effect."""
         return 0 < self.settings.save_minutes * 60 <= time.monotonic() - self._last
 
     def save(self, snapshot: Snapshot, value: float | None, wait: bool) -> None:
@@ -80,15 +81,15 @@ class Saver:
                 self._note_best()
         except CheckpointError as error:
             self.problem = error
-            tqdm.write(f"error: {error}")
+            logger.error("%s", error)
         except Exception as error:  # no memory for the bytes, say: as a full disk, it may pass
             self.problem = CheckpointError(
                 f"could not save the checkpoint of step {snapshot.step}: {type(error).__name__}: {error}"
             )
-            tqdm.write(f"error: {self.problem}")
+            logger.error("%s", self.problem)
 
     def _note_best(self) -> None:
         try:
             write_best(self.parent, self._best)
         except OSError as error:  # the checkpoints are whole; only the note about them is not
-            tqdm.write(f"warning: {self.parent / BEST} could not be written: {error}")
+            logger.warning(f"{self.parent / BEST} could not be written: {error}")

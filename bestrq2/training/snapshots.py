@@ -5,7 +5,7 @@ mask of step 0), so that pictures of different steps compare. The model is evalu
 batch: without gradients, dropout, random numbers, or a change of any state that training reads.
 """
 
-import sys
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bestrq2.data import Batch, CropDataset, collate
 from bestrq2.data.steps import plan_of
+from bestrq2.layers.patches import Patches
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 from bestrq2.runs.code_colours import code_colours
@@ -23,6 +24,8 @@ from bestrq2.runs.metrics import MetricsLog
 from bestrq2.runs.pictures import FOLDER, ClipPicture, draw_clips
 
 from .distributed import whole
+
+logger = logging.getLogger(__name__)
 
 TAG = "pictures/codes"
 
@@ -75,7 +78,7 @@ def fixed_pictures(
         if log is not None:
             log.image(TAG, step, path)
     except OSError as error:
-        print(f"warning: {path} could not be written: {error}", file=sys.stderr)
+        logger.warning(f"{path} could not be written: {error}")
         return None
     return path
 
@@ -96,7 +99,7 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput, limit: int = 2) -> list[ClipPicture]:
-    """What there is to draw of the first ``limit`` clips of a batch and of the model's output for it.
+    """Pictures of the first ``limit`` clips of a batch and of the model's output for it.
 
     Only the logits of these clips are computed.
     """
@@ -106,7 +109,8 @@ def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput,
     waveform = batch.waveform[:clips].to(patches.values.device)
     frames, frame_lengths = front(waveform, batch.lengths[:clips])
     frames = frames * front.std + front.mean
-    true = quantizer(patches.values[:clips], patches.lengths[:clips])
+    first = Patches(patches.values[:clips], patches.lengths[:clips], rows)
+    true = model.target_codes(waveform, batch.lengths[:clips], first)
     predicted, probability = predict(model, output.hidden[:clips], output.codes[:clips])
     tokens = patches.lengths[:clips].tolist()
     seen_codes = torch.cat([codes[:count] for codes, count in zip(true, tokens)])

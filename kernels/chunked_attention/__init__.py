@@ -34,4 +34,4 @@ CANDIDATES |= {
     ]
     for kernel in _KERNELS
 }
-"""What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""
+"""Candidates of benchmarks/tune.py; one that does not fit a GPU fails there and is skipped."""

@@ -4,6 +4,7 @@
     backward   band, query kernel (dq, score gradients, sums for the biases), key kernel (dk, dv), gradient of the table
 
 Every gradient is written once, in its own dtype and in the memory order of its input; only several segments add up.
+``options`` is the record of bestrq2/ops/chunked_attention/operator.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -77,9 +78,9 @@ class Segment:
 
 
 class _Call:
-    """What every launch of a call has in common."""
+    """Arguments that all launches of a call share."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: Any) -> None:
         self.options = options
         self.query, self.key, self.value = (unit_stride(x) for x in (query, key, value))
         self.batch, self.heads, self.frames, self.head_dim = query.shape
@@ -89,12 +90,13 @@ class _Call:
             )
         self.keys = key.shape[2]
         self.content_bias, self.position_bias, self.lengths, self.starts, self.key_mask = (
-            as_read(options[name]) for name in ("content_bias", "position_bias", "lengths", "starts", "key_mask")
+            as_read(getattr(options, name))
+            for name in ("content_bias", "position_bias", "lengths", "starts", "key_mask")
         )
-        table = options["position"]
+        table = options.position
         self.table = None if table is None else table.contiguous()
         self.window = window_sizes(options)
-        self.offset, self.zero, self.scale = options["query_offset"], options["position_zero"], options["scale"]
+        self.offset, self.zero, self.scale = options.query_offset, options.position_zero, options.scale
 
     def constants(self, kernel: str) -> dict[str, Any]:
         configs = load_configs("chunked_attention", self.query.device)
@@ -166,10 +168,9 @@ def in_units(*tensors: Tensor) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in strides]
 
 
-def window_sizes(options: Mapping[str, Any]) -> tuple[int, int, int]:
+def window_sizes(options: Any) -> tuple[int, int, int]:
     """Chunk size, left and right context as the kernels take them."""
-    chunk, left, right = (options[name] for name in ("chunk_size", "left_context", "right_context"))
-    return _limited(chunk), _limited(left), _limited(right)
+    return _limited(options.chunk_size), _limited(options.left_context), _limited(options.right_context)
 
 
 def _limited(size: int | None) -> int:
@@ -208,7 +209,7 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if not query.numel():
@@ -226,10 +227,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) 
 
 
 def backward(
-    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, options: Any
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, position, content_bias and position_bias (None where absent)."""
-    tables = {name: options[name] for name in ("position", "content_bias", "position_bias")}
+    tables = {name: getattr(options, name) for name in ("position", "content_bias", "position_bias")}
     sums = {
         name: torch.zeros(x.shape, dtype=torch.float32, device=query.device)
         for name, x in tables.items()

@@ -1,4 +1,4 @@
-"""What the kernels share: windows, tiles of frames and of scores.
+"""Parts that the kernels share: windows, tiles of frames and of scores.
 
 Positions are int32 and stay below 2^29, offsets into tensors are int64. UNLIMITED stands for a context or chunk size of
 None: three of them still fit an int32. An absent optional input is None, which Triton compiles away.
@@ -69,7 +69,7 @@ def add_bias(rows, bias_ptr, i_h, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk):
-    """Which keys of a tile hold a frame that the key mask (B, Tk) does not hide: [BN]."""
+    """Keys of a tile whose frames the key mask (B, Tk) does not hide: [BN]."""
     m_n = (j >= begin) & (j < key_end)
     if key_mask_ptr is not None:
         m_n &= tl.load(key_mask_ptr + i_b * Tk + j, mask=m_n, other=0) != 0

@@ -8,7 +8,7 @@ import pytest
 
 def _interpreter_obstacle() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return None  # the tests say so themselves
+        return None  # the tests skip themselves
     import triton
 
     try:

@@ -1,0 +1,109 @@
+"""``bestrq2.load``: one opener for encoders, ours and those of others, and any module with our interface."""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from bestrq2.config import ConfigError
+
+from .adapters import ModuleAdapter
+from .opening import open_own
+from .transformers_encoder import TransformersEncoder, is_transformers_folder
+
+
+def load(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    published_positions: bool = False,
+    heads: int | None = None,
+    hop_length: int | None = None,
+) -> Any:
+    """Open a trained encoder, frozen and in evaluation mode: ``features, lengths = load(source).encode(waveform)``.
+
+    A source is one of these:
+
+    - a run folder, a ``step-*`` folder, a weights file inside of one (``ema.safetensors``), or an encoder file or
+      folder that ``bestrq2 export`` wrote;
+    - a published BEST-RQ-2 checkpoint: a ``.safetensors`` file, or the folder of its transformers export;
+    - a local folder of a transformers audio model (wav2vec 2.0, HuBERT, WavLM, data2vec, wav2vec2-bert, AST, Whisper,
+      ...);
+    - ``FILE.py``: an X-ARES encoder file, that is one name ending in ``Encoder``;
+    - ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``: a class or function that, called without arguments, gives a module
+      with our ``encode`` or the X-ARES interface.
+
+    Nothing is downloaded, and pickles are refused. A .py file or module that you name is executed; the code of a
+    transformers folder only with ``trust_remote_code``.
+
+    Args:
+        source: see above.
+        device: where to put it.
+        trust_remote_code: run the Python code of a transformers folder.
+        published_positions: reproduce a fault of the published inference code; see :class:`~bestrq2.ViTEncoder`.
+        heads, hop_length: only for published checkpoints whose heads or hop cannot be known from the file.
+
+    Returns:
+        a :class:`~bestrq2.ViTEncoder`, a :class:`~bestrq2.ConformerEncoder`, or an adapter around another encoder; all
+        are :class:`~bestrq2.interchange.AudioEncoder`: ``encode``, ``encode_layers``, ``sampling_rate``,
+        ``output_dim``, ``hop_size_in_ms``, ``depth``.
+
+    Raises:
+        CheckpointError: for a missing or damaged file.
+        ConfigError: for a pickle, an unknown layout (listing its keys), tensors that do not fit, or an encoder that
+            lacks part of the interface.
+    """
+    text = str(source)
+    file, _, name = text.rpartition(".py:")
+    encoder: Any
+    if file:
+        encoder = ModuleAdapter(_make(_run_file(Path(f"{file}.py")), name, text), text)
+    elif text.endswith(".py"):
+        encoder = ModuleAdapter(_make(_run_file(Path(text)), None, text), text)
+    elif ":" in text and not Path(text).exists():
+        package, name = text.split(":", 1)
+        try:
+            module = importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(f"{text}: {error}") from error
+        encoder = ModuleAdapter(_make(module, name, text), text)
+    elif is_transformers_folder(Path(text)):
+        encoder = TransformersEncoder(text, trust_remote_code)
+    else:
+        encoder = open_own(text, published_positions=published_positions, heads=heads, hop_length=hop_length)
+    return encoder.to(device)
+
+
+open_encoder = load  # its former name
+
+
+def _run_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        f"_bestrq2_source_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}", path
+    )
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _make(module: ModuleType, name: str | None, source: str) -> Any:
+    """Call ``name`` of a module, or its one name ending in 'Encoder'."""
+    if name is None:
+        names = [found for found in vars(module) if found.endswith("Encoder")]
+        if len(names) != 1:
+            raise ConfigError(f"{source}: expected one name ending in 'Encoder', found {len(names)}: give FILE.py:NAME")
+        name = names[0]
+    try:
+        factory = getattr(module, name)
+    except AttributeError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return factory()

@@ -1,0 +1,149 @@
+"""The opener: X-ARES files, modules with our interface, and what is refused. Layers of our own encoders in one pass."""
+
+import pytest
+import torch
+
+import bestrq2
+from bestrq2 import export
+from bestrq2.config import ConfigError
+from bestrq2.interchange import open_encoder, open_source
+from bestrq2.interchange.adapters import cut_windows
+from bestrq2.interchange.xares import write_encoder_module
+
+MODULE = '''
+import torch
+
+class Coarse(torch.nn.Module):
+    """100 ms energies in two channels."""
+
+    sampling_rate, output_dim, hop_size_in_ms = 16000, 2, 100.0
+
+    def encode(self, waveform, lengths):
+        frames = waveform[:, : waveform.shape[1] // 1600 * 1600].unflatten(1, (-1, 1600)).square().mean(2)
+        return torch.stack((frames, frames.sqrt()), -1), lengths // 1600
+
+class Layered(Coarse):
+    depth = 2
+
+    def encode_layers(self, waveform, lengths=None, layers=None):
+        features, counts = self.encode(waveform, lengths)
+        return torch.stack([features if layer is None else layer + 2 + features for layer in layers]), counts
+
+class Fast(Coarse):
+    hop_size_in_ms = 50.0
+
+class Endless(Coarse):
+    def encode(self, waveform, lengths):
+        features, counts = super().encode(waveform, lengths)
+        return features / 0, counts
+
+class Wide(Coarse):
+    output_dim = 3
+
+class Silent(torch.nn.Module):
+    sampling_rate, output_dim, hop_size_in_ms = 16000, 2, 100.0
+
+def number():
+    return 3
+'''
+
+
+@pytest.fixture
+def module(tmp_path):
+    path = tmp_path / "case.py"
+    path.write_text(MODULE)
+    return path
+
+
+def test_modules_by_file_and_by_name(module, monkeypatch):
+    waveform, lengths = 0.1 * torch.randn(2, 8000), torch.tensor([8000, 5000])
+    energies = waveform.unflatten(1, (5, 1600)).square().mean(2)
+    monkeypatch.syspath_prepend(str(module.parent))
+    for source in (f"{module}:Coarse", "case:Coarse"):
+        encoder = open_encoder(source)
+        features, counts = encoder.encode(waveform, lengths)
+        assert counts.tolist() == [5, 3]
+        torch.testing.assert_close(features[0, :, 0], energies[0])
+        torch.testing.assert_close(features[1, :3, 0], energies[1, :3])
+        assert not features[1, 3:].any()
+        with pytest.raises(ValueError, match="shows no layers"):
+            encoder.encode(waveform, layer=0)
+    layers, _ = open_encoder(f"{module}:Layered").encode_layers(waveform, lengths)
+    torch.testing.assert_close(layers[:2, 0] - layers[2, 0], torch.tensor([2.0, 3.0])[:, None, None].expand(2, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Fast", r"hop_size_in_ms is 50, but two more seconds of audio give 20 more frames, expected about 40"),
+        ("Endless", "not finite"),
+        ("Wide", "fails on 1 s of noise"),
+        ("Silent", "has no encode"),
+        ("number", r"expected a torch\.nn\.Module, got int"),
+        ("Absent", "Absent"),
+    ],
+)
+def test_modules_that_are_not_what_they_say(name, message, module):
+    with pytest.raises(ConfigError, match=message):
+        open_encoder(f"{module}:{name}")
+
+
+def test_sources_that_do_not_exist(module, tmp_path):
+    with pytest.raises(ConfigError, match="expected one name ending in 'Encoder', found 0"):
+        open_encoder(module)
+    with pytest.raises(ConfigError, match="no such file"):
+        open_encoder(tmp_path / "absent.py")
+    with pytest.raises(ConfigError, match="No module named 'nowhere'"):
+        open_encoder("nowhere:Encoder")
+
+
+def test_load_names_the_opener_of_other_models(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
+    with pytest.raises(ConfigError, match=r"cannot be read|wav2vec2|transformers"):
+        bestrq2.load(tmp_path)
+    assert export.main([str(tmp_path), "--onnx", str(tmp_path / "a.onnx")]) == 2
+    assert "another model" in capsys.readouterr().err
+
+
+def test_xares_file(encoder_file, tmp_path):
+    source = open_source(encoder_file)
+    write_encoder_module(tmp_path / "mine.py", source.config, source.weights, "xares")
+    waveform, lengths = 0.1 * torch.randn(2, 40000), torch.tensor([40000, 23000])
+    features, counts = open_encoder(tmp_path / "mine.py").encode(waveform, lengths)
+    expected, expected_counts = bestrq2.load(encoder_file).encode(waveform, lengths)
+    assert counts.tolist() == expected_counts.tolist()
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+
+
+def test_layers_of_our_own_encoders(encoder_file):
+    encoder = open_encoder(encoder_file)
+    waveform, lengths = 0.1 * torch.randn(2, 70000), torch.tensor([70000, 23000])
+    layers, counts = encoder.encode_layers(waveform, lengths)
+    assert len(layers) == encoder.depth + 1
+    for number in [*range(encoder.depth), None]:
+        expected, expected_counts = encoder.encode(waveform, lengths, layer=number)
+        assert torch.equal(layers[-1 if number is None else number], expected)
+        assert torch.equal(counts, expected_counts)
+    assert not torch.equal(layers[0], layers[1])
+    two, _ = encoder.encode_layers(waveform, lengths, [None, 0])
+    assert torch.equal(two[0], layers[-1])
+    assert torch.equal(two[1], layers[0])
+    with pytest.raises(ValueError, match="at least one layer"):
+        encoder.encode_layers(waveform, layers=[])
+
+
+@pytest.mark.parametrize("length", [1, 99, 100, 105, 106, 199, 200, 203, 207, 1234])
+def test_windows_cover_a_clip_once(length):
+    frames, hop, context = 10, 10, 5
+    windows = cut_windows([length], hop, frames, context)
+    assert windows[0].begin == 0
+    assert windows[-1].end == length
+    place = 0
+    for window in windows:
+        assert window.first == place  # frames follow each other
+        assert window.begin == (window.first - window.skip) * hop  # and stand where their audio does
+        assert window.end - window.begin <= frames * hop + context
+        place += window.keep or 0
+    if len(windows) > 1:
+        assert windows[-1].end - windows[-1].begin > (frames - 1) * hop  # no short window
+        assert windows[-1].skip < frames
