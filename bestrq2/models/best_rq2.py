@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.hashing import mix
+from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import normal
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take
 from bestrq2.layers.patches import Patches
@@ -14,7 +15,7 @@ from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.transformer import TransformerSettings
 
 from .encoder import PretrainableEncoder, check_encoder
-from .predictor import CodeHead, Predictor
+from .predictor import Predictor
 
 
 @dataclass
