@@ -40,7 +40,7 @@ def open_dataset(config: Config, purpose: str = "Data", split: str = "train") ->
             logger.warning("\n  ".join([str(report), *report.examples()]))
         if unused := {suffix: report.ignored[suffix] for suffix in sorted(ARCHIVES) if report.ignored[suffix]}:
             counts = ", ".join(f"{number} {suffix}" for suffix, number in unused.items())
-            logger.info(f"note: not used, because there are audio files beside them: {counts}; name them to use them")
+            logger.info(f"note: ignored {counts} next to audio files; pass them explicitly to use them")
     common: dict[str, Any] = {
         "seed": config.train.seed,
         "min_seconds": min_seconds,
