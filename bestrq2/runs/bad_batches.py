@@ -58,7 +58,7 @@ def save_bad_batch(
     """Write ``bad_batches/step-XXXXXXXX-rank-R.safetensors`` and a ``.json`` beside it, each complete or not at all.
 
     Returns:
-        the path; None when this rank has kept ``limit`` batches already, or when the disk does not take it (with a
+        the path; None when this rank has kept ``limit`` batches already, or if it cannot be written (with a
         warning: training must not stop for this).
     """
     folder = run_folder / FOLDER

@@ -17,7 +17,7 @@ def save_report(folder: Path, title: str | None = None) -> Path | None:
     """Write ``report.html`` and ``report.png`` into a run folder, from what lies there; the run may be going on.
 
     Returns:
-        path of the HTML; None when nothing was logged yet, or when the disk does not take the report (with a warning:
+        path of the HTML; None when nothing was logged yet, or if it cannot be written (with a warning:
         it can be made again at any time by ``bestrq2 report RUN``).
     """
     run = RunRecord(folder)

@@ -1,4 +1,4 @@
-"""What a run says before its first step."""
+"""Description of a run, printed before its first step."""
 
 import torch
 
