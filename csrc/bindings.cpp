@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "block_rows.h"
 #include "chunked_attention.h"
 #include "isa.h"
 #include "masked_cross_entropy.h"
@@ -197,5 +198,80 @@ PYBIND11_MODULE(_C, m) {
     const auto a = chunked_attention(arguments);
     const py::gil_scoped_release release;
     bestrq2::chunked_attention_backward(a);
+  });
+  // Transformer blocks. Positional, because they are called dozens of times a step; absent tensors have address 0.
+  m.def("norm_rows_forward", [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width,
+                                std::int64_t rows_per_clip, std::uintptr_t x, std::uintptr_t branch,
+                                std::uintptr_t scale, float factor, float epsilon, std::uintptr_t weight,
+                                std::uintptr_t bias, std::uintptr_t sum, std::uintptr_t out, int threads) {
+    bestrq2::NormRows a{};
+    a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
+    a.x = at<void>(x), a.branch = at<void>(branch), a.scale = at<float>(scale), a.factor = factor;
+    a.epsilon = epsilon, a.weight = at<float>(weight), a.bias = at<float>(bias);
+    a.sum = at<void>(sum), a.out = at<void>(out), a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::norm_rows_forward(a);
+  });
+  m.def("norm_rows_backward",
+        [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width, std::int64_t rows_per_clip,
+           std::uintptr_t scale, float factor, float epsilon, std::uintptr_t weight, std::uintptr_t sum,
+           std::uintptr_t grad_sum, std::uintptr_t grad_out, std::uintptr_t grad_x, std::uintptr_t grad_branch,
+           std::uintptr_t grad_weight, std::uintptr_t grad_bias, int threads) {
+          bestrq2::NormRows a{};
+          a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
+          a.scale = at<float>(scale), a.factor = factor, a.epsilon = epsilon, a.weight = at<float>(weight);
+          a.sum = at<void>(sum), a.grad_sum = at<void>(grad_sum), a.grad_out = at<void>(grad_out);
+          a.grad_x = at<void>(grad_x), a.grad_branch = at<void>(grad_branch);
+          a.grad_weight = at<float>(grad_weight), a.grad_bias = at<float>(grad_bias), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::norm_rows_backward(a);
+        });
+  m.def("rotary_rows_forward", [](bool bf16, std::int64_t rows, std::int64_t heads, std::int64_t dim,
+                                  std::int64_t angle_rows, float epsilon, std::uintptr_t qkv,
+                                  std::uintptr_t query_weight, std::uintptr_t key_weight, std::uintptr_t cos,
+                                  std::uintptr_t sin, std::uintptr_t out, int threads) {
+    bestrq2::RotaryRows a{};
+    a.bf16 = bf16, a.rows = rows, a.heads = heads, a.dim = dim, a.angle_rows = angle_rows, a.epsilon = epsilon;
+    a.qkv = at<void>(qkv), a.query_weight = at<float>(query_weight), a.key_weight = at<float>(key_weight);
+    a.cos = at<float>(cos), a.sin = at<float>(sin), a.out = at<void>(out), a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::rotary_rows_forward(a);
+  });
+  m.def("rotary_rows_backward",
+        [](bool bf16, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int64_t angle_rows, float epsilon,
+           std::uintptr_t qkv, std::uintptr_t query_weight, std::uintptr_t key_weight, std::uintptr_t cos,
+           std::uintptr_t sin, std::int64_t rows_per_clip, const std::array<std::int64_t, 4>& grad_query,
+           const std::array<std::int64_t, 4>& grad_key, const std::array<std::int64_t, 4>& grad_value,
+           std::uintptr_t grad_qkv, std::uintptr_t grad_query_weight, std::uintptr_t grad_key_weight, int threads) {
+          bestrq2::RotaryRows a{};
+          a.bf16 = bf16, a.rows = rows, a.heads = heads, a.dim = dim, a.angle_rows = angle_rows, a.epsilon = epsilon;
+          a.qkv = at<void>(qkv), a.query_weight = at<float>(query_weight), a.key_weight = at<float>(key_weight);
+          a.cos = at<float>(cos), a.sin = at<float>(sin), a.rows_per_clip = rows_per_clip;
+          const auto strided = [](const std::array<std::int64_t, 4>& from, const void*& address, std::int64_t* strides) {
+            address = at<void>(static_cast<std::uintptr_t>(from[0]));
+            std::copy(from.begin() + 1, from.end(), strides);
+          };
+          strided(grad_query, a.grad_query, a.query_strides);
+          strided(grad_key, a.grad_key, a.key_strides);
+          strided(grad_value, a.grad_value, a.value_strides);
+          a.grad_qkv = at<void>(grad_qkv), a.grad_query_weight = at<float>(grad_query_weight);
+          a.grad_key_weight = at<float>(grad_key_weight), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::rotary_rows_backward(a);
+        });
+  m.def("gated_rows_forward", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x,
+                                 std::uintptr_t out, int threads) {
+    bestrq2::GatedRows a{};
+    a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.out = at<void>(out), a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::gated_rows_forward(a);
+  });
+  m.def("gated_rows_backward", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x,
+                                  std::uintptr_t grad, std::uintptr_t grad_x, int threads) {
+    bestrq2::GatedRows a{};
+    a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.grad = at<void>(grad);
+    a.grad_x = at<void>(grad_x), a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::gated_rows_backward(a);
   });
 }

@@ -44,6 +44,11 @@ def requested(backend: str | None) -> str:
     return "" if backend is None else _check(backend)
 
 
+def forced_backend() -> str | None:
+    """What :func:`use_backend` or the environment asks for, or None."""
+    return _forced or os.environ.get("BESTRQ2_BACKEND") or None
+
+
 def choose_backend(op: str, backend: str | None, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
     """Return the backend that runs this call of ``op``.
 
@@ -54,7 +59,7 @@ def choose_backend(op: str, backend: str | None, obstacles: Mapping[str, Callabl
         ValueError: for an unknown backend name.
         RuntimeError: if the requested backend cannot run the call, naming the reason.
     """
-    requested = backend or _forced or os.environ.get("BESTRQ2_BACKEND")
+    requested = backend or forced_backend()
     if requested:
         if _check(requested) not in obstacles:
             raise RuntimeError(f"{op}: no {requested!r} implementation; available: {', '.join(obstacles)}")
