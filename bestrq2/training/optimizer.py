@@ -55,9 +55,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
             (decayed if config.decay_all or is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
     low, high = config.betas
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=on_gpu or None
+        [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=fused or None
     )
 
 
