@@ -1,6 +1,6 @@
 """What a benchmark of an operation is made of: a case, its providers, and the row each provider gets.
 
-One file per operation, ``benchmarks/<op>.py``, listed in ``run.OPS``, offers seven names:
+One file per operation, ``benchmarks/ops/<op>.py``, listed in :data:`OPS`, offers seven names:
 
 | name | meaning |
 |---|---|
@@ -47,6 +47,7 @@ timings.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ from benchmarks.machine import Work
 
 __all__ = [
     "FIELDS",
+    "OPS",
     "Case",
     "Provider",
     "Skip",
@@ -68,21 +70,32 @@ __all__ = [
     "compiled",
     "evaluate",
     "gold_of",
+    "load_operation",
     "relative_errors",
     "seeded",
 ]
 
+OPS = ("quantize", "masked_cross_entropy", "chunked_attention", "encode", "step")
+"""Everything that has a benchmark, in the order of a full run."""
+
 FIELDS = (
     *("op", "shape", "dtype", "provider", "fwd_ms", "bwd_ms", "peak_mb", "pct_of_limit", "max_error"),
     *("speedup", "status", "note", "cache", "fwd_p20", "fwd_p80", "bwd_p20", "bwd_p80", "repeats", "limit_ms"),
+    *("ceiling_tflops", "ceiling_gb_per_s", "ceiling_source"),
     *("device", "threads", "load", "python", "torch", "triton", "bestrq2", "commit", "date", "command"),
 )
-"""Columns of every result file. README.md says what each means."""
+"""Columns of every result file. docs/benchmarks.md says what each means."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 """``max_error`` above this flags a row as wrong: far above honest rounding, far below a wrong formula."""
 
 Results = Mapping[str, Tensor]  # "out", then "grad <input>" for every differentiable input
+
+
+def load_operation(op: str) -> Any:
+    """The module of an operation's benchmark: ``benchmarks/ops/<op>.py``, or ``benchmarks/<op>.py``."""
+    name = f"benchmarks.ops.{op}"
+    return importlib.import_module(name if importlib.util.find_spec(name) else f"benchmarks.{op}")
 
 
 class Skip(Exception):
@@ -222,8 +235,9 @@ def bestrq2_providers(op: str, call: Callable[..., Any] | None = None) -> list[P
 
     ``call(case, backend)`` runs it; by default ``ops.<op>(**case.inputs, backend=backend)``. ``reference`` is the
     plain PyTorch specification. On a machine with one fast backend two rows time the same code: their difference is the
-    noise of the measurement.
+    noise of the measurement. ``bestrq2 graph`` replays CUDA graphs: GPU time without that of the launches.
     """
+    from benchmarks.graphs import captured
     from bestrq2 import ops
 
     def run(case: Case, backend: str | None) -> Any:
@@ -239,8 +253,12 @@ def bestrq2_providers(op: str, call: Callable[..., Any] | None = None) -> list[P
 
         return prepare
 
+    def graph(case: Case) -> Callable[[], Any]:
+        return captured(case, build(None)(case))
+
     return [
         Provider("bestrq2", build(None)),
+        Provider("bestrq2 graph", graph, on=("cuda",), note="CUDA graphs of forward and backward"),
         *(Provider(name, build(name.split("[")[1][:-1])) for name in ("bestrq2[triton]", "bestrq2[cuda]")),
         Provider("bestrq2[cpu]", build("cpu"), on=("cpu",)),
         Provider("reference", build("reference")),

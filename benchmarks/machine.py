@@ -1,8 +1,8 @@
 """What the machine can do at best: matrix rates and memory bandwidth, from which every ``pct_of_limit`` follows.
 
-CPU: measured in the same run with the same threads, again before every group of rows, the best of the run counts (other
-load must not lower a limit). GPU: stated peaks of the data sheet for known devices (bandwidth:
-what a copy reaches where we know it), measured for others. ``python benchmarks/machine.py`` prints them.
+Measured in the same run: on a CPU with the same threads, again before every group of rows, the best of the run counts
+(other load must not lower a limit); on a GPU once, with random values (products of constants run faster).
+``python benchmarks/machine.py`` prints them.
 """
 
 from __future__ import annotations
@@ -73,38 +73,41 @@ class Machine:
 
     def measure_again(self, work: Work) -> None:
         """Raise the rates that ``work`` needs if the machine does better now; only measured ones."""
-        if self.source == MEASURED:
+        if self.source == MEASURED and self.kind == "cpu":
             device = torch.device(self.kind)
             for name in work.parts():
                 self.flops[name] = max(self.flops[name], matmul_rate(getattr(torch, name), device))
             self.bandwidth = max(self.bandwidth, copy_rate(device))
+
+    def ceilings(self, work: Work) -> dict[str, float | str]:
+        """The columns that say what a row's limit was computed from: the rate of its first arithmetic, and the copy."""
+        rate = self.flops.get(next(iter(work.parts())), 0.0)
+        return {
+            "ceiling_tflops": rate / 1e12,
+            "ceiling_gb_per_s": self.bandwidth / 1e9,
+            "ceiling_source": self.source,
+        }
 
     def describe(self) -> str:
         rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in self.flops.items())
         return f"{self.device}, {self.threads} threads: {rates}, {self.bandwidth / 1e9:,.0f} GB/s ({self.source})"
 
 
-# name pattern -> bf16/fp16 dense, fp32 outside the tensor cores, bytes/s, elementwise fp32 comparisons/s
-_KNOWN_GPUS = {
-    r"H100(?!.*PCIe)": (800e12, 67e12, 3.0e12, 14.8e12),
-    r"H200": (800e12, 67e12, 4.3e12, 14.8e12),
-    r"A100": (312e12, 19.5e12, 1.75e12, 9.7e12),
-}
+# name pattern -> fp32 comparisons/s, from the number of multiprocessors and the clock: no product measures them
+_COMPARISONS = {r"H100(?!.*PCIe)|H200|GH200": 14.8e12, r"A100": 9.7e12}
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """Measure (CPU) or look up (known GPU) the rates of ``device``; about two seconds on a CPU."""
+    """Measure the rates of ``device``: about two seconds."""
     threads = torch.get_num_threads()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for pattern, (half, single, bandwidth, elementwise) in _KNOWN_GPUS.items():
-            if re.search(pattern, name):
-                flops = {"float32": single, "float16": half, "bfloat16": half}
-                return Machine(name, "cuda", threads, flops, bandwidth, "stated peaks", elementwise)
+        elementwise = next((rate for gpu, rate in _COMPARISONS.items() if re.search(gpu, name)), float("inf"))
+        kinds: tuple[str, ...] = ("float32", "float16", "bfloat16")
     else:
-        name = cpu_name()
-    flops = {name: matmul_rate(getattr(torch, name), device) for name in ("float32", "float16", "bfloat16", "int8")}
-    return Machine(name, device.type, threads, flops, copy_rate(device), MEASURED)
+        name, elementwise, kinds = cpu_name(), float("inf"), ("float32", "float16", "bfloat16", "int8")
+    flops = {kind: matmul_rate(getattr(torch, kind), device) for kind in kinds}
+    return Machine(name, device.type, threads, flops, copy_rate(device), MEASURED, elementwise)
 
 
 def cpu_name() -> str:
@@ -144,15 +147,21 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     size, seconds = 256, 0.0
     while seconds < 5e-3 and size < 16384:
         size *= 2
-        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        a, b = (_operand(size, dtype, device) for _ in range(2))
         seconds = _best_seconds(partial(product, a, b), device, 0.02)
     return 2 * size**3 / min(seconds, _best_seconds(partial(product, a, b), device))
 
 
+def _operand(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (size, size), dtype=dtype, device=device)
+    return torch.randn(size, size, device=device).to(dtype)
+
+
 def copy_rate(device: torch.device) -> float:
     """Bytes/s, read and written, of copying 256 MB: beyond every cache."""
-    source = torch.ones(2**26, device=device)
-    target = torch.ones_like(source)
+    source = torch.randn(2**26, device=device)
+    target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / _best_seconds(lambda: target.copy_(source), device)
 
 
@@ -161,8 +170,11 @@ def load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
-def environment(command: str) -> dict[str, str]:
-    """Columns that let a reader repeat a row: versions, commit (``+dirty`` with local changes), date and command."""
+def environment(command: str, commit: str | None = None) -> dict[str, str]:
+    """Columns that let a reader repeat a row: versions, commit (``+dirty`` with local changes), date and command.
+
+    Where the files are no git checkout, ``commit`` or the environment variable ``BESTRQ2_COMMIT`` names it.
+    """
 
     def version(package: str) -> str:
         try:
@@ -177,7 +189,7 @@ def environment(command: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "bestrq2": __version__,
-        "commit": _commit(),
+        "commit": commit or os.environ.get("BESTRQ2_COMMIT") or _commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
     }

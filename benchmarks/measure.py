@@ -30,6 +30,7 @@ from benchmarks.memory import Failed, short_reason
 
 Row = dict[str, Any]
 _FLUSH_BYTES = 256 * 2**20
+_WAIT_CYCLES = 4_000_000  # clock cycles, about 2 ms: time to queue every launch of a timed call
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Stopwatch:
     def milliseconds(self, call: Callable[[], Any]) -> tuple[float, Any]:
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(1_000_000)  # clock cycles, about 0.5 ms: time to queue the launches of the call
+            torch.cuda._sleep(_WAIT_CYCLES)
             start.record()
             result = call()
             end.record()
@@ -170,6 +171,7 @@ def measure(
     common = {
         **dict.fromkeys(FIELDS, ""),
         **{"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")},
+        **machine.ceilings(case.work),
         **{"device": machine.device, "threads": machine.threads, "load": load(), "status": "ok"},
         **environment,
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import json
 import os
 import resource
@@ -29,7 +28,7 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks.common import Case, Provider, Skip, evaluate, first
+from benchmarks.common import Case, Provider, Skip, evaluate, first, load_operation
 
 ROOT = Path(__file__).resolve().parent.parent
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2  # mallopt's parameter numbers in glibc's malloc.h
@@ -125,7 +124,7 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
 
     def peak_bytes(self, module: str, case: Case, provider: Provider) -> int:
-        """Peak memory of ``provider`` (by name, of ``benchmarks.<module>``) on the same case, built anew there.
+        """Peak memory of ``provider`` (by name, of ``benchmarks.ops.<module>``) on the same case, built anew there.
 
         Raises:
             Skip: if the provider does not apply.
@@ -194,7 +193,7 @@ def short_reason(error: BaseException) -> str:
 
 def _answer(request: list[str], cases: dict[tuple[str, ...], Case]) -> tuple[str, Any]:
     module, shape, dtype, name = request
-    operation = importlib.import_module(f"benchmarks.{module}")
+    operation = load_operation(module)
     key = (module, shape, dtype)
     try:
         if key not in cases:

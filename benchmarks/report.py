@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "bestrq2"
 _NUMBERS = {
     *("fwd_ms", "bwd_ms", "peak_mb", "pct_of_limit", "max_error", "speedup", "limit_ms"),
-    *("fwd_p20", "fwd_p80", "bwd_p20", "bwd_p80", "load"),
+    *("fwd_p20", "fwd_p80", "bwd_p20", "bwd_p80", "load", "ceiling_tflops", "ceiling_gb_per_s"),
 }
 
 
@@ -55,11 +55,12 @@ def read_csv(path: Path) -> list[Row]:
     """Rows of a result file, numbers as float (empty: ``""``).
 
     Raises:
-        ValueError: if the columns are not :data:`FIELDS`.
+        ValueError: if the columns are not :data:`FIELDS`, of which older files lack the ceilings.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != FIELDS:
+        older = tuple(name for name in FIELDS if not name.startswith("ceiling_"))
+        if tuple(reader.fieldnames or ()) not in (FIELDS, older):
             raise ValueError(f"{path}: expected the columns {', '.join(FIELDS)}, got {reader.fieldnames}")
         return [
             {
@@ -68,7 +69,7 @@ def read_csv(path: Path) -> list[Row]:
                 else int(text)
                 if name in ("repeats", "threads") and text
                 else text
-                for name, text in row.items()
+                for name, text in (dict.fromkeys(FIELDS, "") | row).items()
             }
             for row in reader
         ]

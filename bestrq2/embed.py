@@ -2,16 +2,18 @@
 
     python -m bestrq2.embed runs/best_rq2_tiny-001 recording.wav --out features
     python -m bestrq2.embed runs/best_rq2_tiny-001 FOLDER other.flac --out features --format parquet
-    python -m bestrq2.embed WAV2VEC2_FOLDER FOLDER --out features --layers all --pool mean+std
+    python -m bestrq2.embed WAV2VEC2_FOLDER FOLDER --out features --layers all --pooling mean+std
 
 SOURCE is a run or anything else that ``bestrq2.load`` opens, a local folder of a transformers audio model, an X-ARES
 encoder file, or FILE.py:NAME or PACKAGE.MODULE:NAME of a module with our ``encode``.
 
 ``--format npy`` writes ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width) with the
 frames of each file pooled over time, and ``index.csv``. ``--format parquet`` writes one ``features.parquet`` with a row
-per file. With ``--layers`` features are (layers, frames, width) and clips (files, layers, width), in the order given;
-``all`` is every block and then the final output. Pooling: ``mean``, ``max``, or ``mean+std``, twice as wide. Files of
-any length are processed in windows; a file gives the same features alone and in any batch.
+per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every block and then the final output) or
+``middle`` (the two blocks in the middle). ``--combine each`` gives features (layers, frames, width) and clips (files,
+layers, width), in the order given; ``average`` and ``concatenate`` join the layers of a frame. ``--rows concatenate``
+keeps the frequency axis of 2-D patches. Pooling: ``mean``, ``max``, or ``mean+std``, twice as wide. Files of any length
+are processed in windows; a file gives the same features alone and in any batch.
 """
 
 import argparse
@@ -29,45 +31,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, collect, iterate_clips
+from bestrq2.errors import CheckpointError
+from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
-from bestrq2.training.hardware import choose_device
-
-POOLINGS = ("mean", "max", "mean+std")
-
-
-def pool(features: np.ndarray, pooling: str) -> np.ndarray:
-    """Frames ``(..., T, D)`` to one vector: ``(..., D)``, or ``(..., 2 D)`` for "mean+std".
-
-    Raises:
-        ValueError: for an unknown pooling.
-    """
-    if pooling == "mean":
-        return features.mean(-2)
-    if pooling == "max":
-        return features.max(-2)
-    if pooling == "mean+std":
-        return np.concatenate((features.mean(-2), features.std(-2)), -1)
-    raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-
-
-def parse_layers(text: str, depth: int) -> list[int | None]:
-    """``all``, or a comma-separated list of block numbers and ``final``.
-
-    Raises:
-        ConfigError: for anything else, or a block that the encoder does not have.
-    """
-    if text == "all":
-        return [*range(depth), None]
-    known = {**{str(number): number for number in range(depth)}, "final": None}
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            blocks = f"0..{depth - 1}" if depth else "no blocks in this encoder"
-            raise ConfigError(f"--layers: expected all, or {blocks} and final separated by commas, got {name!r}")
-    return [known[name] for name in names]
+from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, parse_layers, pool_frames
 
 
 class Writer(Protocol):
@@ -177,7 +146,10 @@ def embed(
     batch_size: int = 8,
     layer: int | None = None,
     layers: Sequence[int | None] | None = None,
-) -> Iterator[tuple[AudioFile, np.ndarray, float] | Skip]:
+    combine: str = "each",
+    rows: str = "average",
+    pooling: str = "mean",
+) -> Iterator[tuple[AudioFile, np.ndarray, np.ndarray, float] | Skip]:
     """Encode files in order, ``batch_size`` at a time.
 
     Args:
@@ -186,29 +158,33 @@ def embed(
         batch_size: files at a time.
         layer: block whose output is taken; None: the final output.
         layers: several of them at once, instead of ``layer``.
+        combine, rows, pooling: see :class:`~bestrq2.models.readout.ReadoutMixin`.
 
     Yields:
-        (file, features (frames, width) float32, or (layers, frames, width) with ``layers``, seconds), or a Skip for a
-        file that cannot be read.
+        (file, features (frames, width) float32, or (layers, frames, width) with ``layers`` and "each", the same pooled
+        over time, seconds), or a Skip for a file that cannot be read.
     """
     device = next(encoder.parameters()).device  # type: ignore[attr-defined]
     wanted = [layer] if layers is None else list(layers)
+    joined = "average" if layers is None else combine
     waiting: list[tuple[AudioFile, np.ndarray] | Skip] = []
 
-    def flush() -> Iterator[tuple[AudioFile, np.ndarray, float] | Skip]:
-        clips = [item for item in waiting if not isinstance(item, Skip)]
-        encoded: Iterator[np.ndarray] = iter(())
-        if clips:
-            lengths = torch.tensor([len(waveform) for _, waveform in clips])
-            padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for _, w in clips], batch_first=True)
-            features, frames = encoder.encode_layers(padded.to(device), lengths, wanted)
-            found = [features[:, row, :count].cpu().numpy() for row, count in enumerate(frames.tolist())]
-            encoded = iter([f[0] if layers is None else f for f in found])
+    def encode(waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        lengths = torch.tensor([len(waveform) for waveform in waveforms])
+        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
+        features, frames = encoder.encode(padded.to(device), lengths, layers=wanted, combine=joined, rows=rows)
+        clips = pool_frames(features, frames, pooling).cpu().numpy()
+        for row, count in enumerate(frames.tolist()):
+            yield features[..., row, :count, :].cpu().numpy(), clips[..., row, :]
+
+    def flush() -> Iterator[tuple[AudioFile, np.ndarray, np.ndarray, float] | Skip]:
+        waveforms = [item[1] for item in waiting if not isinstance(item, Skip)]
+        encoded = encode(waveforms) if waveforms else iter(())
         for item in waiting:
             if isinstance(item, Skip):
                 yield item
             else:
-                yield item[0], next(encoded), len(item[1]) / encoder.sampling_rate
+                yield item[0], *next(encoded), len(item[1]) / encoder.sampling_rate
         waiting.clear()
 
     for item in iterate_clips(files, encoder.sampling_rate):
@@ -227,8 +203,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--format", choices=("npy", "parquet"), default="npy")
     parser.add_argument("--layer", type=int, help="output of this block (0 is the first) instead of the final one")
-    parser.add_argument("--layers", metavar="LIST", help="several layers: all, or for example 0,3,final")
-    parser.add_argument("--pool", choices=POOLINGS, default="mean", help="frames to clip features (default: mean)")
+    parser.add_argument("--layers", metavar="LIST", help="several layers: all, middle, or for example 0,3,final")
+    parser.add_argument("--combine", choices=COMBINATIONS, default="each", help="of several layers (default: each)")
+    parser.add_argument("--rows", choices=ROW_JOINS, default="average", help="of 2-D patches (default: average)")
+    parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="frames to clip features (default: mean)")
+    parser.add_argument("--pool", choices=POOLINGS, dest="pooling", help=argparse.SUPPRESS)  # its name before
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -251,7 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"warning: {message}", file=sys.stderr)
         options.out.mkdir(parents=True, exist_ok=True)
         writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
-        return run(encoder, named, writer, options.batch_size, options.layer, layers, options.pool)
+        reading = {"layer": options.layer, "layers": layers, "combine": options.combine, "rows": options.rows}
+        return run(encoder, named, writer, options.batch_size, reading, options.pooling)
     except (CheckpointError, ConfigError, DataError, ManifestError, AudioError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -265,20 +245,21 @@ def run(
     named: list[tuple[str, AudioFile]],
     writer: Writer,
     batch_size: int,
-    layer: int | None = None,
-    layers: Sequence[int | None] | None = None,
+    reading: dict[str, Any],
     pooling: str = "mean",
 ) -> int:
+    """Write the features of all files; exit code 0, or 2 if there are none. ``reading``: arguments of :func:`embed`."""
+    layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
     files = [file for _, file in named]
     written, skips = 0, []
     with tqdm(total=len(files), desc="embedding", unit="file") as bar:
-        results = embed(encoder, files, batch_size=batch_size, layer=layer, layers=layers)
+        results = embed(encoder, files, batch_size=batch_size, pooling=pooling, **reading)
         for (name, file), result in zip(named, results):
             bar.update()
             if isinstance(result, Skip):
                 skips.append(result)
                 continue
-            _, features, seconds = result
+            _, features, clip, seconds = result
             record = {
                 "name": name,
                 "path": str(file.path),
@@ -286,10 +267,10 @@ def run(
                 "frames": features.shape[-2],
                 "width": features.shape[-1],
                 "hop_ms": encoder.hop_size_in_ms,
-                "layers": " ".join("final" if n is None else str(n) for n in ([layer] if layers is None else layers)),
+                "layers": " ".join("final" if n is None else str(n) for n in layers),
                 "pooling": pooling,
             }
-            writer.add(record, features, pool(features, pooling))
+            writer.add(record, features, clip)
             written += 1
     for skip in skips:
         print(f"warning: skipped {skip}", file=sys.stderr)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
+from bestrq2.errors import CheckpointError
 from bestrq2.interchange.graphs import trace, write_onnx, write_torch_export
 from bestrq2.interchange.hugging_face_folder import write_folder
 from bestrq2.interchange.opening import Source, open_source

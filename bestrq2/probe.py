@@ -12,7 +12,8 @@ says which clips belong together (speaker, recording, package): a group is never
 Heads are cross-validated over groups, or trained and tested as the column --split says; regularisation is chosen inside
 the training clips. The same is done with the statistics of a log-mel spectrogram (for events, of every frame) and with
 the same encoder before any training. Intervals are 95 % bootstrap intervals over groups, differences are paired.
-They say how much the choice of test clips matters, not what another training run would give.
+They say how much the choice of test clips matters, not what another training run would give. --controls checks the
+probe itself: audio path, a handful of clips learned by heart, log-mel as an encoder.
 
   classification  one label a clip: balanced accuracy, accuracy, macro F1, mAP, confusion matrix
   multilabel      any number of labels a clip: mAP, F1 at a threshold
@@ -27,7 +28,6 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,21 +37,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from tqdm import tqdm
 
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
-from bestrq2.data import ManifestError, iterate_clips
-from bestrq2.embed import parse_layers
+from bestrq2.data import ManifestError, Skip, iterate_clips
+from bestrq2.errors import CheckpointError
+from bestrq2.hardware import choose_device
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
-from bestrq2.probing import report
-from bestrq2.probing.assembly import Experiment, assemble
+from bestrq2.models.readout import POOLINGS, ROW_JOINS
+from bestrq2.probing import controls, report
 from bestrq2.probing.evaluation import Outcome
-from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, untrained_copy
+from bestrq2.probing.experiment import Experiment, assemble
+from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, readings, untrained_copy
 from bestrq2.probing.heads import require_sklearn
 from bestrq2.probing.labels import LabelledClips, read_clips
-from bestrq2.probing.task import SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
-from bestrq2.training.hardware import choose_device
+from bestrq2.probing.task import COMBINATIONS, SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
 
+_READING = ("layers", "combine", "rows", "pooling")
 DEFAULT_HEADS = {"retrieval": "cosine", "events": "linear"}
 
 
@@ -69,29 +70,18 @@ def open_pair(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     return encoder, fresh.eval().requires_grad_(False), {"encoder": str(opened.origin), "step": opened.step}
 
 
-def chosen_layers(options: argparse.Namespace, depth: int) -> tuple[list[int | None], list[int | None]]:
-    """Layers to probe (numbers of blocks, None for the final output), and layers whose mean is probed.
-
-    Raises:
-        ConfigError: for one that the encoder does not have.
-    """
-    text = str(options.layer) if options.layer is not None else options.layers
-    if text not in ("all", "average"):
-        return parse_layers(text, depth), []
-    every = parse_layers("all", depth)
-    return every if text == "all" else [], every if depth or text == "average" else []
-
-
 def task_of(options: argparse.Namespace) -> ProbeTask:
     """The task that the options describe."""
     choices: dict[str, Any] = {
         name: value
-        for name in ("kind", "separator", "events", "group", "split", "pooling", "folds", "regularisation")
+        for name in (*_READING, "kind", "separator", "events", "group", "split", "folds", "regularisation")
         if (value := getattr(options, name)) is not None
     }
     choices |= {
         name: getattr(options, name) for name in ("threshold", "segment_seconds", "scaling", "drop_rare", "seed")
     }
+    if options.layer is not None:
+        choices["layers"] = str(options.layer)
     if options.label:
         choices["label"] = options.label[0] if len(options.label) == 1 else tuple(options.label)
     if options.split_values:
@@ -121,42 +111,50 @@ def heads_of(options: argparse.Namespace, task: ProbeTask) -> list[str]:
 def extract_all(
     labels: LabelledClips,
     pair: dict[str, Any],
-    layers: tuple[Sequence[int | None], Sequence[int | None]],
     task: ProbeTask,
     batch_size: int,
 ) -> Features:
     """Features of every clip, with a progress bar."""
     encoder = pair[ENCODER]
+    wanted = readings(task.layers, task.combine, encoder.depth)
     with tqdm(total=len(labels), desc="encoding", unit="clip") as bar:
         return extract(
             iterate_clips(labels.files, encoder.sampling_rate),
             pair,
             sampling_rate=encoder.sampling_rate,
             hop=encoder.hop_size_in_ms / 1000,
-            layers=layers[0],
-            average=layers[1],
+            wanted=wanted,
+            rows=task.rows,
             pooling=None if task.kind == "events" else task.pooling,
             batch_size=batch_size,
             progress=bar.update,
         )
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
+    """Probe, print and write; 1 if a control fails, else 0."""
     require_sklearn()
     task = task_of(options)
     heads = heads_of(options, task)
     labels = read_clips(task)
     encoder, untrained, origin = open_pair(options)
-    layers = chosen_layers(options, encoder.depth)
     device = choose_device(options.device)
     pair = {ENCODER: encoder.to(device), RANDOM: untrained.to(device)}
-    features = extract_all(labels, pair, layers, task, options.batch_size)
+    features = extract_all(labels, pair, task, options.batch_size)
     for skip in features.skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
     if not features.usable:
         raise ConfigError(f"{task.path}: none of its {len(labels)} files can be read")
+    if options.controls and task.kind != "events":
+        add_log_mel_encoder(features, labels, task, encoder.sampling_rate, options.batch_size)
     experiment = assemble(labels, features, task, encoder.hop_size_in_ms / 1000)
     announce(experiment)
+    rungs = []
+    if options.controls:
+        some = list(iterate_clips(experiment.clips.files[:8], encoder.sampling_rate))
+        decoded = [item for item in some if not isinstance(item, Skip)]
+        own = next(values for name, values in experiment.values.items() if name.startswith(ENCODER))
+        rungs = controls.ladder(decoded, own, experiment.clips, task, encoder.sampling_rate)
     outcomes: dict[str, dict[str, Outcome]] = {}
     with tqdm(total=len(experiment.values) * len(heads), desc="probing", unit="head", leave=False) as bar:
         for name in experiment.values:
@@ -165,11 +163,31 @@ def run(options: argparse.Namespace) -> None:
                 outcomes[name][head] = experiment.probe(name, head)
                 bar.update()
     print(report.text(outcomes, experiment))
-    if len(experiment.values) > 3:
+    if rungs:
+        print(controls.text(rungs))
+        origin["controls"] = controls.document(rungs)
+    if sum(name.startswith(ENCODER) for name in experiment.values) > 1:
         print("The best of several layers was chosen with the test clips: its score is too high by the choice.")
     shown = {name: str(value) for name, value in vars(options).items() if value not in (None, [])}
     written = report.write(options.out, outcomes, experiment, {**origin, "options": shown})
     print(f"Written: {', '.join(map(str, written))}")
+    return 1 if any(rung.holds is False for rung in rungs) else 0
+
+
+def add_log_mel_encoder(
+    features: Features, labels: LabelledClips, task: ProbeTask, sampling_rate: int, batch_size: int
+) -> None:
+    """Features of the spectrogram that went the way of an encoder's, pooled in the same way."""
+    found = extract(
+        iterate_clips([labels.files[number] for number in features.usable], sampling_rate),
+        {controls.LOG_MEL_ENCODER: controls.LogMelEncoder(sampling_rate)},
+        sampling_rate=sampling_rate,
+        hop=0.01,
+        pooling=task.pooling,
+        with_log_mel=False,
+        batch_size=batch_size,
+    )
+    features.of |= found.of
 
 
 def announce(experiment: Experiment) -> None:
@@ -226,13 +244,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--head", help="some of linear,mlp,knn (default: linear,knn; linear for events)")
     add("--regularisation", type=float, help="inverse L2 strength (default: chosen inside the training clips)")
     add("--folds", type=int, help="at most, no more than the groups of the rarest class (default: 5); 0: one per group")
-    add("--pooling", choices=("mean", "mean+std"), help="over the frames of a clip (default: mean)")
+    add("--pooling", choices=POOLINGS, help="over the frames of a clip (default: mean)")
+    add("--pool", choices=POOLINGS, dest="pooling", help=argparse.SUPPRESS)
     add("--scaling", choices=SCALINGS, default="all", help="of retrieval: by gallery and queries, by sides, none")
     add(
         "--layers",
-        default="final",
-        help="all, average, or numbers of blocks (0 is the first) and final (default: final)",
+        help="all, middle, or numbers of blocks (0 is the first) and final (default: final)",
     )
+    add(
+        "--combine",
+        choices=COMBINATIONS,
+        help="of several layers: each by itself (default), average, concatenate, or weights that the head learns",
+    )
+    add("--rows", choices=ROW_JOINS, help="of 2-D patches: average (default) or concatenate")
+    add("--controls", action="store_true", help="check the probe itself first; exit code 1 if a control fails")
     add("--layer", type=int, help="the same as --layers with one number")
     add("--threshold", type=float, default=0.5, help="above which a label counts as predicted (default: 0.5)")
     add("--segment-seconds", type=float, default=1.0, help="of the segment-based F1 of events (default: 1)")
@@ -251,11 +276,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.batch_size < 1:
             raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
-        run(options)
+        return run(options)
     except (CheckpointError, ConfigError, FeatureError, ManifestError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from bestrq2.training.bad_batch_report import describe_bad_batch
-from bestrq2.training.errors import TrainingError
-from bestrq2.training.report import write_report
-from bestrq2.training.run_record import RunRecord
+from bestrq2.errors import TrainingError
+from bestrq2.runs.bad_batch_report import describe_bad_batch
+from bestrq2.runs.record import RunRecord
+from bestrq2.runs.report import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:

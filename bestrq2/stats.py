@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from bestrq2.config import ConfigError, load_config, recipe_names
 from bestrq2.data import AudioError, DataError, ManifestError, batches
+from bestrq2.errors import TrainingError
 from bestrq2.models import build_encoder
 from bestrq2.train import DEFAULT_RECIPE
-from bestrq2.training.data_source import open_dataset
-from bestrq2.training.errors import TrainingError
+from bestrq2.training.open_data import open_dataset
 from bestrq2.training.statistics import measure_statistics
 
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioError, load_audio
+from bestrq2.errors import CheckpointError
+from bestrq2.hardware import choose_device
 from bestrq2.interchange import load
 from bestrq2.models import ConformerEncoder
 from bestrq2.ops import ChunkLayout
-from bestrq2.training.hardware import choose_device
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 

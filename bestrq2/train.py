@@ -26,18 +26,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from bestrq2.checkpoint import Checkpoint, CheckpointError, clear_leftovers, list_checkpoints, newest_intact
 from bestrq2.config import Config, ConfigError, load_config, recipe_names, with_overrides
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
+from bestrq2.data.fingerprint import data_fingerprint
+from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
 from bestrq2.hashing import mix
 from bestrq2.models import BestRQ, BestRQ2, build_model
+from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoints, newest_intact
+from bestrq2.runs.folder import RunFolder
 from bestrq2.training.batch_finder import find_batch
-from bestrq2.training.data_identity import data_fingerprint
-from bestrq2.training.data_source import fill_statistics, open_dataset
 from bestrq2.training.distributed import Ranks
-from bestrq2.training.errors import OutOfMemory, TrainingError
 from bestrq2.training.frozen import train_head
-from bestrq2.training.run_folder import RunFolder
+from bestrq2.training.open_data import fill_statistics, open_dataset
 from bestrq2.training.trainer import Trainer
 
 DEFAULT_RECIPE = "best_rq2_tiny"

@@ -1,7 +1,7 @@
 """Compile Triton kernels for GPUs that are not here, and read what the compiler and assembler say of them.
 
 Each operation lists its kernels at every shipped configuration in ``compile_cases()``: in ``kernels/<op>.py``, or in
-``kernels/<op>/compile_cases.py``. The compile tests and ``benchmarks/compile_report.py`` read the same lists.
+``kernels/<op>/compile_cases.py``. The compile tests and ``benchmarks/machine_code/report.py`` read the same lists.
 """
 
 import re
@@ -13,12 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = (80, 90, 100)
+from .tuning import ARCHITECTURES
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def spill_limit() -> int:
-    """Bytes a thread may spill: none, but Triton 3.6 assembles nine cases with 8 or 16 (kernels/README.md)."""
+    """Bytes a thread may spill: none, but Triton 3.6 assembles nine cases with 8 or 16 (README.md)."""
     import triton
 
     return 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 16
@@ -36,6 +37,7 @@ class CompileCase:
     num_stages: int = 3
     divisible_by_16: tuple[str, ...] = field(default=())  # pointers and sizes that the launcher specialises on
     maxnreg: int | None = None  # registers that a thread may take at most
+    architectures: tuple[int, ...] = ARCHITECTURES  # whose GPUs launch it
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ Each program takes BM rows and one codebook.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import CompileCase
-from .tuning import all_configs, load_configs
+from .tuning import load_configs, shipped
 
 GROUP, STEP = tl.constexpr(8), tl.constexpr(8)  # 8 codes, 8 apart, share a running maximum
 # Bits of fp32 numbers: infinity; y below 2^-100, a row below 2^-60 and one above 2^60.
@@ -294,9 +295,8 @@ def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
         count = mask.sum()
     if rows == 0:
         return out
-    name = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else None
     dims = codebook.shape[-1]
-    config = config_for(load_configs("quantize", name), dims, rows * books)
+    config = config_for(load_configs("quantize", x.device), dims, rows * books)
     projection = projection.float().contiguous()
     high, low = split_codebook(codebook, config["BN"])
     grid = (triton.cdiv(rows, config["BM"]), books)
@@ -314,9 +314,12 @@ def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
 def compile_cases() -> list[CompileCase]:
     """The kernel of every shipped configuration, ahead of time: with everything, bare, and bf16 rows with a mask."""
     return [
-        compile_case(f"{file}-{key}", config, dtype, int(key.split("/")[1]), layer_norm, select)
-        for file, configs in all_configs("quantize").items()
-        for key, config in configs.items()
+        replace(
+            compile_case(f"{file.name}-{key}", file.configs[key], dtype, int(key.split("/")[1]), layer_norm, select),
+            architectures=file.serves(key),
+        )
+        for file in shipped("quantize")
+        for key in file.keys
         for dtype, layer_norm, select in (("fp32", True, True), ("fp32", False, False), ("bf16", False, True))
     ]
 

@@ -1,21 +1,35 @@
-"""Tile configurations: ``configs/<op>/<device name>.json`` with ``default.json`` beside it.
+"""Tile configurations in layers: ``configs/<op>/default.json``, ``sm_<architecture>.json``, ``<device name>.json``.
 
-No search happens at run time. ``python benchmarks/tune.py OP`` measures and writes the file of the present GPU: it
-tries the configurations that the op's module lists as ``CANDIDATES = {"<kernel>": [{...}, ...]}`` (same keys and form
-as in the files). For that, launchers call :func:`load_configs` at every launch; a file is read once.
+A later layer replaces single kernels of an earlier one. No search happens at run time: ``python benchmarks/tune.py OP``
+measures and writes the file of the present GPU. It tries the configurations that the op's module lists as
+``CANDIDATES = {"<kernel>": [{...}, ...]}`` (same keys and form as in the files). For that, launchers call
+:func:`load_configs` at every launch; a file is read once.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 FOLDER = Path(__file__).parent / "configs"
+ARCHITECTURES = (80, 90, 100)  # what default.json is compiled for
 
 _overrides: dict[str, "Override"] = {}
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """One layer as a file holds it: kernel name (or ``"<kernel>/<shape bucket>"``) -> constants and launch options."""
+
+    name: str
+    architectures: tuple[int, ...]  # that it is used on, of those that are compiled for
+    configs: dict[str, Any]
 
 
 def device_file(device_name: str) -> str:
@@ -23,13 +37,13 @@ def device_file(device_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "_", device_name).strip("_") + ".json"
 
 
-def load_configs(op: str, device_name: str | None = None) -> dict[str, Any]:
-    """Return the tile configurations of ``op`` for a device, or the default ones where it has none of its own.
+def load_configs(op: str, device: torch.device | None = None) -> dict[str, Any]:
+    """Return the tile configurations of ``op`` for a device (None or a CPU: the default ones).
 
-    Each file holds one JSON object; its keys are kernel names (or ``"<kernel>/<shape bucket>"``), its values the
-    compile-time constants, ``num_warps`` and ``num_stages`` to launch with. The result is shared: do not modify it.
+    The values hold the compile-time constants, ``num_warps`` and ``num_stages`` to launch with. The result is shared:
+    do not modify it.
     """
-    configs = _read(op, device_name)
+    configs = merged(FOLDER, op, *_names(device))
     if op in _overrides:
         _overrides[op].lookups += 1
         return configs | _overrides[op].configs
@@ -37,12 +51,42 @@ def load_configs(op: str, device_name: str | None = None) -> dict[str, Any]:
 
 
 @cache
-def _read(op: str, device_name: str | None) -> dict[str, Any]:
+def _names(device: torch.device | None) -> tuple[str | None, int | None]:
+    if device is None or device.type != "cuda":
+        return None, None
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), 10 * major + minor
+
+
+def layers(op: str, device_name: str | None, architecture: int | None, folder: Path | None = None) -> list[Path]:
+    """The files of ``op`` that apply to a device, the most general first."""
+    names = ["default.json"]
+    if architecture:
+        names.append(f"sm_{architecture}.json")
     if device_name:
-        tuned = FOLDER / op / device_file(device_name)
-        if tuned.exists():
-            return json.loads(tuned.read_text())
-    return json.loads((FOLDER / op / "default.json").read_text())
+        names.append(device_file(device_name))
+    return [path for name in names if (path := (folder or FOLDER) / op / name).exists()]
+
+
+@cache
+def merged(folder: Path, op: str, device_name: str | None, architecture: int | None) -> dict[str, Any]:
+    """The configurations of all layers of a device."""
+    configs: dict[str, Any] = {}
+    for path in layers(op, device_name, architecture, folder):
+        configs |= read_file(path).configs
+    return configs
+
+
+def read_file(path: Path) -> ConfigFile:
+    """Read one layer. The file of a device names its architecture, as the number under ``"architecture"``."""
+    configs = json.loads(path.read_text())
+    architecture = configs.pop("architecture", None)
+    by_name = re.fullmatch(r"sm_(\d+)\.json", path.name)
+    if by_name:
+        architecture = int(by_name[1])
+    elif architecture is None and path.name != "default.json":
+        raise ValueError(f'{path} does not name its architecture: expected an entry like "architecture": 90')
+    return ConfigFile(path.name, ARCHITECTURES if architecture is None else (architecture,), configs)
 
 
 class Override:
@@ -67,6 +111,32 @@ def override(op: str, configs: Mapping[str, Any]) -> Iterator[Override]:
             _overrides[op] = previous
 
 
-def all_configs(op: str) -> dict[str, dict[str, Any]]:
-    """Every shipped configuration file of ``op``, by file name: what the compile tests must cover."""
-    return {path.name: json.loads(path.read_text()) for path in sorted((FOLDER / op).glob("*.json"))}
+@dataclass(frozen=True)
+class Shipped:
+    """One shipped file together with everything that is loaded with it."""
+
+    name: str
+    keys: tuple[str, ...]  # its own entries
+    configs: dict[str, Any]  # of all layers
+    architectures: tuple[int, ...]
+    replaced: Mapping[int, frozenset[str]]  # entries that the layer of an architecture replaces there
+
+    def serves(self, key: str) -> tuple[int, ...]:
+        """Architectures on which the entry ``key`` of this file is used."""
+        return tuple(number for number in self.architectures if key not in self.replaced.get(number, ()))
+
+
+def shipped(op: str) -> list[Shipped]:
+    """Every configuration file of ``op``: what the compile tests must cover, each for the architectures it serves."""
+    files = [read_file(path) for path in sorted((FOLDER / op).glob("*.json"))]
+    default = next(file.configs for file in files if file.name == "default.json")
+    general = {file.architectures[0]: file.configs for file in files if file.name.startswith("sm_")}
+    found = []
+    for file in files:
+        of_all = file.name == "default.json"
+        below = {} if of_all else general.get(file.architectures[0], {})
+        replaced = {number: frozenset(configs) for number, configs in general.items()} if of_all else {}
+        found.append(
+            Shipped(file.name, tuple(file.configs), default | below | file.configs, file.architectures, replaced)
+        )
+    return found

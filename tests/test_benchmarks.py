@@ -3,7 +3,6 @@
 Timings are off by default (each entry runs once); ``pytest tests/test_benchmarks.py --benchmark-enable`` times them.
 """
 
-import importlib
 import os
 import subprocess
 import sys
@@ -213,7 +212,7 @@ print(memory.peak_bytes(case, call))
 
 @pytest.mark.skipif(memory.obstacle() is not None, reason=str(memory.obstacle()))
 def test_memory_worker_answers_skips_fails_and_survives():
-    from benchmarks import quantize
+    from benchmarks.ops import quantize
 
     case = quantize.make_case("4096x64->16x4096", torch.float32, CPU)
     bad = quantize.make_case("8x8->8x8", torch.float32, CPU)
@@ -237,7 +236,7 @@ def test_memory_worker_answers_skips_fails_and_survives():
 
 
 def test_quantize_case_counts_wrong_codes():
-    from benchmarks import quantize
+    from benchmarks.ops import quantize
 
     case = quantize.make_case("500x32->8x256x3", torch.float32, CPU)
     gold = case.gold_results
@@ -250,7 +249,7 @@ def test_quantize_case_counts_wrong_codes():
 
 @pytest.mark.parametrize("shape", ["300x32->8x256", "300x32->8x256x3"])
 def test_every_installed_quantize_provider_is_exact_in_fp32(shape):
-    from benchmarks import quantize
+    from benchmarks.ops import quantize
 
     case = quantize.make_case(shape, torch.float32, CPU)
     ran = []
@@ -301,8 +300,8 @@ def test_command_line_refuses_nonsense(arguments, capsys):
 REGRESSIONS = [
     (op, shape, provider.name)
     for op in run.available_ops()
-    for shape in importlib.import_module(f"benchmarks.{op}").QUICK_SHAPES[-1:]
-    for provider in importlib.import_module(f"benchmarks.{op}").PROVIDERS
+    for shape in common.load_operation(op).QUICK_SHAPES[-1:]
+    for provider in common.load_operation(op).PROVIDERS
     if provider.name in ("bestrq2", "reference")
 ]
 
@@ -310,7 +309,7 @@ REGRESSIONS = [
 @pytest.mark.parametrize(("op", "shape", "name"), REGRESSIONS, ids=["-".join(entry) for entry in REGRESSIONS])
 def test_speed(benchmark, op, shape, name):
     """Forward and backward of our operation and of the reference at the smallest quick shape."""
-    module = importlib.import_module(f"benchmarks.{op}")
+    module = common.load_operation(op)
     case = module.make_case(shape, getattr(torch, module.DTYPES["cpu"][0]), CPU)
     call = next(provider for provider in module.PROVIDERS if provider.name == name).prepare(case)
     benchmark.group = f"{op} {shape}"

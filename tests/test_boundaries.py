@@ -11,12 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("bestrq2.version", "bestrq2.hashing"),
+    ("bestrq2.version", "bestrq2.hashing", "bestrq2.errors"),
     ("bestrq2.kernels", "kernels"),
     ("bestrq2.ops",),
     ("bestrq2.layers",),
-    ("bestrq2.config", "bestrq2.checkpoint", "bestrq2.data"),
+    ("bestrq2.config", "bestrq2.hardware", "bestrq2.data"),
     ("bestrq2.models",),
+    ("bestrq2.runs",),
     ("bestrq2.interchange",),
     ("bestrq2.training", "bestrq2.probing"),
     (
@@ -27,6 +28,7 @@ LAYERS = [
         "bestrq2.probe",
         "bestrq2.stream",
         "bestrq2.report",
+        "bestrq2.manifest",
     ),
 ]
 FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
@@ -73,6 +75,56 @@ def test_imports_point_one_way(path):
     if own.startswith("kernels"):
         outside = {name.split(".")[0] for name in imports(path)} - {"torch", "triton", "kernels"}
         assert outside <= set(sys.stdlib_module_names), f"{own} imports {outside}"
+
+
+def strongly_connected(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of more than one node that reach each other (Tarjan 1972)."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    groups = []
+
+    def visit(node: str) -> None:
+        order[node] = low[node] = len(order)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in order:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], order[other])
+        if low[node] == order[node]:
+            group = [stack.pop()]
+            while group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for node in graph:
+        if node not in order:
+            visit(node)
+    return groups
+
+
+def test_cycles_are_found():
+    assert strongly_connected({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_no_file_imports_itself_through_others():
+    """Imports inside of functions and for type checkers count; a package's __init__ only hands names on."""
+    modules = {
+        module_name(path).replace("kernels", "bestrq2.kernels", 1): path for path in FILES if "kernels" in path.parts
+    }
+    modules |= {module_name(path): path for path in FILES if "kernels" not in path.parts}
+    files = {name: path for name, path in modules.items() if path.name != "__init__.py"}
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for imported in imports(path):
+            imported = imported.replace("kernels", "bestrq2.kernels", 1) if imported.startswith("kernels") else imported
+            if imported in files and imported != name:
+                graph[name].add(imported)
+    assert sum(map(len, graph.values())) > 100
+    assert strongly_connected(graph) == []
 
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: str(p.relative_to(ROOT)))

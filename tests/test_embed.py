@@ -76,7 +76,9 @@ def test_same_names_from_two_folders_are_kept_apart(run, folder, tmp_path):
 def test_layers_and_pooling(run, folder, tmp_path):
     for name, options in (
         ("all", ["--layers", "all", "--pool", "mean+std"]),
-        ("one", ["--layer", "1", "--pool", "max"]),
+        ("one", ["--layer", "1", "--pooling", "max"]),
+        ("joined", ["--layers", "middle", "--combine", "concatenate"]),
+        ("averaged", ["--layers", "0,1", "--combine", "average"]),
     ):
         assert embed.main([str(run), str(folder), "--out", str(tmp_path / name), *options]) == 0
     with (tmp_path / "all" / "index.csv").open() as file:
@@ -97,6 +99,10 @@ def test_layers_and_pooling(run, folder, tmp_path):
         one = np.load(tmp_path / "one" / row["features"])
         np.testing.assert_allclose(one, features[1], atol=1e-5)
         np.testing.assert_allclose(np.load(tmp_path / "one" / "clips.npy")[number], one.max(0), atol=1e-6)
+        joined = np.load(tmp_path / "joined" / row["features"])
+        np.testing.assert_allclose(joined, np.concatenate(features[:2], -1), atol=1e-5)
+        averaged = torch.nn.functional.layer_norm(torch.from_numpy(features[:2]), (128,)).mean(0)
+        np.testing.assert_allclose(np.load(tmp_path / "averaged" / row["features"]), averaged, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_layers_and_pooling(run, folder, tmp_path):
         (["RUN", "missing.wav"], "missing.wav"),
         (["nowhere", "AUDIO"], "no intact checkpoint"),
         (["RUN", "AUDIO", "--layer", "9"], r"--layer: expected 0..1, got 9"),
-        (["RUN", "AUDIO", "--layers", "0,2"], r"expected all, or 0..1 and final separated by commas, got '2'"),
+        (["RUN", "AUDIO", "--layers", "0,2"], r"expected all, middle, or 0..1 and final separated by commas, got '2'"),
         (["RUN", "AUDIO", "--layers", "all", "--layer", "0"], "give one of them"),
         (["RUN", "BROKEN"], "no usable audio"),
         (["RUN", "AUDIO", "--batch-size", "0"], "--batch-size"),

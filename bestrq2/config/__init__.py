@@ -4,7 +4,8 @@ Unknown keys, wrong types and impossible values are errors that name the key. Th
 run folder and in every checkpoint; :func:`build_model` rebuilds the model from it alone.
 """
 
-from .errors import ConfigError
+from bestrq2.errors import ConfigError
+
 from .loading import config_from_dict, config_to_dict, config_to_yaml, load_config, recipe_names, with_overrides
 from .sections import (
     Config,
@@ -20,7 +21,6 @@ from .sections import (
     ProbeConfig,
     TargetsConfig,
     TrainConfig,
-    TransformerConfig,
     ValidationConfig,
 )
 
@@ -39,7 +39,6 @@ __all__ = [
     "ProbeConfig",
     "TargetsConfig",
     "TrainConfig",
-    "TransformerConfig",
     "ValidationConfig",
     "config_from_dict",
     "config_to_dict",

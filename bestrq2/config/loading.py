@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError
+from bestrq2.errors import ConfigError
+
 from .rules import check_values
 from .sections import Config
 
@@ -136,6 +137,9 @@ def config_to_yaml(config: Config) -> str:
 
 
 def _checked(merged: DictConfig) -> Config:
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    try:
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except ValueError as error:  # of the settings of a layer
+        raise ConfigError(f"model: {error}") from error
     check_values(config)
     return config

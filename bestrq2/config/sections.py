@@ -1,7 +1,13 @@
-"""The sections of a configuration, with their defaults."""
+"""The sections of a configuration, with their defaults. Sections of the model are the settings of its layers."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from bestrq2.layers.conformer import Activation
+from bestrq2.layers.conformer_convolution import ConvMode, ConvNorm
+from bestrq2.layers.positions import PositionKind
+from bestrq2.layers.quantizer import Normalize
+from bestrq2.layers.transformer import TransformerSettings
 
 
 @dataclass
@@ -13,45 +19,33 @@ class FrontEndConfig:
     num_mels: int = 128
     f_min: float = 0.0
     f_max: float | None = None
-    normalize: str = "none"  # none (published) | global: (dB - mean) / std
+    normalize: Literal["none", "global"] = "none"  # none (published) | global: (dB - mean) / std
     mean: float | None = None  # of "global"; None: measured on the first clips of the training data
     std: float | None = None
 
 
-@dataclass
-class TransformerConfig:
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    hidden: int | None = None
-    norm: str = "layer_norm"
-    feed_forward: str = "gelu"
-    bias: bool = True
-    qk_norm: bool = False
-    dropout: float = 0.0
-    drop_path: float = 0.0
-
-
-@dataclass
+@dataclass(frozen=True)
 class ConformerConfig:
     """Of ``encoder.kind: conformer``; width, depth, heads, hidden, bias, dropout and drop_path are the encoder's."""
 
     channels: list[int] = field(default_factory=lambda: [64, 32])  # of the subsampling: 2 stages for 4x, 3 for 8x
     kernel_size: int = 31
-    conv_mode: str = "full"  # full | causal | chunk (the last two can stream)
-    conv_norm: str = "layer_norm"  # layer_norm | batch_norm
-    activation: str = "silu"  # silu | gelu
+    conv_mode: ConvMode = "full"  # full | causal | chunk (the last two can stream)
+    conv_norm: ConvNorm = "layer_norm"  # layer_norm | batch_norm
+    activation: Activation = "silu"  # silu | gelu
     chunk_size: int | None = None  # frames per chunk of attention; None: the whole sequence
     left_context: int | None = None  # frames before the chunk; None: all
-    chunk_training: str = "none"  # none: the window above | speechbrain | wenet: a random window per step
+    chunk_training: Literal["none", "speechbrain", "wenet"] = (
+        "none"  # none: the window above | speechbrain | wenet: a random window per step
+    )
 
 
-@dataclass
-class EncoderConfig(TransformerConfig):
-    kind: str = "vit"  # vit | conformer
+@dataclass(frozen=True)
+class EncoderConfig(TransformerSettings):
+    kind: Literal["vit", "conformer"] = "vit"  # vit | conformer
     patch_height: int = 16
     patch_width: int = 16
-    position: str = "sincos"  # sincos | rope
+    position: PositionKind = "sincos"  # sincos | rope
     drop_path: float = 0.1
     activation_checkpointing: bool = False
     conformer: ConformerConfig = field(default_factory=ConformerConfig)
@@ -61,9 +55,12 @@ class EncoderConfig(TransformerConfig):
         return 2 ** len(self.conformer.channels) if self.kind == "conformer" else self.patch_width
 
 
-@dataclass
-class PredictorConfig(TransformerConfig):
+@dataclass(frozen=True)
+class PredictorConfig(TransformerSettings):
     depth: int = 4
+
+    def __post_init__(self) -> None:
+        """Accept anything: a one-stage model does not use its section. A two-step model is checked when it is built."""
 
 
 @dataclass
@@ -71,7 +68,7 @@ class TargetsConfig:
     codebook_size: int = 8192
     codebook_dim: int = 16
     num_codebooks: int = 1
-    normalize: str = "none"  # none (published) | global | patch | utterance
+    normalize: Normalize = "none"  # none (published) | global | patch | utterance
     mean: float | None = None  # of "global"; None: measured on the first clips of the training data
     std: float | None = None
     seed: int = 21072023
@@ -87,7 +84,7 @@ class MaskingConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = "best_rq2"  # best_rq2: two-step | best_rq: one-stage
+    name: Literal["best_rq2", "best_rq"] = "best_rq2"  # best_rq2: two-step | best_rq: one-stage
     front_end: FrontEndConfig = field(default_factory=FrontEndConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
@@ -103,7 +100,9 @@ class DataConfig:
     crop_seconds: float = 10.0
     min_seconds: float | None = None  # None: one patch
     join_short: bool = False  # fill a crop with following clips of the same folder
-    batching: str = "crops"  # crops: batch_size crops per step | buckets: clips of similar length, taken whole
+    batching: Literal["crops", "buckets"] = (
+        "crops"  # crops: batch_size crops per step | buckets: clips of similar length, taken whole
+    )
     batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
     domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
     workers: int = 2
@@ -112,7 +111,9 @@ class DataConfig:
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 1e-4
-    schedule: str = "cosine"  # after the warm-up: cosine | linear | constant | stable (at the peak until the cooldown)
+    schedule: Literal["cosine", "linear", "constant", "stable"] = (
+        "cosine"  # after the warm-up: cosine | linear | constant | stable (at the peak until the cooldown)
+    )
     final_ratio: float = 0.001  # learning rate at the last step, as a share of the peak
     cooldown: float = 0.2  # of "stable": the last share of all steps, in which the rate falls
     warmup: float = 0.05  # share of all steps
@@ -129,10 +130,12 @@ class TrainConfig:
     steps: int = 200000
     batch_size: int = 256  # clips per update, over all ranks and micro-batches
     accumulate: int = 1  # micro-batches per update and rank: less memory, same update
-    strategy: str = "auto"  # several ranks: auto = ddp | fsdp (shard the model)
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # several ranks: auto = ddp | fsdp (shard the model)
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    precision: str = "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
+    )
     ema_decay: float = 0.0  # of a moving average of the weights, e.g. 0.999; 0: none
     compile: bool = False  # torch.compile of the encoder and predictor blocks
     log_every: int = 50

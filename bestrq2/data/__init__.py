@@ -15,49 +15,51 @@ from typing import TYPE_CHECKING, Any
 
 # Lazy, so that `python -m bestrq2.data.manifest` does not import itself twice.
 _HOME = {
-    "AudioError": "audio",
-    "AudioFile": "manifest",
-    "AudioInfo": "audio",
-    "Batch": "batch",
-    "BucketDataset": "buckets",
-    "CropDataset": "dataset",
-    "DataError": "dataset",
-    "DomainSchedule": "domains",
-    "ManifestError": "manifest",
-    "Sample": "dataset",
-    "SampleOrder": "order",
-    "Skip": "audio",
-    "SkipReport": "scanning",
-    "audio_info": "audio",
-    "batches": "batch",
-    "collate": "batch",
-    "collect": "scanning",
-    "discover_folder": "manifest",
-    "find_audio": "sources",
-    "iterate_clips": "clips",
-    "load_audio": "audio",
-    "read_manifest": "manifest",
-    "scan": "scanning",
-    "tiny_dataset": "scanning",
-    "write_manifest": "manifest",
+    "AudioError": "bestrq2.errors",
+    "AudioFile": "bestrq2.data.files",
+    "AudioInfo": "bestrq2.data.audio",
+    "Batch": "bestrq2.data.batch",
+    "BucketDataset": "bestrq2.data.buckets",
+    "CropDataset": "bestrq2.data.dataset",
+    "DataError": "bestrq2.errors",
+    "DomainSchedule": "bestrq2.data.domains",
+    "ManifestError": "bestrq2.errors",
+    "Sample": "bestrq2.data.dataset",
+    "SampleOrder": "bestrq2.data.order",
+    "Skip": "bestrq2.errors",
+    "SkipReport": "bestrq2.data.scanning",
+    "audio_info": "bestrq2.data.audio",
+    "batches": "bestrq2.data.batch",
+    "collate": "bestrq2.data.batch",
+    "collect": "bestrq2.data.scanning",
+    "discover_folder": "bestrq2.data.manifest",
+    "find_audio": "bestrq2.data.sources",
+    "iterate_clips": "bestrq2.data.whole_clips",
+    "load_audio": "bestrq2.data.audio",
+    "read_manifest": "bestrq2.data.manifest",
+    "scan": "bestrq2.data.scanning",
+    "tiny_dataset": "bestrq2.data.scanning",
+    "write_manifest": "bestrq2.data.manifest",
 }
 
 if TYPE_CHECKING:
-    from .audio import AudioError, AudioInfo, Skip, audio_info, load_audio
-    from .batch import Batch, batches, collate
-    from .buckets import BucketDataset
-    from .clips import iterate_clips
-    from .dataset import CropDataset, DataError, Sample
-    from .domains import DomainSchedule
-    from .manifest import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
-    from .order import SampleOrder
-    from .scanning import SkipReport, collect, scan, tiny_dataset
-    from .sources import find_audio
+    from bestrq2.data.audio import AudioInfo, audio_info, load_audio
+    from bestrq2.data.batch import Batch, batches, collate
+    from bestrq2.data.buckets import BucketDataset
+    from bestrq2.data.dataset import CropDataset, Sample
+    from bestrq2.data.domains import DomainSchedule
+    from bestrq2.data.files import AudioFile
+    from bestrq2.data.manifest import discover_folder, read_manifest, write_manifest
+    from bestrq2.data.order import SampleOrder
+    from bestrq2.data.scanning import SkipReport, collect, scan, tiny_dataset
+    from bestrq2.data.sources import find_audio
+    from bestrq2.data.whole_clips import iterate_clips
+    from bestrq2.errors import AudioError, DataError, ManifestError, Skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,32 +9,25 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd, isfinite
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
+from bestrq2.data.archives.opening import open_member
+from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames
-from bestrq2.data.errors import REASONS, AudioError, DataError, Skip
-from bestrq2.data.members import SampleReader, Section, open_member
+from bestrq2.errors import AudioError
 
 __all__ = [
-    "EXTENSIONS",
-    "REASONS",
     "AudioDigest",
-    "AudioError",
     "AudioInfo",
-    "DataError",
-    "Skip",
     "audio_digest",
     "audio_info",
-    "is_audio",
     "load_audio",
 ]
 
-EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})
 SILENCE = 1e-4  # -80 dB of full scale, three steps of a 16-bit file
 TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a real cut is larger
 LARGEST_SAMPLE = 2.0**31
@@ -45,11 +38,6 @@ _PREROLL_SECONDS = 1.0
 _MARGIN = 400  # samples at the lower of the two rates; soxr's HQ filter is shorter than 200
 _BLOCK = 1 << 18  # samples of all channels decoded at once
 _UNKNOWN = 1 << 60  # libsndfile gives 2^63 - 1 frames for a stream that does not say
-
-
-def is_audio(path: str | os.PathLike[str]) -> bool:
-    """Whether the extension is one that :func:`load_audio` is meant for."""
-    return Path(path).suffix.lower() in EXTENSIONS
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bestrq2.data.audio import DataError, Skip
 from bestrq2.data.dataset import Sample
-from bestrq2.data.plan import EqualSteps, StepPlan, plan_of, rank_share
+from bestrq2.data.steps import EqualSteps, StepPlan, plan_of, rank_share
+from bestrq2.errors import DataError, Skip
 
 __all__ = ["Batch", "batches", "collate"]
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from bestrq2.data.dataset import CropDataset
 from bestrq2.data.domains import apportion
-from bestrq2.data.manifest import AudioFile
+from bestrq2.data.files import AudioFile
 from bestrq2.data.order import permute
 from bestrq2.hashing import mix
 

@@ -6,8 +6,8 @@ from math import isfinite, lcm
 
 import numpy as np
 
-from bestrq2.data.audio import DataError
-from bestrq2.data.manifest import AudioFile
+from bestrq2.data.files import AudioFile
+from bestrq2.errors import DataError
 
 __all__ = ["DomainSchedule", "apportion", "select_domains"]
 

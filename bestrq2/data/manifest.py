@@ -1,6 +1,6 @@
 """Lists of audio files: found in a folder, read from a CSV or JSONL manifest, written to one.
 
-python -m bestrq2.data.manifest recordings/ --out manifest.csv --check
+bestrq2 manifest recordings/ --out manifest.csv --check
 """
 
 import csv
@@ -8,18 +8,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from bestrq2.data.audio import is_audio
-from bestrq2.data.errors import Skip
-from bestrq2.data.members import group_of, is_archive
+from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio
+from bestrq2.errors import ManifestError
 
 __all__ = [
-    "AudioFile",
-    "ManifestError",
     "discover_folder",
     "read_manifest",
     "read_rows",
@@ -36,42 +33,6 @@ _COLUMNS = {
 }
 _JSON_LINES = {".jsonl", ".json", ".ndjson"}
 _TABLES = {".csv": ",", ".tsv": "\t"}
-
-
-class ManifestError(ValueError):
-    """A manifest that cannot be understood; the message names the file and, where there is one, the line."""
-
-
-@dataclass(frozen=True)
-class AudioFile:
-    """One audio file, or a clip in an archive by its address (see ``members``).
-
-    ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read.
-    """
-
-    path: str
-    duration: float | None = None
-    sampling_rate: int | None = None
-    domain: str = ""
-    label: str = ""
-
-    @property
-    def group(self) -> str:
-        """Files of one group may follow each other in one training sample: same domain, else same folder."""
-        return self.domain or group_of(self.path)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a folder or an archive holds: audio ``files``, how many other files by extension, what could not be read.
-
-    ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
-    """
-
-    files: list[AudioFile]
-    ignored: Counter[str] = field(default_factory=Counter)
-    skips: list[Skip] = field(default_factory=list)
-    archives: list[tuple[str, str]] = field(default_factory=list)
 
 
 def is_manifest(path: str | os.PathLike[str]) -> bool:
@@ -250,6 +211,5 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
 
 
 if __name__ == "__main__":
-    from bestrq2.data.scanning import main
-
-    raise SystemExit(main())
+    # The former name of the command `bestrq2 manifest`; the entry points are above this package, so no plain import.
+    raise SystemExit(import_module("bestrq2.manifest").main())

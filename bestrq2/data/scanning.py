@@ -1,9 +1,7 @@
 """Open every header once before training: durations for the index, and a report of every file that is left out."""
 
-import argparse
 import csv
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bestrq2.data.audio import EXTENSIONS, SILENCE, AudioError, DataError, Skip, audio_digest, audio_info
-from bestrq2.data.manifest import AudioFile, ManifestError, write_manifest
-from bestrq2.data.members import ARCHIVES
+from bestrq2.data.audio import SILENCE, audio_digest, audio_info
+from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile
 from bestrq2.data.sources import Source, find_audio
+from bestrq2.errors import AudioError, DataError, Skip
 
-__all__ = ["SkipReport", "collect", "main", "scan", "tiny_dataset"]
+__all__ = ["SkipReport", "collect", "scan", "tiny_dataset"]
 
 
 @dataclass
@@ -198,50 +196,3 @@ def tiny_dataset() -> list[AudioFile]:
         AudioFile(str(folder / row["file"]), duration=2.0, sampling_rate=16000, domain=row["domain"], label=row["item"])
         for row in rows
     ]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m bestrq2.data.manifest``: build a manifest; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.data.manifest",
-        description="List the usable audio files of a folder, with durations, in a CSV manifest for training.",
-    )
-    parser.add_argument("source", nargs="+", help="folder, manifest, tar shards (a pattern), HDF5, Arrow, Parquet")
-    parser.add_argument("--out", required=True, metavar="CSV", help="manifest to write; skipped files go beside it")
-    parser.add_argument("--check", action="store_true", help="decode everything; find silent and duplicate files too")
-    parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
-    parser.add_argument("--threads", type=int, default=None, help="files opened at once")
-    options = parser.parse_args(arguments)
-    out = Path(options.out)
-    if out.suffix.lower() != ".csv":
-        parser.error(f"--out must end in .csv, got {out}")
-    try:
-        files, report = collect(
-            options.source,
-            min_seconds=options.min_seconds,
-            check=options.check,
-            num_threads=options.threads,
-            progress=True,
-        )
-        write_manifest(out, files)
-        skipped = out.with_suffix(".skipped.csv")
-        if report.skips:
-            with open(skipped, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file)
-                writer.writerow(["path", "reason", "detail"])
-                writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
-        else:
-            skipped.unlink(missing_ok=True)  # of an earlier run
-    except (DataError, ManifestError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; no manifest written", file=sys.stderr)
-        return 130
-    hours = sum(item.duration or 0.0 for item in files) / 3600
-    print(f"{out}: {len(files)} files, {hours:.2f} h; {report}")
-    for line in report.examples():
-        print(f"  {line}")
-    if report.skips:
-        print(f"all skipped files: {skipped}")
-    return 0

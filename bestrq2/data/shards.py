@@ -25,11 +25,13 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
-from bestrq2.data.audio import AudioError, DataError, Skip, is_audio
-from bestrq2.data.manifest import AudioFile, ManifestError, write_manifest
-from bestrq2.data.members import SampleReader, address, open_member, split_address
+from bestrq2.data.archives.opening import open_member
+from bestrq2.data.archives.readers import SampleReader
+from bestrq2.data.archives.tar import list_tar, open_tar_member
+from bestrq2.data.files import AudioFile, address, is_audio, split_address
+from bestrq2.data.manifest import write_manifest
 from bestrq2.data.scanning import collect
-from bestrq2.data.tar_index import list_tar, open_tar_member
+from bestrq2.errors import AudioError, DataError, ManifestError, Skip
 
 __all__ = ["Packed", "main", "pack"]
 

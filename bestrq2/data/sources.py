@@ -5,17 +5,14 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
-from bestrq2.data.audio import is_audio
-from bestrq2.data.errors import DataError, Skip
-from bestrq2.data.manifest import AudioFile, Listing, discover_folder, is_manifest, read_manifest
-from bestrq2.data.members import is_archive, split_address
+from bestrq2.data.archives.opening import list_archives as read_archives
+from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
+from bestrq2.data.manifest import discover_folder, is_manifest, read_manifest
+from bestrq2.errors import DataError, Skip
 
 __all__ = ["Found", "Source", "expand_pattern", "find_audio"]
 
@@ -66,7 +63,7 @@ def find_audio(source: Source, *, progress: bool = False) -> Found:
     archives: list[tuple[str, str]] = []
 
     def list_archives() -> None:
-        for listing in _list_all(archives, progress):
+        for listing in read_archives(archives, progress):
             found.add(listing)
         archives.clear()
 
@@ -100,7 +97,7 @@ def find_audio(source: Source, *, progress: bool = False) -> Found:
 def _add_folder(folder: str, found: Found) -> list[tuple[str, str]]:
     """Add the audio of a folder; returns its archives, if these are to be listed instead."""
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
-        from bestrq2.data.arrow import saved_dataset_files
+        from bestrq2.data.archives.arrow import saved_dataset_files
 
         return [(path, "") for path in saved_dataset_files(folder)]
     try:
@@ -113,37 +110,6 @@ def _add_folder(folder: str, found: Found) -> list[tuple[str, str]]:
     used = Counter(Path(path).suffix.lower() for path, _ in listing.archives)
     found.ignored += listing.ignored - used
     return listing.archives
-
-
-def _list_all(archives: Sequence[tuple[str, str]], progress: bool) -> Iterable[Listing]:
-    """List archives in their order, several at once: on a network file system this is waiting."""
-    with (
-        ThreadPoolExecutor(min(8, max(1, len(archives)))) as pool,
-        tqdm(total=len(archives), desc="indexing", unit="archive", disable=not progress or len(archives) < 2) as bar,
-    ):
-        for start in range(0, len(archives), 64):
-            for listing in pool.map(_list_archive, archives[start : start + 64]):
-                bar.update()
-                yield listing
-
-
-def _list_archive(item: tuple[str, str]) -> Listing:
-    path, domain = item
-    suffix = Path(path).suffix.lower()
-    try:
-        if suffix == ".tar":
-            from bestrq2.data.tar_index import list_tar
-
-            return list_tar(path, domain)
-        if suffix in (".h5", ".hdf5"):
-            from bestrq2.data.hdf5 import list_hdf5
-
-            return list_hdf5(path, domain)
-        from bestrq2.data.arrow import list_arrow
-
-        return list_arrow(path)
-    except OSError as error:
-        return Listing([], skips=[Skip(path, "not readable", error.strerror or str(error))])
 
 
 def expand_pattern(pattern: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Encoders in the forms that others read, and others' encoders in ours."""
 
+from bestrq2.errors import UnknownLayoutError
+
 from .adapters import AudioEncoder
-from .errors import UnknownLayoutError
 from .foreign import open_encoder
 from .opening import Source, load, load_pretraining, open_source
 from .published import Published, from_published, to_published

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bestrq2.config import ConfigError
 from bestrq2.layers.log_mel import check_lengths
 from bestrq2.models.layer_choice import check_layers
+from bestrq2.models.readout import ROW_JOINS, ReadoutMixin, check_choice
 
 WINDOWS_AT_ONCE = 16
 INTERFACE = ("encode", "sampling_rate", "output_dim", "hop_size_in_ms")
@@ -35,12 +36,26 @@ class AudioEncoder(Protocol):
     def depth(self) -> int: ...
 
     def encode(
-        self, waveform: Tensor, lengths: Tensor | None = None, layer: int | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        layer: int | None = None,
+        *,
+        layers: str | Sequence[int | None] | None = None,
+        combine: str = "average",
+        rows: str = "average",
+        pooling: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``(B, S)``, ``(B,)`` samples -> features ``(B, T, D)`` float32 and ``(B,)`` int64 frames on the CPU."""
+        """``(B, S)``, ``(B,)`` samples -> features ``(B, T, D)`` float32 and ``(B,)`` int64 frames on the CPU; for the
+        options see :class:`~bestrq2.models.readout.ReadoutMixin`."""
 
     def encode_layers(
-        self, waveform: Tensor, lengths: Tensor | None = None, layers: Sequence[int | None] | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        layers: Sequence[int | None] | None = None,
+        *,
+        rows: str = "average",
     ) -> tuple[Tensor, Tensor]:
         """The same for several layers in one pass: ``(L, B, T, D)``."""
 
@@ -87,7 +102,7 @@ def cut_windows(lengths: Sequence[int], hop: float, frames: int, context: int) -
     return windows
 
 
-class ForeignEncoder(nn.Module, ABC):
+class ForeignEncoder(ReadoutMixin, nn.Module, ABC):
     """An encoder of others behind our interface, frozen and in evaluation mode.
 
     A subclass says how a group of clips goes through its model (:meth:`_run`). Clips shorter than ``min_samples`` are
@@ -123,26 +138,22 @@ class ForeignEncoder(nn.Module, ABC):
     def _run(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:
         """Waveforms ``(S,)`` that may go together -> features ``(L, T, D)`` of each."""
 
-    def encode(
-        self, waveform: Tensor, lengths: Tensor | None = None, layer: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Features of whole clips; see :class:`AudioEncoder`.
-
-        Raises:
-            ValueError: for wrong shapes or lengths, or an unknown layer.
-        """
-        features, counts = self.encode_layers(waveform, lengths, (layer,))
-        return features[0], counts
-
     @torch.no_grad()
     def encode_layers(
-        self, waveform: Tensor, lengths: Tensor | None = None, layers: Sequence[int | None] | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        layers: Sequence[int | None] | None = None,
+        *,
+        rows: str = "average",
     ) -> tuple[Tensor, Tensor]:
-        """Features of several layers; see :class:`AudioEncoder`. ``layers``: as for our own encoders.
+        """Features of several layers; see :class:`AudioEncoder`. ``layers``: as for our own encoders. ``rows`` has no
+        effect: encoders of others give one vector a time step.
 
         Raises:
             ValueError: for wrong shapes or lengths, or an unknown layer.
         """
+        check_choice("rows", rows, ROW_JOINS)
         ends = check_lengths(waveform, lengths).tolist()
         wanted = check_layers(layers, self.depth)
         clips = [clip[:end].float() for clip, end in zip(waveform, ends)]
@@ -157,15 +168,15 @@ class ForeignEncoder(nn.Module, ABC):
             with torch.autocast(waveform.device.type, enabled=False):
                 found = self._run([clips[windows[n].clip][windows[n].begin : windows[n].end] for n in group], wanted)
             pieces.update(zip(group, found))
-        rows: list[list[Tensor]] = [[] for _ in clips]
+        of_clip: list[list[Tensor]] = [[] for _ in clips]
         for number, window in enumerate(windows):
             piece, end = pieces[number], None if window.keep is None else window.skip + window.keep
             if end is not None and piece.shape[1] < end:
                 raise ConfigError(
                     f"the encoder gave {piece.shape[1]} frames for a window of {end} frames of {self.hop_size_in_ms} ms"
                 )
-            rows[window.clip].append(piece[:, window.skip : end].float())
-        joined = [torch.cat(row, dim=1) for row in rows]
+            of_clip[window.clip].append(piece[:, window.skip : end].float())
+        joined = [torch.cat(row, dim=1) for row in of_clip]
         counts = torch.tensor([row.shape[1] for row in joined], dtype=torch.int64)
         longest = int(counts.max()) if len(counts) else 0
         features = waveform.new_zeros(len(wanted), len(joined), longest, self.output_dim, dtype=torch.float32)

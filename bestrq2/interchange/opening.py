@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestrq2.checkpoint import STATE, find_checkpoint
 from bestrq2.config import Config, ConfigError, config_from_dict
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_model
 from bestrq2.models.build import load_weights
+from bestrq2.runs.checkpoint import STATE, find_checkpoint
 
-from .errors import refuse_pickle, unknown_layout
 from .published import from_published
-from .tensors import CONFIG_ENTRY, assemble_encoder, config_in, read_tensors
+from .published_keys import unknown_layout
+from .tensors import CONFIG_ENTRY, assemble_encoder, config_in, read_tensors, refuse_pickle
 from .transformers_encoder import is_transformers_folder
 
 

@@ -12,18 +12,20 @@ each half of a head (ours across halves: queries and keys are permuted alike).
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bestrq2.config import Config, ConfigError, PredictorConfig, TransformerConfig
+from bestrq2.config import Config, EncoderConfig, PredictorConfig
+from bestrq2.errors import ConfigError
+from bestrq2.layers import TransformerSettings
 from bestrq2.layers.log_mel import mel_filters
 from bestrq2.layers.positions import sincos_2d
 
-from .errors import unknown_layout
 from .published_blocks import read_transformer, write_transformer
+from .published_keys import Keys, unknown_layout
 
 FILTERS = "spectrogram.mel_spec.mel_scale.fb"
 WINDOW = "spectrogram.mel_spec.spectrogram.window"
@@ -48,34 +50,6 @@ class Published:
     config: Config
     weights: dict[str, Tensor]
     complete: bool
-
-
-@dataclass
-class Keys:
-    """The tensors of a file, and which of them have been understood."""
-
-    tensors: dict[str, Tensor]
-    origin: Path | str
-    used: set[str] = field(default_factory=set)
-
-    def get(self, name: str) -> Tensor | None:
-        if name not in self.tensors:
-            return None
-        self.used.add(name)
-        tensor = self.tensors[name]
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    def need(self, name: str) -> Tensor:
-        tensor = self.get(name)
-        if tensor is None:
-            raise unknown_layout(self.origin, f"no tensor {name!r}", list(self.tensors))
-        return tensor
-
-    def below(self, stem: str) -> list[str]:
-        return [name for name in self.tensors if name.startswith(stem)]
-
-    def rest(self) -> list[str]:
-        return sorted(set(self.tensors) - self.used)
 
 
 def without_prefix(tensors: Mapping[str, Tensor], origin: Path | str) -> dict[str, Tensor]:
@@ -151,10 +125,8 @@ def from_published(
 
     rows = front.num_mels // height
     settings, blocks, position = read_transformer(keys, "encoder.", rows, heads, HEAD_DIM)
-    encoder = config.model.encoder
-    for name, value in asdict(settings).items():
-        setattr(encoder, name, value)
-    encoder.patch_height, encoder.patch_width, encoder.position, encoder.drop_path = height, frames, position, 0.1
+    shape = asdict(settings) | {"drop_path": 0.1}
+    config.model.encoder = EncoderConfig(**shape, patch_height=height, patch_width=frames, position=position)
     weights |= {f"encoder.encoder.{name}": tensor for name, tensor in blocks.items()}
     table = keys.get("encoder.pos_embed")
     seconds = window_seconds or WINDOW_SECONDS
@@ -174,7 +146,7 @@ def _read_pretraining(
     config: Config,
     weights: dict[str, Tensor],
     rows: int,
-    encoder: TransformerConfig,
+    encoder: TransformerSettings,
     predictor_heads: int | None,
 ) -> bool:
     """Predictor, mask token, quantizer and head, as far as they are there; whether all are."""

@@ -1,17 +1,15 @@
 """Transformer blocks in the names of the published checkpoints, whatever variant their shapes show."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bestrq2.config import ConfigError, TransformerConfig
+from bestrq2.errors import ConfigError
+from bestrq2.layers.positions import PositionKind
+from bestrq2.layers.transformer import Norm, TransformerSettings
 
-from .errors import unknown_layout
-
-if TYPE_CHECKING:
-    from .published import Keys
+from .published_keys import Keys, unknown_layout
 
 # Names under which code bases keep the three matrices of SwiGLU: gate (through the SiLU), value, output.
 SWIGLU_NAMES = (("fc1_g", "fc1_x", "fc2"), ("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
@@ -19,8 +17,8 @@ PACKED_NAMES = (("fc1", "fc2"), ("w12", "w3"))
 
 
 def read_transformer(
-    keys: "Keys", stem: str, rows: int, heads: int | None, default_head_dim: int
-) -> tuple[TransformerConfig, dict[str, Tensor], str]:
+    keys: Keys, stem: str, rows: int, heads: int | None, default_head_dim: int
+) -> tuple[TransformerSettings, dict[str, Tensor], PositionKind]:
     """The Transformer whose tensors begin with ``stem``.
 
     A norm without bias is an RMSNorm; a feed-forward layer with three matrices, or a first matrix twice as wide as the
@@ -56,9 +54,9 @@ def read_transformer(
     final_bias = keys.get(stem + "norm.bias")
     if final_bias is not None:
         out["norm.bias"] = final_bias
-    kind = "layer_norm" if final_bias is not None else "rms_norm"
+    kind: Norm = "layer_norm" if final_bias is not None else "rms_norm"
     head_dim = _head_dim(keys, stem, out, width, rows, heads, default_head_dim)
-    settings = TransformerConfig(
+    settings = TransformerSettings(
         width=width,
         depth=depth,
         heads=width // head_dim,
@@ -69,7 +67,7 @@ def read_transformer(
         qk_norm="blocks.0.attn.q_norm.weight" in out,
     )
     # A sin-cos table is always stored; a file without one has rotary positions, whose frequencies need not be stored.
-    position = "sincos" if stem + "pos_embed" in keys.tensors else "rope"
+    position: PositionKind = "sincos" if stem + "pos_embed" in keys.tensors else "rope"
     if position == "rope":
         _check_rotary(keys, stem, head_dim, rows)
         if rows > 1:
@@ -77,7 +75,7 @@ def read_transformer(
     return settings, out, position
 
 
-def _copy_norms(keys: "Keys", block: str, own: str, out: dict[str, Tensor]) -> None:
+def _copy_norms(keys: Keys, block: str, own: str, out: dict[str, Tensor]) -> None:
     for name in ("norm1", "norm2"):
         out[f"{own}{name}.weight"] = keys.need(f"{block}{name}.weight")
         bias = keys.get(f"{block}{name}.bias")
@@ -85,13 +83,13 @@ def _copy_norms(keys: "Keys", block: str, own: str, out: dict[str, Tensor]) -> N
             out[f"{own}{name}.bias"] = bias
 
 
-def _copy_bias(keys: "Keys", name: str, own: str, out: dict[str, Tensor], wanted: bool) -> None:
+def _copy_bias(keys: Keys, name: str, own: str, out: dict[str, Tensor], wanted: bool) -> None:
     bias = keys.get(name)
     if wanted:
         out[f"{own}.bias"] = torch.zeros(out[f"{own}.weight"].shape[0]) if bias is None else bias
 
 
-def _copy_feed_forward(keys: "Keys", block: str, own: str, out: dict[str, Tensor], bias: bool) -> tuple[int, bool]:
+def _copy_feed_forward(keys: Keys, block: str, own: str, out: dict[str, Tensor], bias: bool) -> tuple[int, bool]:
     """Returns the hidden width and whether it is SwiGLU."""
     stem = block + "mlp."
     for gate, value, last in SWIGLU_NAMES:
@@ -116,7 +114,7 @@ def _copy_feed_forward(keys: "Keys", block: str, own: str, out: dict[str, Tensor
 
 
 def _head_dim(
-    keys: "Keys", stem: str, out: dict[str, Tensor], width: int, rows: int, heads: int | None, default: int
+    keys: Keys, stem: str, out: dict[str, Tensor], width: int, rows: int, heads: int | None, default: int
 ) -> int:
     query_scale = out.get("blocks.0.attn.q_norm.weight")
     frequencies = _rotary_frequencies(keys, stem)
@@ -134,12 +132,12 @@ def _head_dim(
     return head_dim
 
 
-def _rotary_frequencies(keys: "Keys", stem: str) -> list[tuple[str, Tensor]]:
+def _rotary_frequencies(keys: Keys, stem: str) -> list[tuple[str, Tensor]]:
     names = [name for name in keys.below(stem) if ".inv_freq" in name and "rope" in name]
     return [(name, tensor) for name in names if (tensor := keys.get(name)) is not None]
 
 
-def _check_rotary(keys: "Keys", stem: str, head_dim: int, rows: int) -> None:
+def _check_rotary(keys: Keys, stem: str, head_dim: int, rows: int) -> None:
     count = head_dim // (2 if rows == 1 else 4)
     expected = 10000.0 ** (-torch.arange(count, device="cpu", dtype=torch.float32) / count)
     for name, found in _rotary_frequencies(keys, stem):

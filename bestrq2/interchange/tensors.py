@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
+from bestrq2.errors import CheckpointError
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
 from bestrq2.models.build import load_weights
 
@@ -89,3 +89,20 @@ def assemble_encoder(
     encoder = build_encoder(config.model, config.data.crop_seconds, published_positions, config.train.seed)
     load_weights(encoder, encoder_weights(weights), origin)
     return encoder.eval().requires_grad_(False)
+
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+
+
+def refuse_pickle(path: Path) -> None:
+    """
+    Raises:
+        ConfigError: if ``path`` is a pickle by its name. Unpickling runs code of whoever made the file.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise ConfigError(
+            f"{path}: pickled checkpoints are never opened here, because that runs code from the file. Where you trust "
+            "it, convert it once: weights = torch.load(PATH, weights_only=True, map_location='cpu'); "
+            "weights = weights.get('state_dict', weights); safetensors.torch.save_file({k: v.contiguous() for k, v in "
+            "weights.items()}, 'model.safetensors'), and open the .safetensors file"
+        )

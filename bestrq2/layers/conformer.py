@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bestrq2.ops import ChunkLayout
 
-from .conformer_attention import AttentionCache, FrameGrid, RelativeAttention, relative_sinusoids
+from .block_rows import residual_norm, stochastic_depth
+from .conformer_attention import AttentionCache, RelativeAttention, relative_sinusoids
 from .conformer_convolution import (
     ConvMode,
     ConvNorm,
@@ -21,7 +22,7 @@ from .conformer_convolution import (
     depthwise_convolution,
     past_frames,
 )
-from .block_rows import residual_norm, scaled, stochastic_depth
+from .frame_grid import FrameGrid
 
 Activation = Literal["silu", "gelu"]
 

@@ -1,7 +1,11 @@
 """Positions on the (frequency, time) grid: fixed sin-cos vectors and rotary embedding."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+PositionKind = Literal["sincos", "rope"]
 
 
 def _bands(num: int, base: float, device: torch.device) -> Tensor:

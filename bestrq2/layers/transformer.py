@@ -46,6 +46,10 @@ class TransformerSettings:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise a :class:`ValueError` for settings that do not fit together."""
         if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of heads and depth positive, got width={self.width}, heads={self.heads}, "
@@ -143,6 +147,7 @@ class Transformer(nn.Module):
 
     def __init__(self, settings: TransformerSettings, activation_checkpointing: bool = False) -> None:
         super().__init__()
+        settings.check()
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
         steps = max(1, settings.depth - 1)

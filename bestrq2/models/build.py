@@ -1,18 +1,16 @@
 """From configuration to model, and from a checkpoint folder to an encoder."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bestrq2.config import Config, ConfigError, EncoderConfig, ModelConfig, TransformerConfig
+from bestrq2.config import Config, ConfigError, EncoderConfig, ModelConfig
 from bestrq2.layers.chunk_sampling import ChunkSampler, SpeechBrainChunks, WeNetChunks
 from bestrq2.layers.conformer import ConformerSettings
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.layers.masking import RandomMasking
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
-from bestrq2.layers.transformer import TransformerSettings
 from bestrq2.ops import ChunkLayout
 
 from .best_rq2 import BestRQ, BestRQ2
@@ -20,56 +18,53 @@ from .conformer import ConformerEncoder
 from .vit import ViTEncoder
 
 
-def transformer_settings(config: TransformerConfig) -> TransformerSettings:
-    names = TransformerConfig.__dataclass_fields__
-    return TransformerSettings(**{name: value for name, value in asdict(config).items() if name in names})
-
-
 def build_encoder(
     config: ModelConfig, window_seconds: float = 10.0, published_positions: bool = False, seed: int = 0
 ) -> ViTEncoder | ConformerEncoder:
     """The encoder alone, as it is used after pretraining. ``seed`` is that of the random chunks of training."""
-    front = config.front_end
-    normalized = front.normalize == "global" and front.mean is not None and front.std is not None
+    front, own = config.front_end, config.encoder
+    mean, std = 0.0, 1.0
+    if front.normalize == "global" and front.mean is not None and front.std is not None:
+        mean, std = front.mean, front.std
     log_mel = LogMel(
-        front.sampling_rate,
-        front.n_fft,
-        front.win_length,
-        front.hop_length,
-        front.num_mels,
-        front.f_min,
-        front.f_max,
-        mean=front.mean if normalized else 0.0,  # type: ignore[arg-type]
-        std=front.std if normalized else 1.0,  # type: ignore[arg-type]
+        sampling_rate=front.sampling_rate,
+        n_fft=front.n_fft,
+        win_length=front.win_length,
+        hop_length=front.hop_length,
+        num_mels=front.num_mels,
+        f_min=front.f_min,
+        f_max=front.f_max,
+        mean=mean,
+        std=std,
     )
-    if config.encoder.kind == "conformer":
-        return _conformer(config.encoder, log_mel, seed)
+    if own.kind == "conformer":
+        return _conformer(own, log_mel, seed)
     return ViTEncoder(
         log_mel,
-        config.encoder.patch_height,
-        config.encoder.patch_width,
-        transformer_settings(config.encoder),
-        config.encoder.position,  # type: ignore[arg-type]
-        window_seconds,
-        published_positions,
-        config.encoder.activation_checkpointing,
+        patch_height=own.patch_height,
+        patch_width=own.patch_width,
+        transformer=own,
+        position=own.position,
+        window_seconds=window_seconds,
+        published_positions=published_positions,
+        activation_checkpointing=own.activation_checkpointing,
     )
 
 
 def _conformer(config: EncoderConfig, log_mel: LogMel, seed: int) -> ConformerEncoder:
     own = config.conformer
     settings = ConformerSettings(
-        config.width,
-        config.depth,
-        config.heads,
-        config.hidden,
-        own.kernel_size,
-        own.conv_mode,  # type: ignore[arg-type]
-        own.conv_norm,  # type: ignore[arg-type]
-        own.activation,  # type: ignore[arg-type]
-        config.bias,
-        config.dropout,
-        config.drop_path,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        hidden=config.hidden,
+        kernel_size=own.kernel_size,
+        conv_mode=own.conv_mode,
+        conv_norm=own.conv_norm,
+        activation=own.activation,
+        bias=config.bias,
+        dropout=config.dropout,
+        drop_path=config.drop_path,
     )
     layout = ChunkLayout(own.chunk_size, own.left_context)
     sampler: ChunkSampler | None = None
@@ -77,8 +72,14 @@ def _conformer(config: EncoderConfig, log_mel: LogMel, seed: int) -> ConformerEn
         sampler = SpeechBrainChunks(seed=seed)
     elif own.chunk_training == "wenet":
         sampler = WeNetChunks(seed=seed)
-    checkpointing = config.activation_checkpointing
-    return ConformerEncoder(log_mel, settings, tuple(own.channels), layout, sampler, checkpointing)
+    return ConformerEncoder(
+        log_mel,
+        settings,
+        channels=tuple(own.channels),
+        layout=layout,
+        chunk_sampler=sampler,
+        activation_checkpointing=config.activation_checkpointing,
+    )
 
 
 def build_model(config: Config) -> BestRQ2 | BestRQ:
@@ -92,11 +93,11 @@ def build_model(config: Config) -> BestRQ2 | BestRQ:
         encoder = build_encoder(model, config.data.crop_seconds, seed=config.train.seed)
         quantizer = RandomProjectionQuantizer(
             encoder.patch_dim,
-            targets.codebook_size,
-            targets.codebook_dim,
-            targets.num_codebooks,
-            targets.normalize,  # type: ignore[arg-type]
-            targets.seed,
+            codebook_size=targets.codebook_size,
+            codebook_dim=targets.codebook_dim,
+            num_codebooks=targets.num_codebooks,
+            normalize=targets.normalize,
+            seed=targets.seed,
             mean=targets.mean or 0.0,
             std=1.0 if targets.std is None else targets.std,
         )
@@ -104,7 +105,7 @@ def build_model(config: Config) -> BestRQ2 | BestRQ:
         masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
         if model.name == "best_rq":
             return BestRQ(encoder, quantizer, masking, masks.noise_std)
-        return BestRQ2(encoder, quantizer, masking, transformer_settings(model.predictor))
+        return BestRQ2(encoder, quantizer, masking, model.predictor)
     except ConfigError:
         raise
     except ValueError as error:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bestrq2.layers.chunk_sampling import ChunkSampler
 from bestrq2.layers.conformer import Conformer, ConformerSettings
-from bestrq2.layers.conformer_attention import FrameGrid
 from bestrq2.layers.conformer_subsampling import ConvSubsampling
+from bestrq2.layers.frame_grid import FrameGrid
 from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
 from bestrq2.layers.masking import MaskPlan, valid_mask
@@ -17,12 +17,13 @@ from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.ops import ChunkLayout
 
 from .layer_choice import block_list, check_layers, choose_layers
+from .readout import ROW_JOINS, ReadoutMixin, check_choice
 from .streaming import StreamingState
 
 PIECE_SECONDS = 30.0  # encode() takes clips that are longer in pieces of about this length
 
 
-class ConformerEncoder(nn.Module):
+class ConformerEncoder(ReadoutMixin, nn.Module):
     """Waveform to features, one-stage and two-step pretraining, and streaming.
 
     A feature frame covers ``factor`` log-mel frames (4 or 8); the "patch" that its target is made of is these frames
@@ -145,54 +146,35 @@ class ConformerEncoder(nn.Module):
         tokens = self.dropout(self.subsampling(self._frames(patches), grid.frame_valid))
         return self.encoder(tokens, grid, layout or self.layout, None, layer_outputs)
 
-    def encode(
-        self,
-        waveform: Tensor,
-        lengths: Tensor | None = None,
-        layer: int | None = None,
-        layout: ChunkLayout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Features of whole clips of any length; the same alone and in any batch.
-
-        Memory grows linearly with the length. Without gradients, clips of more than 30 s pass the front end and the
-        subsampling in pieces, and the blocks, too, if the layout can stream.
-
-        Args:
-            waveform: ``(B, S)`` floating, at ``sampling_rate``.
-            lengths: ``(B,)`` valid samples; None: all.
-            layer: None for the final, normalised output; 0..depth-1 for the output of a block.
-            layout: window of attention instead of the encoder's own.
-
-        Returns:
-            features ``(B, T, D)`` float32 (zeros behind a clip's end) and feature_lengths ``(B,)`` int64 on the CPU,
-            T = ``output_length(S)`` of the longest clip.
-
-        Raises:
-            ValueError: for wrong shapes or lengths, or an unknown layer.
-        """
-        features, counts = self.encode_layers(waveform, lengths, (layer,), layout)
-        return features[0], counts
-
     def encode_layers(
         self,
         waveform: Tensor,
         lengths: Tensor | None = None,
         layers: Sequence[int | None] | None = None,
         layout: ChunkLayout | None = None,
+        *,
+        rows: str = "average",
     ) -> tuple[Tensor, Tensor]:
         """Like :meth:`encode`, for several layers in one pass.
 
+        Memory grows linearly with the length. Without gradients, clips of more than 30 s pass the front end and the
+        subsampling in pieces, and the blocks, too, if the layout can stream.
+
         Args:
-            waveform, lengths, layout: see :meth:`encode`.
+            waveform, lengths: see :meth:`encode`.
+            layout: window of attention instead of the encoder's own.
+            rows: see :meth:`encode`; a Conformer has one token a time step, so both choices are the same.
             layers: 0..depth-1 for the output of a block, None for the final, normalised output. Default: every block,
                 then the final output.
 
         Returns:
-            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``.
+            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``, T = ``output_length(S)`` of the
+            longest clip.
 
         Raises:
             ValueError: as :meth:`encode`.
         """
+        check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
         wanted = check_layers(layers, self.depth)
         layout = layout or self.layout

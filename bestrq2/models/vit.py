@@ -1,7 +1,7 @@
 """The ViT encoder of BEST-RQ-2: patches of a log-mel spectrogram, a linear embedding, fixed positions, Transformer."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.masking import MaskPlan, take
 from bestrq2.layers.patches import Patches, extract_patches
-from bestrq2.layers.positions import published_short_clip_positions, rotary_angles, sincos_2d
+from bestrq2.layers.positions import PositionKind, published_short_clip_positions, rotary_angles, sincos_2d
 from bestrq2.layers.transformer import Transformer, TransformerSettings
 
 from .layer_choice import block_list, check_layers, choose_layers
-
-PositionKind = Literal["sincos", "rope"]
+from .readout import ROW_JOINS, ReadoutMixin, check_choice
 
 WINDOWS_AT_ONCE = 16  # windows of long clips that encode() puts through the Transformer together
 
@@ -30,7 +29,7 @@ class PatchEmbed(nn.Module):
         return self.proj(patches)
 
 
-class ViTEncoder(nn.Module):
+class ViTEncoder(ReadoutMixin, nn.Module):
     """Waveform to features, and the context encoder of pretraining.
 
     Args:
@@ -173,45 +172,31 @@ class ViTEncoder(nn.Module):
         """Matrix-product operations of one forward pass over one clip, ``tokens`` of whose patches are present."""
         return self.encoder.flops(tokens) + 2.0 * tokens * self.patch_dim * self.output_dim
 
-    def encode(
-        self, waveform: Tensor, lengths: Tensor | None = None, layer: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Features of whole clips of any length; the same alone and in any batch.
-
-        Tokens of one time column are averaged over the frequency rows. Clips longer than the window are processed in
-        consecutive windows; the last window reaches back over the one before, so that every frame has full context.
-
-        Args:
-            waveform: ``(B, S)`` floating, at ``sampling_rate``.
-            lengths: ``(B,)`` valid samples; None: all.
-            layer: None for the final, normalised output; 0..depth-1 for the output of a block.
-
-        Returns:
-            features ``(B, T, D)`` float32 (zeros behind a clip's end) and feature_lengths ``(B,)`` int64 on the CPU,
-            T = ``output_length(S)``.
-
-        Raises:
-            ValueError: for wrong shapes or lengths, or an unknown layer.
-        """
-        features, totals = self.encode_layers(waveform, lengths, (layer,))
-        return features[0], totals
-
     def encode_layers(
-        self, waveform: Tensor, lengths: Tensor | None = None, layers: Sequence[int | None] | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        layers: Sequence[int | None] | None = None,
+        *,
+        rows: str = "average",
     ) -> tuple[Tensor, Tensor]:
         """Like :meth:`encode`, for several layers in one pass.
 
+        Clips longer than the window are processed in consecutive windows; the last window reaches back over the one
+        before, so that every frame has full context.
+
         Args:
-            waveform, lengths: see :meth:`encode`.
+            waveform, lengths, rows: see :meth:`encode`.
             layers: 0..depth-1 for the output of a block, None for the final, normalised output. Default: every block,
                 then the final output.
 
         Returns:
-            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``.
+            features ``(L, B, T, D)`` float32 and feature_lengths ``(B,)``, T = ``output_length(S)``.
 
         Raises:
             ValueError: as :meth:`encode`.
         """
+        check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
         wanted = check_layers(layers, self.depth)
         inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
@@ -220,7 +205,8 @@ class ViTEncoder(nn.Module):
             waveform = nn.functional.pad(waveform, (0, self.min_samples - waveform.shape[1]))
         lengths = lengths.clamp(min=self.min_samples)
         totals = [self.output_length(int(samples)) for samples in lengths]
-        shape = (len(wanted), len(totals), max(totals, default=0), self.output_dim)
+        width = self.output_dim * (self.rows if rows == "concatenate" else 1)
+        shape = (len(wanted), len(totals), max(totals, default=0), width)
         features = waveform.new_zeros(shape, dtype=torch.float32)
         window = self.window_columns
         windows = [(clip, start) for clip, total in enumerate(totals) for start in range(0, total, window)]
@@ -235,12 +221,12 @@ class ViTEncoder(nn.Module):
                 kept.append((clip, start, min(start + window, totals[clip]), start - first))
             piece_lengths = torch.tensor([len(piece) for piece in pieces])
             padded = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-            for number, encoded in enumerate(self._encode_window(padded, piece_lengths, wanted)):
+            for number, encoded in enumerate(self._encode_window(padded, piece_lengths, wanted, rows)):
                 for row, (clip, start, end, offset) in enumerate(kept):
                     features[number, clip, start:end] = encoded[row, offset : offset + end - start]
         return features, torch.tensor(totals, dtype=torch.int64)
 
-    def _encode_window(self, waveform: Tensor, lengths: Tensor, wanted: Sequence[int | None]) -> Tensor:
+    def _encode_window(self, waveform: Tensor, lengths: Tensor, wanted: Sequence[int | None], rows: str) -> Tensor:
         patches = self.patches(waveform, lengths)
         positions = patches.positions()
         if self.published_positions:
@@ -249,4 +235,5 @@ class ViTEncoder(nn.Module):
         tokens = self.embed(patches.values, positions[None])
         output = self(tokens, positions[None], patches.lengths, blocks)
         tokens = choose_layers(output, blocks, wanted).float()
-        return tokens.unflatten(2, (patches.columns, self.rows)).mean(3)
+        tokens = tokens.unflatten(2, (patches.columns, self.rows))
+        return tokens.flatten(3) if rows == "concatenate" else tokens.mean(3)

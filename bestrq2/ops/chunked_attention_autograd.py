@@ -1,4 +1,4 @@
-"""Shapes and first derivative of the operators ``chunked_attention`` and ``chunked_attention_sinusoidal``."""
+"""Shapes and first derivative of the operator ``chunked_attention``."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from . import native
 from .masked_cross_entropy_fused import run_fused
 
 CHUNK_BYTES = 16 * 2**20
-"""Bytes of logits kept at a time. Fewer cost time where the weight gradient is long; see kernels/README.md."""
+"""Bytes of logits kept at a time. Fewer cost time where the weight gradient is long: docs/kernels has numbers."""
 
 LOSS_CHUNK_LOGITS = 2**21
 """Logits kept at a time where no gradient is wanted: there is no weight gradient to read and write once a chunk."""

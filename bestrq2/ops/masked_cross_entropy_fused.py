@@ -7,7 +7,7 @@ from . import native
 
 CHUNK_ROWS = 640
 """Rows of one chunk at most, if there are several. Every chunk reads and writes the weight gradient once more, every
-row of a chunk keeps its exponentials: kernels/README.md has the measurement."""
+row of a chunk keeps its exponentials: docs/kernels/masked_cross_entropy.md has the measurement."""
 
 SINGLE_CHUNK_ROWS = 1024
 """So many rows are one chunk: a second one would need an fp32 sum of weight gradients that takes more memory."""

@@ -5,7 +5,7 @@ values = run_probe(encoder, ProbeTask(manifest="clips.csv", label="instrument", 
 values["balanced_accuracy"], values["log_mel/balanced_accuracy"], values["random/balanced_accuracy"]
 """
 
-from .hook import run_probe
+from .in_memory import run_probe
 from .task import ProbeTask, packaged_task
 
 __all__ = ["ProbeTask", "packaged_task", "run_probe"]

@@ -11,7 +11,7 @@ import numpy as np
 from . import metrics
 from .events import frame_labels, segment_decisions, segment_labels
 from .folds import NEVER, inner_folds
-from .heads import scores_of, standardise
+from .heads import scores_of, standardise, weighted_layers
 from .labels import LabelledClips
 from .metrics import Estimate, Values, estimate
 from .retrieval import rank, retrieval_values
@@ -49,12 +49,14 @@ class Outcome:
         per_class: one row per class; empty for regression and retrieval.
         scores: ``(N, C)`` of every row by heads that never saw its group; NaN where a row only trains.
         strengths: regularisation used in each fold.
+        layer_weights: learned by the head, in the order of the layers; empty where none are learned.
     """
 
     metrics: dict[str, Estimate]
     per_class: list[dict[str, float | str]] = field(default_factory=list)
     scores: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     strengths: list[float] = field(default_factory=list)
+    layer_weights: list[float] = field(default_factory=list)
 
 
 def clip_rows(clips: LabelledClips, folds: np.ndarray) -> Rows:
@@ -69,7 +71,13 @@ def frame_rows(clips: LabelledClips, folds: np.ndarray, num_frames: Sequence[int
 
 
 def choose_strength(
-    head: str, features: np.ndarray, targets: np.ndarray, groups: np.ndarray, num_classes: int, whole: bool = True
+    head: str,
+    features: np.ndarray,
+    targets: np.ndarray,
+    groups: np.ndarray,
+    num_classes: int,
+    whole: bool = True,
+    parts: int = 1,
 ) -> float:
     """The best of the head's ``STRENGTHS`` over 3 folds of whole groups inside the training set, or over the first of
     them alone if not ``whole``: by balanced accuracy, mAP or squared error; the strongest regularisation among equals,
@@ -78,14 +86,15 @@ def choose_strength(
     inner = inner_folds(targets, groups, num_classes)
     if inner is None:
         return strengths[len(strengths) // 2]
-    parts = range(int(inner.max()) + 1) if whole else range(1)
-    tested = np.isin(inner, parts)
+    inner_parts = range(int(inner.max()) + 1) if whole else range(1)
+    tested = np.isin(inner, inner_parts)
     merits = np.zeros(len(strengths))
     for number, strength in enumerate(strengths):
         scores = np.zeros((len(targets), 1 if targets.dtype.kind == "f" else num_classes))
-        for part in parts:
+        for part in inner_parts:
             train, test = standardise(features[inner != part], features[inner == part])
-            scores[inner == part] = scores_of(head, train, targets[inner != part], test, num_classes, strength)
+            known = targets[inner != part]
+            scores[inner == part] = scores_of(head, train, known, test, num_classes, strength, parts=parts)
         merits[number] = _merit(scores[tested], targets[tested])
     return strengths[int(np.argmax(np.round(np.nan_to_num(merits, nan=-np.inf), 9)))]
 
@@ -102,11 +111,16 @@ def _merit(scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def cross_validate(
-    features: np.ndarray, rows: Rows, head: str, regularisation: float | None = None, seed: int = 0
+    features: np.ndarray,
+    rows: Rows,
+    head: str,
+    regularisation: float | None = None,
+    seed: int = 0,
+    parts: int = 1,
 ) -> tuple[np.ndarray, list[float]]:
     """Scores ``(N, C)`` of every row by heads trained on the other folds, NaN for rows that only train, and the
     regularisation of each fold (chosen inside its training rows if None). Features ``(N, D)`` are standardised with
-    the statistics of the training rows."""
+    the statistics of the training rows; ``parts``: see :func:`~bestrq2.probing.heads.scores_of`."""
     num_classes = len(rows.classes)
     scores = np.full((len(features), 1 if rows.targets.dtype.kind == "f" else num_classes), np.nan)
     strengths = []
@@ -118,9 +132,9 @@ def cross_validate(
         elif strength is None:
             quick = head == "mlp" or rows.hop is not None or len(targets) > MANY_ROWS
             groups = rows.groups[~test]
-            strength = choose_strength(head, features[~test], targets, groups, num_classes, whole=not quick)
+            strength = choose_strength(head, features[~test], targets, groups, num_classes, not quick, parts)
         train, asked = standardise(features[~test], features[test])
-        scores[test] = scores_of(head, train, targets, asked, num_classes, strength, seed)
+        scores[test] = scores_of(head, train, targets, asked, num_classes, strength, seed, parts)
         strengths.append(strength)
     return scores, [] if head == "knn" else strengths
 
@@ -180,12 +194,23 @@ def _segments(
 
 
 def probe_features(
-    features: np.ndarray, rows: Rows, clips: LabelledClips, seconds: Sequence[float], task: ProbeTask, head: str
+    features: np.ndarray,
+    rows: Rows,
+    clips: LabelledClips,
+    seconds: Sequence[float],
+    task: ProbeTask,
+    head: str,
+    parts: int = 1,
 ) -> Outcome:
     """Everything one head says about one kind of features ``(N, D)``."""
-    scores, strengths = cross_validate(features, rows, head, task.regularisation, task.seed)
+    scores, strengths = cross_validate(features, rows, head, task.regularisation, task.seed, parts)
     outcome = measure(scores, rows, clips, seconds, task)
     outcome.scores, outcome.strengths = scores, strengths
+    if parts > 1:  # of one more head, fitted to everything: the folds' own weights differ a little from each other
+        known, _ = standardise(features, features[:0])
+        strength = strengths[len(strengths) // 2]
+        weights = weighted_layers(known, rows.targets, known[:0], len(rows.classes), strength, parts)[1]
+        outcome.layer_weights = weights.tolist()
     return outcome
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip
 from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
+from bestrq2.models.readout import combine_layers, parse_layers, pool_frames
 
 ENCODER, RANDOM, LOG_MEL = "encoder", "random initialisation", "log-mel statistics"
 MEAN = ", mean of layers"  # ends the name of such features
@@ -36,40 +38,81 @@ class Features:
         usable: numbers of the clips that could be read.
         seconds: of those.
         skips: the others.
+        parts: by name, how many layers a head weights, see :class:`Reading`.
     """
 
     of: dict[str, list[np.ndarray]] = field(default_factory=dict)
     usable: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)
 
 
-def mean_of_layers(values: np.ndarray) -> np.ndarray:
-    """``(L, T, D)`` -> ``(T, D)``: the mean over layers, each frame of each layer brought to mean 0 and deviation 1."""
-    centred = values - values.mean(2, keepdims=True)
-    return (centred / np.maximum(values.std(2, keepdims=True), 1e-5)).mean(0)
+@dataclass(frozen=True)
+class Reading:
+    """Features to make of an encoder's layers.
+
+    Attributes:
+        end: ends their name.
+        layers: numbers of blocks, None for the final output.
+        combine: "average" or "concatenate", see :func:`~bestrq2.models.readout.combine_layers`.
+        parts: how many layers a head weights; 1: the features are taken as they are.
+    """
+
+    end: str
+    layers: tuple[int | None, ...]
+    combine: str = "average"
+    parts: int = 1
 
 
-def pool(frames: np.ndarray, pooling: str) -> np.ndarray:
-    """``(T, D)`` -> ``(D,)`` for "mean", ``(2 D,)`` for "mean+std"."""
-    mean = frames.mean(0)
-    return mean if pooling == "mean" else np.concatenate((mean, frames.std(0)))
+def readings(layers: str, combine: str, depth: int) -> list[Reading]:
+    """The readings that ``--layers`` and ``--combine`` ask for.
+
+    "each" gives one for every layer, and for "all" the average of all as well; the others give a single one. The layer
+    choice "average" is short for all layers averaged.
+
+    Raises:
+        ConfigError: for a layer that the encoder does not have.
+    """
+    if layers == "average":
+        layers, combine = "all", "average"
+    chosen = tuple(parse_layers(layers, depth))
+    if combine != "each" and len(chosen) > 1:
+        which = "layers" if layers == "all" else "layers " + ", ".join("final" if n is None else str(n) for n in chosen)
+        ends = {"average": f", mean of {which}", "concatenate": f", {which} joined", "weighted": f", {which} weighted"}
+        how = "average" if combine == "average" else "concatenate"
+        return [Reading(ends[combine], chosen, how, len(chosen) if combine == "weighted" else 1)]
+    each = [Reading("" if layer is None else f", layer {layer}", (layer,)) for layer in chosen]
+    if layers == "all" and len(chosen) > 1:
+        each.append(Reading(MEAN, chosen))
+    return each
 
 
-def encode(encoder: Any, waveforms: Sequence[np.ndarray], layers: Sequence[int | None]) -> list[np.ndarray]:
-    """Features ``(L, T, D)`` float32 of every waveform ``(S,)``, encoded together, without gradients."""
+def encode(
+    encoder: Any, waveforms: Sequence[np.ndarray], layers: Sequence[int | None], rows: str = "average"
+) -> tuple[Tensor, Tensor]:
+    """Features ``(L, B, T, D)`` float32 and frames ``(B,)``, on the CPU, of waveforms ``(S,)`` encoded together."""
     parameter = next(iter(encoder.parameters()), None)
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     padded = nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
     padded = padded if parameter is None else padded.to(parameter.device)
     # Not inference mode: an encoder may keep tensors that later training steps use.
     with torch.no_grad():
-        if list(layers) == [None]:
+        if hasattr(encoder, "encode_layers"):
+            options = {} if rows == "average" else {"rows": rows}
+            features, frames = encoder.encode_layers(padded, lengths, list(layers), **options)
+        elif list(layers) == [None] and rows == "average":
             features, frames = encoder.encode(padded, lengths)
             features = features[None]
         else:
-            features, frames = encoder.encode_layers(padded, lengths, list(layers))
-    return [features[:, clip, : int(n)].float().cpu().numpy() for clip, n in enumerate(frames)]
+            raise ConfigError(f"{type(encoder).__name__} shows its final output alone: it has no encode_layers")
+    return features.float().cpu(), frames.cpu()
+
+
+def baseline_log_mel(sampling_rate: int) -> LogMel:
+    """64 bands from frames of 25 ms, 10 ms apart."""
+    hop = round(MEL_HOP * sampling_rate)
+    return LogMel(sampling_rate, n_fft=1024, win_length=400, hop_length=hop, num_mels=NUM_MELS)
 
 
 def log_mel_frames(waveform: np.ndarray, log_mel: LogMel) -> np.ndarray:
@@ -113,8 +156,8 @@ def extract(
     *,
     sampling_rate: int,
     hop: float,
-    layers: Sequence[int | None] = (None,),
-    average: Sequence[int | None] = (),
+    wanted: Sequence[Reading] = (Reading("", (None,)),),
+    rows: str = "average",
     pooling: str | None = "mean",
     with_log_mel: bool = True,
     batch_size: int = 8,
@@ -126,54 +169,62 @@ def extract(
         source: clips in order, as :func:`bestrq2.data.iterate_clips` gives them.
         encoders: by name.
         sampling_rate, hop: of the encoders; hop in seconds.
-        layers: of the encoders; None is the final output.
-        average: layers whose mean is a kind of features as well, see :func:`mean_of_layers`.
-        pooling: of frames to clips, None to keep frames.
+        wanted: what is made of their layers.
+        rows: "average" or "concatenate" the frequency rows of 2-D patches.
+        pooling: of frames to clips, see :func:`~bestrq2.models.readout.pool_frames`; None to keep frames.
         progress: called with the number of clips done.
 
     Raises:
         FeatureError: if an encoder gives no frame, or values that are not finite.
     """
-    wanted = [*layers, *(layer for layer in average if layer not in layers)]
-    ends = [*("" if layer is None else f", layer {layer}" for layer in layers), *([MEAN] if average else [])]
-    names = [f"{name}{end}" for name in encoders for end in ends]
+    layers = list(dict.fromkeys(layer for reading in wanted for layer in reading.layers))
+    names = [f"{name}{reading.end}" for name in encoders for reading in wanted]
     names += [LOG_MEL] if with_log_mel else []
     result = Features({name: [] for name in names})
-    log_mel = LogMel(
-        sampling_rate, n_fft=1024, win_length=400, hop_length=round(MEL_HOP * sampling_rate), num_mels=NUM_MELS
-    )
+    result.parts = {f"{name}{reading.end}": reading.parts for name in encoders for reading in wanted}
+    log_mel = baseline_log_mel(sampling_rate)
     stream = enumerate(source)
     while batch := list(islice(stream, batch_size)):
         result.skips += [item for _, item in batch if isinstance(item, Skip)]
         clips = [(number, item) for number, item in batch if not isinstance(item, Skip)]
         waveforms = [waveform for _, (_, waveform) in clips]
-        num_frames = [0] * len(clips)
+        counts = torch.zeros(len(clips), dtype=torch.int64)
         for name, encoder in encoders.items() if clips else ():
-            for place, values in enumerate(encode(encoder, waveforms, wanted)):
-                _check(name, clips[place][1][0], values)
-                num_frames[place] = values.shape[1]
-                kinds = list(values[: len(layers)])
-                if average:
-                    kinds.append(mean_of_layers(values[[wanted.index(layer) for layer in average]]))
-                for end, frames in zip(ends, kinds):
-                    result.of[f"{name}{end}"].append(frames if pooling is None else pool(frames, pooling))
+            features, counts = encode(encoder, waveforms, layers, rows)
+            _check(name, [file for _, (file, _) in clips], features, counts)
+            for reading in wanted:
+                places = [layers.index(layer) for layer in reading.layers]
+                joined = combine_layers(features[places], reading.combine)
+                result.of[f"{name}{reading.end}"] += _rows(joined, counts, pooling, reading.parts)
         for place, (number, (_, waveform)) in enumerate(clips):
             result.usable.append(number)
             result.seconds.append(len(waveform) / sampling_rate)
             if with_log_mel:
                 frames = log_mel_frames(waveform, log_mel)
-                statistics = clip_statistics(frames) if pooling else frame_statistics(frames, num_frames[place], hop)
+                whole = pooling is not None
+                statistics = clip_statistics(frames) if whole else frame_statistics(frames, int(counts[place]), hop)
                 result.of[LOG_MEL].append(statistics)
         if progress is not None:
             progress(len(batch))
     return result
 
 
-def _check(name: str, file: AudioFile, values: np.ndarray) -> None:
-    if not values.shape[1]:
-        raise FeatureError(f"{name}: no frame for {file.path}")
-    if not np.isfinite(values).all():
-        raise FeatureError(f"{name}: features of {file.path} are not finite")
+def _rows(features: Tensor, counts: Tensor, pooling: str | None, parts: int) -> list[np.ndarray]:
+    """``(B, T, D)`` -> of every clip ``(D,)``, or ``(T, D)`` without ``pooling``. What layers are weighted stays in
+    blocks, one after the other, each with all its statistics."""
+    if pooling is None:
+        return [frames[: int(count)].numpy() for frames, count in zip(features, counts)]
+    blocks = [pool_frames(part, counts, pooling) for part in features.chunk(parts, -1)]
+    return list(torch.cat(blocks, -1).numpy())
+
+
+def _check(name: str, files: Sequence[AudioFile], features: Tensor, counts: Tensor) -> None:
+    finite = features.isfinite().all(-1).all(0)
+    for clip, (file, count) in enumerate(zip(files, counts.tolist())):
+        if not count:
+            raise FeatureError(f"{name}: no frame for {file.path}")
+        if not finite[clip, :count].all():
+            raise FeatureError(f"{name}: features of {file.path} are not finite")
 
 
 def untrained_copy(encoder: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
 
@@ -51,11 +51,12 @@ def scores_of(
     num_classes: int,
     strength: float,
     seed: int = 0,
+    parts: int = 1,
 ) -> np.ndarray:
     """Fit ``head`` to standardised features and score the test rows.
 
     Args:
-        train, test: ``(N, D)``.
+        train, test: ``(N, D)``; with ``parts``, that many layers of equal width one after the other.
         targets: of the training rows; classes that have none get the score 0.
         strength: inverse of the L2 penalty: the loss summed over N rows, plus ``|w|^2 / (2 strength)``.
 
@@ -64,6 +65,8 @@ def scores_of(
     """
     if targets.ndim == 1 and targets.dtype.kind != "f" and len(np.unique(targets)) == 1:
         return np.eye(num_classes)[np.full(len(test), targets[0])]
+    if parts > 1:
+        return weighted_layers(train, targets, test, num_classes, strength, parts)[0]
     if head == "knn":
         return _neighbours(train, targets, test, num_classes)
     if head == "mlp":
@@ -106,6 +109,56 @@ def _neighbours(train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_cl
     return scores
 
 
+def weighted_layers(
+    train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_classes: int, strength: float, parts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A linear head on a learned mixture of layers: ``(sum_l w_l x_l) W + b`` with ``w = softmax(a)``, by L-BFGS.
+
+    The penalty is on W alone, as for the other linear heads. The objective is not convex; it starts at equal weights.
+
+    Args:
+        train, test: ``(N, parts * D)``, one layer after the other.
+
+    Returns:
+        scores as :func:`scores_of`, and the weights ``(parts,)``.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(train)).unflatten(1, (parts, -1))
+    asked = torch.from_numpy(np.ascontiguousarray(test)).unflatten(1, (parts, -1))
+    single = targets.ndim == 1 and targets.dtype.kind != "f"
+    values, mean, scale, _ = _outputs(targets, num_classes)
+    y = torch.from_numpy(values).to(x.dtype)
+    mixture = torch.zeros(parts, dtype=x.dtype, requires_grad=True)
+    weight = torch.zeros(x.shape[2], y.shape[1], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(y.shape[1], dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [mixture, weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def outputs(rows: Tensor) -> Tensor:
+        return torch.einsum("l,nld->nd", mixture.softmax(0), rows) @ weight + bias
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        found = outputs(x)
+        if single:
+            loss = -(found.log_softmax(1) * y).sum()
+        elif targets.ndim == 2:
+            loss = nn.functional.binary_cross_entropy_with_logits(found, y, reduction="sum")
+        else:
+            loss = (found - y).square().sum() / 2
+        loss = (loss + weight.square().sum() / (2 * strength)) / len(x)
+        loss.backward()
+        return loss
+
+    # At W = 0 the mixture has no gradient: the first steps move W, the following ones both.
+    with torch.enable_grad():
+        optimizer.step(closure)
+    with torch.no_grad():
+        scores = outputs(asked)
+        scores = scores.softmax(1) if single else scores.sigmoid() if targets.ndim == 2 else scores * scale + mean
+    return scores.double().numpy(), mixture.detach().softmax(0).double().numpy()
+
+
 def _sigmoids(train: np.ndarray, targets: np.ndarray, test: np.ndarray, strength: float) -> np.ndarray:
     """Logistic regression for every label at once: their objectives share nothing, so one L-BFGS minimises the sum."""
     x, y = torch.from_numpy(np.ascontiguousarray(train)), torch.from_numpy(targets.astype(train.dtype))
@@ -123,7 +176,7 @@ def _sigmoids(train: np.ndarray, targets: np.ndarray, test: np.ndarray, strength
         optimizer.zero_grad()
         logits = (x @ weight + bias)[:, columns]
         # Divided by N, so that the tolerance means the same for any amount of data.
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, y[:, columns], reduction="sum")
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, y[:, columns], reduction="sum")
         loss = (loss + weight[:, columns].square().sum() / (2 * strength)) / len(x)
         loss.backward()
         return loss

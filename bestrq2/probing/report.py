@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .assembly import Experiment
 from .evaluation import Outcome
+from .experiment import Experiment
 from .features import ENCODER, LOG_MEL, RANDOM
 from .folds import NEVER
 from .metrics import Estimate, confusion
@@ -34,7 +34,7 @@ def differences(outcomes: Outcomes, head: str, metric: str) -> dict[str, Estimat
         if name.startswith(ENCODER):
             continue
         final = ENCODER if ENCODER in encoders else encoders[-1]
-        own = final if name == LOG_MEL else name.replace(RANDOM, ENCODER)
+        own = name.replace(RANDOM, ENCODER) if name.startswith(RANDOM) else final
         found[name] = outcomes[own][head].metrics[metric].minus(entry[head].metrics[metric])
     return found
 
@@ -55,7 +55,7 @@ def text(outcomes: Outcomes, experiment: Experiment) -> str:
     lines.append("chance".ljust(width) + "".join(f" {level:>26.3f}" for _ in heads))
     gaps = {head: differences(outcomes, head, metric) for head in heads}
     for name in next(iter(gaps.values())):
-        title = f"  encoder - {'log-mel' if name == LOG_MEL else name.replace(RANDOM, 'random')}"
+        title = f"  encoder - {name.removesuffix(' statistics').replace(RANDOM, 'random')}"
         lines.append(title.ljust(width) + "".join(f" {_cell(gaps[head][name], '+'):>26}" for head in heads))
     return "\n".join(lines)
 
@@ -81,6 +81,8 @@ def document(outcomes: Outcomes, experiment: Experiment, origin: dict[str, Any])
                 if name in (gaps := differences(outcomes, head, metric)):
                     found[metric]["encoder_minus_this"] = _numbers(gaps[name])
             found["regularisation"] = outcome.strengths
+            if outcome.layer_weights:
+                found["layer_weights"] = outcome.layer_weights
             found["per_class"] = [{key: _finite(value) for key, value in row.items()} for row in outcome.per_class]
             results[name][head] = found
     return {

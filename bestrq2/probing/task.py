@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bestrq2.config import ConfigError
+from bestrq2.models.readout import POOLINGS, ROW_JOINS
 
 ProbeKind = Literal["classification", "multilabel", "events", "retrieval", "regression"]
 Head = Literal["linear", "mlp", "knn"]
-Pooling = Literal["mean", "mean+std"]
+COMBINATIONS = ("each", "average", "concatenate", "weighted")
 SCALINGS = ("all", "sides", "none")
 
 # Inverse strengths of L2 regularisation among which the training folds choose. An MLP gets more freedom: what only
@@ -45,7 +46,12 @@ class ProbeTask:
             values are left out.
         where: only rows whose column has one of the values: ``(("lang", ("it", "fr")), ...)``.
         head: "linear" (logistic or ridge regression), "mlp" (one hidden layer), "knn" (10 neighbours).
-        pooling: of frames to a clip.
+        pooling: of frames to a clip: "mean", "max" or "mean+std" over time.
+        layers: of the encoder: "final", "middle" (its two middle blocks), "all", or numbers of blocks and "final"
+            separated by commas.
+        combine: of several layers: "average", "concatenate", "weighted" (the linear head learns one weight a layer), or
+            "each" (separate results; not in :func:`~bestrq2.probing.run_probe`, which gives one).
+        rows: "average" or "concatenate" the frequency rows of 2-D patches.
         folds: at most; 0: every group is a fold.
         regularisation: inverse strength of the L2 penalty; None: chosen inside the training folds.
         threshold: above which a label counts as predicted ("multilabel", "events").
@@ -71,6 +77,9 @@ class ProbeTask:
     where: tuple[tuple[str, tuple[str, ...]], ...] = ()
     head: str = "linear"
     pooling: str = "mean"
+    layers: str = "final"
+    combine: str = "each"
+    rows: str = "average"
     folds: int = 5
     regularisation: float | None = None
     threshold: float = 0.5
@@ -87,7 +96,15 @@ class ProbeTask:
         expectations = [
             ("kind", self.kind in get_args(ProbeKind), self.kind, f"one of {', '.join(get_args(ProbeKind))}"),
             ("head", self.head in get_args(Head), self.head, f"one of {', '.join(get_args(Head))}"),
-            ("pooling", self.pooling in get_args(Pooling), self.pooling, f"one of {', '.join(get_args(Pooling))}"),
+            ("pooling", self.pooling in POOLINGS, self.pooling, f"one of {', '.join(POOLINGS)}"),
+            ("combine", self.combine in COMBINATIONS, self.combine, f"one of {', '.join(COMBINATIONS)}"),
+            (
+                "combine",
+                self.combine != "weighted" or (self.head == "linear" and self.kind != "retrieval"),
+                self.combine,
+                "learned weights with the linear head alone, and not for retrieval",
+            ),
+            ("rows", self.rows in ROW_JOINS, self.rows, f"one of {', '.join(ROW_JOINS)}"),
             ("scaling", self.scaling in SCALINGS, self.scaling, f"one of {', '.join(SCALINGS)}"),
             ("folds", self.folds == 0 or self.folds >= 2, self.folds, "at least 2, or 0 for one per group"),
             (

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bestrq2.checkpoint import CheckpointError
+from bestrq2.errors import CheckpointError
 from bestrq2.training.distributed import placed_like, whole
 
 PREFIX = "ema."

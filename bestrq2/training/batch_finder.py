@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from bestrq2.config import Config
+from bestrq2.errors import TrainingError
+from bestrq2.hardware import choose_device, choose_precision, describe_device, is_out_of_memory, peak_memory
 from bestrq2.models import BestRQ, BestRQ2
 
 from .distributed import Ranks
-from .errors import TrainingError
-from .hardware import choose_device, choose_precision, describe_device
-from .memory import is_out_of_memory, peak_memory
 from .optimizer import make_optimizer, set_schedule
 
 LARGEST = 4096

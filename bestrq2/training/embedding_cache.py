@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
+from bestrq2.data.fingerprint import file_list_digest
 from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.tensors import write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.models import build_encoder
-from bestrq2.training.data_identity import file_list_digest
 
 FILES_PER_SHARD = 32
 WINDOWS_AT_ONCE = 8

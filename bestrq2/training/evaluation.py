@@ -13,11 +13,11 @@ from bestrq2.data import Batch, CropDataset, batches
 from bestrq2.hashing import mix
 from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
+from bestrq2.runs.metrics import MetricsLog
 
-from .data_source import open_dataset
 from .distributed import Ranks, is_sharded, whole
-from .metrics_log import MetricsLog
-from .pictures import evaluating, fixed_batch, fixed_pictures
+from .open_data import open_dataset
+from .snapshots import evaluating, fixed_batch, fixed_pictures
 
 
 class Evaluation:

@@ -7,7 +7,7 @@ from bestrq2.data import CropDataset, batches
 from bestrq2.layers.code_usage import CodeUsage
 from bestrq2.models import BestRQ, BestRQ2
 
-from .data_source import FIRST_LOOK_CLIPS
+from .open_data import FIRST_LOOK_CLIPS
 
 
 @torch.no_grad()

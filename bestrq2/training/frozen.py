@@ -9,23 +9,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bestrq2.checkpoint import Checkpoint, save_checkpoint
 from bestrq2.config import Config, ConfigError, config_to_dict
 from bestrq2.data import CropDataset, SampleOrder
+from bestrq2.data.fingerprint import data_fingerprint
+from bestrq2.hardware import choose_device, describe_device
 from bestrq2.hashing import mix
 from bestrq2.interchange import open_encoder
 from bestrq2.layers.code_usage import CodeUsage
 from bestrq2.layers.masking import RandomMasking
-from bestrq2.models.build import load_weights, transformer_settings
+from bestrq2.models.build import load_weights
 from bestrq2.models.frozen import FrozenHead
+from bestrq2.runs.checkpoint import Checkpoint, save_checkpoint
+from bestrq2.runs.folder import MetricsLog, RunFolder
+from bestrq2.runs.report import save_report
 
-from .data_identity import data_fingerprint
 from .embedding_cache import EmbeddingCache, build_cache, module_digest
-from .hardware import choose_device, describe_device
 from .interrupt import StopSignal
 from .optimizer import make_optimizer, optimizer_tensors, restore_optimizer, set_schedule
-from .report import save_report
-from .run_folder import MetricsLog, RunFolder
 
 
 def build_head(config: Config, input_dim: int) -> FrozenHead:
@@ -35,7 +35,7 @@ def build_head(config: Config, input_dim: int) -> FrozenHead:
     masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
     return FrozenHead(
         input_dim,
-        transformer_settings(config.model.predictor),
+        config.model.predictor,
         targets.codebook_size,
         targets.num_codebooks,
         None if config.frozen.every_frame else masking,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import OptimizerConfig
+from bestrq2.errors import CheckpointError
 from bestrq2.training.distributed import placed_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

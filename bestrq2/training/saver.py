@@ -1,20 +1,16 @@
 """When checkpoints are written, which are kept, and that none is lost on the way."""
 
-import json
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from tqdm import tqdm
 
-from bestrq2.checkpoint import PREFIX, CheckpointError, list_checkpoints, read_state, save_checkpoint
 from bestrq2.config import Config, config_to_dict
+from bestrq2.errors import CheckpointError
+from bestrq2.runs.checkpoint import BEST, folder_name, read_best, save_checkpoint, write_best
+from bestrq2.runs.folder import RunFolder
 
-from .run_folder import RunFolder
 from .state import Snapshot
-
-BEST = "best.json"
 
 
 class Saver:
@@ -96,32 +92,3 @@ class Saver:
             write_best(self.parent, self._best)
         except OSError as error:  # the checkpoints are whole; only the note about them is not
             tqdm.write(f"warning: {self.parent / BEST} could not be written: {error}")
-
-
-def folder_name(step: int) -> str:
-    return f"{PREFIX}{step:08d}"
-
-
-def read_best(parent: Path) -> list[tuple[float, int]]:
-    """(value, step) of every checkpoint that has a value, best first, from the checkpoints themselves."""
-    found = []
-    for folder in list_checkpoints(parent):
-        try:
-            state = read_state(folder)
-        except CheckpointError:
-            continue
-        value = state["extra"].get("score")
-        if isinstance(value, (int, float)) and value == value:
-            found.append((float(value), state["step"]))
-    return sorted(found)
-
-
-def write_best(parent: Path, best: list[tuple[float, int]]) -> None:
-    """Record the best checkpoints, and let the link ``best`` point to the first."""
-    partial = parent / f"{BEST}.partial"
-    partial.write_text(json.dumps([{"value": value, "step": step} for value, step in best]) + "\n")
-    partial.replace(parent / BEST)
-    link = parent / ".best.partial"
-    link.unlink(missing_ok=True)
-    os.symlink(folder_name(best[0][1]), link)
-    link.replace(parent / "best")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bestrq2.checkpoint import Checkpoint
 from bestrq2.config import Config
-from bestrq2.data.audio import REASONS
+from bestrq2.errors import REASONS
 from bestrq2.layers.code_usage import CodeUsage
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.build import load_weights
+from bestrq2.runs.checkpoint import Checkpoint
 
 from .averaging import PREFIX, WeightAverage
 from .distributed import Ranks, whole, wrap_model

@@ -9,31 +9,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bestrq2 import ops
-from bestrq2.checkpoint import Checkpoint
 from bestrq2.config import Config, config_to_dict
 from bestrq2.data import Batch, CropDataset, DataError, batches
-from bestrq2.data.audio import REASONS
+from bestrq2.data.fingerprint import data_fingerprint
+from bestrq2.errors import REASONS, TrainingError
+from bestrq2.hardware import (
+    choose_device,
+    choose_precision,
+    describe_device,
+    is_out_of_memory,
+    memory_metrics,
+    out_of_memory,
+    peak_flops,
+)
 from bestrq2.hashing import mix
 from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 from bestrq2.ops.native import extension_obstacle
+from bestrq2.runs.bad_batches import save_bad_batch
+from bestrq2.runs.checkpoint import Checkpoint
+from bestrq2.runs.folder import RunFolder
+from bestrq2.runs.metrics import MetricsLog, skip_metrics
+from bestrq2.runs.report import save_report
 
-from .bad_batches import save_bad_batch
-from .data_identity import data_fingerprint
 from .distributed import Ranks, only_accumulate, whole
-from .errors import TrainingError
 from .evaluation import Evaluation
 from .feeder import Feeder
 from .first_look import first_look
-from .hardware import choose_device, choose_precision, describe_device, peak_flops
 from .interrupt import StopSignal
-from .memory import is_out_of_memory, out_of_memory
-from .metrics_log import MetricsLog, memory_metrics, skip_metrics
 from .optimizer import set_schedule
-from .report import save_report
-from .run_folder import RunFolder
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, micro_batches

@@ -24,29 +24,4 @@ CANDIDATES |= {
     ]
     for kernel in ("forward", "backward_query", "backward_key")
 }
-CANDIDATES |= {
-    f"sinusoidal_{kernel}/{dim}x{frequencies}": [
-        {"BM": rows, "BN": columns, "BK": block, "num_warps": warps, "num_stages": stages}
-        for rows in (16, 32, 64, 128)
-        for columns in (32, 64)
-        for block in (32, 64)
-        for warps in (4, 8)
-        for stages in ((1, 2) if kernel == "forward" else (1,))
-        if frequencies % block == 0
-    ]
-    for kernel in ("forward", "backward_query", "backward_key")
-    for dim in (64, 128)
-    for frequencies in (32, 64, 96, 128)
-    if (dim, frequencies) != (128, 96)
-}
-CANDIDATES |= {
-    f"sinusoidal_{kernel}/64x{frequencies}/fp32": [
-        {"BM": 16, "BN": columns, "BK": 32, "num_warps": warps, "num_stages": 1, "PRECISION": precision}
-        for precision in ("tf32x3", "ieee")
-        for columns in (16, 32, 64)
-        for warps in (4, 8)
-    ]
-    for kernel in ("forward", "backward_query", "backward_key")
-    for frequencies in (32, 64)
-}
 """What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""

@@ -1,27 +1,29 @@
 """Every kernel of every shipped configuration, for an ahead-of-time compilation: all that a call can have."""
 
+from dataclasses import replace
+
 from ..aot import CompileCase
-from ..tuning import all_configs
-from . import backward, forward, sinusoidal, sinusoidal_backward, sinusoidal_forward
+from ..tuning import shipped
+from . import backward, forward
 from .launch import choose_config
 
 KERNELS = {
     "forward": forward.chunked_attention_forward_kernel,
     "backward_query": backward.chunked_attention_backward_query_kernel,
     "backward_key": backward.chunked_attention_backward_key_kernel,
-    "sinusoidal_forward": sinusoidal_forward.chunked_attention_sinusoidal_forward_kernel,
-    "sinusoidal_backward_query": sinusoidal_backward.chunked_attention_sinusoidal_backward_query_kernel,
-    "sinusoidal_backward_key": sinusoidal_backward.chunked_attention_sinusoidal_backward_key_kernel,
 }
-FP32_POINTERS = ("lse_ptr", "delta_ptr", "turns_ptr", "partial_ptr")
+FP32_POINTERS = ("lse_ptr", "delta_ptr", "dq_ptr")
 INTEGER_POINTERS = {"lengths_ptr": "*i64", "starts_ptr": "*i64", "key_mask_ptr": "*u8"}
 
 
 def compile_cases() -> list[CompileCase]:
     return [
-        compile_case(f"{file}-{key}{'-key_mask' if key_mask else ''}", key, key_mask, configs)
-        for file, configs in all_configs("chunked_attention").items()
-        for key in configs
+        replace(
+            compile_case(f"{file.name}-{key}{'-key_mask' if key_mask else ''}", key, key_mask, file.configs),
+            architectures=file.serves(key),
+        )
+        for file in shipped("chunked_attention")
+        for key in file.keys
         if not key.endswith("key_mask")
         for key_mask in (False, True)
     ]
@@ -30,7 +32,6 @@ def compile_cases() -> list[CompileCase]:
 def compile_case(name: str, key: str, key_mask: bool, configs: dict[str, dict[str, int]]) -> CompileCase:
     """Positions, both biases, lengths and starts, with or without a key mask."""
     kernel, dtype = KERNELS[key.split("/")[0]], "fp32" if key.endswith("fp32") else "bf16"
-    head_dim, _, frequencies = key.split("/")[1].partition("x")
     config = dict(choose_config(configs, key, key_mask))
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
     constexprs = {
@@ -40,9 +41,7 @@ def compile_case(name: str, key: str, key_mask: bool, configs: dict[str, dict[st
         "HAS_STARTS": True,
         "HAS_KEY_MASK": key_mask,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
-        "BD": int(head_dim),
-        "HAS_POSITION": True,
-        "NB": int(frequencies) // config["BK"] if frequencies else None,
+        "BD": int(key.split("/")[1]),
         "ACCUMULATE": False,
         **config,
     }
@@ -53,12 +52,11 @@ def compile_case(name: str, key: str, key_mask: bool, configs: dict[str, dict[st
         if argument in constexprs:
             continue
         if argument.endswith("_ptr"):
-            fp32 = argument in FP32_POINTERS or (argument == "dq_ptr" and not frequencies)
-            kind = "*fp32" if fp32 else INTEGER_POINTERS.get(argument, f"*{dtype}")
+            kind = "*fp32" if argument in FP32_POINTERS else INTEGER_POINTERS.get(argument, f"*{dtype}")
         else:
             kind = "fp32" if argument == "scale" else "i32"
         signature[argument] = kind
     # What the launcher's specialisation sees: allocations, strides of whole heads, and the band's row stride.
-    runtime = {*forward.RUNTIME, *sinusoidal.RUNTIME, "scale", "B"}
+    runtime = {*forward.RUNTIME, "scale", "B"}
     divisible = tuple(argument for argument in signature if argument not in runtime)
     return CompileCase(name, kernel, signature, constexprs, divisible_by_16=divisible, **options)

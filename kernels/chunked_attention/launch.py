@@ -44,10 +44,9 @@ class _Call:
         )
         self.window = window_sizes(options)
         self.offset = options["query_offset"]
-        self.device_name = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else None
 
     def constants(self, kernel: str) -> dict[str, Any]:
-        configs = load_configs("chunked_attention", self.device_name)
+        configs = load_configs("chunked_attention", self.query.device)
         key = config_key(kernel, self.head_dim, self.query.dtype)
         config = choose_config(configs, key, self.key_mask is not None)
         return {

@@ -1,10 +1,11 @@
 """Every kernel variant of every shipped configuration, for an ahead-of-time compilation."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ..aot import CompileCase
-from ..tuning import all_configs
+from ..tuning import shipped
 from . import CANDIDATES
 from .launch import MERGE_ROWS, OP, hidden_gradient_tile, precision
 from .loss import loss_kernel, merge_kernel
@@ -20,12 +21,25 @@ PARTS = {"p_parts": "*fp32", "p_first": "*i32"}
 
 
 def compile_cases() -> list[CompileCase]:
-    return [case for file, configs in all_configs(OP).items() for case in _cases(file, configs)]
+    """Of ``default.json`` all, of the other files those that differ from it, each for the architectures it serves."""
+    files = shipped(OP)
+    default = next(file.configs for file in files if file.name == "default.json")
+    usual = {case.name: _launched(case) for case in _cases("", default)}
+    found = []
+    for file in files:
+        for case, same in zip(_cases(file.name, file.configs), _cases("", file.configs)):
+            if file.name == "default.json" or usual.get(same.name) != _launched(same):
+                found.append(replace(case, architectures=file.architectures))
+    return found
+
+
+def _launched(case: CompileCase) -> tuple[object, ...]:
+    return case.constexprs, case.num_warps, case.num_stages
 
 
 def candidate_cases() -> list[CompileCase]:
     """Every candidate of benchmarks/tune.py, in the variant of its kernel that takes most registers."""
-    default, found = all_configs(OP)["default.json"], []
+    default, found = next(file.configs for file in shipped(OP) if file.name == "default.json"), []
     for key, configs in CANDIDATES.items():
         for config in configs if key != "chunk" else ():
             tile = "-".join(str(value) for value in config.values())

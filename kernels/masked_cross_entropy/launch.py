@@ -269,7 +269,7 @@ def masked_cross_entropy(
     ]
     h = hidden if hidden.stride(1) == 1 or hidden.shape[1] == 1 else hidden.contiguous()
     w, b = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous()
-    configs = load_configs(OP, torch.cuda.get_device_name(device) if on_gpu else None)
+    configs = load_configs(OP, device)
     books = [
         _Rows(
             h, w[g], None if b is None else b[g], targets[g].contiguous(),

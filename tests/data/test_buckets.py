@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from bestrq2.data import AudioFile, BucketDataset, DataError, batches
-from bestrq2.training.data_identity import data_fingerprint
+from bestrq2.data.fingerprint import data_fingerprint
 
 
 def _durations(number: int, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bestrq2.data import AudioFile, CropDataset, DataError, collect, iterate_clips, load_audio, tiny_dataset
-from bestrq2.data.audio import Skip
+from bestrq2.errors import Skip
 
 from .conftest import convert
 

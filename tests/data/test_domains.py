@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bestrq2.data import AudioFile, CropDataset, DataError, DomainSchedule, batches, tiny_dataset
 from bestrq2.data.domains import LARGEST_PERIOD, apportion
-from bestrq2.training.data_identity import data_fingerprint
+from bestrq2.data.fingerprint import data_fingerprint
 
 WEIGHTS = {"speech": 0.45, "music": 0.35, "env": 0.2}
 

@@ -10,8 +10,8 @@ import torch
 
 from bestrq2.data import AudioError, CropDataset, DataError, audio_info, batches, collect, load_audio, read_manifest
 from bestrq2.data.audio import audio_digest
-from bestrq2.data.scanning import main
 from bestrq2.data.shards import pack
+from bestrq2.manifest import main
 
 from .conftest import clip
 
@@ -163,6 +163,6 @@ def test_random_damage(published, damaged_copies):
 def test_without_h5py(published, monkeypatch):
     path, _ = published
     monkeypatch.setitem(sys.modules, "h5py", None)
-    monkeypatch.setattr("bestrq2.data.hdf5._files", {})
+    monkeypatch.setattr("bestrq2.data.archives.hdf5._files", {})
     with pytest.raises(DataError, match=r'HDF5 needs h5py: pip install "bestrq2\[hdf5\]"'):
         collect(path)

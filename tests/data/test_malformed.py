@@ -10,7 +10,8 @@ import pytest
 import soundfile
 
 from bestrq2.data import AudioError, audio_info, load_audio
-from bestrq2.data.audio import REASONS, audio_digest
+from bestrq2.data.audio import audio_digest
+from bestrq2.errors import REASONS
 
 from .conftest import FORMATS, convert
 

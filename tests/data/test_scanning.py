@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from bestrq2.data import AudioFile, DataError, collect, read_manifest, scan, tiny_dataset
-from bestrq2.data.scanning import main
+from bestrq2.manifest import main
 
 
 @pytest.fixture

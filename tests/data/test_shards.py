@@ -22,9 +22,9 @@ from bestrq2.data import (
     tiny_dataset,
     write_manifest,
 )
-from bestrq2.data.members import split_address
+from bestrq2.data.files import split_address
+from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.data.shards import main, pack
-from bestrq2.training.data_identity import data_fingerprint
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,12 @@ from bestrq2.data import (
     tiny_dataset,
     write_manifest,
 )
-from bestrq2.data import tar_index as tar_index_module
+from bestrq2.data.archives import tar as tar_index_module
+from bestrq2.data.archives.readers import Section
+from bestrq2.data.archives.tar import tar_index
 from bestrq2.data.audio import audio_digest
-from bestrq2.data.members import Section, split_address
+from bestrq2.data.files import split_address
 from bestrq2.data.sources import expand_pattern
-from bestrq2.data.tar_index import tar_index
 
 from .conftest import FORMATS, convert, encoded
 

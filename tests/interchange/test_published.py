@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 import bestrq2
 from bestrq2 import export
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
+from bestrq2.errors import CheckpointError
 from bestrq2.interchange import UnknownLayoutError, load_pretraining, open_source
 from bestrq2.layers.masking import MaskPlan
 

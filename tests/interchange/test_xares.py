@@ -8,8 +8,8 @@ import torch
 
 import bestrq2
 from bestrq2 import export
-from bestrq2.checkpoint import CheckpointError
 from bestrq2.config import ConfigError
+from bestrq2.errors import CheckpointError
 from bestrq2.interchange.xares import _open_class, check_encoder_module, write_encoder_module
 
 

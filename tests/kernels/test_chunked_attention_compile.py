@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from bestrq2.kernels.aot import ARCHITECTURES, SHARED_LIMIT, compile_for, spill_limit
 from bestrq2.kernels.chunked_attention.compile_cases import compile_cases
 
-QUICK = ("/64", "/64x96")  # endings of the configurations that every run compiles
+QUICK = ("/64",)  # endings of the configurations that every run compiles
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda n: f"sm_{n}")

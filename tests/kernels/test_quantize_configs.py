@@ -8,7 +8,7 @@ from bestrq2.kernels import tuning
 from bestrq2.kernels.quantize import CANDIDATES, FEW_ROWS, GROUP, STEP, config_for, split_codebook
 
 CONFIGS = [
-    *((name, config) for file in tuning.all_configs("quantize").values() for name, config in file.items()),
+    *((name, config) for file in tuning.shipped("quantize") for name, config in file.configs.items()),
     *((name, config) for name, configs in CANDIDATES.items() for config in configs),
 ]
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bestrq2.layers.conformer import Conformer, ConformerSettings
-from bestrq2.layers.conformer_attention import FrameGrid, relative_sinusoids
+from bestrq2.layers.conformer_attention import relative_sinusoids
 from bestrq2.layers.conformer_convolution import MaskedBatchNorm, depthwise_convolution, past_frames
 from bestrq2.layers.conformer_subsampling import ConvSubsampling
+from bestrq2.layers.frame_grid import FrameGrid
 from bestrq2.layers.masking import RandomMasking
 from bestrq2.ops import ChunkLayout
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from bestrq2.interchange.speechbrain import NAMES, speechbrain_conformer
 from bestrq2.layers.conformer import Conformer, ConformerSettings
-from bestrq2.layers.conformer_attention import FrameGrid
-from bestrq2.models.speechbrain import NAMES, speechbrain_conformer
+from bestrq2.layers.frame_grid import FrameGrid
 from bestrq2.ops import ChunkLayout
 
 

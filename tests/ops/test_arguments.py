@@ -30,21 +30,15 @@ def chunked_attention(**changes):
     return ops.chunked_attention(**(_attention_inputs() | {"position": torch.ones(1, 59, 4)} | changes))
 
 
-def chunked_attention_sinusoidal(**changes):
-    return ops.chunked_attention_sinusoidal(**(_attention_inputs() | {"projection": torch.ones(1, 4, 8)} | changes))
-
-
 REQUIRED = {
     quantize: ("x", "projection", "codebook"),
     masked_cross_entropy: ("hidden", "weight", "targets"),
     chunked_attention: ("query", "key", "value"),
-    chunked_attention_sinusoidal: ("query", "key", "value", "projection"),
 }
 OPTIONAL = {
     quantize: ("mask",),
     masked_cross_entropy: ("mask", "bias"),
     chunked_attention: ("lengths", "starts", "key_mask", "position", "content_bias", "position_bias"),
-    chunked_attention_sinusoidal: ("lengths", "starts", "key_mask", "content_bias", "position_bias"),
 }
 CALLS = pytest.mark.parametrize("call", REQUIRED, ids=lambda call: call.__name__)
 
@@ -74,9 +68,8 @@ def test_what_is_no_backend_is_named(call, backend):
 @pytest.mark.parametrize("name", ["chunk_size", "left_context", "right_context", "query_offset", "position_zero"])
 def test_what_is_no_integer_is_named(name, value):
     received = "a torch.Tensor" if torch.is_tensor(value) else "a list" if isinstance(value, list) else repr(value)
-    for call in (chunked_attention, chunked_attention_sinusoidal)[: 1 if name == "position_zero" else 2]:
-        with pytest.raises(TypeError, match=rf"{name} must be an integer.*, got {received}$"):
-            call(**{name: value})
+    with pytest.raises(TypeError, match=rf"{name} must be an integer.*, got {received}$"):
+        chunked_attention(**{name: value})
     if name in ("chunk_size", "left_context", "right_context"):
         with pytest.raises(TypeError, match=rf"{name} must be an integer or None \(.*\), got {received}$"):
             ops.ChunkLayout(**{name: value})
@@ -87,8 +80,8 @@ def test_what_is_no_integer_is_named(name, value):
 def test_numpy_integers_are_integers():
     for kind in (np.int64, np.int32, np.uint8):
         sizes = {name: kind(4) for name in ("chunk_size", "left_context", "right_context", "query_offset")}
-        for call in (chunked_attention, chunked_attention_sinusoidal):
-            assert torch.equal(call(**sizes), call(**{name: int(size) for name, size in sizes.items()}))
+        same = {name: int(size) for name, size in sizes.items()}
+        assert torch.equal(chunked_attention(**sizes), chunked_attention(**same))
         assert torch.equal(chunked_attention(position_zero=kind(30)), chunked_attention(position_zero=30))
         layout = ops.ChunkLayout(kind(4), kind(8))
         assert layout == ops.ChunkLayout(4, 8)
@@ -101,8 +94,6 @@ def test_numpy_integers_are_integers():
     ("call", "name"),
     [
         (chunked_attention, "scale"),
-        (chunked_attention_sinusoidal, "scale"),
-        (chunked_attention_sinusoidal, "base"),
         (masked_cross_entropy, "label_smoothing"),
         (masked_cross_entropy, "z_loss"),
     ],
@@ -120,27 +111,19 @@ def test_what_is_no_number_is_named(call, name):
 
 
 def test_numbers_out_of_range():
-    for call in (chunked_attention, chunked_attention_sinusoidal):
-        for offset in (2**29, 2**62, 2**63 - 1):
-            with pytest.raises(ValueError, match=rf"query_offset must be less than 2\^29, got {offset}"):
-                call(query_offset=offset)
-    with pytest.raises(ValueError, match=r"projection must be \(H, d, D\) = \(1, 4, even\), got \(1, 4, 0\)"):
-        chunked_attention_sinusoidal(projection=torch.zeros(1, 4, 0))
+    for offset in (2**29, 2**62, 2**63 - 1):
+        with pytest.raises(ValueError, match=rf"query_offset must be less than 2\^29, got {offset}"):
+            chunked_attention(query_offset=offset)
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\], got 2.0"):
         masked_cross_entropy(label_smoothing=2)
-    with pytest.raises(ValueError, match=r"base must be positive, got 0.0"):
-        chunked_attention_sinusoidal(base=0)
 
 
-@pytest.mark.parametrize("form", ["table", "sinusoidal"])
-def test_sizes_may_be_dynamic(form):
+def test_sizes_may_be_dynamic():
     """Integers that torch.compile keeps symbolic: nothing is compiled again for other lengths and windows."""
 
     def attend(query, size, left, offset):
         window = {"chunk_size": size, "left_context": left, "query_offset": offset, "scale": 0.3}
-        if form == "table":
-            return ops.chunked_attention(query, query, query, position=torch.ones(1, 199, 4), **window)
-        return ops.chunked_attention_sinusoidal(query, query, query, projection=torch.ones(1, 4, 8), **window)
+        return ops.chunked_attention(query, query, query, position=torch.ones(1, 199, 4), **window)
 
     torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -154,17 +137,14 @@ def test_autocast_casts_only_floating_tensors(device):
     """An integer or complex query would otherwise be rounded, or lose its imaginary part, without a word."""
     wrong = (torch.int64, torch.complex64)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        for call in (chunked_attention, chunked_attention_sinusoidal):
-            for dtype in wrong:
-                with pytest.raises(ValueError, match=f"query must be fp32, bf16, fp16 or fp64, got {dtype}"):
-                    call(query=torch.zeros(1, 1, 20, 4, dtype=dtype))
-            with pytest.raises(ValueError, match=r"must share a dtype, got .*bfloat16, .*float64, .*bfloat16"):
-                call(key=torch.zeros(1, 1, 20, 4, dtype=torch.float64))
+        for dtype in wrong:
+            with pytest.raises(ValueError, match=f"query must be fp32, bf16, fp16 or fp64, got {dtype}"):
+                chunked_attention(query=torch.zeros(1, 1, 20, 4, dtype=dtype))
+        with pytest.raises(ValueError, match=r"must share a dtype, got .*bfloat16, .*float64, .*bfloat16"):
+            chunked_attention(key=torch.zeros(1, 1, 20, 4, dtype=torch.float64))
     for dtype in wrong:
         with pytest.raises(ValueError, match=f"position must be floating, got {dtype}"):
             chunked_attention(position=torch.zeros(1, 59, 4, dtype=dtype))
-        with pytest.raises(ValueError, match=f"projection must be floating, got {dtype}"):
-            chunked_attention_sinusoidal(projection=torch.zeros(1, 4, 8, dtype=dtype))
         with pytest.raises(ValueError, match=f"content_bias must be floating, got {dtype}"):
             chunked_attention(content_bias=torch.zeros(1, 4, dtype=dtype))
 
@@ -179,11 +159,10 @@ def test_transforms_of_torch_func(device):
     assert codes.shape == (2, 3)
     for call, argument in (
         (lambda x: chunked_attention(query=x).sum(), query[0]),
-        (lambda x: chunked_attention_sinusoidal(query=x).sum(), query[0]),
         (lambda x: masked_cross_entropy(hidden=x), hidden),
     ):
         for transform in (torch.func.grad, torch.func.hessian, torch.func.jacrev):
-            with pytest.raises(RuntimeError, match=r"(attention|sinusoidal|entropy) does not run inside .* torch.func"):
+            with pytest.raises(RuntimeError, match=r"(attention|entropy) does not run inside .* torch.func"):
                 transform(call)(argument)
         with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
             torch.func.jvp(call, (argument,), (argument,))
@@ -227,3 +206,8 @@ def test_check_codes_takes_tensors():
         ops.check_codes([1, -1])
     with pytest.raises(TypeError, match=r"check_codes: mask must be a torch.Tensor or None, got a list"):
         ops.check_codes(torch.tensor([1, -1]), [True, False])
+
+
+def test_a_removed_operation_names_its_replacement():
+    with pytest.raises(AttributeError, match=r"was removed: .* chunked_attention\(..., position=table\)"):
+        ops.chunked_attention_sinusoidal  # noqa: B018

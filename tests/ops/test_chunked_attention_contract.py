@@ -250,17 +250,12 @@ def test_impossible_backend_says_why():
         broken(backend="cpu", **double)
 
 
-@pytest.mark.parametrize("form", ["table", "sinusoidal"])
-def test_second_derivatives_and_forward_mode_are_refused(form, device):
+def test_second_derivatives_and_forward_mode_are_refused(device):
     """A custom operator would give zeros for both, without a word."""
     q, k, v = torch.randn(3, 1, 2, 10, 8, device=device)
-    window = {"chunk_size": 4, "left_context": 4}
 
     def run(query):
-        if form == "table":
-            return ops.chunked_attention(query, k, v, **window)
-        projection = torch.randn(2, 8, 16, device=device)
-        return ops.chunked_attention_sinusoidal(query, k, v, projection=projection, **window)
+        return ops.chunked_attention(query, k, v, chunk_size=4, left_context=4)
 
     leaf = q.clone().requires_grad_()
     (grad,) = torch.autograd.grad(run(leaf).square().sum(), leaf, create_graph=True)
@@ -272,14 +267,10 @@ def test_second_derivatives_and_forward_mode_are_refused(form, device):
 
 def test_meta_tensors_empty_batches_and_no_heads(device):
     assert ops.chunked_attention(*torch.randn(3, 2, 3, 20, 8, device="meta")).shape == (2, 3, 20, 8)
-    meta, projection = torch.randn(2, 3, 20, 8, device="meta"), torch.randn(3, 8, 16, device="meta")
-    assert ops.chunked_attention_sinusoidal(meta, meta, meta, projection=projection).shape == meta.shape
     empty = torch.randn(0, 2, 5, 4, device=device, requires_grad=True)
     position = torch.randn(2, 15, 4, device=device)
     ops.chunked_attention(empty, empty, empty, chunk_size=4, left_context=4, position=position).sum().backward()
     assert empty.grad.shape == empty.shape
-    projection = torch.randn(2, 4, 16, device=device)
-    assert ops.chunked_attention_sinusoidal(empty, empty, empty, projection=projection).shape == empty.shape
     for shape in ((1, 0, 5, 4), (1, 2, 5, 0)):
         with pytest.raises(ValueError, match="at least one head and one channel"):
             ops.chunked_attention(*torch.randn(3, *shape, device=device))

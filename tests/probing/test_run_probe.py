@@ -12,7 +12,7 @@ from bestrq2.config import load_config
 from bestrq2.models import build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
 from bestrq2.probing.features import untrained_copy
-from bestrq2.probing.hook import _prepared
+from bestrq2.probing.in_memory import _prepared
 
 SMALL = ["model.front_end.normalize=global", "model.front_end.mean=-47", "model.front_end.std=31"]
 SMALL += ["model.encoder.depth=2", "model.encoder.width=64", "model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
@@ -57,7 +57,7 @@ def test_modes_return_after_an_error(encoder):
     encoder.train()
     with pytest.raises(ValueError, match="column 'mood'"):
         run_probe(encoder, ProbeTask(label="mood"))
-    encoder.encode = lambda *_: 1 / 0
+    encoder.encode_layers = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         run_probe(encoder)
     assert encoder.training
@@ -93,7 +93,7 @@ def test_baselines_are_computed_once(encoder, monkeypatch):
         return untrained_copy(encoder)
 
     decoded = []
-    from bestrq2.probing import hook
+    from bestrq2.probing import in_memory as hook
 
     original = hook.iterate_clips
     monkeypatch.setattr(hook, "iterate_clips", lambda *a: decoded.append(1) or original(*a))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bestrq2.data import Batch
-from bestrq2.training.bad_batches import clip_statistics, load_bad_batch, save_bad_batch
-from bestrq2.training.errors import TrainingError
+from bestrq2.errors import TrainingError
+from bestrq2.runs.bad_batches import clip_statistics, load_bad_batch, save_bad_batch
 
 
 @pytest.fixture

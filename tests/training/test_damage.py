@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bestrq2.checkpoint import (
-    CheckpointError,
-    _digest,
-    _sha256,
-    find_checkpoint,
-    list_checkpoints,
-    read_checkpoint,
-)
+from bestrq2.errors import CheckpointError
+from bestrq2.runs.checkpoint import _digest, _sha256, find_checkpoint, list_checkpoints, read_checkpoint
+from bestrq2.runs.metrics import read_metrics
 from bestrq2.train import main
-from bestrq2.training.metrics_log import read_metrics
 
 from .undisturbed import PLAIN, TINY, assert_equal_weights, assert_same, curve
 

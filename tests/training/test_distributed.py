@@ -14,14 +14,14 @@ import pytest
 import soundfile
 import torch
 
-from bestrq2.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.config import ConfigError, load_config
 from bestrq2.data import CropDataset, batches, tiny_dataset
+from bestrq2.errors import TrainingError
+from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
+from bestrq2.runs.folder import RunFolder, read_metrics
 from bestrq2.train import main, run, seeded_model
-from bestrq2.training.data_source import open_dataset
 from bestrq2.training.distributed import Ranks
-from bestrq2.training.errors import TrainingError
-from bestrq2.training.run_folder import RunFolder, read_metrics
+from bestrq2.training.open_data import open_dataset
 from bestrq2.training.step import micro_batches
 from bestrq2.training.trainer import Trainer
 

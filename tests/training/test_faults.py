@@ -15,11 +15,11 @@ import pytest
 import soundfile
 import torch
 
-from bestrq2.checkpoint import list_checkpoints, newest_intact, read_checkpoint
 from bestrq2.data import tiny_dataset
+from bestrq2.runs.bad_batches import load_bad_batch
+from bestrq2.runs.checkpoint import list_checkpoints, newest_intact, read_checkpoint
+from bestrq2.runs.metrics import read_metrics
 from bestrq2.train import main
-from bestrq2.training.bad_batches import load_bad_batch
-from bestrq2.training.metrics_log import read_metrics
 from bestrq2.training.trainer import Trainer
 
 from .undisturbed import PLAIN, assert_equal_weights, assert_same, begin, curve
@@ -126,7 +126,7 @@ def test_the_system_refuses_to_write_a_checkpoint(nursery, tmp_path, whole):
 
 
 def test_failed_save_is_said_and_the_next_one_succeeds(tmp_path, whole, monkeypatch, capfd):
-    from bestrq2 import checkpoint
+    from bestrq2.runs import checkpoint
 
     real, calls = checkpoint.save_file, []
 
@@ -152,7 +152,7 @@ def test_full_disk_in_the_log(tmp_path, whole, monkeypatch, capfd):
             raise OSError(28, "No space left on device")
         self._file.write(text)
 
-    monkeypatch.setattr("bestrq2.training.metrics_log.MetricsLog._append", append)
+    monkeypatch.setattr("bestrq2.runs.metrics.MetricsLog._append", append)
     assert main(begin(tmp_path, "data.workers=0")) == 0
     assert "rows are kept in memory" in capfd.readouterr().err
     assert_same(tmp_path / "run", whole)

@@ -8,14 +8,14 @@ import torch
 
 import bestrq2
 from bestrq2 import train
-from bestrq2.checkpoint import newest_intact
 from bestrq2.config import ConfigError, load_config
 from bestrq2.interchange import open_encoder
 from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.interchange.xares import write_encoder_module
 from bestrq2.models import build_model
+from bestrq2.runs.checkpoint import newest_intact
+from bestrq2.runs.folder import read_metrics
 from bestrq2.training.embedding_cache import align, module_digest
-from bestrq2.training.run_folder import read_metrics
 
 TARGETS = ["model.front_end.mean=-47", "model.front_end.std=31", "model.targets.codebook_size=32"]
 HEAD = ["model.predictor.depth=1", "model.predictor.width=64", "model.predictor.hidden=96", "train.batch_size=8"]

@@ -11,9 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bestrq2.config import ConfigError
-from bestrq2.training import metrics_log
-from bestrq2.training.errors import TrainingError
-from bestrq2.training.metrics_log import MetricsLog, memory_metrics, read_metrics, series, skip_metrics
+from bestrq2.errors import TrainingError
+from bestrq2.hardware import memory_metrics
+from bestrq2.runs import metrics as metrics_log
+from bestrq2.runs.metrics import MetricsLog, read_metrics, series, skip_metrics
 
 
 def events(folder):
@@ -68,7 +69,7 @@ def test_tensorboard_forgets_the_lost_stretch(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from bestrq2.training.metrics_log import MetricsLog
+from bestrq2.runs.metrics import MetricsLog
 log = MetricsLog(Path(sys.argv[1]), 0)
 print("ready", flush=True)
 step = 0

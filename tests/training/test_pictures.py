@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from bestrq2.config import load_config
 from bestrq2.data import Batch, CropDataset, tiny_dataset
 from bestrq2.models import build_model
-from bestrq2.training.code_colours import code_colours, lab_to_srgb
-from bestrq2.training.metrics_log import MetricsLog
-from bestrq2.training.picture_drawing import draw_clips
-from bestrq2.training.pictures import ClipPicture, clip_pictures, fixed_batch, fixed_pictures
+from bestrq2.runs.code_colours import code_colours, lab_to_srgb
+from bestrq2.runs.metrics import MetricsLog
+from bestrq2.runs.pictures import ClipPicture, draw_clips
+from bestrq2.training.snapshots import clip_pictures, fixed_batch, fixed_pictures
 
 SMALL = ["model.encoder.width=32", "model.encoder.hidden=48", "model.encoder.depth=2", "data.workers=0"]
 VIT = [*SMALL, "model.predictor.width=32", "model.predictor.hidden=48", "model.predictor.depth=1"]
@@ -249,7 +249,7 @@ def test_cells_are_drawn_over_their_frames(tmp_path):
     )
     from matplotlib.figure import Figure
 
-    from bestrq2.training import picture_drawing
+    from bestrq2.runs import pictures as picture_drawing
 
     axis = Figure().subplots()
     picture_drawing._draw_seen(axis, clip)

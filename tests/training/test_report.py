@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bestrq2.checkpoint import save_checkpoint
 from bestrq2.config import load_config
 from bestrq2.data import Batch
 from bestrq2.report import main
-from bestrq2.training.bad_batches import save_bad_batch
-from bestrq2.training.metrics_log import MetricsLog
-from bestrq2.training.report import save_report
-from bestrq2.training.report_curves import PANELS, draw_curves, running_mean
-from bestrq2.training.run_folder import RunFolder
-from bestrq2.training.run_record import RunRecord
+from bestrq2.runs.bad_batches import save_bad_batch
+from bestrq2.runs.checkpoint import save_checkpoint
+from bestrq2.runs.folder import RunFolder
+from bestrq2.runs.metrics import MetricsLog
+from bestrq2.runs.record import RunRecord
+from bestrq2.runs.report import save_report
+from bestrq2.runs.report_curves import PANELS, draw_curves, running_mean
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -160,8 +160,8 @@ def test_panels_show_what_was_logged(tmp_path, monkeypatch):
 
 
 def test_every_column_of_the_log_is_drawn_or_known():
-    from bestrq2.training.metrics_log import COLUMNS
-    from bestrq2.training.report_curves import QUIET
+    from bestrq2.runs.metrics import COLUMNS
+    from bestrq2.runs.report_curves import QUIET
 
     known = {pattern for panel in PANELS for pattern, _ in panel.curves} | QUIET
     assert set(COLUMNS) <= known

@@ -6,14 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bestrq2.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    newest_intact,
-    read_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from bestrq2.errors import CheckpointError
+from bestrq2.runs.checkpoint import list_checkpoints, newest_intact, read_checkpoint, read_state, save_checkpoint
 
 pytestmark = pytest.mark.fault
 
@@ -26,9 +20,9 @@ import os, shutil, signal
 from pathlib import Path
 import torch
 from bestrq2 import checkpoint
-from bestrq2.checkpoint import clear_leftovers, newest_intact
+from bestrq2.runs.checkpoint import clear_leftovers, newest_intact
 from bestrq2.config import load_config
-from bestrq2.training.run_folder import RunFolder
+from bestrq2.runs.folder import RunFolder
 from bestrq2.training.saver import Saver
 from bestrq2.training.state import Snapshot
 
@@ -166,7 +160,7 @@ def test_copies_of_the_user_are_left_alone(tmp_path):
 def test_foreign_state_is_one_clear_error(tmp_path, text, message):
     import json
 
-    from bestrq2.checkpoint import _digest
+    from bestrq2.runs.checkpoint import _digest
 
     if text.startswith("SIGNED"):
         state = json.loads(text.removeprefix("SIGNED"))

@@ -12,11 +12,11 @@ import pytest
 import soundfile
 import torch
 
-from bestrq2 import checkpoint as checkpoint_module
-from bestrq2.checkpoint import list_checkpoints
 from bestrq2.data import tiny_dataset
+from bestrq2.runs import checkpoint as checkpoint_module
+from bestrq2.runs.checkpoint import list_checkpoints
+from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
-from bestrq2.training.run_folder import read_metrics
 
 QUICK = [
     "model.front_end.mean=-47.5",

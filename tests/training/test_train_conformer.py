@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from bestrq2 import embed, load
-from bestrq2.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.data import tiny_dataset
 from bestrq2.models import ConformerEncoder
+from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
+from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
-from bestrq2.training.run_folder import read_metrics
 
 RECIPES = ["best_rq_conformer_tiny", "best_rq2_conformer_tiny"]
 QUICK = [

@@ -8,9 +8,9 @@ import pytest
 from bestrq2.config import load_config
 from bestrq2.data import collect, tiny_dataset, write_manifest
 from bestrq2.data.shards import pack
+from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
-from bestrq2.training.data_source import open_dataset
-from bestrq2.training.run_folder import read_metrics
+from bestrq2.training.open_data import open_dataset
 
 QUICK = [
     "model.front_end.mean=-47.5",

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from bestrq2 import load
-from bestrq2.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from bestrq2.config import ConfigError, OptimizerConfig, load_config
 from bestrq2.data import tiny_dataset
+from bestrq2.errors import CheckpointError
+from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
+from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main, seeded_model
 from bestrq2.training.averaging import WeightAverage
 from bestrq2.training.loss_scale import LossScale
 from bestrq2.training.optimizer import learning_rate, make_optimizer, set_schedule, weight_decay
-from bestrq2.training.run_folder import read_metrics
 from bestrq2.training.saver import Saver
 
 QUICK = [

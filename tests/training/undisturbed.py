@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from bestrq2.checkpoint import list_checkpoints, read_checkpoint
-from bestrq2.training.metrics_log import read_metrics
+from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
+from bestrq2.runs.metrics import read_metrics
 
 TINY = [
     "model.front_end.mean=-47.5",

@@ -1,0 +1,1 @@
+"""The stages of ``python benchmarks/gpu_run.py``: everything a GPU has to show, within a fixed time."""

@@ -1,0 +1,1 @@
+"""Archives that hold clips: tar shards, HDF5, Arrow and Parquet."""

@@ -1,0 +1,276 @@
+"""Hugging Face datasets on disk: folders of ``save_to_disk`` (.arrow) and .parquet files with an audio column.
+
+They are read with pyarrow, without the ``datasets`` package. The audio column is the one that the file's own metadata
+calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one.
+Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there. The address of row i is
+``file.arrow::i``. A row of an .arrow file is found in constant time; of a .parquet file a whole row group is read, so
+for training many rows pack it into tar shards first (``python -m bestrq2.data.shards``).
+"""
+
+import bisect
+import io
+import json
+import os
+import threading
+from collections import OrderedDict
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bestrq2.data.files import AudioFile, Listing, address
+from bestrq2.errors import AudioError, DataError, Skip
+
+__all__ = ["list_arrow", "open_arrow_clip", "saved_dataset_files"]
+
+_OPEN_FILES = 64
+_ROW_GROUPS = 4  # kept for each .parquet file
+
+_tables: OrderedDict[tuple[int, str], tuple[tuple[int, int], "_Table"]] = OrderedDict()
+_lock = threading.Lock()
+
+
+class _Table:
+    """An open file: rows by number. ``damage`` says what could not be read of it."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise DataError(f'{path}: Arrow and Parquet need pyarrow: pip install "bestrq2[datasets]"') from error
+        self.path, self.damage = path, ""
+        self._parquet: Any = None
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        if Path(path).suffix.lower() == ".parquet":
+            self._parquet = pyarrow.parquet.ParquetFile(path, memory_map=True)
+            self.schema = self._parquet.schema_arrow
+            metadata = self._parquet.metadata
+            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        else:
+            self._batches = self._read_stream(pyarrow)
+            sizes = [len(batch) for batch in self._batches]
+        self._ends = list(accumulate(sizes))
+        self.num_rows = self._ends[-1] if self._ends else 0
+        self.column = _audio_column(self.schema)
+
+    def _read_stream(self, pyarrow: Any) -> list[Any]:
+        """All record batches of an Arrow stream or file: they stay on disk, mapped into memory."""
+        source = pyarrow.memory_map(self.path)
+        whole_file = False  # with an index of its batches at its end
+        try:
+            reader = pyarrow.ipc.open_stream(source)
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            file, whole_file = pyarrow.ipc.open_file(source), True
+            self.schema = file.schema
+            reader = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            self.schema = reader.schema
+        batches: list[Any] = []
+        try:
+            for batch in reader:
+                batch.validate(full=True)  # damaged offsets would be followed out of the file, and the process die
+                batches.append(batch)
+            at, size = source.tell(), source.size()
+            if not whole_file and (at < size or not _is_closed(source)):
+                raise pyarrow.ArrowInvalid(f"the end is missing, or came early, at byte {at} of {size}")
+        except (pyarrow.ArrowException, OSError) as error:
+            self.damage = f"{sum(map(len, batches))} rows can be read, then: {error}"
+        return batches
+
+    def values(self, columns: list[str]) -> dict[str, list[Any]]:
+        """Whole columns as Python values."""
+        if self._parquet is not None:
+            return self._parquet.read(columns=columns).to_pydict() if columns else {}
+        return {name: [v for batch in self._batches for v in batch.column(name).to_pylist()] for name in columns}
+
+    def row(self, number: int) -> Any:
+        """The audio of one row: a dict with bytes and path, or bytes, or a path."""
+        group = bisect.bisect_right(self._ends, number)
+        inside = number - (self._ends[group - 1] if group else 0)
+        if self._parquet is None:
+            return self._batches[group].column(self.column)[inside].as_py()
+        if group not in self._groups:
+            self._groups[group] = self._parquet.read_row_group(group, columns=[self.column]).column(0)
+            while len(self._groups) > _ROW_GROUPS:
+                self._groups.popitem(last=False)
+        return self._groups[group][inside].as_py()
+
+    def paths_only(self) -> list[str] | None:
+        """The paths of all rows, if no row has bytes of its own: then these files are the clips."""
+        import pyarrow
+
+        kind = self.schema.field(self.column).type
+        if pyarrow.types.is_string(kind):
+            return self.values([self.column])[self.column]
+        if not pyarrow.types.is_struct(kind) or self._parquet is not None:
+            return None
+        paths: list[str] = []
+        for batch in self._batches:
+            column = batch.column(self.column)
+            if column.field("bytes").null_count < len(batch):
+                return None
+            paths += column.field("path").to_pylist()
+        return paths
+
+
+def _is_closed(source: Any) -> bool:
+    """Whether an Arrow stream ends in the mark that its writer set when it was closed."""
+    source.seek(max(0, source.size() - 8))
+    return source.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """What ``datasets`` wrote about the columns."""
+    try:
+        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+
+
+def _audio_column(schema: Any) -> str:
+    """The name of the column with audio, "" if there is none."""
+    import pyarrow
+
+    marked = [
+        name
+        for name, feature in _features(schema).items()
+        if isinstance(feature, dict) and feature.get("_type") == "Audio" and name in schema.names
+    ]
+    shaped = [
+        field.name
+        for field in schema
+        if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
+    ]
+    found = marked or shaped
+    return "audio" if "audio" in found else found[0] if found else ""
+
+
+def _faults() -> tuple[type[BaseException], ...]:
+    """What reading a damaged file may raise; looked up when something was raised, so pyarrow may be missing."""
+    try:
+        import pyarrow
+    except ImportError:
+        return (OSError,)
+    return pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError
+
+
+def _open(path: str) -> _Table:
+    """The open table, from those that are kept; opened again if it changed on disk. Call it under the lock."""
+    status = os.stat(path)
+    key, stamp = (os.getpid(), path), (status.st_size, status.st_mtime_ns)
+    if key not in _tables or _tables[key][0] != stamp:
+        _tables[key] = (stamp, _Table(path))
+    _tables.move_to_end(key)
+    while len(_tables) > _OPEN_FILES:
+        _tables.popitem(last=False)
+    return _tables[key][1]
+
+
+def list_arrow(path: str) -> Listing:
+    """The clips of an .arrow or .parquet file in their order.
+
+    Raises:
+        DataError: pyarrow is not installed.
+    """
+    try:
+        with _lock:
+            table = _open(path)
+            if not table.column:
+                what = f"no audio column; the columns are {', '.join(table.schema.names)}"
+                return Listing([], skips=[Skip(path, "not decodable", what)])
+            columns = [name for name in ("duration", "sampling_rate", "domain", "label") if name in table.schema.names]
+            values = table.values(columns)
+            outside = table.paths_only()
+    except _faults() as error:
+        return Listing([], skips=[Skip(path, "damaged archive", str(error).splitlines()[0])])
+    features: dict[str, Any] = {column: _features(table.schema).get(column) for column in ("domain", "label")}
+    names = {column: found.get("names") for column, found in features.items() if isinstance(found, dict)}
+
+    def text(column: str, row: int) -> str:
+        value = values[column][row] if column in values else None
+        known = names.get(column)
+        if known and isinstance(value, int) and 0 <= value < len(known):
+            value = known[value]
+        return "" if value is None else str(value)
+
+    def number(column: str, row: int) -> float | None:
+        value = values[column][row] if column in values else None
+        return value if isinstance(value, int | float) and value > 0 else None
+
+    files = []
+    folder = os.path.dirname(path)
+    for row in range(table.num_rows):
+        rate = number("sampling_rate", row)
+        where = address(path, row)
+        if outside is not None and outside[row]:
+            where = os.path.normpath(os.path.join(folder, outside[row]))
+        files.append(
+            AudioFile(
+                where,
+                number("duration", row),
+                None if rate is None else int(rate),
+                text("domain", row),
+                text("label", row),
+            )
+        )
+    skips = [Skip(path, "damaged archive", table.damage)] if table.damage else []
+    return Listing(files, skips=skips)
+
+
+def open_arrow_clip(path: str, name: str) -> BinaryIO:
+    """The bytes of one row as a file.
+
+    Raises:
+        AudioError: no such row, or it has no audio.
+        DataError: pyarrow is not installed.
+    """
+    where = address(path, name)
+    try:
+        with _lock:
+            table = _open(path)
+            if not table.column:
+                raise AudioError(where, "not decodable", "no audio column")
+            if not (name.isascii() and name.isdigit() and int(name) < table.num_rows):
+                raise AudioError(where, "missing", f"the file has rows 0 to {table.num_rows - 1}")
+            value = table.row(int(name))
+    except _faults() as error:
+        raise AudioError(where, "not readable", str(error).splitlines()[0]) from error
+    if isinstance(value, dict):
+        content, outside = value.get("bytes"), value.get("path")
+    else:
+        content, outside = (None, value) if isinstance(value, str) else (value, None)
+    if content is None and outside:
+        return open(os.path.join(os.path.dirname(path), outside), "rb")
+    if not content:
+        raise AudioError(where, "empty file", "the row has no audio")
+    return io.BytesIO(content)
+
+
+def saved_dataset_files(folder: str) -> list[str]:
+    """The .arrow files of a folder that ``save_to_disk`` wrote, in their order.
+
+    Raises:
+        DataError: several splits, files that are not there, or what the folder says of itself cannot be understood.
+    """
+    splits = os.path.join(folder, "dataset_dict.json")
+    try:
+        if os.path.isfile(splits):
+            with open(splits, encoding="utf-8") as file:
+                names = json.load(file)["splits"]
+            if len(names) != 1:  # a test set must not be trained on because nobody thought of it
+                raise DataError(
+                    f"{folder} has the splits {', '.join(names)}: name those to use, as {folder}/{names[0]}"
+                )
+            return saved_dataset_files(os.path.join(folder, names[0]))
+        with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+        files = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{folder}: not a dataset of save_to_disk: {error}") from error
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder}: a selection of rows, saved by an old version of datasets; save it again")
+    for path in files:
+        if not os.path.isfile(path):
+            raise DataError(f"{path} is missing from the dataset {folder}")
+    return files

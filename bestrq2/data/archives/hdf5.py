@@ -1,0 +1,180 @@
+"""HDF5 in the published layout: clips as int16 samples in ``waveform``.
+
+``waveform`` is (n, samples), or n arrays of any length, or a group with one dataset for each clip. ``sample_rate`` is
+an attribute of the file or of ``waveform``, or a dataset of one number or of one for each clip; without it 32000 Hz. A
+dataset ``domain`` or ``label`` with one text for each clip is used; the published ``target`` and ``audio_name`` are
+not. The address of clip i is ``file.h5::i``, in a group its name.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from bestrq2.data.archives.readers import SampleReader
+from bestrq2.data.files import AudioFile, Listing, address
+from bestrq2.errors import AudioError, DataError, Skip
+
+__all__ = ["DEFAULT_SAMPLE_RATE", "list_hdf5", "open_hdf5_clip"]
+
+DEFAULT_SAMPLE_RATE = 32000  # what the published data loader assumes of files that do not state it
+_OPEN_FILES = 16
+
+_files: OrderedDict[tuple[int, str], tuple[tuple[int, int], Any]] = OrderedDict()  # by process: a handle is not forked
+_lock = threading.RLock()  # HDF5 is not safe in threads
+
+
+def _open(path: str) -> Any:
+    """The open file, from the few that are kept; opened again if it changed on disk. Call it under the lock."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError(f'{path}: HDF5 needs h5py: pip install "bestrq2[hdf5]"') from error
+    status = os.stat(path)
+    key, stamp = (os.getpid(), path), (status.st_size, status.st_mtime_ns)
+    if key in _files and _files[key][0] == stamp:
+        _files.move_to_end(key)
+        return _files[key][1]
+    # Without HDF5's file locks, which fail on many network file systems: nothing is written.
+    file = h5py.File(path, "r", locking=False)
+    _files[key] = (stamp, file)
+    while len(_files) > _OPEN_FILES:
+        _files.popitem(last=False)  # closed when the last clip of it is gone
+    return file
+
+
+class _Clip:
+    """The samples of a clip that are read when they are asked for: a crop of an hour reads as much as it needs."""
+
+    def __init__(self, file: Any, dataset: Any, row: int | None) -> None:
+        self._file, self._dataset, self._row = file, dataset, row  # the file: it must stay open
+        self.dtype = dataset.dtype
+
+    def __len__(self) -> int:
+        return self._dataset.shape[-1]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        with _lock:
+            return np.asarray(self._dataset[part] if self._row is None else self._dataset[self._row, part])
+
+
+def _waveforms(file: Any, path: str) -> Any:
+    """The dataset or group ``waveform``.
+
+    Raises:
+        AudioError: none, or one of another kind.
+    """
+    import h5py
+
+    waveform = file.get("waveform")
+    if waveform is None:
+        raise AudioError(
+            path, "not decodable", f"no 'waveform' in the file; it has {', '.join(sorted(file)) or 'nothing'}"
+        )
+    if isinstance(waveform, h5py.Dataset):
+        kind = h5py.check_vlen_dtype(waveform.dtype) or waveform.dtype
+        dimensions = 1 if h5py.check_vlen_dtype(waveform.dtype) else 2
+        if waveform.ndim != dimensions or np.dtype(kind).kind not in "if":
+            raise AudioError(
+                path,
+                "not decodable",
+                f"'waveform' must be int16 (clips, samples), got {kind} {waveform.shape}",
+            )
+    return waveform
+
+
+def _rates(file: Any, waveform: Any) -> Any:
+    """Sampling rate of all clips, or a dataset of one for each."""
+    for holder in (waveform, file):
+        if "sample_rate" in holder.attrs:
+            return int(holder.attrs["sample_rate"])
+    rates = file.get("sample_rate")
+    if rates is None:
+        return DEFAULT_SAMPLE_RATE
+    return int(rates[()] if rates.ndim == 0 else rates[0]) if rates.size == 1 else rates
+
+
+def list_hdf5(path: str, domain: str = "") -> Listing:
+    """The clips of a file in their order, groups by name.
+
+    Raises:
+        DataError: h5py is not installed.
+    """
+    with _lock:
+        try:
+            file = _open(path)
+            waveform = _waveforms(file, path)
+            grouped = not hasattr(waveform, "shape")
+            names = sorted(waveform) if grouped else list(range(len(waveform)))
+            rates = _rates(file, waveform)
+            every = np.full(len(names), rates) if isinstance(rates, int) else rates[()]
+            domains, labels = (_texts(file, column, len(names)) for column in ("domain", "label"))
+            if len(every) != len(names):
+                raise AudioError(path, "not decodable", f"{len(every)} sample rates of {len(names)} clips")
+            files = []
+            for number, name in enumerate(names):
+                rate = int(every[number])
+                count = waveform.shape[1] if not grouped and waveform.ndim == 2 else None
+                if grouped:
+                    count = int(waveform[name].shape[0]) if waveform[name].ndim == 1 else 0
+                    rate = int(waveform[name].attrs.get("sample_rate", rate))
+                known = count is not None and count > 0 and rate > 0
+                files.append(
+                    AudioFile(
+                        address(path, name),
+                        count / rate if known and count is not None else None,
+                        rate if known else None,
+                        domains[number] or domain,
+                        labels[number],
+                    )
+                )
+            return Listing(files)
+        except AudioError as error:
+            return Listing([], skips=[error.skip])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            return Listing([], skips=[Skip(path, "damaged archive", str(error))])
+
+
+def _texts(file: Any, column: str, count: int) -> list[str]:
+    """One text for each clip, or empty ones if the file has no such dataset."""
+    found = file.get(column)
+    if found is None or getattr(found, "shape", None) != (count,):
+        return [""] * count
+    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found[()]]
+
+
+def open_hdf5_clip(path: str, name: str) -> SampleReader:
+    """The samples of one clip.
+
+    Raises:
+        AudioError: no such clip, or it cannot be read.
+        DataError: h5py is not installed.
+    """
+    where = address(path, name)
+    with _lock:
+        try:
+            file = _open(path)
+            waveform = _waveforms(file, path)
+            rates = _rates(file, waveform)
+            if not hasattr(waveform, "shape"):
+                if name not in waveform:
+                    raise AudioError(where, "missing", "no such clip in the file")
+                clip = waveform[name]
+                if getattr(clip, "ndim", 0) != 1 or clip.dtype.kind not in "if":
+                    raise AudioError(where, "not decodable", "not one-dimensional samples")
+                if not isinstance(rates, int):
+                    rates = rates[sorted(waveform).index(name)]
+                return SampleReader(_Clip(file, clip, None), int(clip.attrs.get("sample_rate", rates)))
+            if not (name.isascii() and name.isdigit() and int(name) < len(waveform)):
+                raise AudioError(where, "missing", f"the file has clips 0 to {len(waveform) - 1}")
+            number = int(name)
+            samples = _Clip(file, waveform, number) if waveform.ndim == 2 else np.asarray(waveform[number])
+            return SampleReader(samples, rates if isinstance(rates, int) else int(rates[number]))
+        except AudioError as error:
+            raise error if error.path == where else AudioError(where, error.reason, error.detail) from error
+        except OSError as error:
+            raise AudioError(where, "not readable", str(error)) from error
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise AudioError(where, "not decodable", str(error)) from error

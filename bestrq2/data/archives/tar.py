@@ -1,0 +1,371 @@
+"""Tar shards in webdataset's naming, read at random: where every member lies is looked up, not searched.
+
+Members of one sample share their name up to the first dot: ``000017.flac`` with ``000017.json`` (duration,
+sampling_rate, domain, label) or ``000017.txt`` / ``.cls`` (the label). The index of a shard is built once, from its
+headers alone, and kept as ``shard.tar.index.json`` beside it, else in the user's cache folder; a shard of another size
+or modification time is indexed again. Damage is noted in the index, and the members behind it are found again.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import posixpath
+import re
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from bestrq2.data.archives.readers import Section
+from bestrq2.data.files import AudioFile, Listing, address, is_audio
+from bestrq2.errors import AudioError, Skip
+
+__all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
+
+INDEX_SUFFIX = ".tar.index.json"
+_FORMAT = "bestrq2 tar index 1"
+_BLOCK = tarfile.BLOCKSIZE
+_SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
+_LONGEST_NAME = 1 << 20
+_LONGEST_END = 1 << 16  # zeros after the last member; tar writes up to 10 KiB, a download that stopped may leave more
+_REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """An audio file in a shard: its ``size`` bytes begin at ``offset``. What its sidecars do not state is None."""
+
+    name: str
+    offset: int
+    size: int
+    duration: float | None = None
+    sampling_rate: int | None = None
+    domain: str | None = None
+    label: str = ""
+
+
+@dataclass
+class TarIndex:
+    """The audio ``members`` of a shard in their order, other members by extension, and ``damage`` as messages.
+
+    ``size`` in bytes and ``mtime_ns`` are those of the shard that was indexed.
+    """
+
+    size: int
+    mtime_ns: int
+    members: list[TarMember] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    damage: list[str] = field(default_factory=list)
+
+
+def tar_index(shard: str, *, keep: bool = True) -> TarIndex:
+    """The index of a shard: the kept one if it fits, else built now and, with ``keep``, kept if any place is writable.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
+    with open(shard, "rb") as file:
+        status = os.fstat(file.fileno())
+        for place in _places(shard):
+            kept = _read(place)
+            if kept is not None and (kept.size, kept.mtime_ns) == (status.st_size, status.st_mtime_ns):
+                return kept
+        index = _build(file, TarIndex(status.st_size, status.st_mtime_ns))
+    if keep:
+        for place in _places(shard):
+            if _write(place, index):
+                break
+    return index
+
+
+def _places(shard: str) -> list[Path]:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(shard))).hexdigest()[:32]
+    return [Path(shard).with_suffix(INDEX_SUFFIX), Path(root, "bestrq2", "tar", f"{digest}.json")]
+
+
+def _read(place: Path) -> TarIndex | None:
+    """A kept index, or None: not there, not readable, damaged, or of another version."""
+    try:
+        values = json.loads(place.read_text(encoding="ascii"))
+        if values.pop("format") != _FORMAT:
+            return None
+        members = [TarMember(*row) for row in values.pop("members")]
+        return TarIndex(members=members, others=Counter(values.pop("others")), **values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _write(place: Path, index: TarIndex) -> bool:
+    values = {"format": _FORMAT, **vars(index), "members": [list(vars(member).values()) for member in index.members]}
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(values, separators=(",", ":")), encoding="ascii")
+        os.replace(partial, place)
+        return True
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return False
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One regular member: ``stop`` is the end of its bytes, beyond the end of the shard if it was cut."""
+
+    name: str
+    offset: int
+    stop: int
+
+
+def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
+    audio: list[_Entry] = []
+    sidecars: dict[str, dict[str, str]] = {}  # name without extension -> extension -> text
+    names: set[str] = set()
+    for entry in _walk(file, index.size, index.damage):
+        name = posixpath.normpath(entry.name).lstrip("/")
+        if any(part.startswith(".") and part != ".." for part in name.split("/")):
+            index.others["(hidden)"] += 1
+            continue
+        stem, _, extension = posixpath.basename(name).rpartition(".")
+        extension = extension.lower()
+        stem = posixpath.join(posixpath.dirname(name), stem)
+        size = entry.stop - entry.offset
+        if is_audio(name):
+            unique, number = name, 2
+            while unique in names:  # appended again under the same name: neither is lost
+                unique, number = f"{stem}~{number}.{extension}", number + 1
+            names.add(unique)
+            audio.append(_Entry(unique, entry.offset, entry.stop))
+        elif extension in _SIDECARS and size <= _SIDECARS[extension] and entry.stop <= index.size:
+            file.seek(entry.offset)
+            sidecars.setdefault(stem, {})[extension] = file.read(size).decode("utf-8", "replace")
+        else:
+            index.others[f".{extension}" if extension else "(no extension)"] += 1
+    for entry in audio:
+        folder, base = posixpath.split(entry.name)
+        key = posixpath.join(folder, base.split(".")[0])  # webdataset's: up to the first dot
+        texts = {**sidecars.get(key, {}), **sidecars.get(entry.name.rpartition(".")[0], {})}
+        stated = _stated(entry.name, texts, index.damage)
+        index.members.append(TarMember(entry.name, entry.offset, entry.stop - entry.offset, **stated))
+    return index
+
+
+def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, Any]:
+    """What sidecars state of a clip; values of a wrong kind are as if not there."""
+    row: Any = {}
+    if "json" in texts:
+        try:
+            row = json.loads(texts["json"])
+        except ValueError as error:
+            damage.append(f"the .json beside {name} is not JSON ({error}); it is not used")
+        if not isinstance(row, dict):
+            row = {}
+
+    def number(*columns: str) -> float | None:
+        value = next((row[column] for column in columns if row.get(column) is not None), None)
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
+        return value if fine else None
+
+    rate = number("sampling_rate", "sample_rate", "sr")
+    domain = row.get("domain")
+    label = row.get("label")
+    if label is None:
+        label = texts.get("cls", texts.get("txt", "")).strip()
+    return {
+        "duration": number("duration", "seconds"),
+        "sampling_rate": None if rate is None else int(rate),
+        "domain": None if domain is None else str(domain),
+        "label": str(label),
+    }
+
+
+def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
+    """Every regular member of a tar archive; what cannot be understood is noted in ``damage`` and passed over."""
+    at, found, ended = 0, 0, False
+    long_name: str | None = None
+    long_size: int | None = None
+    offsets: dict[str, tuple[int, int]] = {}  # of hard links' targets
+    while at + _BLOCK <= size:
+        file.seek(at)
+        block = file.read(_BLOCK)
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if not 0 <= header.size < 1 << 62:
+                raise tarfile.HeaderError(f"size {header.size}")
+        except tarfile.HeaderError:
+            following = _next_header(file, at + _BLOCK, size)
+            zeros = not block.strip(b"\0")
+            if following is None and zeros:
+                ended = True
+                if found and size - at > _LONGEST_END:
+                    damage.append(f"{size - at} zeros at the end of {size} bytes: members may be lost")
+                break
+            if found or not zeros or following is not None:
+                until = size if following is None else following
+                what = "zeros" if zeros else "no valid header"
+                damage.append(f"{what} from byte {at} to {until} of {size}: members that were there are lost")
+            if following is None:
+                return
+            at, long_name, long_size = following, None, None
+            continue
+        found += 1
+        start = at + _BLOCK
+        stored = header.size if header.type in _REGULAR or header.type in b"LKxgXS" else 0
+        if header.type in _REGULAR and long_size is not None:
+            stored = long_size
+        at = start + -(-stored // _BLOCK) * _BLOCK
+        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            data = b""
+            if stored <= _LONGEST_NAME:
+                file.seek(start)
+                data = file.read(stored)
+            if header.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            else:
+                records = _pax_records(data)
+                long_name = records.get("path", long_name)
+                stated = records.get("size", "")
+                long_size = min(int(stated), 1 << 62) if re.fullmatch(r"\d{1,30}", stated, re.A) else long_size
+            continue
+        if header.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            continue
+        name = header.name if long_name is None else long_name
+        long_name, long_size = None, None
+        if header.type in _REGULAR:
+            offsets[name] = (start, start + stored)
+            yield _Entry(name, start, start + stored)
+        elif header.type == tarfile.LNKTYPE and header.linkname in offsets:
+            yield _Entry(name, *offsets[header.linkname])
+        elif header.type != tarfile.DIRTYPE and is_audio(name):
+            damage.append(f"{name} is a link or a sparse file, which cannot be read from a shard")
+    if not found:
+        damage.append(f"no members in {size} bytes: an empty tar archive, or none")
+    elif not ended:
+        damage.append(
+            f"the end-of-archive mark is missing after {size} bytes: the shard was cut, and members may be lost"
+        )
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """The records "length key=value" of a pax header; none after the first that is malformed."""
+    records: dict[str, str] = {}
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data):
+            break
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[int(length) :]
+    return records
+
+
+def _next_header(file: BinaryIO, at: int, size: int) -> int | None:
+    """The first block from ``at`` on that is a valid header of a ustar, pax or GNU archive."""
+    step = 1 << 20
+    for start in range(at, size, step):
+        file.seek(start)
+        chunk = file.read(step)
+        place = chunk.find(b"ustar", 257)
+        while place >= 0:
+            if place % _BLOCK == 257:
+                block = chunk[place - 257 : place - 257 + _BLOCK]
+                try:
+                    tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                    return start + place - 257
+                except tarfile.HeaderError:
+                    pass
+            place = chunk.find(b"ustar", place + 1)
+    return None
+
+
+def list_tar(shard: str, domain: str = "") -> Listing:
+    """The clips of a shard in their order, and what is damaged or lost.
+
+    The domain of a clip is what its sidecar states, else ``domain``, else the first folder level inside of the shard.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
+    index = tar_index(shard)
+    listing = Listing([], Counter(index.others), [Skip(shard, "damaged archive", what) for what in index.damage])
+    if index.size == 0:
+        listing.skips[:] = [Skip(shard, "empty file")]
+    for member in index.members:
+        path, end = address(shard, member.name), member.offset + member.size
+        if end > index.size:
+            there = max(0, index.size - member.offset)
+            listing.skips.append(Skip(path, "truncated", f"the shard ends after {there} of {member.size} bytes"))
+            continue
+        found = member.domain
+        if found is None:
+            found = domain or (member.name.split("/")[0] if "/" in member.name else "")
+        listing.files.append(AudioFile(path, member.duration, member.sampling_rate, found, member.label))
+    return listing
+
+
+class _Lookup:
+    """Name to place for the members of one shard, in 24 bytes each: every data worker holds all shards of a run."""
+
+    def __init__(self, index: TarIndex) -> None:
+        self.stamp = (index.size, index.mtime_ns)
+        hashes = np.array([_hash(member.name) for member in index.members], np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[order]
+        self._places = np.array([(member.offset, member.size) for member in index.members], np.int64).reshape(-1, 2)
+        self._places = self._places[order]
+
+    def find(self, name: str) -> tuple[int, int] | None:
+        """(offset, size) of a member."""
+        key = np.uint64(_hash(name))
+        place = int(np.searchsorted(self._hashes, key))
+        if place == len(self._hashes) or self._hashes[place] != key:
+            return None
+        offset, size = self._places[place].tolist()
+        return offset, size
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
+
+
+_lookups: dict[str, _Lookup] = {}
+_lock = threading.Lock()
+
+
+def open_tar_member(shard: str, name: str) -> BinaryIO:
+    """The bytes of one member as a file.
+
+    Raises:
+        AudioError: no such member, or the shard ends before it does.
+        OSError: the shard cannot be read.
+    """
+    file = open(shard, "rb", buffering=0)  # noqa: SIM115 (closed by the section)
+    try:
+        status = os.fstat(file.fileno())
+        with _lock:
+            lookup = _lookups.get(shard)
+            if lookup is None or lookup.stamp != (status.st_size, status.st_mtime_ns):
+                lookup = _lookups[shard] = _Lookup(tar_index(shard))
+        found = lookup.find(name)
+        if found is None:
+            raise AudioError(address(shard, name), "missing", "no such member in the shard")
+        offset, size = found
+        if size == 0:
+            raise AudioError(address(shard, name), "empty file")
+        if offset + size > status.st_size:
+            there = max(0, status.st_size - offset)
+            raise AudioError(address(shard, name), "truncated", f"the shard ends after {there} of {size} bytes")
+        return io.BufferedReader(Section(file, offset, size), 1 << 16)
+    except BaseException:
+        file.close()
+        raise

@@ -1,0 +1,98 @@
+"""Names of audio: an :class:`AudioFile`, the extensions that are audio, and addresses of clips in archives.
+
+A clip inside of a larger file is named ``shard.tar::speech/a.flac``, ``clips.h5::12`` or ``data.parquet::12``. Such an
+address is accepted wherever the path of an audio file is: in :class:`AudioFile`, manifests, reports and ``load_audio``.
+"""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bestrq2.errors import Skip
+
+__all__ = [
+    "ARCHIVES",
+    "EXTENSIONS",
+    "AudioFile",
+    "Listing",
+    "address",
+    "group_of",
+    "is_archive",
+    "is_audio",
+    "split_address",
+]
+
+_TAR, _HDF5, _ARROW = {".tar"}, {".h5", ".hdf5"}, {".arrow", ".parquet"}
+ARCHIVES = frozenset(_TAR | _HDF5 | _ARROW)
+
+
+_ADDRESS = re.compile(rf"(.+?(?:{'|'.join(re.escape(suffix) for suffix in sorted(ARCHIVES))}))::(.+)", re.I | re.S)
+
+
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether the extension is one of a file that holds clips: tar, HDF5, Arrow or Parquet."""
+    return Path(path).suffix.lower() in ARCHIVES
+
+
+def address(archive: str, member: str | int) -> str:
+    """The path of a clip in an archive."""
+    return f"{archive}::{member}"
+
+
+def split_address(path: str) -> tuple[str, str] | None:
+    """(archive, member) of the address of a clip in an archive, None for the path of a file."""
+    found = _ADDRESS.fullmatch(path) if "::" in path else None
+    return None if found is None else (found[1], found[2])
+
+
+def group_of(path: str) -> str:
+    """The folder of a file; of a clip in an archive, the archive's folder and the clip's folder in it.
+
+    So clips of one folder stay together when they are packed into several shards.
+    """
+    parts = split_address(path)
+    if parts is None:
+        return os.path.dirname(path)
+    return address(os.path.dirname(parts[0]), os.path.dirname(parts[1]))
+
+
+@dataclass(frozen=True)
+class AudioFile:
+    """One audio file, or a clip in an archive by its address (see ``members``).
+
+    ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read.
+    """
+
+    path: str
+    duration: float | None = None
+    sampling_rate: int | None = None
+    domain: str = ""
+    label: str = ""
+
+    @property
+    def group(self) -> str:
+        """Files of one group may follow each other in one training sample: same domain, else same folder."""
+        return self.domain or group_of(self.path)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder or an archive holds: audio ``files``, how many other files by extension, what could not be read.
+
+    ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
+    """
+
+    files: list[AudioFile]
+    ignored: Counter[str] = field(default_factory=Counter)
+    skips: list[Skip] = field(default_factory=list)
+    archives: list[tuple[str, str]] = field(default_factory=list)
+
+
+EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})
+
+
+def is_audio(path: str | os.PathLike[str]) -> bool:
+    """Whether the extension is one that :func:`load_audio` is meant for."""
+    return Path(path).suffix.lower() in EXTENSIONS

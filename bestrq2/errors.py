@@ -1,0 +1,111 @@
+"""Every error of this package. All derive from :class:`BestRQError`, so that a program can catch them together.
+
+The operations (``bestrq2.ops``) and layers raise Python's own ``TypeError``, ``ValueError`` and ``RuntimeError``.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "REASONS",
+    "AudioError",
+    "BestRQError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ManifestError",
+    "OutOfMemory",
+    "Skip",
+    "TrainingError",
+    "UnknownLayoutError",
+]
+
+
+class BestRQError(Exception):
+    """Base class: something the user can change; the message says what was expected and what was found."""
+
+
+class ConfigError(BestRQError, ValueError):
+    """A configuration that cannot be used; the message names the key and what was expected."""
+
+
+class TrainingError(BestRQError):
+    """Training cannot go on; the message says what to change."""
+
+
+class OutOfMemory(TrainingError):
+    """The memory of this rank alone; the others do not know of it."""
+
+
+class ManifestError(BestRQError, ValueError):
+    """A manifest that cannot be understood; the message names the file and, where there is one, the line."""
+
+
+class UnknownLayoutError(ConfigError):
+    """A file whose tensors are not those of a layout we know; the message lists their names."""
+
+
+class CheckpointError(BestRQError):
+    """A checkpoint that could not be written or read; the message says which file and why."""
+
+
+REASONS = (
+    "missing",  # no such file
+    "not readable",  # permissions, an I/O error, a directory or device
+    "empty file",  # zero bytes
+    "not decodable",  # not audio, or damaged before its first sample
+    "truncated",  # more than 1 % of what the file promises is not there
+    "no samples",  # a valid file without audio, or none in the span asked for
+    "not finite",  # NaN or infinite samples
+    "out of range",  # samples beyond any integer format: squares of them overflow float32
+    "too short",  # less than the caller's minimum
+    "silent",  # found by a check: no sample above SILENCE
+    "duplicate",  # found by a check: decodes to the same samples as an earlier file
+    "damaged archive",  # a part of a tar shard, HDF5, Arrow or Parquet file; its clips are unknown
+)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A file (or a part of one) that was left out: ``reason`` is one of ``REASONS``, ``detail`` may be empty."""
+
+    path: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        # A file name that is not UTF-8 must not turn a report into a UnicodeEncodeError, one with a line break or an
+        # escape sequence not into two lines or a coloured terminal.
+        text = os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return f"{name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class AudioError(BestRQError):
+    """A file that cannot be used. ``path``, ``reason`` (one of ``REASONS``) and ``detail`` say which and why."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, detail: str = "") -> None:
+        if reason not in REASONS:
+            raise ValueError(f"reason must be one of {REASONS}, got {reason!r}")
+        self.skip = Skip(os.fspath(path), reason, detail)
+        super().__init__(str(self.skip))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AudioError, (self.path, self.reason, self.detail)
+
+    @property
+    def path(self) -> str:
+        return self.skip.path
+
+    @property
+    def reason(self) -> str:
+        return self.skip.reason
+
+    @property
+    def detail(self) -> str:
+        return self.skip.detail
+
+
+class DataError(BestRQError, RuntimeError):
+    """A source of audio that gives nothing to work with; the message says what was found and why it was left out."""

@@ -1,0 +1,166 @@
+"""From the outputs of an encoder's blocks to features: which layers, how they are joined, frames or one vector a clip.
+
+The names of the options are the same everywhere: ``encoder.encode(...)``, ``bestrq2.embed`` and ``bestrq2.probe``.
+
+Letters: L layers, B clips, T frames, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bestrq2.config import ConfigError
+
+from .layer_choice import check_layers
+
+Pooling = Literal["mean", "max", "mean+std"]
+Combination = Literal["each", "average", "concatenate"]
+RowJoin = Literal["average", "concatenate"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+COMBINATIONS: tuple[str, ...] = get_args(Combination)
+ROW_JOINS: tuple[str, ...] = get_args(RowJoin)
+NAMED_LAYERS = ("all", "middle", "final")
+
+
+def named_layers(name: str, depth: int) -> list[int | None]:
+    """Layers by name: "all" blocks and the final output, the two blocks in the "middle", the "final" output (None).
+
+    An encoder that shows no layers, or a single one, has only its final output in the middle.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name == "all":
+        return [*range(depth), None]
+    if name == "middle":
+        return [depth // 2 - 1, depth // 2] if depth > 1 else [None]
+    if name == "final":
+        return [None]
+    raise ValueError(f"layers: expected a list of numbers or one of {', '.join(NAMED_LAYERS)}, got {name!r}")
+
+
+def parse_layers(text: str, depth: int) -> list[int | None]:
+    """A name (see :func:`named_layers`), or a comma-separated list of block numbers and ``final``.
+
+    Raises:
+        ConfigError: for anything else, or a block that the encoder does not have.
+    """
+    if text in NAMED_LAYERS:
+        return named_layers(text, depth)
+    known = {**{str(number): number for number in range(depth)}, "final": None}
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            blocks = f"0..{depth - 1}" if depth else "no blocks in this encoder"
+            raise ConfigError(
+                f"--layers: expected all, middle, or {blocks} and final separated by commas, got {name!r}"
+            )
+    return [known[name] for name in names]
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: if ``value`` is none of ``choices``, naming the option.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def combine_layers(features: Tensor, combine: str) -> Tensor:
+    """Join layers: ``(L, ..., D)`` -> ``(..., D)`` averaged, ``(..., L D)`` concatenated, or unchanged for "each".
+
+    Each frame of each layer is brought to mean 0 and deviation 1 over D before averaging, because the outputs of blocks
+    grow with depth; a single layer stays as it is.
+
+    Raises:
+        ValueError: for another ``combine``.
+    """
+    check_choice("combine", combine, COMBINATIONS)
+    if combine == "each":
+        return features
+    if len(features) == 1:
+        return features[0]
+    if combine == "average":
+        return nn.functional.layer_norm(features, features.shape[-1:]).mean(0)
+    return torch.cat(tuple(features), -1)
+
+
+def pool_frames(features: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    """Frames to one vector a clip: ``(..., B, T, D)`` with ``lengths (B,)`` valid frames -> ``(..., B, D)``, twice as
+    wide for "mean+std" (the deviation over time divides by the number of frames).
+
+    Raises:
+        ValueError: for another ``pooling``.
+    """
+    check_choice("pooling", pooling, POOLINGS)
+    lengths = lengths.to(features.device)
+    inside = (torch.arange(features.shape[-2], device=features.device) < lengths[:, None])[..., None]
+    if pooling == "max":
+        return features.masked_fill(~inside, -torch.inf).amax(-2)
+    count = lengths.clamp(min=1)[:, None].to(features.dtype)
+    mean = torch.where(inside, features, 0).sum(-2) / count
+    if pooling == "mean":
+        return mean
+    spread = torch.where(inside, features - mean[..., None, :], 0).square().sum(-2) / count
+    return torch.cat((mean, spread.sqrt()), -1)
+
+
+class ReadoutMixin:
+    """``encode`` for a class that has ``depth`` and ``encode_layers``."""
+
+    depth: Any
+
+    def encode(
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        layer: int | None = None,
+        *,
+        layers: str | Sequence[int | None] | None = None,
+        combine: str = "average",
+        rows: str = "average",
+        pooling: str | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Features of whole clips of any length; the same alone and in any batch.
+
+        Args:
+            waveform: ``(B, S)`` floating, at ``sampling_rate``.
+            lengths: ``(B,)`` valid samples; None: all.
+            layer: None for the final, normalised output; 0..depth-1 for the output of a block.
+            layers: several of them instead: a list, "all", or "middle" (the two blocks in the middle).
+            combine: of several layers: "average" (each frame of each layer brought to mean 0 and deviation 1 first),
+                "concatenate" (L times as wide), or "each" (stacked in front).
+            rows: of 2-D patches, the tokens of one time step are averaged or concatenated ("concatenate", from low to
+                high frequency); strips have one row.
+            pooling: None for frames; "mean", "max" or "mean+std" over time for one vector a clip.
+            options: of ``encode_layers``.
+
+        Returns:
+            features ``(B, T, D)`` float32 (zeros behind a clip's end), ``(B, D)`` with ``pooling``, an L in front with
+            "each"; and feature_lengths ``(B,)`` int64 on the CPU, the number of frames either way.
+
+        Raises:
+            ValueError: for wrong shapes or lengths, an unknown layer or option, or both ``layer`` and ``layers``.
+        """
+        if layer is not None and layers is not None:
+            raise ValueError("layer and layers: give one of them")
+        check_choice("combine", combine, COMBINATIONS)
+        if pooling is not None:
+            check_choice("pooling", pooling, POOLINGS)
+        if layers is None:
+            wanted: list[int | None] = [layer]
+            combine = "average"  # of one layer: itself
+        else:
+            wanted = named_layers(layers, self.depth) if isinstance(layers, str) else check_layers(layers, self.depth)
+        features, counts = self.encode_layers(waveform, lengths, wanted, rows=rows, **options)  # type: ignore[attr-defined]
+        features = combine_layers(features, combine)
+        if len(wanted) > 1 and combine == "average":  # normalising the zeros behind a clip's end keeps them zeros
+            inside = torch.arange(features.shape[-2], device=features.device) < counts.to(features.device)[:, None]
+            features = features * inside[..., None]
+        if pooling is not None:
+            features = pool_frames(features, counts, pooling)
+        return features, counts

@@ -1,0 +1,77 @@
+"""Labels and features brought together: the clips that could be read, their folds, and one matrix per features."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .evaluation import Outcome, Rows, chance, clip_rows, frame_rows, probe_features, probe_retrieval
+from .features import Features
+from .folds import NEVER, make_folds
+from .labels import LabelledClips, settle
+from .task import ProbeTask
+
+FEW_GROUPS = 10
+
+
+@dataclass
+class Experiment:
+    """
+    Attributes:
+        task: what is asked.
+        clips: those that can be used.
+        folds: ``(N,)`` fold in which a clip is tested; empty for retrieval.
+        rows: what heads are fitted to; None for retrieval.
+        values: matrix ``(rows, D)`` of every kind of features, by name.
+        seconds: of every clip.
+        parts: by name, how many layers the head weights.
+    """
+
+    task: ProbeTask
+    clips: LabelledClips
+    folds: np.ndarray
+    rows: Rows | None
+    values: dict[str, np.ndarray]
+    seconds: list[float]
+    parts: dict[str, int] = field(default_factory=dict)
+
+    def probe(self, name: str, head: str) -> Outcome:
+        """One head on one kind of features; retrieval has no head."""
+        if self.rows is None:
+            return probe_retrieval(self.values[name], self.clips, self.task)
+        parts = self.parts.get(name, 1)
+        return probe_features(self.values[name], self.rows, self.clips, self.seconds, self.task, head, parts)
+
+    def chance(self, outcome: Outcome) -> float:
+        return chance(self.rows, outcome)
+
+
+def assemble(labels: LabelledClips, features: Features, task: ProbeTask, hop: float) -> Experiment:
+    """
+    Args:
+        labels: of all clips, as :func:`~bestrq2.probing.labels.read_clips` gives them.
+        features: of those among them that could be read; ``hop`` is theirs, in seconds, if they are frames.
+
+    Raises:
+        ConfigError: if too little is left to train on and test.
+    """
+    readable = labels.take(features.usable)
+    for skip in features.skips:
+        readable.left_out[f"unreadable: {skip.reason}"] += 1
+    clips, kept = settle(readable, task)
+    per_clip = {name: [values[i] for i in kept] for name, values in features.of.items()}
+    seconds = [features.seconds[i] for i in kept]
+    if task.kind == "retrieval":
+        values = {name: np.stack(rows).astype(np.float64) for name, rows in per_clip.items()}
+        return Experiment(task, clips, np.zeros(0, np.int64), None, values, seconds, features.parts)
+    folds = make_folds(clips, task)
+    tested = len(np.unique(clips.groups[folds != NEVER]))
+    if tested < FEW_GROUPS:
+        clips.warnings.append(f"only {tested} groups are tested: their intervals say little")
+    if task.kind == "events":
+        counts = [len(frames) for frames in next(iter(per_clip.values()))]
+        rows = frame_rows(clips, folds, counts, hop)
+        values = {name: np.concatenate(frames) for name, frames in per_clip.items()}
+    else:
+        rows = clip_rows(clips, folds)
+        values = {name: np.stack(vectors).astype(np.float64) for name, vectors in per_clip.items()}
+    return Experiment(task, clips, folds, rows, values, seconds, features.parts)

@@ -1,0 +1,280 @@
+"""Checkpoints: a folder of safetensors and one JSON file, written atomically, verified by checksum when read.
+
+``step-00001000/`` holds ``model.safetensors`` (weights and buffers, quantizer included), ``training.safetensors``
+(optimizer moments and counters), with averaging ``ema.safetensors`` (as the first, with averaged weights), and
+``state.json`` (step, configuration, SHA-256 of all of them). Nothing in it is executable, and reading never unpickles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bestrq2.errors import CheckpointError
+
+WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors", "ema.safetensors", "state.json"
+FORMAT = "bestrq2-checkpoint-1"
+PREFIX = "step-"
+BEST = "best.json"
+# Hidden folders that a kill may leave behind: a checkpoint half written, one half deleted.
+WRITING, DISCARDED = ".writing-", ".discarded-"
+
+
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk.
+
+    Attributes:
+        folder: where it is.
+        step: completed training steps.
+        config: the resolved configuration as nested dictionaries.
+        extra: further JSON state of the trainer.
+        weights_file: what :meth:`weights` reads: the plain weights or the averaged ones.
+    """
+
+    folder: Path
+    step: int
+    config: dict[str, Any]
+    extra: dict[str, Any]
+    weights_file: str = WEIGHTS
+
+    def weights(self) -> dict[str, Tensor]:
+        return _load_tensors(self.folder / self.weights_file)
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights, if the run kept one."""
+        return _load_tensors(self.folder / AVERAGED) if (self.folder / AVERAGED).exists() else None
+
+    def training_state(self) -> dict[str, Tensor]:
+        return _load_tensors(self.folder / TRAINING)
+
+
+def save_checkpoint(
+    parent: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    training: Mapping[str, Tensor],
+    config: dict[str, Any],
+    extra: dict[str, Any],
+    keep_last: int,
+    averaged: Mapping[str, Tensor] | None = None,
+    keep: Collection[str] = (),
+) -> Path:
+    """Write ``parent/step-XXXXXXXX`` so that a crash at any moment leaves either all of it or none of it.
+
+    Everything goes to a hidden folder, is flushed to disk, and is then renamed. Checkpoints of earlier steps beyond
+    ``keep_last`` are deleted only afterwards, but for those whose folder names are in ``keep``. Those of later steps
+    are left alone: a run that passed over a damaged one must not take it for the newest.
+
+    Raises:
+        CheckpointError: if the disk is full or the folder cannot be written. Nothing partial remains, and the earlier
+            checkpoints are untouched.
+    """
+    final = parent / f"{PREFIX}{step:08d}"
+    partial = parent / f"{WRITING}{final.name}"
+    tensors = {WEIGHTS: weights, TRAINING: training} | ({AVERAGED: averaged} if averaged is not None else {})
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        checksums = {}
+        for name, group in tensors.items():
+            save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / name)
+            _flush(partial / name)
+            checksums[name] = _sha256(partial / name)
+        state = {"format": FORMAT, "step": step, "files": checksums, "config": config, "extra": extra}
+        (partial / STATE).write_text(json.dumps({"sha256": _digest(state), "state": state}, indent=1))
+        _flush(partial / STATE)
+        _flush(partial)
+        if final.exists():  # a resumed run reaches a step again: same content, but possibly the damaged copy
+            _discard(final)
+        partial.rename(final)
+        _flush(parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(parent).free if parent.exists() else 0
+        raise CheckpointError(
+            f"could not save the checkpoint of step {step} to {final}: {error} "
+            f"({needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free). Earlier checkpoints are untouched."
+        ) from error
+    for old in [folder for folder in list_checkpoints(parent) if _step_of(folder) <= step][:-keep_last]:
+        if old.name not in keep:
+            with suppress(OSError):
+                _discard(old)
+    return final
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """Checkpoint folders ``step-<number>``, oldest first. Copies under other names are none of ours."""
+    found = (p for p in parent.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir())
+    return sorted(found, key=_step_of)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Delete what a killed process left half written or half deleted. No other process may be writing there."""
+    for pattern in (f"{WRITING}*", f"{DISCARDED}*"):
+        for folder in parent.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint so that a kill in between leaves nothing that looks like one."""
+    hidden = folder.with_name(f"{DISCARDED}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint and verify the checksum of every file.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or of another format, naming it.
+    """
+    state = read_state(folder)
+    for name, expected in state["files"].items():
+        try:
+            actual = _sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: cannot be read: {error}") from error
+        if actual != expected:
+            raise CheckpointError(f"{folder / name}: damaged (checksum {actual[:12]}, expected {expected[:12]})")
+    return Checkpoint(folder, state["step"], state["config"], state["extra"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``step``, ``config``, ``extra`` and the checksums of a checkpoint, without a look at its tensors.
+
+    Raises:
+        CheckpointError: if its JSON file is missing, damaged or of another format.
+    """
+    path = folder / STATE
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    state = document.get("state") if isinstance(document, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: not the state of a bestrq2 checkpoint")
+    if document.get("sha256") != _digest(state):
+        raise CheckpointError(f"{path}: damaged (checksum differs)")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: expected format {FORMAT!r}, found {state.get('format')!r}")
+    for name, kind in (("step", int), ("files", dict), ("config", dict), ("extra", dict)):
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{path}: {name}: expected {kind.__name__}, found {type(state.get(name)).__name__}")
+    return state
+
+
+def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and one message for each newer one that was passed over."""
+    problems: list[str] = []
+    for folder in reversed(list_checkpoints(parent)):
+        try:
+            return read_checkpoint(folder), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint that a user means by a path: a ``step-*`` folder, a run folder, or its ``checkpoints`` folder.
+
+    The path of a checkpoint's ``ema.safetensors`` means that checkpoint with its averaged weights.
+
+    Raises:
+        CheckpointError: if there is none that is intact.
+    """
+    if path.suffix == ".safetensors" and (path.parent / STATE).exists():
+        if path.name not in (WEIGHTS, AVERAGED):
+            raise CheckpointError(f"{path}: expected {WEIGHTS} or {AVERAGED} of a checkpoint")
+        return replace(read_checkpoint(path.parent), weights_file=path.name)
+    if (path / STATE).exists():
+        return read_checkpoint(path)
+    problems: list[str] = []
+    for parent in _parents(path):
+        found, messages = newest_intact(parent)
+        problems += messages
+        if found:
+            return found
+    detail = f": {'; '.join(problems)}" if problems else " (expected a run folder or a step-* folder with state.json)"
+    raise CheckpointError(f"{path}: no intact checkpoint{detail}")
+
+
+def _parents(path: Path) -> Iterator[Path]:
+    if (path / "checkpoints").is_dir():
+        yield path / "checkpoints"
+    if path.is_dir():
+        yield path
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def read_best(parent: Path) -> list[tuple[float, int]]:
+    """(value, step) of every checkpoint that has a value, best first, from the checkpoints themselves."""
+    found = []
+    for folder in list_checkpoints(parent):
+        try:
+            state = read_state(folder)
+        except CheckpointError:
+            continue
+        value = state["extra"].get("score")
+        if isinstance(value, (int, float)) and value == value:
+            found.append((float(value), state["step"]))
+    return sorted(found)
+
+
+def write_best(parent: Path, best: list[tuple[float, int]]) -> None:
+    """Record the best checkpoints, and let the link ``best`` point to the first."""
+    partial = parent / f"{BEST}.partial"
+    partial.write_text(json.dumps([{"value": value, "step": step} for value, step in best]) + "\n")
+    partial.replace(parent / BEST)
+    link = parent / ".best.partial"
+    link.unlink(missing_ok=True)
+    os.symlink(folder_name(best[0][1]), link)
+    link.replace(parent / "best")

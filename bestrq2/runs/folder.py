@@ -1,0 +1,268 @@
+"""The folder of a run: configuration, versions, logs, checkpoints and the report."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+from yaml import YAMLError
+
+from bestrq2.runs.checkpoint import list_checkpoints
+from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml
+from bestrq2.data import Skip
+from bestrq2.version import __version__
+
+from bestrq2.errors import TrainingError
+from .metrics import MetricsLog, read_metrics
+
+__all__ = ["MetricsLog", "RunFolder", "git_revision", "installed_version", "read_metrics"]
+
+LIBRARIES = ("torch", "triton", "numpy", "soundfile", "soxr", "safetensors", "omegaconf")
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Attributes:
+        path: the folder.
+        checkpoints: its checkpoints.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, runs: Path, name: str | None, config: Config, reuse: bool = False) -> "RunFolder":
+        """Make a new folder ``runs/name``, or ``runs/<recipe>-NNN`` with the first free number.
+
+        ``reuse`` allows ``runs/name`` to exist: a run that ended before its first checkpoint begins again.
+
+        Raises:
+            ConfigError: if ``name`` exists already or the folder cannot be made.
+        """
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            if name is not None:
+                folder = runs / name
+                if folder.exists() and not reuse:
+                    raise ConfigError(f"--name {name}: {folder} exists; use --resume {folder} to continue it")
+                folder.mkdir(exist_ok=reuse)
+            else:
+                number = 1
+                while True:
+                    folder = runs / f"{config.recipe}-{number:03d}"
+                    try:
+                        folder.mkdir()
+                        break
+                    except FileExistsError:
+                        number += 1
+            run = cls(folder)
+            run.write_config(config)
+            run.checkpoints.mkdir(exist_ok=reuse)
+        except OSError as error:
+            raise ConfigError(f"cannot make a run folder in {runs}: {error}") from error
+        return run
+
+    @classmethod
+    def existing(cls, runs: Path, path: str | None) -> "RunFolder":
+        """The run at ``path``, or the one in ``runs`` whose checkpoints are newest.
+
+        Raises:
+            ConfigError: if there is no run with a checkpoint.
+        """
+        if path:
+            run = cls(Path(path))
+            if not (run.path / "config.yaml").exists():
+                raise ConfigError(f"--resume {path}: expected a run folder with config.yaml")
+            return run
+        found = [cls(p.parent) for p in runs.glob("*/config.yaml")]
+        found = [run for run in found if list_checkpoints(run.checkpoints)]
+        if not found:
+            raise ConfigError(f"--resume: no run with a checkpoint in {runs}")
+        return max(found, key=lambda run: max(p.stat().st_mtime for p in list_checkpoints(run.checkpoints)))
+
+    def write_config(self, config: Config) -> None:
+        """
+        Raises:
+            ConfigError: if the file cannot be written; the one there stays as it was.
+        """
+        try:
+            _write(self.path / "config.yaml", config_to_yaml(config))
+        except OSError as error:
+            raise ConfigError(f"{self.path / 'config.yaml'} cannot be written: {error}") from error
+
+    def read_config(self, saved: Mapping[str, Any] | None = None) -> Config:
+        """The configuration in ``config.yaml``.
+
+        Args:
+            saved: the configuration of a checkpoint of this run. It is taken, with a warning, if the file cannot be
+                read or lacks entries that ``saved`` has: a file cut short would mean defaults.
+
+        Raises:
+            ConfigError: if the file is damaged and ``saved`` is not given.
+        """
+        path = self.path / "config.yaml"
+        try:
+            loaded = OmegaConf.load(path)
+            values = OmegaConf.to_container(loaded) if isinstance(loaded, DictConfig) else {}
+            problem = _first_missing(values, saved or config_to_dict(Config()))  # type: ignore[arg-type]
+            if problem is None:
+                return config_from_dict(values)  # type: ignore[arg-type]
+            problem = f"no entry {problem}"
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+            if isinstance(error, ConfigError):
+                raise
+            problem = str(error).splitlines()[0]
+        if saved is None:
+            raise ConfigError(f"{path}: damaged or cut short ({problem})")
+        print(
+            f"warning: {path} is damaged or cut short ({problem}); the configuration of the checkpoint is used",
+            file=sys.stderr,
+        )
+        return config_from_dict(dict(saved))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training into this folder. The system unlocks it however this one ends.
+
+        Raises:
+            TrainingError: if another process does. File systems without locks are not protected.
+        """
+        try:
+            import fcntl
+
+            file = (self.path / ".lock").open("a")
+        except (ImportError, OSError):
+            yield
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainingError(f"{self.path}: another process trains in this run folder; stop it first") from error
+            except OSError:
+                pass
+            yield
+
+    def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
+        """Append the files that could not be read to ``skipped.txt`` (one per rank) and say so; never silent."""
+        self.note_skips(skips, rank)
+        for skip in skips:
+            tqdm.write(f"warning: skipped {skip}")
+
+    def note_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
+        """Append to ``skipped.txt`` alone, for files that were spoken of already."""
+        if not skips:
+            return
+        try:
+            with (self.path / ("skipped.txt" if rank == 0 else f"skipped-rank{rank}.txt")).open("a") as file:
+                file.writelines(f"{skip}\n" for skip in skips)
+        except OSError as error:
+            tqdm.write(f"warning: the list of skipped files could not be written: {error}")
+
+    def summarise(self, report: Path | None) -> None:
+        """Print what the run came to."""
+        rows = [row for row in read_metrics(self.path) if row["loss"]]
+        tail = rows[-max(10, len(rows) // 10) :]
+
+        def mean(name: str) -> float:
+            return sum(float(row[name]) for row in tail) / len(tail)
+
+        print(
+            f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
+            f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
+            f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
+        )
+        print(f"Features:  python -m bestrq2.embed {self.path} FILES_OR_FOLDER --out features")
+        if report is not None:
+            print(f"Report:    {report}")
+
+    def write_versions(self, device: str, processes: int = 1) -> None:
+        """Record what this run ran on, appended once per start."""
+        record = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": " ".join(sys.argv),
+            "bestrq2": __version__,
+            "git": git_revision(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "processor": processor_name(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "processes": processes,
+            **{name: installed_version(name) for name in LIBRARIES},
+        }
+        try:
+            _write(self.path / "versions.json", json.dumps([*self.read_versions(), record], indent=1) + "\n")
+        except OSError as error:
+            print(f"warning: {self.path / 'versions.json'} could not be written: {error}", file=sys.stderr)
+
+    def read_versions(self) -> list[dict[str, Any]]:
+        """The record of every start of this run, oldest first."""
+        try:
+            found = json.loads((self.path / "versions.json").read_text())
+        except (OSError, ValueError):
+            return []
+        return found if isinstance(found, list) else []
+
+
+def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key that ``expected`` has and ``values`` has not."""
+    for key, entry in expected.items():
+        if key not in values:
+            return f"{prefix}{key}"
+        if isinstance(entry, Mapping):
+            inner = values[key] if isinstance(values[key], Mapping) else {}
+            if (found := _first_missing(inner, entry, f"{prefix}{key}.")) is not None:
+                return found
+    return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole: a kill in the middle must not leave a run that cannot be resumed."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def processor_name() -> str:
+    """Model name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that bestrq2 is imported from (with "+changes" if it differs), or None outside of one."""
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, capture_output=True, check=True, timeout=10, env=environment)
+        revision = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(
+            revision, capture_output=True, text=True, check=True, timeout=10, env=environment
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

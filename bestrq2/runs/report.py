@@ -1,0 +1,44 @@
+"""The report of a run: ``report.html`` with everything in one file, and ``report.png`` with the curves alone."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .report_curves import draw_curves
+from .report_page import page
+from .record import RunRecord
+
+
+def save_report(folder: Path, title: str | None = None) -> Path | None:
+    """Write ``report.html`` and ``report.png`` into a run folder, from what lies there; the run may be going on.
+
+    Returns:
+        path of the HTML; None when nothing was logged yet, or when the disk does not take the report (with a warning:
+        it can be made again at any time by ``python -m bestrq2.report RUN``).
+    """
+    run = RunRecord(folder)
+    if not run.rows:
+        return None
+    if title is None:
+        title = f"{run.setting('recipe', run.name)}, {run.step} steps"
+    try:
+        return write_report([run], folder / "report.html", f"{run.name} ({title})")
+    except OSError as error:
+        print(f"warning: the report could not be written: {error}", file=sys.stderr)
+        return None
+
+
+def write_report(runs: Sequence[RunRecord], path: Path, title: str) -> Path:
+    """Write ``path`` (HTML) and a PNG of the curves beside it, about one run or several in comparison.
+
+    Raises:
+        OSError: if the files cannot be written.
+    """
+    picture = path.with_suffix(".png")
+    partial = picture.with_name(picture.name + ".partial")
+    drawn = draw_curves(partial, list(runs), title)
+    if drawn:
+        partial.replace(picture)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page(runs, title, picture if drawn else None), encoding="utf-8")
+    return partial.replace(path)

@@ -1,0 +1,100 @@
+"""Layers joined, rows kept, frames pooled: by hand on known tensors, and on encoders."""
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+
+from bestrq2.config import ConfigError, load_config
+from bestrq2.models import build_encoder
+from bestrq2.models.readout import combine_layers, named_layers, parse_layers, pool_frames
+
+WAVES = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.tensor([16000, 9000])
+
+
+def encoder(*overrides, recipe="best_rq2_tiny"):
+    sizes = ["model.encoder.width=32", "model.encoder.depth=3", "model.encoder.heads=2", "model.encoder.hidden=64"]
+    front = ["model.front_end.normalize=global", "model.front_end.mean=-47", "model.front_end.std=31"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_encoder(load_config(recipe, [*front, *sizes, *overrides]).model).eval()
+
+
+def test_layers_by_name():
+    assert named_layers("all", 3) == [0, 1, 2, None]
+    assert named_layers("middle", 6) == [2, 3]
+    assert named_layers("middle", 12) == [5, 6]
+    assert named_layers("middle", 3) == [0, 1]
+    assert [named_layers("middle", depth) for depth in (0, 1)] == [[None], [None]]
+    assert parse_layers(" 2, final", 3) == [2, None]
+    with pytest.raises(ConfigError, match=r"0\.\.2 and final separated by commas, got '3'"):
+        parse_layers("3", 3)
+    with pytest.raises(ValueError, match="one of all, middle, final, got 'last'"):
+        named_layers("last", 3)
+
+
+def test_pooling_by_hand():
+    features = torch.tensor([[[1.0, 5.0], [3.0, 5.0], [99.0, -99.0]], [[2.0, 0.0], [4.0, 1.0], [6.0, 5.0]]])
+    lengths = torch.tensor([2, 3])
+    assert pool_frames(features, lengths, "mean").tolist() == [[2, 5], [4, 2]]
+    assert pool_frames(features, lengths, "max").tolist() == [[3, 5], [6, 5]]
+    expected = torch.tensor([[2, 5, 1, 0], [4, 2, (8 / 3) ** 0.5, (14 / 3) ** 0.5]])
+    torch.testing.assert_close(pool_frames(features, lengths, "mean+std"), expected)
+    with pytest.raises(ValueError, match="pooling: expected one of mean, max, mean"):
+        pool_frames(features, lengths, "median")
+
+
+def test_deviation_of_large_values_is_exact():
+    frames = 1000 + torch.tensor([[[0.0], [0.5], [1.0]]])
+    assert pool_frames(frames, torch.tensor([3]), "mean+std")[0, 1] == pytest.approx(6**-0.5, rel=1e-5)
+
+
+def test_combine_by_hand():
+    layers = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(combine_layers(layers, "average"), layer_norm(layers, (8,)).mean(0))
+    assert torch.equal(combine_layers(layers, "concatenate")[..., 8:16], layers[1])
+    assert combine_layers(layers, "each") is layers
+    assert torch.equal(combine_layers(layers[:1], "average"), layers[0])
+    with pytest.raises(ValueError, match="combine: expected one of each, average, concatenate, got 'sum'"):
+        combine_layers(layers, "sum")
+
+
+@pytest.mark.parametrize("recipe", ["best_rq2_tiny", "best_rq2_conformer_tiny"])
+def test_encode(recipe):
+    model = encoder(recipe=recipe)
+    blocks, counts = model.encode_layers(WAVES, LENGTHS)
+    each, same = model.encode(WAVES, LENGTHS, layers="all", combine="each")
+    assert torch.equal(each, blocks)
+    assert torch.equal(same, counts)
+    joined = model.encode(WAVES, LENGTHS, layers=[0, None], combine="concatenate")[0]
+    assert torch.equal(joined, torch.cat((blocks[0], blocks[-1]), -1))
+    average = model.encode(WAVES, LENGTHS, layers="middle")[0]
+    short = int(counts[1])
+    torch.testing.assert_close(average[1, :short], layer_norm(blocks[:2, 1, :short], (32,)).mean(0))
+    assert not average[1, short:].any()
+    pooled = model.encode(WAVES, LENGTHS, layers=[1], pooling="mean+std")[0]
+    alone = blocks[1, 1, :short]
+    torch.testing.assert_close(pooled[1], torch.cat((alone.mean(0), alone.std(0, correction=0))), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        pooled[:1], model.encode(WAVES[:1], layer=1, pooling="mean+std")[0], rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="give one of them"):
+        model.encode(WAVES, layer=0, layers=[1])
+    with pytest.raises(ValueError, match="pooling: expected one of"):
+        model.encode(WAVES, pooling="median")
+
+
+def test_rows_of_a_time_step():
+    """16 x 4 patches of 64 bands: four rows, whose mean is the usual feature."""
+    model = encoder("model.encoder.patch_height=16")
+    kept, counts = model.encode(WAVES, LENGTHS, layer=1, rows="concatenate")
+    mean = model.encode(WAVES, LENGTHS, layer=1)[0]
+    assert kept.shape == (2, int(counts.max()), 4 * 32)
+    torch.testing.assert_close(kept.unflatten(-1, (4, 32)).mean(2), mean, rtol=1e-4, atol=1e-5)
+    # The first of them is the lowest: a change of the highest bands alone moves the last rows most.
+    tokens = model.patches(WAVES, LENGTHS)
+    output = model(model.embed(tokens.values, tokens.positions()[None]), tokens.positions()[None], tokens.lengths)
+    final = model.encode(WAVES, LENGTHS, rows="concatenate")[0]
+    torch.testing.assert_close(output.unflatten(1, (-1, 4))[0, :, 0], final[0, :, :32], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="rows: expected one of average, concatenate"):
+        model.encode(WAVES, rows="stack")
