@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "block_rows.h"
 #include "chunked_attention.h"
@@ -16,6 +18,7 @@
 #include "parallel.h"
 #include "quantize.h"
 #include "quantize_cuda.h"
+#include "short_attention.h"
 
 namespace py = pybind11;
 
@@ -200,18 +203,18 @@ PYBIND11_MODULE(_C, m) {
     bestrq2::chunked_attention_backward(a);
   });
   // Transformer blocks. Positional, because they are called dozens of times a step; absent tensors have address 0.
-  m.def("norm_rows_forward", [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width,
-                                std::int64_t rows_per_clip, std::uintptr_t x, std::uintptr_t branch,
-                                std::uintptr_t scale, float factor, float epsilon, std::uintptr_t weight,
-                                std::uintptr_t bias, std::uintptr_t sum, std::uintptr_t out, int threads) {
-    bestrq2::NormRows a{};
-    a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
-    a.x = at<void>(x), a.branch = at<void>(branch), a.scale = at<float>(scale), a.factor = factor;
-    a.epsilon = epsilon, a.weight = at<float>(weight), a.bias = at<float>(bias);
-    a.sum = at<void>(sum), a.out = at<void>(out), a.threads = threads;
-    const py::gil_scoped_release release;
-    bestrq2::norm_rows_forward(a);
-  });
+  m.def("norm_rows_forward",
+        [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width, std::int64_t rows_per_clip,
+           std::uintptr_t x, std::uintptr_t branch, std::uintptr_t scale, float factor, float epsilon,
+           std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t sum, std::uintptr_t out, int threads) {
+          bestrq2::NormRows a{};
+          a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
+          a.x = at<void>(x), a.branch = at<void>(branch), a.scale = at<float>(scale), a.factor = factor;
+          a.epsilon = epsilon, a.weight = at<float>(weight), a.bias = at<float>(bias);
+          a.sum = at<void>(sum), a.out = at<void>(out), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::norm_rows_forward(a);
+        });
   m.def("norm_rows_backward",
         [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width, std::int64_t rows_per_clip,
            std::uintptr_t scale, float factor, float epsilon, std::uintptr_t weight, std::uintptr_t sum,
@@ -226,17 +229,17 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           bestrq2::norm_rows_backward(a);
         });
-  m.def("rotary_rows_forward", [](bool bf16, std::int64_t rows, std::int64_t heads, std::int64_t dim,
-                                  std::int64_t angle_rows, float epsilon, std::uintptr_t qkv,
-                                  std::uintptr_t query_weight, std::uintptr_t key_weight, std::uintptr_t cos,
-                                  std::uintptr_t sin, std::uintptr_t out, int threads) {
-    bestrq2::RotaryRows a{};
-    a.bf16 = bf16, a.rows = rows, a.heads = heads, a.dim = dim, a.angle_rows = angle_rows, a.epsilon = epsilon;
-    a.qkv = at<void>(qkv), a.query_weight = at<float>(query_weight), a.key_weight = at<float>(key_weight);
-    a.cos = at<float>(cos), a.sin = at<float>(sin), a.out = at<void>(out), a.threads = threads;
-    const py::gil_scoped_release release;
-    bestrq2::rotary_rows_forward(a);
-  });
+  m.def("rotary_rows_forward",
+        [](bool bf16, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int64_t angle_rows, float epsilon,
+           std::uintptr_t qkv, std::uintptr_t query_weight, std::uintptr_t key_weight, std::uintptr_t cos,
+           std::uintptr_t sin, std::uintptr_t out, int threads) {
+          bestrq2::RotaryRows a{};
+          a.bf16 = bf16, a.rows = rows, a.heads = heads, a.dim = dim, a.angle_rows = angle_rows, a.epsilon = epsilon;
+          a.qkv = at<void>(qkv), a.query_weight = at<float>(query_weight), a.key_weight = at<float>(key_weight);
+          a.cos = at<float>(cos), a.sin = at<float>(sin), a.out = at<void>(out), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::rotary_rows_forward(a);
+        });
   m.def("rotary_rows_backward",
         [](bool bf16, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int64_t angle_rows, float epsilon,
            std::uintptr_t qkv, std::uintptr_t query_weight, std::uintptr_t key_weight, std::uintptr_t cos,
@@ -247,7 +250,8 @@ PYBIND11_MODULE(_C, m) {
           a.bf16 = bf16, a.rows = rows, a.heads = heads, a.dim = dim, a.angle_rows = angle_rows, a.epsilon = epsilon;
           a.qkv = at<void>(qkv), a.query_weight = at<float>(query_weight), a.key_weight = at<float>(key_weight);
           a.cos = at<float>(cos), a.sin = at<float>(sin), a.rows_per_clip = rows_per_clip;
-          const auto strided = [](const std::array<std::int64_t, 4>& from, const void*& address, std::int64_t* strides) {
+          const auto strided = [](const std::array<std::int64_t, 4>& from, const void*& address,
+                                  std::int64_t* strides) {
             address = at<void>(static_cast<std::uintptr_t>(from[0]));
             std::copy(from.begin() + 1, from.end(), strides);
           };
@@ -259,13 +263,13 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           bestrq2::rotary_rows_backward(a);
         });
-  m.def("gated_rows_forward", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x,
-                                 std::uintptr_t out, int threads) {
-    bestrq2::GatedRows a{};
-    a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.out = at<void>(out), a.threads = threads;
-    const py::gil_scoped_release release;
-    bestrq2::gated_rows_forward(a);
-  });
+  m.def("gated_rows_forward",
+        [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x, std::uintptr_t out, int threads) {
+          bestrq2::GatedRows a{};
+          a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.out = at<void>(out), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::gated_rows_forward(a);
+        });
   m.def("gated_rows_backward", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x,
                                   std::uintptr_t grad, std::uintptr_t grad_x, int threads) {
     bestrq2::GatedRows a{};
@@ -274,4 +278,32 @@ PYBIND11_MODULE(_C, m) {
     const py::gil_scoped_release release;
     bestrq2::gated_rows_backward(a);
   });
+  // sizes: batch, heads, queries, keys, dim. Rows: address, then strides of batch, head and token.
+  const auto short_attention = [](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+                                  const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp,
+                                  int threads) {
+    bestrq2::ShortAttention a{};
+    a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.keys = sizes[3], a.dim = sizes[4];
+    a.lengths = at<const std::int64_t>(lengths), a.scale = scale, a.logsumexp = at<float>(logsumexp);
+    a.threads = threads;
+    bestrq2::TokenRows* const fields[] = {&a.query, &a.key,        &a.value,    &a.out,
+                                          &a.grad,  &a.grad_query, &a.grad_key, &a.grad_value};
+    for (std::size_t i = 0; i < std::min(rows.size(), std::size(fields)); ++i)
+      *fields[i] = {at<std::uint16_t>(static_cast<std::uintptr_t>(rows[i][0])), rows[i][1], rows[i][2], rows[i][3]};
+    return a;
+  };
+  m.def("short_attention_forward",
+        [short_attention](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+                          const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
+          const auto a = short_attention(sizes, lengths, scale, rows, logsumexp, threads);
+          const py::gil_scoped_release release;
+          bestrq2::short_attention_forward(a);
+        });
+  m.def("short_attention_backward",
+        [short_attention](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+                          const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
+          const auto a = short_attention(sizes, lengths, scale, rows, logsumexp, threads);
+          const py::gil_scoped_release release;
+          bestrq2::short_attention_backward(a);
+        });
 }

@@ -19,16 +19,17 @@ struct NormRows {
   int threads;
 
   // Backward: of (sum, out) to x, branch, weight and bias. `sum` is read.
-  const void *grad_sum, *grad_out;      // grad_sum null: 0
-  void *grad_x, *grad_branch;           // grad_branch null: not wanted (it equals grad_x where scale and factor are 1)
-  float *grad_weight, *grad_bias;       // (width), null: not wanted
+  const void *grad_sum, *grad_out;  // grad_sum null: 0
+  void *grad_x, *grad_branch;       // grad_branch null: not wanted (it equals grad_x where scale and factor are 1)
+  float *grad_weight, *grad_bias;   // (width), null: not wanted
 };
 
 void norm_rows_forward(const NormRows& a);
 void norm_rows_backward(const NormRows& a);
 
-// qkv (rows, 3, heads, dim) -> out (rows, 2, heads, dim): queries and keys, RMS-normalised where weights are given, then
-// channel pairs (i, i + dim / 2) turned by the angle of their row. cos and sin (angle_rows, dim / 2), row % angle_rows.
+// qkv (rows, 3, heads, dim) -> out (rows, 2, heads, dim): queries and keys, RMS-normalised where weights are given,
+// then channel pairs (i, i + dim / 2) turned by the angle of their row. cos and sin (angle_rows, dim / 2), row %
+// angle_rows.
 struct RotaryRows {
   bool bf16;
   int64_t rows, heads, dim, angle_rows;

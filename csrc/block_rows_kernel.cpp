@@ -278,12 +278,11 @@ void gated_backward(const GatedRows& a, int64_t first, int64_t last) {
   }
 }
 
-#define BY_TYPE(name) \
-  [](const auto& a, auto... rest) { a.bf16 ? name<uint16_t>(a, rest...) : name<float>(a, rest...); }
+#define BY_TYPE(name) [](const auto& a, auto... rest) { a.bf16 ? name<uint16_t>(a, rest...) : name<float>(a, rest...); }
 
 }  // namespace
 
-extern const BlockRows block_rows = {BY_TYPE(norm_forward),   BY_TYPE(norm_backward), BY_TYPE(rotary_forward),
+extern const BlockRows block_rows = {BY_TYPE(norm_forward),    BY_TYPE(norm_backward), BY_TYPE(rotary_forward),
                                      BY_TYPE(rotary_backward), BY_TYPE(gated_forward), BY_TYPE(gated_backward)};
 
 }  // namespace BESTRQ2_ISA

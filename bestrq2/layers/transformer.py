@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attend, self_attend
 from .block_rows import Rotation, gated, residual_norm, scaled, split_heads, stochastic_depth
-from .masking import valid_mask
 
 Norm = Literal["layer_norm", "rms_norm"]
 FeedForward = Literal["gelu", "swiglu"]
@@ -78,7 +78,7 @@ def make_norm(kind: Norm, width: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through ``scaled_dot_product_attention``."""
+    """Multi-head self-attention; ``lengths (B,)`` are valid tokens on the device, None: all."""
 
     def __init__(self, s: TransformerSettings) -> None:
         super().__init__()
@@ -88,11 +88,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(s.head_dim, eps=1e-5) if s.qk_norm else nn.Identity()
         self.proj = nn.Linear(s.width, s.width, bias=s.bias)
 
-    def forward(self, x_BND: Tensor, keys_B11N: Tensor | None, rotation: Rotation | None) -> Tensor:
+    def forward(self, x_BND: Tensor, lengths: Tensor | None, rotation: Rotation | None) -> Tensor:
         B, N, D = x_BND.shape
         qkv = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = split_heads(qkv, self.q_norm, self.k_norm, rotation)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_B11N)
+        if rotation is None and isinstance(self.q_norm, nn.Identity):
+            mixed = self_attend(qkv, lengths)
+        else:
+            mixed = attend(*split_heads(qkv, self.q_norm, self.k_norm, rotation), lengths)
         return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
 
 
@@ -115,7 +117,7 @@ class Block(nn.Module):
     """Attention and feed-forward, each ``x + scale * dropout(branch(norm(x)))``.
 
     Shapes:
-        x ``(B, N, D)``, keys ``(B, 1, 1, N)`` bool or None, rotation: cos and sin ``(B or 1, N, d / 2)`` or None,
+        x ``(B, N, D)``, lengths ``(B,)`` valid tokens on the device or None, rotation: cos and sin ``(B or 1, N, d / 2)`` or None,
         scales ``(2, B)`` of stochastic depth or None -> ``(B, N, D)``.
     """
 
@@ -128,11 +130,11 @@ class Block(nn.Module):
         self.dropout = s.dropout
 
     def forward(
-        self, x: Tensor, keys: Tensor | None = None, rotation: Rotation | None = None, scales: Tensor | None = None
+        self, x: Tensor, lengths: Tensor | None = None, rotation: Rotation | None = None, scales: Tensor | None = None
     ) -> Tensor:
         first, second = (None, None) if scales is None else scales.unbind()
         x, normed = residual_norm(x, None, self.norm1)
-        branch = F.dropout(self.attn(normed, keys, rotation), self.dropout, self.training)
+        branch = F.dropout(self.attn(normed, lengths, rotation), self.dropout, self.training)
         x, normed = residual_norm(x, branch, self.norm2, first)
         return x + scaled(F.dropout(self.mlp(normed), self.dropout, self.training), second)
 
@@ -167,13 +169,14 @@ class Transformer(nn.Module):
         angles: Tensor | None = None,
         layer_outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        keys = None if lengths is None else valid_mask(lengths, x.shape[1], x.device)
-        keys = None if keys is None else keys[:, None, None, :]
+        if lengths is not None:
+            padded = bool((lengths < x.shape[1]).any())
+            lengths = lengths.to(x.device, non_blocking=True) if padded else None
         rotation = None if angles is None else (angles.cos(), angles.sin())
         # Drawn here, not in the blocks: their constants would make torch.compile compile each of them again.
         scales = stochastic_depth(self.drop_rates, 2, len(x), x.device) if self.training else None
         for number, block in enumerate(self.blocks):
-            arguments = (x, keys, rotation, None if scales is None else scales[number])
+            arguments = (x, lengths, rotation, None if scales is None else scales[number])
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
