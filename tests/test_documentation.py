@@ -43,13 +43,14 @@ def test_example_runs(code, tmp_path, monkeypatch):
 
 
 def commands():
-    """Every command line of every page, without the comment behind it."""
+    """Every command of every page, without the comment behind it."""
     for page in PAGES:
         for block in code_of(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words:
-                    yield pytest.param(words, id=f"{page}: {' '.join(words)[:60]}")
+                for chained in shlex.join(shlex.split(line, comments=True)).split(" '&&' "):
+                    words = shlex.split(chained)
+                    if words:
+                        yield pytest.param(words, id=f"{page}: {' '.join(words)[:60]}")
 
 
 class Accepted(Exception):
