@@ -1,9 +1,10 @@
 """The published way to pretrain, written out in plain PyTorch: what a reader of the papers would write first.
 
 Independent of ``bestrq2``: nothing is imported from it, weights are PyTorch's own. fp32 STFT, ``nn.LayerNorm`` or
-``nn.RMSNorm``, attention with stored scores, logits of the masked rows in full, ``F.cross_entropy``, ``torch.optim.AdamW``
-with its defaults. Sources: arXiv 2606.30700 and its code (Transformer, masks shared by the batch), the model card of
-BEST-RQ-2.1 (strips, rotary positions, RMSNorm, SwiGLU, QK norm), SpeechBrain's BEST-RQ recipe (Conformer).
+``nn.RMSNorm``, attention with stored scores, logits of the masked rows in full, ``F.cross_entropy``,
+``torch.optim.AdamW`` with its defaults. Sources: arXiv 2606.30700 and its code (Transformer, masks shared
+by the batch), the model card of BEST-RQ-2.1 (strips, rotary
+positions, RMSNorm, SwiGLU, QK norm), SpeechBrain's BEST-RQ recipe (Conformer).
 
 Shape letters: B clips, N tokens, D width, H heads, d = D / H.
 """

@@ -11,7 +11,8 @@ namespace bestrq2 {
 namespace {
 
 constexpr int64_t kValuesPerTask = 1 << 14;  // about ten microseconds: less is not worth handing out
-constexpr int64_t kMostSegments = 64;        // partial sums of weight gradients
+constexpr int64_t kRowsPerSum = 16;
+constexpr int64_t kMostSegments = 64;  // partial sums of weight gradients
 
 const BlockRows& kernels() {
 #ifdef BESTRQ2_X86
@@ -27,7 +28,8 @@ struct Cut {
 
   Cut(int64_t rows, int64_t width, bool summed) : rows(rows) {
     step = std::max<int64_t>(1, kValuesPerTask / std::max<int64_t>(width, 1));
-    if (summed) step = std::max(step, (rows + kMostSegments - 1) / kMostSegments);
+    // Short sums of sums round less than one long sum.
+    if (summed) step = std::max(std::min(step, kRowsPerSum), (rows + kMostSegments - 1) / kMostSegments);
     tasks = (rows + step - 1) / step;
   }
 

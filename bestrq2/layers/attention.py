@@ -107,9 +107,10 @@ class _ShortAttention(torch.autograd.Function):
         out = query.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
         logsumexp = torch.empty(batch, heads, num_queries, dtype=torch.float32)
         ctx.sizes, ctx.scale = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5
+        rows = [*map(_place, (query, key, value, out))]
         native.extension().short_attention_forward(
-            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, [*map(_place, (query, key, value, out))],
-            logsumexp.data_ptr(), torch.get_num_threads(),
+            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(lengths, logsumexp, *frames)
         return out

@@ -117,8 +117,8 @@ class Block(nn.Module):
     """Attention and feed-forward, each ``x + scale * dropout(branch(norm(x)))``.
 
     Shapes:
-        x ``(B, N, D)``, lengths ``(B,)`` valid tokens on the device or None, rotation: cos and sin ``(B or 1, N, d / 2)`` or None,
-        scales ``(2, B)`` of stochastic depth or None -> ``(B, N, D)``.
+        x ``(B, N, D)``, lengths ``(B,)`` valid tokens on the device or None, rotation: cos and sin
+        ``(B or 1, N, d / 2)`` or None, scales ``(2, B)`` of stochastic depth or None -> ``(B, N, D)``.
     """
 
     def __init__(self, s: TransformerSettings) -> None:
