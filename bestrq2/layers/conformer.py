@@ -186,6 +186,7 @@ class Conformer(nn.Module):
         super().__init__()
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
+        self.compiled = False  # whether the blocks are, see training/compilation.py
         steps = max(1, settings.depth - 1)
         self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
         self.blocks = nn.ModuleList(ConformerBlock(settings) for _ in range(settings.depth))
@@ -225,6 +226,9 @@ class Conformer(nn.Module):
         table = relative_sinusoids(*offsets, self.settings.width, self.settings.symmetric_positions, x.device)
         table = table.to(x.dtype)
         scales = stochastic_depth(self.drop_rates, 4, len(x), x.device) if self.training else None
+        if self.compiled:
+            for tensor, tokens in ((x, 1), (table, 0)):
+                torch._dynamo.maybe_mark_dynamic(tensor, tokens)
         for number, block in enumerate(self.blocks):
             of_block = None if scales is None else scales[number]
             if self.activation_checkpointing and torch.is_grad_enabled():

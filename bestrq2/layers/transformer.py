@@ -152,6 +152,7 @@ class Transformer(nn.Module):
         settings.check()
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
+        self.compiled = False  # whether the blocks are, see training/compilation.py
         steps = max(1, settings.depth - 1)
         self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.depth))
@@ -173,6 +174,9 @@ class Transformer(nn.Module):
             padded = bool((lengths < x.shape[1]).any())
             lengths = lengths.to(x.device, non_blocking=True) if padded else None
         rotation = None if angles is None else (angles.cos(), angles.sin())
+        if self.compiled:
+            for tensor in (x, *(rotation or ())):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
         # Drawn here, not in the blocks: their constants would make torch.compile compile each of them again.
         scales = stochastic_depth(self.drop_rates, 2, len(x), x.device) if self.training else None
         for number, block in enumerate(self.blocks):

@@ -42,8 +42,16 @@ Encoder = ViTEncoder | ConformerEncoder
 
 def num_predicted(encoder: Encoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
     """Targets in a batch of clips with these ``lengths (B,)`` in samples."""
-    tokens = torch.tensor([encoder.num_tokens(samples) for samples in lengths.tolist()], dtype=torch.int64)
-    return int(masking.num_predicted(tokens, step).sum())
+    samples, clips = lengths.unique(return_counts=True)
+    tokens = torch.tensor([encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64)
+    return int((masking.num_predicted(tokens, step) * clips).sum())
+
+
+def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int]]:
+    """(seen tokens, predicted tokens, number of such clips) for every pair that occurs: clips of equal length agree."""
+    pairs = torch.stack((plan.seen_lengths, plan.predicted_lengths), dim=1)
+    sizes, clips = pairs.unique(dim=0, return_counts=True)
+    return [(seen, predicted, count) for (seen, predicted), count in zip(sizes.tolist(), clips.tolist())]
 
 
 class BestRQ2(nn.Module):
@@ -92,9 +100,10 @@ class BestRQ2(nn.Module):
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
         project = 2.0 * self.predictor.input_proj.weight.numel()
-        for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
-            total += self.encoder.flops(seen, seen + predicted) + seen * project
-            total += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted)
+        for seen, predicted, clips in clip_sizes(plan):
+            one = self.encoder.flops(seen, seen + predicted) + seen * project
+            one += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted)
+            total += clips * one
         return 3.0 * total
 
 
@@ -156,7 +165,7 @@ class BestRQ(nn.Module):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
+        for seen, predicted, clips in clip_sizes(plan):
             tokens = seen + predicted
-            total += self.encoder.flops(tokens, tokens) + self.head.flops(predicted)
+            total += clips * (self.encoder.flops(tokens, tokens) + self.head.flops(predicted))
         return 3.0 * total

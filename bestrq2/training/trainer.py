@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,12 @@ from bestrq2.hardware import (
     choose_precision,
     describe_device,
     is_out_of_memory,
+    keep_freed_memory,
     memory_metrics,
     out_of_memory,
     peak_flops,
 )
 from bestrq2.hashing import mix
-from bestrq2.layers.conformer import ConformerBlock
-from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 from bestrq2.ops.native import extension_obstacle
@@ -34,6 +34,7 @@ from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import MetricsLog, skip_metrics
 from bestrq2.runs.report import save_report
 
+from .compilation import compile_blocks, compiles
 from .distributed import Ranks, only_accumulate, whole
 from .evaluation import Evaluation
 from .feeder import Feeder
@@ -81,10 +82,10 @@ class Trainer:
         self.resumed = checkpoint is not None
         self.state = TrainingState(config, model, ranks, self.device, self.autocast, checkpoint)
         self.model = self.state.model
-        if settings.compile:
-            for module in self.model.modules():
-                if isinstance(module, (Block, ConformerBlock)):
-                    module.compile(dynamic=True)
+        if compiles(settings.compile, self.device):
+            compile_blocks(self.model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.fingerprint = ranks.from_first(lambda: data_fingerprint(dataset))
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
@@ -192,15 +193,16 @@ class Trainer:
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
             state.usage.update(codes, valid, decay=number == 0)
-        norm = self._clip()
+        values = torch.cat((torch.stack(losses).sum(0), self._clip()[None]))
+        queued = self._queue_update(values)
         feeder.prefetch()
         totals.failures = float(feeder.error is not None)
-        # The only wait for the device in a step.
-        loss, accuracy, self.grad_norm = torch.cat((torch.stack(losses).sum(0), norm[None])).tolist()
+        # The only wait for the device in a step; where the update is queued, at its end.
+        loss, accuracy, self.grad_norm = values.tolist()
         own_loss = loss
         totals.loss, totals.accuracy, totals.targets = loss, accuracy, sum(counts)
         totals = totals.summed(self.ranks)
-        self._update(batch, totals, own_loss)
+        self._update(batch, totals, own_loss, queued)
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch, totals)
         return totals
@@ -223,15 +225,31 @@ class Trainer:
         scale = self.state.scale.value
         if scale != 1.0:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
+        most = self.config.optimizer.max_grad_norm
+        if most is None:  # nothing is rescaled
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, most)
         return whole(norm).float()
 
-    def _update(self, batch: Batch, totals: StepTotals, own_loss: float) -> None:
+    def _queue_update(self, values: Tensor) -> bool:
+        """On one GPU: hand the update to the device before anybody has seen whether loss and norm (the first and third
+        of ``values``) are finite; the device itself leaves it out where they are not. Returns whether it was handed
+        over."""
+        if self.device.type != "cuda" or self.ranks.size > 1:
+            return False
+        optimizer: Any = self.state.optimizer
+        optimizer.grad_scale, optimizer.found_inf = None, (~values[::2].isfinite().all()).float()
+        optimizer.step()
+        return True
+
+    def _update(self, batch: Batch, totals: StepTotals, own_loss: float, queued: bool) -> None:
         state = self.state
         finite = is_finite(totals.loss) and is_finite(self.grad_norm)
         explained = state.scale.update(finite)
         if finite:
-            state.optimizer.step()
+            if not queued:
+                state.optimizer.step()
             if state.average is not None:
                 state.average.update()
             self.bad_in_a_row = 0
