@@ -39,7 +39,7 @@ class Failed(Exception):
 
 
 def obstacle() -> str | None:
-    """Why resident memory cannot be measured on this machine, or None."""
+    """Reason why resident memory cannot be measured on this machine, or None."""
     if not sys.platform.startswith("linux"):
         return "peak memory needs Linux"
     if not hasattr(ctypes.CDLL(None), "mallopt"):

@@ -16,7 +16,7 @@ GRACE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: exit status (negative: signal), whether its deadline ended it, how long it ran."""
+    """End of a process: exit status (negative: signal), whether its deadline ended it, how long it ran."""
 
     status: int
     late: bool

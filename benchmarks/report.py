@@ -91,7 +91,7 @@ def group_key(row: Row) -> tuple[str, str, str]:
 
 
 def ratio_of_ours(row: Row, group: Sequence[Row]) -> float | None:
-    """How many times the total of ``bestrq2`` (same cache state) this provider takes."""
+    """Time of this provider as a multiple of the time of ``bestrq2`` (same cache state)."""
     ours = next(
         (total_ms(other) for other in group if other["provider"] == OURS and other["cache"] == row["cache"]), None
     )

@@ -1,10 +1,10 @@
 """Features of audio files from a trained encoder.
 
-    python -m bestrq2.embed runs/best_rq2_tiny-001 recording.wav --out features
-    python -m bestrq2.embed runs/best_rq2_tiny-001 FOLDER other.flac --out features --format parquet
-    python -m bestrq2.embed WAV2VEC2_FOLDER FOLDER --out features --layers all --pooling mean+std
+    bestrq2 embed runs/best_rq2_tiny-001 recording.wav --out features
+    bestrq2 embed runs/best_rq2_tiny-001 FOLDER other.flac --out features --format parquet
+    bestrq2 embed WAV2VEC2_FOLDER FOLDER --out features --layers all --pooling mean+std
 
-SOURCE is a run or anything else that ``bestrq2.load`` opens, a local folder of a transformers audio model, an X-ARES
+ENCODER is a run or anything else that ``bestrq2.load`` opens, a local folder of a transformers audio model, an X-ARES
 encoder file, or FILE.py:NAME or PACKAGE.MODULE:NAME of a module with our ``encode``.
 
 ``--format npy`` writes ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width) with the
@@ -24,16 +24,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-# As in bestrq2.train: threads that wait must not spin. OpenMP reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from bestrq2.command import command, leave
 
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from bestrq2.config import ConfigError
-from bestrq2.data import AudioError, AudioFile, DataError, ManifestError, Skip, collect, iterate_clips
-from bestrq2.errors import CheckpointError
+from bestrq2.data import AudioFile, Skip, collect, iterate_clips
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, parse_layers, pool_frames
@@ -194,11 +193,14 @@ def embed(
     yield from flush()
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SOURCE", help="run, exported or published encoder, transformers folder, ...")
+    parser.add_argument(
+        "encoder", metavar="ENCODER", help="run, exported or published encoder, transformers folder, ..."
+    )
     parser.add_argument("inputs", nargs="+", help="audio files, folders, manifests, tar shards, .h5 or saved datasets")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument("--format", choices=("npy", "parquet"), default="npy")
@@ -207,37 +209,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--combine", choices=COMBINATIONS, default="each", help="of several layers (default: each)")
     parser.add_argument("--rows", choices=ROW_JOINS, default="average", help="of 2-D patches (default: average)")
     parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="frames to clip features (default: mean)")
-    parser.add_argument("--pool", choices=POOLINGS, dest="pooling", help=argparse.SUPPRESS)  # its name before
+    parser.add_argument("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that a transformers folder brings along"
     )
     options = parser.parse_args(arguments)
-    try:
-        if options.batch_size < 1:
-            raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
-        if options.layer is not None and options.layers is not None:
-            raise ConfigError("--layer and --layers: give one of them")
-        device = choose_device(options.device)
-        encoder = open_encoder(options.source, device, trust_remote_code=options.trust_remote_code)
-        depth = encoder.depth
-        if options.layer is not None and not 0 <= options.layer < depth:
-            raise ConfigError(f"--layer: expected 0..{depth - 1}, got {options.layer}")
-        layers = parse_layers(options.layers, depth) if options.layers is not None else None
-        named, messages = find_files(options.inputs)
-        for message in messages:
-            print(f"warning: {message}", file=sys.stderr)
-        options.out.mkdir(parents=True, exist_ok=True)
-        writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
-        reading = {"layer": options.layer, "layers": layers, "combine": options.combine, "rows": options.rows}
-        return run(encoder, named, writer, options.batch_size, reading, options.pooling)
-    except (CheckpointError, ConfigError, DataError, ManifestError, AudioError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write to {options.out}: {error}", file=sys.stderr)
-        return 2
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
+    if options.layer is not None and options.layers is not None:
+        raise ConfigError("--layer and --layers: give one of them")
+    device = choose_device(options.device)
+    encoder = open_encoder(options.encoder, device, trust_remote_code=options.trust_remote_code)
+    depth = encoder.depth
+    if options.layer is not None and not 0 <= options.layer < depth:
+        raise ConfigError(f"--layer: expected 0..{depth - 1}, got {options.layer}")
+    layers = parse_layers(options.layers, depth) if options.layers is not None else None
+    named, messages = find_files(options.inputs)
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)
+    options.out.mkdir(parents=True, exist_ok=True)
+    writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
+    reading = {"layer": options.layer, "layers": layers, "combine": options.combine, "rows": options.rows}
+    return run(encoder, named, writer, options.batch_size, reading, options.pooling)
 
 
 def run(
@@ -283,4 +278,4 @@ def run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,6 +19,7 @@ __all__ = [
     "Skip",
     "TrainingError",
     "UnknownLayoutError",
+    "printable",
 ]
 
 
@@ -66,6 +67,15 @@ REASONS = (
 )
 
 
+def printable(name: str) -> str:
+    """A file name for a message or a table: bytes that are not UTF-8, line breaks and control characters are escaped.
+
+    Such a name must not turn a report into a UnicodeEncodeError, into two lines, or into a coloured terminal.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class Skip:
     """A file (or a part of one) that was left out: ``reason`` is one of ``REASONS``, ``detail`` may be empty."""
@@ -75,11 +85,7 @@ class Skip:
     detail: str = ""
 
     def __str__(self) -> str:
-        # A file name that is not UTF-8 must not turn a report into a UnicodeEncodeError, one with a line break or an
-        # escape sequence not into two lines or a coloured terminal.
-        text = os.fsencode(self.path).decode("utf-8", "backslashreplace")
-        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-        return f"{name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return f"{printable(self.path)}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 class AudioError(BestRQError):

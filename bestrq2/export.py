@@ -1,23 +1,24 @@
 """Write a trained encoder in the forms that other tools read.
 
-    python -m bestrq2.export runs/best_rq2_base-001 --hf FOLDER                      # transformers: AutoModel
-    python -m bestrq2.export runs/best_rq2_base-001 --xares encoders/best_rq2.py     # X-ARES; --xares-llm for XARES-LLM
-    python -m bestrq2.export runs/best_rq2_base-001 --published best_rq2.safetensors
-    python -m bestrq2.export runs/best_rq2_base-001 --onnx best_rq2.onnx             # and --torch-export best_rq2.pt2
-    python -m bestrq2.export runs/best_rq2_base-001 --s3prl upstream/best_rq2        # expert.py and hubconf.py
+    bestrq2 export runs/best_rq2_base-001 --hf FOLDER                      # transformers: AutoModel
+    bestrq2 export runs/best_rq2_base-001 --xares encoders/best_rq2.py     # X-ARES; --xares-llm for XARES-LLM
+    bestrq2 export runs/best_rq2_base-001 --published best_rq2.safetensors
+    bestrq2 export runs/best_rq2_base-001 --onnx best_rq2.onnx             # and --torch-export best_rq2.pt2
+    bestrq2 export runs/best_rq2_base-001 --s3prl upstream/best_rq2        # expert.py and hubconf.py
 
-RUN is anything that ``bestrq2.load`` opens: a run folder, a step-* folder, an exported file or folder, a published
+ENCODER is anything that ``bestrq2.load`` opens: a run folder, a step-* folder, an exported file or folder, a published
 checkpoint.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from bestrq2.command import command, leave
+
+# isort: split
 from bestrq2.config import ConfigError
-from bestrq2.errors import CheckpointError
 from bestrq2.interchange.graphs import trace, write_onnx, write_torch_export
 from bestrq2.interchange.hugging_face_folder import write_folder
 from bestrq2.interchange.opening import Source, open_source
@@ -65,11 +66,12 @@ def export_graphs(source: Source, onnx: Path | None, torch_export: Path | None) 
     return [write(out, program, encoder, source.config) for write, out in wanted if out is not None]
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="what to export")
+    parser.add_argument("encoder", metavar="ENCODER", help="what to export")
     parser.add_argument("--hf", type=Path, metavar="FOLDER", help="transformers folder, read by AutoModel and by us")
     parser.add_argument("--xares", type=Path, metavar="OUT.py", help="X-ARES encoder file, weights beside it")
     parser.add_argument("--xares-llm", type=Path, metavar="OUT.py", help="XARES-LLM encoder file, weights beside it")
@@ -77,9 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--onnx", type=Path, metavar="OUT.onnx", help="waveform to features, any batch and length")
     parser.add_argument("--torch-export", type=Path, metavar="OUT.pt2", help="the same for torch.export.load")
     parser.add_argument("--s3prl", type=Path, metavar="FOLDER", help="upstream folder of s3prl, all layers")
-    parser.add_argument("--heads", type=int, help="attention heads of a published RUN that does not say them")
+    parser.add_argument("--heads", type=int, help="attention heads of a published ENCODER that does not say them")
     parser.add_argument(
-        "--hop-length", type=int, help="samples between frames of a published RUN that does not say them"
+        "--hop-length", type=int, help="samples between frames of a published ENCODER that does not say them"
     )
     options = parser.parse_args(arguments)
     forms: dict[str, tuple[Callable[[Source, Path], list[str]], Path | None]] = {
@@ -91,21 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
     }
     wanted = [(write, out) for write, out in forms.values() if out is not None]
     graphs = options.onnx is not None or options.torch_export is not None
-    try:
-        if not wanted and not graphs:
-            raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}, --onnx, --torch-export")
-        source = open_source(options.run, heads=options.heads, hop_length=options.hop_length)
-        for write, out in wanted:
-            for line in write(source, out):
-                print(line)
-        if graphs:
-            for line in export_graphs(source, options.onnx, options.torch_export):
-                print(line)
-    except (CheckpointError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not wanted and not graphs:
+        raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}, --onnx, --torch-export")
+    source = open_source(options.encoder, heads=options.heads, hop_length=options.hop_length)
+    for write, out in wanted:
+        for line in write(source, out):
+            print(line)
+    if graphs:
+        for line in export_graphs(source, options.onnx, options.torch_export):
+            print(line)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

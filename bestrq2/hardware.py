@@ -44,7 +44,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware (on a CPU: AVX-512 BF16 or AMX)."""
+    """Return True if bf16 matrix products run in hardware (on a CPU: AVX-512 BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -122,7 +122,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on a GPU or on the CPU."""
+    """Return True if an exception means that an allocation failed, on a GPU or on the CPU."""
     text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text.lower())

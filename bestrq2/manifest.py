@@ -1,22 +1,22 @@
 """List the usable audio files of a source in a CSV manifest.
 
-python -m bestrq2.manifest recordings/ --out manifest.csv --check
+bestrq2 manifest recordings/ --out manifest.csv --check
 """
 
 import argparse
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bestrq2.command import command, leave
 from bestrq2.data import collect, write_manifest
-from bestrq2.errors import DataError, ManifestError
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m bestrq2.data.manifest``: build a manifest; returns the exit status."""
+    """Write the manifest; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.data.manifest",
+        prog="bestrq2 manifest",
         description="List the usable audio files of a folder, with durations, in a CSV manifest for training.",
     )
     parser.add_argument("source", nargs="+", help="folder, manifest, tar shards (a pattern), HDF5, Arrow, Parquet")
@@ -28,29 +28,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".csv":
         parser.error(f"--out must end in .csv, got {out}")
-    try:
-        files, report = collect(
-            options.source,
-            min_seconds=options.min_seconds,
-            check=options.check,
-            num_threads=options.threads,
-            progress=True,
-        )
-        write_manifest(out, files)
-        skipped = out.with_suffix(".skipped.csv")
-        if report.skips:
-            with open(skipped, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file)
-                writer.writerow(["path", "reason", "detail"])
-                writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
-        else:
-            skipped.unlink(missing_ok=True)  # of an earlier run
-    except (DataError, ManifestError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; no manifest written", file=sys.stderr)
-        return 130
+    files, report = collect(
+        options.source,
+        min_seconds=options.min_seconds,
+        check=options.check,
+        num_threads=options.threads,
+        progress=True,
+    )
+    write_manifest(out, files)
+    skipped = out.with_suffix(".skipped.csv")
+    if report.skips:
+        with open(skipped, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "reason", "detail"])
+            writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
+    else:
+        skipped.unlink(missing_ok=True)  # of an earlier run
     hours = sum(item.duration or 0.0 for item in files) / 3600
     print(f"{out}: {len(files)} files, {hours:.2f} h; {report}")
     for line in report.examples():
@@ -61,4 +54,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -1,11 +1,11 @@
-"""What a frozen encoder's features know, beside two baselines.
+"""Evaluate frozen features with linear, MLP and k-NN probes, next to two baselines.
 
-    python -m bestrq2.probe runs/best_rq2_tiny-001        # speech, music or environment, on the 24 clips of the package
-    python -m bestrq2.probe ENCODER clips.csv --label instrument --group recording --head linear,mlp,knn
-    python -m bestrq2.probe ENCODER clips.csv --label tags --kind multilabel --separator ';' --split part
-    python -m bestrq2.probe ENCODER clips.csv --kind events --events events.tsv --group recording
-    python -m bestrq2.probe ENCODER clips.csv --kind retrieval --label phrase --group speaker
-    python -m bestrq2.probe ENCODER clips.csv --kind regression --label bpm --group track --layers all
+    bestrq2 probe runs/best_rq2_tiny-001        # speech, music or environment, on the 24 clips of the package
+    bestrq2 probe ENCODER clips.csv --label instrument --group recording --head linear,mlp,knn
+    bestrq2 probe ENCODER clips.csv --label tags --kind multilabel --separator ';' --split part
+    bestrq2 probe ENCODER clips.csv --kind events --events events.tsv --group recording
+    bestrq2 probe ENCODER clips.csv --kind retrieval --label phrase --group speaker
+    bestrq2 probe ENCODER clips.csv --kind regression --label bpm --group track --layers all
 
 The manifest (CSV, TSV or JSON lines) has a column with the path of each clip, one with its label and, better, one that
 says which clips belong together (speaker, recording, package): a group is never split between training and test.
@@ -25,21 +25,19 @@ Needs scikit-learn: pip install 'bestrq2[probe]'.
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
-# As in bestrq2.train: threads that wait must not spin. OpenMP reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from bestrq2.command import command, leave
 
+# isort: split
 import torch
 from tqdm import tqdm
 
 from bestrq2.config import ConfigError
-from bestrq2.data import ManifestError, Skip, iterate_clips
-from bestrq2.errors import CheckpointError
+from bestrq2.data import Skip, iterate_clips
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
@@ -47,7 +45,7 @@ from bestrq2.models.readout import POOLINGS, ROW_JOINS
 from bestrq2.probing import controls, report
 from bestrq2.probing.evaluation import Outcome
 from bestrq2.probing.experiment import Experiment, assemble
-from bestrq2.probing.features import ENCODER, RANDOM, FeatureError, Features, extract, readings, untrained_copy
+from bestrq2.probing.features import ENCODER, RANDOM, Features, extract, readings, untrained_copy
 from bestrq2.probing.heads import require_sklearn
 from bestrq2.probing.labels import LabelledClips, read_clips
 from bestrq2.probing.task import COMBINATIONS, SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
@@ -191,7 +189,7 @@ def add_log_mel_encoder(
 
 
 def announce(experiment: Experiment) -> None:
-    """What is tested, and what was left out of it."""
+    """Describe the test clips and the rows that were left out."""
     clips, task = experiment.clips, experiment.task
     parts = [f"{len(clips)} clips", f"{clips.groups.max() + 1} groups"]
     if clips.parts is not None:
@@ -218,7 +216,7 @@ def announce(experiment: Experiment) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add(
@@ -245,7 +243,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--regularisation", type=float, help="inverse L2 strength (default: chosen inside the training clips)")
     add("--folds", type=int, help="at most, no more than the groups of the rarest class (default: 5); 0: one per group")
     add("--pooling", choices=POOLINGS, help="over the frames of a clip (default: mean)")
-    add("--pool", choices=POOLINGS, dest="pooling", help=argparse.SUPPRESS)
+    add("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--scaling", choices=SCALINGS, default="all", help="of retrieval: by gallery and queries, by sides, none")
     add(
         "--layers",
@@ -271,16 +269,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        if options.batch_size < 1:
-            raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
-        return run(options)
-    except (CheckpointError, ConfigError, FeatureError, ManifestError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
+    return run(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,25 +1,26 @@
 """Report on runs, at any time: also of a run that goes on, was stopped, or crashed.
 
-    python -m bestrq2.report RUN                         # RUN/report.html and RUN/report.png
-    python -m bestrq2.report RUN RUN2 --out both.html    # curves of several runs over each other
-    python -m bestrq2.report --bad-batch RUN/bad_batches/step-00001234-rank-0.safetensors
+    bestrq2 report RUN                         # RUN/report.html and RUN/report.png
+    bestrq2 report RUN RUN2 --out both.html    # curves of several runs over each other
+    bestrq2 report --bad-batch RUN/bad_batches/step-00001234-rank-0.safetensors
 
 The HTML holds its pictures and needs no network.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from bestrq2.command import command, leave
 from bestrq2.errors import TrainingError
 from bestrq2.runs.bad_batch_report import describe_bad_batch
 from bestrq2.runs.record import RunRecord
 from bestrq2.runs.report import write_report
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
@@ -29,18 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.bad_batch):
         parser.error("expected run folders, or --bad-batch FILE")
-    try:
-        if options.bad_batch:
-            if options.out is not None and options.out.suffix != ".png":
-                raise TrainingError(f"--out: expected a name ending in .png, got {options.out}")
-            for line in describe_bad_batch(options.bad_batch, options.out):
-                print(line)
-        else:
-            for line in report(options.runs, options.out):
-                print(line)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.bad_batch:
+        if options.out is not None and options.out.suffix != ".png":
+            raise TrainingError(f"--out: expected a name ending in .png, got {options.out}")
+        for line in describe_bad_batch(options.bad_batch, options.out):
+            print(line)
+    else:
+        for line in report(options.runs, options.out):
+            print(line)
     return 0
 
 
@@ -71,4 +68,4 @@ def report(folders: list[Path], out: Path | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

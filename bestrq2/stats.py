@@ -1,32 +1,33 @@
 """Mean and deviation of the log-mel values of your audio, for standardised inputs or targets.
 
-    python -m bestrq2.stats --data FOLDER --config best_rq2_1_base --out stats.yaml
-    python -m bestrq2.train --data FOLDER --config my.yaml        # with the numbers under model.front_end
+    bestrq2 stats --data FOLDER --config best_rq2_1_base --out stats.yaml
+    bestrq2 train --data FOLDER --config my.yaml        # with the numbers under model.front_end
 
 Writes a YAML snippet for a recipe. (With ``normalize: global`` and no numbers, training measures them itself.)
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
+from bestrq2.command import command, leave
+
+# isort: split
 import torch
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from bestrq2.config import ConfigError, load_config, recipe_names
-from bestrq2.data import AudioError, DataError, ManifestError, batches
-from bestrq2.errors import TrainingError
+from bestrq2.config import ConfigError, load_config, recipe_names, write_yaml
+from bestrq2.data import batches
+from bestrq2.errors import printable
 from bestrq2.models import build_encoder
 from bestrq2.train import DEFAULT_RECIPE
 from bestrq2.training.open_data import open_dataset
 from bestrq2.training.statistics import measure_statistics
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"YAML file or one of {', '.join(recipe_names())}")
     parser.add_argument(
@@ -39,10 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
     try:
-        overrides = [*options.overrides, "model.front_end.normalize=none"]
+        values = {"model.front_end.normalize": "none"}
         if options.data is not None:
-            overrides.append(f"data.source={json.dumps(options.data)}")
-        config = load_config(options.config, overrides)
+            values["data.source"] = options.data
+        config = load_config(options.config, options.overrides, values)
         dataset = open_dataset(config)
         if options.clips < 1:
             raise ConfigError(f"--clips: expected at least 1, got {options.clips}")
@@ -52,21 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
         progress = tqdm(stream, total=-(-clips // size), desc="measuring", unit="batch")
         found = measure_statistics(build_encoder(config.model).front_end, progress, torch.device("cpu"))
         section = {"normalize": "global", "mean": round(found.mean, 4), "std": round(found.std, 4)}
-        text = f"# over {found.frames} frames of {found.clips} clips of {config.data.source or 'the packaged clips'}\n"
-        text += OmegaConf.to_yaml(OmegaConf.create({"model": {"front_end": section}}))
+        origin = printable(str(config.data.source or "the packaged clips"))
+        text = f"# over {found.frames} frames of {found.clips} clips of {origin}\n"
+        text += write_yaml({"model": {"front_end": section}})
         if options.out is None:
             print(text, end="")
         else:
-            options.out.write_text(text)
+            options.out.write_text(text, encoding="utf-8")
             print(f"mean {found.mean:.2f} dB, deviation {found.std:.2f} dB written to {options.out}")
         return 0
-    except (ConfigError, ManifestError, AudioError, DataError, TrainingError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write {options.out}: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

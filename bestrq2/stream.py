@@ -1,7 +1,7 @@
 """Live features of a file from a streaming encoder, as if it came from a microphone.
 
-    python -m bestrq2.stream runs/streaming_conformer-001 recording.wav
-    python -m bestrq2.stream runs/streaming_conformer-001 recording.wav --chunk-size 8 --left-context 64 --piece 0.1
+    bestrq2 stream runs/streaming_conformer-001 recording.wav
+    bestrq2 stream runs/streaming_conformer-001 recording.wav --chunk-size 8 --left-context 64 --piece 0.1
 
 Audio arrives in pieces of ``--piece`` seconds; every chunk of features is shown when it is complete: its time, how much
 the features moved from frame to frame, and the real-time factor so far (compute seconds per second of audio; below 1
@@ -9,23 +9,20 @@ keeps up). The delay of a feature is its chunk, plus half an analysis window, pl
 """
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# As in bestrq2.train: threads that wait must not spin. OpenMP reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from bestrq2.command import command, leave
 
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
 
 from bestrq2.config import ConfigError
-from bestrq2.data import AudioError, load_audio
-from bestrq2.errors import CheckpointError
+from bestrq2.data import load_audio
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import load
 from bestrq2.models import ConformerEncoder
@@ -87,11 +84,14 @@ def sparkline(features: Tensor, before: Tensor | None) -> str:
     return "".join(LEVELS[int(i)] for i in index)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", help="run folder or step-* folder of a Conformer trained in chunks")
+    parser.add_argument(
+        "encoder", metavar="ENCODER", help="run folder or step-* folder of a Conformer trained in chunks"
+    )
     parser.add_argument("file", type=Path, help="audio file")
     parser.add_argument("--piece", type=float, default=0.1, help="seconds of audio that arrive together (default: 0.1)")
     parser.add_argument("--chunk-size", type=int, help="feature frames per chunk (default: the encoder's)")
@@ -100,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     try:
-        encoder = load(options.checkpoint, device=choose_device(options.device))
+        encoder = load(options.encoder, device=choose_device(options.device))
         if not isinstance(encoder, ConformerEncoder):
-            raise ConfigError(f"{options.checkpoint}: only a Conformer can stream, this is a {type(encoder).__name__}")
+            raise ConfigError(f"{options.encoder}: only a Conformer can stream, this is a {type(encoder).__name__}")
         layout = encoder.layout
         if options.chunk_size is not None or options.left_context is not None:
             chunk = layout.chunk_size if options.chunk_size is None else options.chunk_size
@@ -112,9 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is not None and not options.out.parent.is_dir():
             raise ConfigError(f"--out {options.out}: no such folder")
         return show(encoder, waveform, options.piece, layout, options.out)
-    except (CheckpointError, ConfigError, AudioError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def show(
@@ -143,4 +142,4 @@ def show(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

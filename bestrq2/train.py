@@ -1,32 +1,32 @@
 """Pretrain an audio encoder.
 
-    python -m bestrq2.train                        # tiny model on the 24 clips of the package, less than a minute
-    python -m bestrq2.train --data FOLDER --config best_rq2_small
-    python -m bestrq2.train --data clips.csv --config recipe.yaml train.steps=20000 model.masking.ratio=[0.6,0.8]
-    python -m bestrq2.train --resume runs/best_rq2_small-001
-    python -m bestrq2.train --find-batch --config best_rq2_small           # what fits, what is fastest
-    python -m bestrq2.train --frozen-encoder runs/best_rq2_small-001       # only a head, on cached embeddings
-    torchrun --nproc-per-node 8 --max-restarts 3 -m bestrq2.train --config best_rq2_base --data FOLDER --name b --resume
+    bestrq2 train                        # tiny model on the 24 clips of the package, less than a minute
+    bestrq2 train --data FOLDER --config best_rq2_small
+    bestrq2 train --data clips.csv --config recipe.yaml train.steps=20000 model.masking.ratio=[0.6,0.8]
+    bestrq2 train --resume runs/best_rq2_small-001
+    bestrq2 train --find-batch --config best_rq2_small           # what fits, what is fastest
+    bestrq2 train --frozen-encoder runs/best_rq2_small-001       # only a head, on cached embeddings
+    torchrun --nproc-per-node 8 --max-restarts 3 -m bestrq2 train --config best_rq2_base --data FOLDER --name b --resume
 
 Everything about a run is in its folder: configuration, versions, metrics.csv, TensorBoard events, report.png and
 checkpoints. Exit codes: 0 done, 2 an error with a message, 130 or 143 saved and stopped by SIGINT or SIGTERM.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-# Threads that wait must not spin: on a laptop whose other core is busy, spinning made small models 2.7 times slower.
-# OpenMP reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from bestrq2.command import command, leave
 
+# isort: split
 import torch
 
 from bestrq2.config import Config, ConfigError, load_config, recipe_names, with_overrides
+from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
@@ -44,9 +44,10 @@ DEFAULT_RECIPE = "best_rq2_tiny"
 FAILURES = (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bestrq2 train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
     parser.add_argument("--data", help="folder of audio, CSV/JSONL manifest, tar shards, HDF5 or Parquet file")
@@ -58,13 +59,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="continue a run (default: the newest one); with --name: continue that one, or begin it",
     )
     parser.add_argument(
-        "--frozen-encoder", metavar="SOURCE", help="train only a head on the embeddings of this encoder"
+        "--frozen-encoder", metavar="ENCODER", help="train only a head on the embeddings of this encoder"
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the SOURCE's transformers folder brings"
+        "--trust-remote-code", action="store_true", help="run Python code that the ENCODER's transformers folder brings"
     )
     parser.add_argument(
         "--find-batch", action="store_true", help="try batch sizes of one rank, say which fit and how fast they are"
+    )
+    parser.add_argument(
+        "--show-config", action="store_true", help="print every key with its value and a line about it, and end"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     parser.add_argument("--name", help="name of the new run folder (default: the recipe and a number)")
@@ -74,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.resume and "=" in options.resume and not Path(options.resume).exists():
         options.overrides.insert(0, options.resume)  # "--resume train.steps=100": an override followed the bare option
         options.resume = ""
+    if options.show_config:
+        print(describe(load_config(options.config or DEFAULT_RECIPE, options.overrides, chosen_values(options))))
+        return 0
     ranks = Ranks.start()
     try:
         return run(options, ranks)
@@ -81,9 +88,6 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.is_first or isinstance(error, OutOfMemory):
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the first step, or a second time
-        ranks.say("interrupted", file=sys.stderr)
-        return 130
     finally:
         ranks.close()
 
@@ -91,19 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and options.resume is None:
         raise ConfigError("--max-restarts: torchrun repeats this command line, so it needs --name NAME --resume")
-    overrides = list(options.overrides)
-    if options.data is not None:
-        # Quoted: a folder may be called "a: b" or "2024".
-        overrides.append(f"data.source={json.dumps(options.data)}")
-    if options.frozen_encoder is not None:
-        overrides.append(f"frozen.source={json.dumps(options.frozen_encoder)}")
-    if options.trust_remote_code:
-        overrides.append("frozen.trust_remote_code=true")
+    values = chosen_values(options)
     folder = ranks.from_first(lambda: folder_to_resume(options))
     if folder is not None:
         with alone_in(folder, ranks):
-            return resume(folder, overrides, ranks)
-    config = load_config(options.config or DEFAULT_RECIPE, overrides)
+            return resume(folder, options.overrides, values, ranks)
+    config = load_config(options.config or DEFAULT_RECIPE, options.overrides, values)
     dataset = ranks.from_first(lambda: open_dataset(config))
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:
@@ -113,6 +110,18 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.is_first:
             new.note_skips(dataset.left_out)
         return start(config, dataset, new, None, ranks)
+
+
+def chosen_values(options: argparse.Namespace) -> dict[str, Any]:
+    """Configuration values that have an option of their own."""
+    values: dict[str, Any] = {}
+    if options.data is not None:
+        values["data.source"] = options.data
+    if options.frozen_encoder is not None:
+        values["frozen.source"] = options.frozen_encoder
+    if options.trust_remote_code:
+        values["frozen.trust_remote_code"] = True
+    return values
 
 
 @contextmanager
@@ -138,10 +147,10 @@ def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
     return named if list_checkpoints(named.checkpoints) else None
 
 
-def resume(run: RunFolder, overrides: list[str], ranks: Ranks) -> int:
+def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: Ranks) -> int:
     checkpoint = ranks.from_first(lambda: newest_checkpoint(run))
     saved = None if checkpoint is None else checkpoint.config
-    config = with_overrides(ranks.from_first(lambda: run.read_config(saved)), overrides)
+    config = with_overrides(ranks.from_first(lambda: run.read_config(saved)), overrides, values)
     if checkpoint is None:
         ranks.say(f"{run.path} ended before its first checkpoint: it begins again")
     else:
@@ -154,7 +163,7 @@ def resume(run: RunFolder, overrides: list[str], ranks: Ranks) -> int:
             f"the training data changed since the checkpoint was written (fingerprint {found} instead of {expected}): "
             "files, durations or crop settings differ. Restore them, or start a new run."
         )
-    if overrides:
+    if overrides or values:
         ranks.from_first(lambda: run.write_config(config))
     return start(config, dataset, run, checkpoint, ranks)
 
@@ -183,11 +192,4 @@ def seeded_model(config: Config) -> BestRQ2 | BestRQ:
 
 
 if __name__ == "__main__":
-    code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Everything is written and closed. Taking the interpreter down would race with the threads of gloo, to which
-        # sharded models hold on: a run that had ended well was once aborted there (torch 2.13).
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(main())

@@ -12,7 +12,7 @@ BACKENDS = ("reference", "cpu", "triton")
 
 
 def usable(request, device):
-    """What a fixture with ``params=BACKENDS`` returns: the backend's name, or a skip where it cannot run."""
+    """Result of a fixture with ``params=BACKENDS``: the backend's name, or a skip if it cannot run."""
     dtype = request.node.callspec.params.get("dtype")
     if request.param == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bf16 wrongly")
@@ -44,7 +44,7 @@ def grads_of(function, tensors, upstream=None):
 
 
 def plain(hidden, weight, targets, bias, weights, reduction, label_smoothing=0.0, z_loss=0.0):
-    """What a PyTorch user writes: the rows are gathered, the logits are stored."""
+    """The usual PyTorch form: rows are gathered, logits are stored."""
     rows = weights.flatten().nonzero().squeeze(1)
     logits = F.linear(hidden.flatten(0, -2)[rows], weight, bias)
     losses = F.cross_entropy(logits, targets.flatten()[rows], reduction="none", label_smoothing=label_smoothing)

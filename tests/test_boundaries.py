@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("bestrq2.version", "bestrq2.hashing", "bestrq2.errors"),
+    ("bestrq2.version", "bestrq2.hashing", "bestrq2.errors", "bestrq2.command"),
     ("bestrq2.kernels", "kernels"),
     ("bestrq2.ops",),
     ("bestrq2.layers",),
@@ -29,6 +29,8 @@ LAYERS = [
         "bestrq2.stream",
         "bestrq2.report",
         "bestrq2.manifest",
+        "bestrq2.shards",
+        "bestrq2.__main__",
     ),
 ]
 FILES = sorted([*(ROOT / "bestrq2").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

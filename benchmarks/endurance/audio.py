@@ -1,4 +1,4 @@
-"""Broken audio by the thousand: every file must be used or reported, and the counts must add up exactly.
+"""Malformed audio: every file must be used or reported, and the counts must add up exactly.
 
 The files lie in one folder. It is scanned, checked and trained on by the commands a user has, each with a time limit,
 and every file is opened by itself in a process that a hanging decoder would end with a traceback.
@@ -113,7 +113,7 @@ def systematic(content: bytes, other: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def lengths(content: bytes) -> list[int]:
-    """Where a format keeps numbers that a reader may trust: sizes, counts, rates, channels."""
+    """Offsets of numbers that a reader may trust: sizes, counts, rates, channels."""
     if content[:4] in (b"RIFF", b"RF64"):
         return [4, 16, 20, 24, 28, 32, max(0, content.find(b"data")) + 4]
     if content[:4] == b"FORM":
@@ -308,7 +308,7 @@ def malformed_run(folder: Path, least: int, seed: int) -> Figures:
 
 
 def accounted(name: str, inputs: set[str], used: list[str], skipped: list[tuple[str, str]]) -> list[str]:
-    """What is wrong if not every input is either used or reported, exactly once, with a known reason."""
+    """Problems found: every input must be used or reported, exactly once, with a known reason."""
     seen = Counter([*used, *(path for path, _ in skipped)])
     problems = [f"{name}: {path!r} occurs {count} times" for path, count in seen.items() if count != 1]
     problems += [f"{name}: nothing is said about {path!r}" for path in inputs - seen.keys()]

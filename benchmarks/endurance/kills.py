@@ -1,4 +1,4 @@
-"""Kill -9 at random moments: what the resumed run ends with is compared with a run that nobody disturbed.
+"""Kill -9 at random moments: the resumed run must end like an undisturbed one, bit for bit.
 
 A life of the run is one process, from start-up until it is killed or done. Its moment to die is drawn uniformly over
 the wall time of start-up and some training; a share of the lives is killed during a save instead, some milliseconds
@@ -174,7 +174,7 @@ class Life:
 
 
 def half_saved(run: Path) -> bool:
-    """Whether a checkpoint of the run is being written or deleted, or was when it was killed."""
+    """Return True if a checkpoint of the run is being written or deleted, or was when it was killed."""
     try:
         return any(name.startswith((WRITING, DISCARDED)) for name in os.listdir(run / "checkpoints"))
     except OSError:
@@ -187,7 +187,7 @@ def last_row(run: Path) -> int:
 
 
 def differences(run: Path, reference: Path) -> Iterator[str]:
-    """What of a finished run is not bit for bit as in the reference: curve, checkpoints, leftovers."""
+    """Differences of a finished run from the reference, bit for bit: curve, checkpoints, leftovers."""
     curves = [
         [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in read_metrics(p)] for p in (run, reference)
     ]

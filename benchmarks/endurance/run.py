@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Try to make training lose work: kills at random moments, a rank that dies, a folder of broken audio.
+"""Endurance test of training: kills at random moments, a rank that dies, a folder of malformed audio.
 
 python benchmarks/endurance/run.py               50 kills, 2 killed ranks, 1000 malformed files: 15 minutes
 python benchmarks/endurance/run.py --only kills --kills 200 --seed 7

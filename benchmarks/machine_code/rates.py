@@ -1,4 +1,4 @@
-"""What a multiprocessor can hold and do, for arithmetic on machine code.
+"""Capacities and rates of a multiprocessor, for arithmetic on machine code.
 
 Sources. Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Rates:
 the same guide, "Throughput of Native Arithmetic Instructions", compute capability 9.0, results per clock and

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the compiler made of every Triton kernel, and a first bound for an H100: ARITHMETIC FROM THE MACHINE CODE.
+"""Report on the machine code of every Triton kernel, with a first bound for an H100: ARITHMETIC, NOT A MEASUREMENT.
 
 python benchmarks/machine_code/report.py                      every kernel of every shipped configuration, for sm_90
 python benchmarks/machine_code/report.py quantize --arch 80   one operation, another chip

@@ -122,7 +122,7 @@ def _width(operation: str) -> int:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a piece of code holds, per warp."""
+    """Instruction counts of a piece of code, per warp."""
 
     classes: Counter[str] = field(default_factory=Counter)
     matrix: Counter[str] = field(default_factory=Counter)  # matrix instructions by shape

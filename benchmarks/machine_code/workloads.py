@@ -1,4 +1,4 @@
-"""How often each loop of the kernels runs at a reference shape: what turns counts per iteration into a bound.
+"""Iterations of each loop of the kernels at a reference shape, which turn counts per iteration into a bound.
 
 A loop is recognised by what it holds, because compilers reorder and unroll; how often it runs follows from the work
 that one iteration holds, so an unrolled loop runs less often. Loops that no phase claims are not on that path
@@ -58,7 +58,7 @@ class Bound:
 
 
 def bound(code: Code, workload: Workload) -> Bound:
-    """What the busiest part of an H100 takes; every part works alone and is never waited for."""
+    """Time of the busiest part of an H100; every part works alone and never waits."""
     free, warps = list(code.loops), workload.blocks * workload.num_warps
     pieces: list[tuple[str, Counts, float]] = [("outside loops", code.outside, 1.0)]
     missing = []
@@ -173,7 +173,7 @@ def _attention(constants: Mapping[str, Any], num_warps: int) -> Workload:
 
 
 def workload_of(op: str, case: Any) -> Workload | None:
-    """What ``case`` does at its reference shape, or None where it is another variant."""
+    """Work of ``case`` at its reference shape, or None if it is another variant."""
     constants, warps = case.constexprs, case.num_warps
     if op == "quantize":
         found: Workload | None = _quantize(constants, warps)

@@ -6,7 +6,15 @@ run folder and in every checkpoint; :func:`build_model` rebuilds the model from 
 
 from bestrq2.errors import ConfigError
 
-from .loading import config_from_dict, config_to_dict, config_to_yaml, load_config, recipe_names, with_overrides
+from .loading import (
+    config_from_dict,
+    config_from_yaml,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    recipe_names,
+    with_overrides,
+)
 from .sections import (
     Config,
     ConformerConfig,
@@ -23,6 +31,7 @@ from .sections import (
     TrainConfig,
     ValidationConfig,
 )
+from .text import read_text, read_yaml, write_yaml
 
 __all__ = [
     "Config",
@@ -41,9 +50,13 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
     "config_from_dict",
+    "config_from_yaml",
     "config_to_dict",
     "config_to_yaml",
     "load_config",
+    "read_text",
+    "read_yaml",
     "recipe_names",
     "with_overrides",
+    "write_yaml",
 ]

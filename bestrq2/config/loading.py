@@ -1,6 +1,8 @@
 """YAML recipes, ``key=value`` overrides, saved configurations."""
 
-from dataclasses import fields, is_dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -13,6 +15,7 @@ from bestrq2.errors import ConfigError
 
 from .rules import check_values
 from .sections import Config
+from .text import located, nested, read_override, read_text, read_yaml, readable, shield, unshielded, write_yaml
 
 
 def recipe_names() -> list[str]:
@@ -48,35 +51,53 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     try:
         return OmegaConf.merge(base, layer)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{origin}: {getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from error
+        reason = readable(str(error).splitlines()[0])
+        raise ConfigError(f"{origin}: {getattr(error, 'full_key', '')}: {reason}") from error
 
 
 def _sections() -> list[str]:
     return [entry.name for entry in fields(Config) if is_dataclass(getattr(Config(), entry.name))]
 
 
-def _read_recipe(name: str) -> tuple[DictConfig, str]:
-    """A recipe of the package by name, or a YAML file by path."""
+def _layer(values: Mapping[str, Any], origin: str) -> DictConfig:
+    try:
+        layer = OmegaConf.create(shield(values))
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: {readable(str(error).splitlines()[0])}") from error
+    assert isinstance(layer, DictConfig)
+    return layer
+
+
+def _read_recipe(name: str) -> tuple[dict[str, Any], str, str | None]:
+    """A recipe of the package by name, or a YAML file by path; its label; the recipe it is based on.
+
+    Relative names of files in it, also of the recipe it is based on, are taken from the folder of the file.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"--config {name}: no such file")
-        text, label = path.read_text(), path.stem
+        values, label = located(read_yaml(read_text(path, "--config"), f"--config {name}"), path.parent), path.stem
     else:
         if name not in recipe_names():
             raise ConfigError(f"--config {name!r}: expected a YAML file or one of {', '.join(recipe_names())}")
-        text, label = resources.files("bestrq2.recipes").joinpath(f"{name}.yaml").read_text(), name
-    try:
-        loaded = OmegaConf.create(text)
-    except Exception as error:
-        raise ConfigError(f"--config {name}: not valid YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"--config {name}: expected sections such as {', '.join(_sections())}, got a list")
-    return loaded, label
+        text = resources.files("bestrq2.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        values, label = read_yaml(text, name), name
+    base = values.pop("based_on", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"--config {name}: based_on: expected the name of a recipe, got {base!r}")
+    if base is not None and base.endswith((".yaml", ".yml")):
+        base = os.path.join(path.parent, base)
+    return values, label, base
 
 
-def load_config(recipe: str, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the recipe (and the recipe it is ``based_on``), then ``key=value`` overrides.
+def load_config(recipe: str, overrides: Sequence[str] | None = None, values: Mapping[str, Any] | None = None) -> Config:
+    """Defaults, then the recipe (and the recipe it is ``based_on``), then ``key=value`` overrides, then ``values``.
+
+    Args:
+        recipe: name of a recipe of the package, or of a YAML file.
+        overrides: text as on a command line. Relative names of files are taken from the present folder.
+        values: by dotted key, as they are: nothing in a string has a meaning.
 
     Raises:
         ConfigError: for an unknown recipe or key, a malformed override, a wrong type, or an impossible value.
@@ -85,37 +106,34 @@ def load_config(recipe: str, overrides: list[str] | None = None) -> Config:
     name: str | None = recipe
     label = None
     while name:
-        layer, own = _read_recipe(name)
+        content, own, base = _read_recipe(name)
         label = label or own
         if len(layers) > 8:
             raise ConfigError(f"--config {recipe}: based_on refers to itself")
-        name = layer.pop("based_on", None)
-        layers.append((layer, f"recipe {own}"))
+        layers.append((_layer(content, f"recipe {own}"), f"recipe {own}"))
+        name = base
     merged = OmegaConf.structured(Config)
     for layer, origin in reversed(layers):
         merged = _merge(merged, layer, origin)
-    merged.recipe = label
-    return _with_overrides(merged, overrides or [])
+    merged.recipe = shield(label)
+    return _with_overrides(merged, overrides or (), values or {})
 
 
-def with_overrides(config: Config, overrides: list[str]) -> Config:
-    """A configuration with ``key=value`` overrides applied.
+def with_overrides(config: Config, overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Config:
+    """A configuration with ``key=value`` overrides and then ``values`` applied.
 
     Raises:
         ConfigError: as :func:`load_config`.
     """
-    return _with_overrides(OmegaConf.structured(config), overrides)
+    base = _merge(OmegaConf.structured(Config), _layer(config_to_dict(config), "configuration"), "configuration")
+    return _with_overrides(base, overrides, values or {})
 
 
-def _with_overrides(merged: DictConfig, overrides: list[str]) -> Config:
-    for override in overrides:
-        if "=" not in override or override.startswith("-"):
-            raise ConfigError(f"expected overrides as key=value, got {override!r}")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except Exception as error:
-            raise ConfigError(f"override {override!r}: {error}") from error
-        merged = _merge(merged, layer, f"override {override!r}")
+def _with_overrides(merged: DictConfig, overrides: Sequence[str], values: Mapping[str, Any]) -> Config:
+    given = [(f"override {text!r}", *read_override(text)) for text in overrides]
+    given += [(key, key, value) for key, value in values.items()]
+    for origin, key, value in given:
+        merged = _merge(merged, _layer(located(nested(key, value), os.curdir), origin), origin)
     return _checked(merged)
 
 
@@ -125,20 +143,32 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: as :func:`load_config`.
     """
-    return _checked(_merge(OmegaConf.structured(Config), OmegaConf.create(values), "saved configuration"))
+    return _checked(_merge(OmegaConf.structured(Config), _layer(values, "saved configuration"), "saved configuration"))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    """Plain nested values, of which :func:`config_from_dict` makes the same configuration again."""
+    return asdict(config)
 
 
 def config_to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """YAML of which :func:`config_from_yaml` makes the same configuration again."""
+    return write_yaml(config_to_dict(config))
+
+
+def config_from_yaml(text: str, origin: str = "saved configuration") -> Config:
+    """
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    return config_from_dict(read_yaml(text, origin))
 
 
 def _checked(merged: DictConfig) -> Config:
     try:
-        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        config: Config = unshielded(OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {readable(str(error).splitlines()[0])}") from error
     except ValueError as error:  # of the settings of a layer
         raise ConfigError(f"model: {error}") from error
     check_values(config)

@@ -12,16 +12,16 @@ from bestrq2.layers.transformer import TransformerSettings
 
 @dataclass
 class FrontEndConfig:
-    sampling_rate: int = 16000
-    n_fft: int = 2048
-    win_length: int = 2048
-    hop_length: int = 625
-    num_mels: int = 128
-    f_min: float = 0.0
-    f_max: float | None = None
+    sampling_rate: int = 16000  # Hz; other audio is resampled
+    n_fft: int = 2048  # samples per Fourier transform
+    win_length: int = 2048  # samples per analysis window (Hann)
+    hop_length: int = 625  # samples from frame to frame
+    num_mels: int = 128  # mel filters, the height of the spectrogram
+    f_min: float = 0.0  # Hz, lower edge of the filters
+    f_max: float | None = None  # Hz, upper edge; None: half the sampling rate
     normalize: Literal["none", "global"] = "none"  # none (published) | global: (dB - mean) / std
     mean: float | None = None  # of "global"; None: measured on the first clips of the training data
-    std: float | None = None
+    std: float | None = None  # as mean
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ConformerConfig:
     """Of ``encoder.kind: conformer``; width, depth, heads, hidden, bias, dropout and drop_path are the encoder's."""
 
     channels: list[int] = field(default_factory=lambda: [64, 32])  # of the subsampling: 2 stages for 4x, 3 for 8x
-    kernel_size: int = 31
+    kernel_size: int = 31  # frames that the depthwise convolution sees, odd
     conv_mode: ConvMode = "full"  # full | causal | chunk (the last two can stream)
     conv_norm: ConvNorm = "layer_norm"  # layer_norm | batch_norm
     activation: Activation = "silu"  # silu | gelu
@@ -43,11 +43,11 @@ class ConformerConfig:
 @dataclass(frozen=True)
 class EncoderConfig(TransformerSettings):
     kind: Literal["vit", "conformer"] = "vit"  # vit | conformer
-    patch_height: int = 16
-    patch_width: int = 16
+    patch_height: int = 16  # mel bands per patch of a vit
+    patch_width: int = 16  # frames per patch of a vit
     position: PositionKind = "sincos"  # sincos | rope
     drop_path: float = 0.1
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, slower
     conformer: ConformerConfig = field(default_factory=ConformerConfig)
 
     @property
@@ -57,7 +57,7 @@ class EncoderConfig(TransformerSettings):
 
 @dataclass(frozen=True)
 class PredictorConfig(TransformerSettings):
-    depth: int = 4
+    depth: int = 4  # number of blocks
 
     def __post_init__(self) -> None:
         """Accept anything: a one-stage model does not use its section. A two-step model is checked when it is built."""
@@ -65,19 +65,19 @@ class PredictorConfig(TransformerSettings):
 
 @dataclass
 class TargetsConfig:
-    codebook_size: int = 8192
-    codebook_dim: int = 16
-    num_codebooks: int = 1
+    codebook_size: int = 8192  # codes per codebook, the classes to predict
+    codebook_dim: int = 16  # numbers that a patch is projected to
+    num_codebooks: int = 1  # codebooks, each with its own projection and head
     normalize: Normalize = "none"  # none (published) | global | patch | utterance
     mean: float | None = None  # of "global"; None: measured on the first clips of the training data
-    std: float | None = None
-    seed: int = 21072023
+    std: float | None = None  # as mean
+    seed: int = 21072023  # of projections and codebooks
 
 
 @dataclass
 class MaskingConfig:
-    ratio: list[float] = field(default_factory=lambda: [0.4, 0.6])
-    shared_per_batch: bool = False
+    ratio: list[float] = field(default_factory=lambda: [0.4, 0.6])  # [low, high] masked share, drawn per clip
+    shared_per_batch: bool = False  # one mask for all clips of a batch
     span_length: int = 1  # tokens per masked span
     noise_std: float = 0.1  # of the noise that hides masked frames from a one-stage Conformer
 
@@ -97,7 +97,7 @@ class DataConfig:
     # Folder, CSV/JSONL manifest, tar shards (a pattern such as shards-{000000..000009}.tar), .h5, .parquet or a saved
     # Hugging Face dataset, or a list of these; None: the 24 clips inside the package.
     source: Any = None
-    crop_seconds: float = 10.0
+    crop_seconds: float = 10.0  # seconds of the random crops
     min_seconds: float | None = None  # None: one patch
     join_short: bool = False  # fill a crop with following clips of the same folder
     batching: Literal["crops", "buckets"] = (
@@ -105,44 +105,44 @@ class DataConfig:
     )
     batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
     domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
-    workers: int = 2
+    workers: int = 2  # processes that decode audio, per rank; 0: none
 
 
 @dataclass
 class OptimizerConfig:
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # peak of the schedule
     schedule: Literal["cosine", "linear", "constant", "stable"] = (
         "cosine"  # after the warm-up: cosine | linear | constant | stable (at the peak until the cooldown)
     )
     final_ratio: float = 0.001  # learning rate at the last step, as a share of the peak
     cooldown: float = 0.2  # of "stable": the last share of all steps, in which the rate falls
     warmup: float = 0.05  # share of all steps
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # of AdamW
     final_weight_decay: float | None = None  # moved to by a cosine; None: constant
     decay_all: bool = True  # published: on every parameter; false: not on norms, biases and tokens
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    epsilon: float = 1e-8
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
+    epsilon: float = 1e-8  # of AdamW
     max_grad_norm: float | None = None  # published: no clipping
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 200000
+    steps: int = 200000  # updates of the weights
     batch_size: int = 256  # clips per update, over all ranks and micro-batches
     accumulate: int = 1  # micro-batches per update and rank: less memory, same update
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # several ranks: auto = ddp | fsdp (shard the model)
-    seed: int = 0
+    seed: int = 0  # of weights, crops, masks and dropout
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = (
         "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
     )
     ema_decay: float = 0.0  # of a moving average of the weights, e.g. 0.999; 0: none
     compile: bool | None = None  # torch.compile of encoder and predictor blocks; None: on CUDA devices
-    log_every: int = 50
-    save_every: int = 5000
+    log_every: int = 50  # steps between rows of metrics.csv
+    save_every: int = 5000  # steps between checkpoints
     save_minutes: float = 30.0  # also save when this long has passed since the last time; 0: never
     async_save: bool = True  # write checkpoints beside training (their tensors are copied first)
-    keep_last: int = 3
+    keep_last: int = 3  # newest checkpoints that are kept
     keep_best: int = 0  # also keep this many of lowest validation loss (else mean training loss since the last save)
     max_bad_steps: int = 20  # consecutive non-finite steps before giving up
     pictures_every: int = 2000  # steps between pictures of mask and predictions; 0: none
@@ -180,7 +180,7 @@ class FrozenConfig:
 
 @dataclass
 class Config:
-    recipe: str = "custom"
+    recipe: str = "custom"  # name, part of the names of run folders
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -212,4 +212,4 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
 
 if __name__ == "__main__":
     # The former name of the command `bestrq2 manifest`; the entry points are above this package, so no plain import.
-    raise SystemExit(import_module("bestrq2.manifest").main())
+    import_module("bestrq2.command").leave(import_module("bestrq2.manifest").main())

@@ -1,25 +1,23 @@
 """Pack audio into tar shards in webdataset's naming: few large files where many small ones are slow.
 
-    python -m bestrq2.data.shards recordings/ --out shards/
-    python -m bestrq2.train --data shards/
+    bestrq2 shards recordings/ --out shards/
+    bestrq2 train --data shards/
 
 The files are packed as they are, in their order, each with a .json of its duration, sampling rate, domain and label:
 training from the shards is, bit for bit, training from the files. Clips of HDF5 files, which are samples and no files,
 become FLAC of the same samples.
 """
 
-import argparse
-import csv
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 import soundfile
@@ -30,10 +28,9 @@ from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
-from bestrq2.data.scanning import collect
-from bestrq2.errors import AudioError, DataError, ManifestError, Skip
+from bestrq2.errors import AudioError, DataError, Skip
 
-__all__ = ["Packed", "main", "pack"]
+__all__ = ["Packed", "pack"]
 
 _MAGIC = ((b"fLaC", ".flac"), (b"OggS", ".ogg"), (b"RIFF", ".wav"), (b"RF64", ".wav"), (b"FORM", ".aiff"))
 _SUMS = "SHA256SUMS"
@@ -266,45 +263,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m bestrq2.data.shards``: pack tar shards; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bestrq2.data.shards",
-        description="Pack audio, as it is and in its order, into tar shards for training.",
-    )
-    parser.add_argument("source", nargs="+", help="folder, manifest, tar shards, HDF5, Arrow, Parquet or audio file")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the shards")
-    parser.add_argument("--max-bytes", type=float, default=1e9, metavar="N", help="size of a shard (default: 1e9)")
-    parser.add_argument("--prefix", default="shards", help="of the names (default: shards-000000.tar ...)")
-    parser.add_argument("--check", action="store_true", help="decode everything; leave silent and duplicate files out")
-    parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
-    options = parser.parse_args(arguments)
-    out = Path(options.out)
-    try:
-        files, report = collect(
-            options.source, min_seconds=options.min_seconds, check=options.check, progress=sys.stderr.isatty()
-        )
-        packed = pack(files, out, max_bytes=int(options.max_bytes), prefix=options.prefix, progress=sys.stderr.isatty())
-        report.skips += packed.skips
-        if report.skips:
-            with open(out / "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file)
-                writer.writerow(["path", "reason", "detail"])
-                writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
-    except (DataError, ManifestError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing written", file=sys.stderr)
-        return 130
-    hours = sum(item.duration or 0.0 for item in packed.files) / 3600
-    print(
-        f"{out}: {len(packed.shards)} shards, {len(packed.files)} files, {hours:.2f} h, read back and equal; {report}"
-    )
-    for line in report.examples():
-        print(f"  {line}")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # The former name of the command `bestrq2 shards`; the entry points are above this package, so no plain import.
+    import_module("bestrq2.command").leave(import_module("bestrq2.shards").main())

@@ -1,4 +1,4 @@
-"""Encoders in the forms that others read, and others' encoders in ours."""
+"""Import and export of encoders."""
 
 from bestrq2.errors import UnknownLayoutError
 

@@ -1,4 +1,4 @@
-"""Our ``encode`` on encoders of others: clips one by one or in groups that cannot change them, long ones in windows."""
+"""Adapters that give other encoders our ``encode``: clips one by one or in safe groups, long ones in windows."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ INTERFACE = ("encode", "sampling_rate", "output_dim", "hop_size_in_ms")
 
 
 class AudioEncoder(Protocol):
-    """What :func:`bestrq2.interchange.open_encoder` gives: our own encoders, or an adapter around another one.
+    """Result of :func:`bestrq2.interchange.open_encoder`: our own encoders, or an adapter around another one.
 
     Attributes:
         sampling_rate: Hz of the input.

@@ -61,7 +61,7 @@ class ExportableLogMel(nn.Module):
 
 
 class ExportableEncoder(nn.Module):
-    """What both kinds share.
+    """Parts that both kinds of encoder share.
 
     Shapes: waveform ``(B, S)`` float32, lengths ``(B,)`` int64 in 1..S -> features ``(B, T, D)`` float32, zero behind a
     clip's end, and feature_lengths ``(B,)`` int64. T is the largest of these, but at least 2: sizes of 1 would make

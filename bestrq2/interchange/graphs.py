@@ -39,7 +39,7 @@ def trace(encoder: ViTEncoder | ConformerEncoder) -> torch.export.ExportedProgra
 
 
 def describe(encoder: ViTEncoder | ConformerEncoder, config: Config) -> dict[str, str]:
-    """What a user of the file needs to know, as its metadata."""
+    """Metadata of the file: inputs, outputs, sampling rate and frame rate."""
     values: dict[str, Any] = {
         "bestrq2_version": __version__,
         "sampling_rate": encoder.sampling_rate,

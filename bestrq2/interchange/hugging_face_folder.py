@@ -1,4 +1,4 @@
-"""A folder that ``transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)`` opens, and we without it."""
+"""Write a transformers folder, for ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` and for us."""
 
 import json
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ from torch import Tensor
 from bestrq2.config import Config, EncoderConfig, PredictorConfig
 from bestrq2.errors import ConfigError
 from bestrq2.layers import TransformerSettings
-from bestrq2.layers.log_mel import mel_filters
+from bestrq2.layers.log_mel_tables import mel_filters
 from bestrq2.layers.positions import sincos_2d
 
 from .published_blocks import read_transformer, write_transformer

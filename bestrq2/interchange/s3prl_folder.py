@@ -60,7 +60,7 @@ def {name}(*args, **kwargs):
 
 
 class Upstream(nn.Module):
-    """What s3prl expects of an ``UpstreamExpert``. It can be fine-tuned (``--upstream_trainable``).
+    """The interface of s3prl's ``UpstreamExpert``. It can be fine-tuned (``--upstream_trainable``).
 
     Args:
         ckpt: an encoder to open instead of the exported one; see :func:`bestrq2.load`.

@@ -1,4 +1,4 @@
-"""A local Hugging Face audio model folder as an encoder: whatever ``AutoModel`` gives, by measured frame rates.
+"""A local transformers folder as an encoder: the model of ``AutoModel``, with a measured frame rate.
 
 Rules. Audio goes through the folder's own feature extractor. Speech-to-text models give their encoder. Three forms:
 
@@ -34,7 +34,7 @@ EXACT = 1e-4
 
 
 def is_transformers_folder(path: Path) -> bool:
-    """Whether a folder holds another model in transformers' form; ours and published BEST-RQ-2 exports do not count."""
+    """Return True if a folder holds a transformers model other than ours or a published BEST-RQ-2 export."""
     try:
         document = json.loads((path / "config.json").read_text())
     except (OSError, ValueError):

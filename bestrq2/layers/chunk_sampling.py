@@ -19,7 +19,7 @@ class ChunkSampler(Protocol):
         """The window of training step ``step`` for a batch of ``num_frames`` frames."""
 
     def covers(self, layout: ChunkLayout) -> bool:
-        """Whether training can draw a window like ``layout``."""
+        """Return True if training can draw a window like ``layout``."""
 
 
 @dataclass(frozen=True)

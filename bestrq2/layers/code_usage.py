@@ -1,4 +1,4 @@
-"""How many codes the targets really use. Random targets cannot collapse during training, but can start collapsed."""
+"""Number of codes that the targets use. Random targets cannot collapse during training, but can start collapsed."""
 
 import torch
 from torch import Tensor, nn

@@ -81,7 +81,7 @@ class ConformerSettings:
 
 @dataclass
 class BlockCache:
-    """What a block keeps between chunks: keys and values, and the last inputs ``(B, past, D)`` of its convolution."""
+    """State of a block between chunks: keys and values, and the last inputs ``(B, past, D)`` of its convolution."""
 
     attention: AttentionCache
     convolution: Tensor

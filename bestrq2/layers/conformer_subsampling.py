@@ -40,7 +40,7 @@ class ConvSubsampling(nn.Module):
         self.linear = nn.Linear(channels[-1] * self.bands[-1], width)
 
     def start_past(self, num_clips: int, like: Tensor) -> list[Tensor]:
-        """What streaming keeps: every stage's last input frame ``(B, channels, 1, bands)``; zeros at the start."""
+        """Streaming state: every stage's last input frame ``(B, channels, 1, bands)``; zeros at the start."""
         convolutions = [stage for stage in self.stages if isinstance(stage, nn.Conv2d)]
         return [like.new_zeros(num_clips, c.in_channels, 1, f) for c, f in zip(convolutions, self.bands)]
 

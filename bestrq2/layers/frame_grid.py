@@ -10,7 +10,7 @@ from .masking import MaskPlan, valid_mask
 
 @dataclass(frozen=True)
 class FrameGrid:
-    """Where tokens stand in time. Feed-forward layers work on tokens, attention and convolution on frames.
+    """Positions of tokens in time. Feed-forward layers work on tokens, attention and convolution on frames.
 
     With ``seen=None`` token t is frame t. Otherwise (two-step pretraining) there are tokens for some frames only, and
     the other frames are absent: zero for the convolution and invisible to attention.

@@ -1,41 +1,19 @@
-"""Log-mel spectrogram, batched, on the device of the waveform, blind to padding.
+"""Log-mel spectrogram, batched, on the device of the waveform, independent of padding.
 
 Formula: ``10 log10(max(1e-10, |STFT(x; hann) / sqrt(sum(hann^2))|^2 @ mel))``, the transform of the published BEST-RQ-2
 front end (torchaudio ``MelSpectrogram(normalized=True)`` then ``AmplitudeToDB``): centred frames with reflected edges,
 power 2, HTK mel scale without area normalisation.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
+from .log_mel_tables import mel_filters
 
 AMPLITUDE_FLOOR = 1e-10  # -100 dB
 # Frames are processed in groups of clips whose windowed frames take about this much memory.
 GROUP_BYTES = 256 * 2**20
-
-
-def hertz_to_mel(hertz: float) -> float:
-    """HTK mel scale: ``2595 log10(1 + f / 700)``."""
-    return 2595.0 * math.log10(1.0 + hertz / 700.0)
-
-
-def mel_filters(n_fft: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float) -> Tensor:
-    """Triangular HTK filters without area normalisation.
-
-    Computed in float32 because the published transform is: both then agree to rounding, including on filter edges.
-
-    Returns:
-        ``(n_fft // 2 + 1, num_mels)`` float32 weights.
-    """
-    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1, device="cpu")
-    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2, device="cpu")
-    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
-    widths = edges[1:] - edges[:-1]
-    distance = edges[None, :] - bins[:, None]  # (bins, mels + 2)
-    rising = -distance[:, :-2] / widths[:-1]
-    falling = distance[:, 2:] / widths[1:]
-    return torch.minimum(rising, falling).clamp(min=0.0)
 
 
 class LogMel(nn.Module):
@@ -44,6 +22,11 @@ class LogMel(nn.Module):
     A clip gives the same frames alone and in any padded batch: its edges are reflected at *its own* last sample, and
     the arithmetic runs in float64 (rounded to float32 at the end), so that the order in which a library sums a larger
     batch cannot change a bit that a target code depends on. (Devices without float64 use float32.)
+
+    The definition is the plain PyTorch form, :meth:`reference`. Where they can run, fused kernels compute the same in
+    float64, frame by frame: in C++ on CPUs, with Triton on NVIDIA GPUs. They have no gradient: a waveform that requires
+    one takes the PyTorch form, as do float64 waveforms, sizes of the FFT with other prime factors than 2, 3 and 5, and
+    every call under ``ops.use_backend("reference")``.
 
     Args:
         sampling_rate: samples per second of the input.
@@ -129,6 +112,14 @@ class LogMel(nn.Module):
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lengths = check_lengths(waveform, lengths)
+        if log_mel_obstacle(waveform, self.mean.device, self.settings) is not None:
+            return self.reference(waveform, lengths)
+        counts = 1 + lengths // self.hop_length
+        return self._fused(waveform, lengths, counts, self.num_frames(waveform.shape[1]), centred=True), counts
+
+    def reference(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` computes, in plain PyTorch: differentiable, on every device."""
+        lengths = check_lengths(waveform, lengths)
         frame_lengths = 1 + lengths // self.hop_length
         num_clips, num_samples = waveform.shape
         num_frames = self.num_frames(num_samples)
@@ -149,7 +140,21 @@ class LogMel(nn.Module):
 
         Shapes: ``(B, n_fft + hop * (T - 1))`` floating -> ``(B, T, F)`` float32, standardised.
         """
-        return self._standardised(self._transform(padded.to(self.window.dtype)))
+        if log_mel_obstacle(padded, self.mean.device, self.settings) is not None:
+            return self._standardised(self._transform(padded.to(self.window.dtype)))
+        num_clips, num_samples = padded.shape
+        num_frames = 1 + (num_samples - self.n_fft) // self.hop_length
+        lengths, counts = (torch.full((num_clips,), size, dtype=torch.int64) for size in (num_samples, num_frames))
+        return self._fused(padded, lengths, counts, num_frames, centred=False)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.n_fft, self.win_length, self.num_mels, self.sampling_rate, self.f_min, self.f_max)
+
+    def _fused(self, waveform: Tensor, lengths: Tensor, counts: Tensor, num_frames: int, centred: bool) -> Tensor:
+        return fused_log_mel(
+            waveform, lengths, counts, num_frames, centred, self.hop_length, self.mean, self.std, self.settings
+        )
 
     def _standardised(self, decibels: Tensor) -> Tensor:
         return (decibels - self.mean) / self.std

@@ -13,7 +13,7 @@ GOES_ON = -1
 
 @dataclass
 class LogMelState:
-    """What the front end keeps between pieces.
+    """State of the front end between pieces.
 
     Every clip is followed by its own reflected edge, which is appended as if it were audio when the clip ends; so all
     clips of a batch advance together however their ends differ.

@@ -1,4 +1,4 @@
-"""Which patches the encoder sees and which are predicted. Masking never looks at the audio."""
+"""Masking: the patches that the encoder sees and those to predict. It does not depend on the audio."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

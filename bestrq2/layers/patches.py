@@ -15,11 +15,13 @@ class Patches:
         values: ``(B, N, P)`` float32; P runs over bands, then frames, of the patch.
         lengths: ``(B,)`` int64 on the CPU: valid tokens of each clip.
         rows: number of frequency rows; N = rows * columns.
+        frames: ``(B, columns * width, F)`` the frames that were cut, for encoders that read frames; else None.
     """
 
     values: Tensor
     lengths: Tensor
     rows: int
+    frames: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -31,11 +33,13 @@ class Patches:
         return torch.stack((token % self.rows, token // self.rows), dim=-1)
 
 
-def extract_patches(frames: Tensor, frame_lengths: Tensor, height: int, width: int) -> Patches:
+def extract_patches(
+    frames: Tensor, frame_lengths: Tensor, height: int, width: int, *, keep_frames: bool = False
+) -> Patches:
     """Cut ``(B, T, F)`` frames into non-overlapping patches of ``height`` bands x ``width`` frames.
 
     Bands and frames that do not fill a patch are dropped, as in the published "truncate" mode: band ``F % height`` from
-    the top, frames from each clip's own end.
+    the top, frames from each clip's own end. ``keep_frames`` hands on the frames, too.
 
     Raises:
         ValueError: if the spectrogram has fewer bands or frames than one patch.
@@ -49,4 +53,4 @@ def extract_patches(frames: Tensor, frame_lengths: Tensor, height: int, width: i
         )
     grid = frames[:, : columns * width, : rows * height].reshape(num_clips, columns, width, rows, height)
     values = grid.permute(0, 1, 3, 4, 2).reshape(num_clips, columns * rows, height * width)
-    return Patches(values, (frame_lengths // width) * rows, rows)
+    return Patches(values, (frame_lengths // width) * rows, rows, frames[:, : columns * width] if keep_frames else None)

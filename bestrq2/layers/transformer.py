@@ -24,7 +24,9 @@ class TransformerSettings:
     """Shape and variants of a Transformer; the defaults are those of the published BEST-RQ-2 encoder.
 
     Attributes:
-        width, depth, heads: D, number of blocks, H.
+        width: D, numbers per token.
+        depth: number of blocks.
+        heads: H, attention heads.
         hidden: width of the feed-forward layer. None: 4 D for "gelu", 8/3 D for "swiglu" (the same parameter count).
         norm: "layer_norm" or "rms_norm", eps 1e-5.
         feed_forward: "gelu" (exact) or "swiglu".

@@ -1,6 +1,7 @@
 """BEST-RQ-2: contextualize, then predict (Tuncay, Labbé and Pellegrini, arXiv 2606.30700)."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,13 @@ from bestrq2.layers.patches import Patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.transformer import TransformerSettings
 
-from .conformer import ConformerEncoder
+from .encoder import PretrainableEncoder, check_encoder
 from .predictor import CodeHead, Predictor
-from .vit import ViTEncoder
 
 
 @dataclass
 class PretrainOutput:
-    """What one pretraining pass gives.
+    """Results of one pretraining pass.
 
     Attributes:
         loss, accuracy: 0-d float32; mean cross-entropy and top-1 accuracy over the predicted patches.
@@ -37,10 +37,7 @@ class PretrainOutput:
     hidden: Tensor
 
 
-Encoder = ViTEncoder | ConformerEncoder
-
-
-def num_predicted(encoder: Encoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
+def num_predicted(encoder: PretrainableEncoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
     """Targets in a batch of clips with these ``lengths (B,)`` in samples."""
     samples, clips = lengths.unique(return_counts=True)
     tokens = torch.tensor([encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64)
@@ -64,32 +61,45 @@ class BestRQ2(nn.Module):
         predictor: shape of the predictor Transformer. Published: 4 blocks of width 768.
 
     Shapes:
-        waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU, step, index ``(B,)`` global clip index in the training
-        order (step and index seed the mask) -> :class:`PretrainOutput`.
+        waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU (None: all), step, index ``(B,)`` global clip index in
+        the training order (None: 0..B-1; step and index seed the mask) -> :class:`PretrainOutput`.
+
+    Raises:
+        TypeError: for an encoder that lacks members of :class:`PretrainableEncoder`, listing them.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PretrainableEncoder,
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         predictor: TransformerSettings | None = None,
     ) -> None:
         super().__init__()
+        check_encoder(encoder)
         settings = predictor or TransformerSettings(depth=4)
-        self.encoder, self.quantizer, self.masking = encoder, quantizer, masking
+        # Any: an encoder has more than the members that pretraining needs.
+        self.encoder = cast(Any, encoder)
+        self.quantizer, self.masking = quantizer, masking
         self.predictor = Predictor(encoder.output_dim, settings, encoder.position, encoder.rows)
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
 
-    def forward(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> PretrainOutput:
-        patches = self.encoder.patches(waveform, lengths)
-        plan = self.masking.plan(patches.lengths, step, index, waveform.device)
-        codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+    ) -> PretrainOutput:
+        index = torch.arange(len(waveform)) if index is None else index
+        patches, plan, codes = self._targets(waveform, lengths, step, index)
 
         context = self.encoder.context(patches, plan, step)
         hidden = self.predictor(context, patches.positions(), plan)
         loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
         return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
+
+    @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
+    def _targets(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> tuple[Patches, MaskPlan, Tensor]:
+        patches = self.encoder.patches(waveform, lengths)
+        plan = self.masking.plan(patches.lengths, step, index, waveform.device)
+        return patches, plan, self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
 
     def num_predicted(self, lengths: Tensor, step: int) -> int:
         """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
@@ -122,20 +132,27 @@ class BestRQ(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, quantizer: RandomProjectionQuantizer, masking: RandomMasking, noise_std: float = 0.1
+        self,
+        encoder: PretrainableEncoder,
+        quantizer: RandomProjectionQuantizer,
+        masking: RandomMasking,
+        noise_std: float = 0.1,
     ) -> None:
         super().__init__()
-        self.encoder, self.quantizer, self.masking, self.noise_std = encoder, quantizer, masking, noise_std
+        check_encoder(encoder, one_stage=True)
+        self.encoder = cast(Any, encoder)
+        self.quantizer, self.masking, self.noise_std = quantizer, masking, noise_std
         self.mask_token: nn.Parameter | None = None
-        if encoder.needs_mask_token:
+        if self.encoder.needs_mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.output_dim))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = CodeHead(encoder.output_dim, quantizer.codebook_size, quantizer.num_codebooks)
 
-    def forward(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> PretrainOutput:
-        patches = self.encoder.patches(waveform, lengths)
-        plan = self.masking.plan(patches.lengths, step, index, waveform.device)
-        codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
+    def forward(
+        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+    ) -> PretrainOutput:
+        index = torch.arange(len(waveform)) if index is None else index
+        patches, plan, codes = self._targets(waveform, lengths, step, index)
 
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
@@ -143,6 +160,7 @@ class BestRQ(nn.Module):
         loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
         return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
 
+    @torch.compiler.disable  # as the masks
     def _noise(self, patches: Patches, step: int, index: Tensor) -> Tensor:
         num_clips, num_tokens, dim = patches.values.shape
         index = index.to(patches.values.device, torch.int64, non_blocking=True)
@@ -156,6 +174,12 @@ class BestRQ(nn.Module):
         target = plan.predicted if valid is None else torch.where(valid, plan.predicted, num_tokens)
         marked = torch.zeros(num_clips, num_tokens + 1, dtype=torch.bool, device=target.device)
         return marked.scatter_(1, target, True)[:, :num_tokens]
+
+    @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
+    def _targets(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> tuple[Patches, MaskPlan, Tensor]:
+        patches = self.encoder.patches(waveform, lengths)
+        plan = self.masking.plan(patches.lengths, step, index, waveform.device)
+        return patches, plan, self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
 
     def num_predicted(self, lengths: Tensor, step: int) -> int:
         """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their

@@ -14,6 +14,7 @@ from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
 from bestrq2.layers.masking import MaskPlan, valid_mask
 from bestrq2.layers.patches import Patches, extract_patches
+from bestrq2.layers.positions import PositionKind
 from bestrq2.ops import ChunkLayout
 
 from .layer_choice import block_list, check_layers, choose_layers
@@ -45,7 +46,8 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
     "causal" or "chunk", and refused for everything else.
     """
 
-    position, rows = "rope", 1  # how a two-step predictor places context and mask tokens
+    position: PositionKind = "rope"  # how a two-step predictor places context and mask tokens
+    rows = 1
     needs_mask_token = False
 
     def __init__(
@@ -103,12 +105,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             )
         with torch.no_grad():
             frames, frame_lengths = self.front_end(waveform, lengths)
-            return extract_patches(frames, frame_lengths, self.front_end.num_mels, self.factor)
-
-    def _frames(self, patches: Tensor) -> Tensor:
-        """Undo the stacking: ``(B, N, F * factor)`` -> ``(B, N * factor, F)``."""
-        stacked = patches.unflatten(2, (self.front_end.num_mels, self.factor))
-        return stacked.transpose(2, 3).flatten(1, 2)
+            return extract_patches(frames, frame_lengths, self.front_end.num_mels, self.factor, keep_frames=True)
 
     def training_layout(self, step: int, num_frames: int) -> ChunkLayout:
         """The window of a training step; outside of training, the encoder's own."""
@@ -124,26 +121,28 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         """
         num_frames = patches.values.shape[1]
         grid = FrameGrid.of_seen(plan, num_frames)
-        tokens = self.subsampling(self._frames(patches.values), grid.frame_valid)
+        tokens = self.subsampling(_frames(patches), grid.frame_valid)
         tokens = self.dropout(grid.to_tokens(tokens))
         return self.encoder(tokens, grid, self.training_layout(step, num_frames))
 
     def infill(self, patches: Patches, masked: Tensor, fill: Tensor, step: int) -> Tensor:
-        """One-stage: features ``(B, T, D)`` with the log-mel values of ``masked (B, T)`` frames replaced by ``fill``
-        ``(B, T, F * factor)`` before anything reads them."""
-        values = torch.where(masked[..., None], fill, patches.values)
-        return self(values, patches.lengths, self.training_layout(step, values.shape[1]))
+        """One-stage: features ``(B, T, D)`` with the log-mel values of ``masked (B, T)`` frames replaced by the noise
+        ``fill (B, T, F * factor)`` before anything reads them."""
+        frames, hidden = _frames(patches), masked.repeat_interleave(self.factor, 1)
+        frames = torch.where(hidden[..., None], fill.reshape(frames.shape), frames)
+        return self.transform(frames, patches.lengths, self.training_layout(step, masked.shape[1]))
 
-    def forward(
+    def transform(
         self,
-        patches: Tensor,
+        frames: Tensor,
         lengths: Tensor | None = None,
         layout: ChunkLayout | None = None,
         layer_outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """Stacked frames ``(B, T, F * factor)`` with ``lengths (B,)`` valid ones (on the CPU) -> ``(B, T, D)``."""
-        grid = FrameGrid.whole(patches.shape[1], lengths, patches.device)
-        tokens = self.dropout(self.subsampling(self._frames(patches), grid.frame_valid))
+        """Subsampling and blocks: log-mel frames ``(B, T * factor, F)`` with ``lengths (B,)`` valid feature frames (on
+        the CPU) -> ``(B, T, D)``."""
+        grid = FrameGrid.whole(frames.shape[1] // self.factor, lengths, frames.device)
+        tokens = self.dropout(self.subsampling(frames, grid.frame_valid))
         return self.encoder(tokens, grid, layout or self.layout, None, layer_outputs)
 
     def encode_layers(
@@ -192,7 +191,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             )
             patches = self.patches(waveform, lengths.clamp(min=self.min_samples))
             blocks = block_list(wanted)
-            features = choose_layers(self(patches.values, patches.lengths, layout, blocks), blocks, wanted)
+            features = choose_layers(self.transform(_frames(patches), patches.lengths, layout, blocks), blocks, wanted)
         else:
             state = self._new_state(waveform.shape[0], layout)
             outputs = []
@@ -281,7 +280,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         return features if mask is None else features * mask[..., None], valid
 
     def _obstacle(self, layout: ChunkLayout) -> str | None:
-        """Why a layout cannot be streamed exactly, or None."""
+        """Reason why a layout cannot be streamed exactly, or None."""
         if layout.chunk_size is None:
             return "attention to the whole sequence (chunk_size None) needs all of it"
         if layout.right_context != 0:
@@ -343,3 +342,9 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         elif layout.chunk_size is not None and layout.left_context is not None:
             keys = min(keys, layout.chunk_size + layout.left_context + (layout.right_context or 0))
         return self.encoder.flops(tokens, frames, keys) + self.subsampling.flops(frames)
+
+
+def _frames(patches: Patches) -> Tensor:
+    if patches.frames is None:
+        raise ValueError("expected patches with their frames, as ConformerEncoder.patches gives them")
+    return patches.frames

@@ -1,4 +1,4 @@
-"""Which layers of an encoder are asked for."""
+"""Choice of layers of an encoder."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def check_layers(layers: Sequence[int | None] | None, depth: int) -> list[int | 
 
 
 def block_list(wanted: Sequence[int | None]) -> list[Tensor] | None:
-    """Where block outputs are collected, or None if none is wanted: they take memory."""
+    """List to collect block outputs in, or None if none is wanted: they take memory."""
     return None if set(wanted) == {None} else []
 
 

@@ -1,4 +1,4 @@
-"""The second step: infer the codes of masked patches from the context, then be thrown away."""
+"""The predictor: infer the codes of masked patches from the context. It is discarded after pretraining."""
 
 import torch
 from torch import Tensor, nn

@@ -109,9 +109,13 @@ def pool_frames(features: Tensor, lengths: Tensor, pooling: str) -> Tensor:
 
 
 class ReadoutMixin:
-    """``encode`` for a class that has ``depth`` and ``encode_layers``."""
+    """``encode``, and ``forward`` with its defaults, for a class that has ``depth`` and ``encode_layers``."""
 
     depth: Any
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`encode` with its defaults, for hooks, wrappers and other libraries."""
+        return self.encode(waveform, lengths)
 
     def encode(
         self,

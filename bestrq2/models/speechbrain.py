@@ -1,4 +1,4 @@
-"""Former place of :mod:`bestrq2.interchange.speechbrain`; its names go on working here."""
+"""Alias of :mod:`bestrq2.interchange.speechbrain`, kept for old imports."""
 
 from importlib import import_module
 from typing import Any

@@ -140,7 +140,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
             return None
         return rotary_angles(positions, head_dim or self.encoder.settings.head_dim, self.rows)
 
-    def forward(
+    def transform(
         self,
         tokens: Tensor,
         positions: Tensor,
@@ -157,7 +157,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
     def context(self, patches: Patches, plan: MaskPlan, step: int) -> Tensor:
         """Two-step: features ``(B, Ns, D)`` of the seen patches, from the seen patches alone."""
         positions = patches.positions()[plan.seen]
-        return self(self.embed(take(patches.values, plan.seen), positions), positions, plan.seen_lengths)
+        return self.transform(self.embed(take(patches.values, plan.seen), positions), positions, plan.seen_lengths)
 
     def infill(self, patches: Patches, masked: Tensor, fill: Tensor, step: int) -> Tensor:
         """One-stage: features ``(B, N, D)`` with the embeddings of ``masked (B, N)`` patches replaced by the mask token
@@ -166,7 +166,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         tokens = self.patch_embed(patches.values)
         # Replace by an outer selection rather than in place: fillers of ragged clips must not overwrite seen tokens.
         tokens = torch.where(masked[..., None], fill.to(tokens.dtype), tokens)
-        return self(self.add_positions(tokens, positions), positions, patches.lengths)
+        return self.transform(self.add_positions(tokens, positions), positions, patches.lengths)
 
     def flops(self, tokens: int, frames: int) -> float:
         """Matrix-product operations of one forward pass over one clip, ``tokens`` of whose patches are present."""
@@ -233,7 +233,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
             positions = published_short_clip_positions(positions, patches.columns)
         blocks = block_list(wanted)
         tokens = self.embed(patches.values, positions[None])
-        output = self(tokens, positions[None], patches.lengths, blocks)
+        output = self.transform(tokens, positions[None], patches.lengths, blocks)
         tokens = choose_layers(output, blocks, wanted).float()
         tokens = tokens.unflatten(2, (patches.columns, self.rows))
         return tokens.flatten(3) if rows == "concatenate" else tokens.mean(3)

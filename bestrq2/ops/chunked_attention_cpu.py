@@ -1,4 +1,4 @@
-"""Hands the tensors of :func:`bestrq2.ops.chunked_attention` to the C++ kernels (csrc/chunked_attention.h)."""
+"""Hands the tensors of :func:`bestrq2.ops.chunked_attention` to the C++ kernels in csrc/chunked_attention/."""
 
 from typing import Any
 

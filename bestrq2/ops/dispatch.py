@@ -45,8 +45,9 @@ def requested(backend: str | None) -> str:
 
 
 def forced_backend() -> str | None:
-    """What :func:`use_backend` or the environment asks for, or None."""
-    return _forced or os.environ.get("BESTRQ2_BACKEND") or None
+    """The backend that :func:`use_backend` or the environment variable asks for, or None."""
+    name = _forced or os.environ.get("BESTRQ2_BACKEND")
+    return _check(name) if name else None
 
 
 def choose_backend(op: str, backend: str | None, obstacles: Mapping[str, Callable[[], str | None]]) -> str:
@@ -59,9 +60,9 @@ def choose_backend(op: str, backend: str | None, obstacles: Mapping[str, Callabl
         ValueError: for an unknown backend name.
         RuntimeError: if the requested backend cannot run the call, naming the reason.
     """
-    requested = backend or forced_backend()
+    requested = _check(backend) if backend else forced_backend()
     if requested:
-        if _check(requested) not in obstacles:
+        if requested not in obstacles:
             raise RuntimeError(f"{op}: no {requested!r} implementation; available: {', '.join(obstacles)}")
         reason = obstacles[requested]()
         if reason is not None:

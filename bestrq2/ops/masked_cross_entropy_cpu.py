@@ -134,20 +134,22 @@ def _run_library(
             torch.addmm(bias, h, weight.T, out=logits)
         offset = start if chosen is None else 0
         native.extension().softmax_gradient(
-            logits=logits.data_ptr(),
-            bf16=dtype == torch.bfloat16,
-            rows=stop - start,
-            classes=num_classes,
-            index=0 if chosen is None else chosen.data_ptr(),
-            targets=targets[offset:].data_ptr(),
-            weights=0 if weights is None else weights.data_ptr(),
-            scale=scale,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            gradient=gradient,
-            losses=losses[offset:].data_ptr(),
-            correct=correct[offset:].data_ptr(),
-            threads=torch.get_num_threads(),
+            {
+                "logits": logits.data_ptr(),
+                "bf16": dtype == torch.bfloat16,
+                "rows": stop - start,
+                "classes": num_classes,
+                "index": 0 if chosen is None else chosen.data_ptr(),
+                "targets": targets[offset:].data_ptr(),
+                "row_weights": 0 if weights is None else weights.data_ptr(),
+                "scale": scale,
+                "label_smoothing": label_smoothing,
+                "z_loss": z_loss,
+                "gradient": gradient,
+                "losses": losses[offset:].data_ptr(),
+                "correct": correct[offset:].data_ptr(),
+                "threads": torch.get_num_threads(),
+            }
         )
         if grad_hidden is not None:
             grad_hidden.add(start, stop, logits, weight)

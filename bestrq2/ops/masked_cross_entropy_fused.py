@@ -1,4 +1,4 @@
-"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy_fused.cpp)."""
+"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy/)."""
 
 import torch
 from torch import Tensor
@@ -57,13 +57,13 @@ def run_fused(
             "bias": _address(cast_bias),
             "rows": len(rows),
             "count": count,
-            "codebooks": classes.shape[0],
+            "num_codebooks": classes.shape[0],
             "classes": classes.shape[1],
             "features": classes.shape[2],
             "index": _address(index),
             "targets": _address(targets),
-            "weights": _address(weights),
-            "weights_stride": 0 if weights is None or weights.dim() == 1 else len(rows),
+            "row_weights": _address(weights),
+            "row_weights_stride": 0 if weights is None or weights.dim() == 1 else len(rows),
             "scale": scale,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,

@@ -43,8 +43,10 @@ def _import_installed() -> ModuleType:
 
 def _digest(csrc: Path) -> str:
     """Digest of the C++ and CUDA sources, as CMakeLists.txt writes it into the extension."""
-    sources = sorted(path for path in csrc.iterdir() if path.suffix in (".cpp", ".h", ".cu"))
-    lines = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sources)
+    sources = {
+        path.relative_to(csrc).as_posix(): path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu")
+    }
+    lines = (f"{name} {hashlib.sha256(sources[name].read_bytes()).hexdigest()}\n" for name in sorted(sources))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -222,7 +222,7 @@ def run_cuda(
     mask = None if mask is None else mask.contiguous()
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(len(rows), books or 1, dtype=torch.int64, device=x.device)
-    kernel(**_addresses(rows, projection, codebook, mask, normalize, codes), stream=stream)
+    kernel({**_addresses(rows, projection, codebook, mask, normalize, codes), "stream": stream})
     return codes.reshape(x.shape[:-1] if books is None else (*x.shape[:-1], books))
 
 
@@ -242,9 +242,9 @@ def _addresses(
         "shared_projection": projection.dim() == 2,
         "codebook": codebook.data_ptr(),
         "shared_codebook": codebook.dim() == 2,
-        "books": codes.shape[1],
-        "dims": codebook.shape[-1],
-        "codes": codebook.shape[-2],
+        "num_codebooks": codes.shape[1],
+        "codebook_size": codebook.shape[-2],
+        "codebook_dim": codebook.shape[-1],
         "layer_norm": normalize == "layer_norm",
         "out": codes.data_ptr(),
     }
@@ -257,9 +257,8 @@ def _run_cpu(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
     mask = None if mask is None else mask.contiguous()
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(len(rows), books or 1, dtype=torch.int64)
-    bad = native.extension().quantize(
-        **_addresses(rows, projection, codebook, mask, normalize, codes), threads=torch.get_num_threads()
-    )
+    arguments = _addresses(rows, projection, codebook, mask, normalize, codes)
+    bad = native.extension().quantize({**arguments, "threads": torch.get_num_threads()})
     if bad >= 0:
         raise ValueError(not_finite(x, bad))
     return codes.reshape(x.shape[:-1] if books is None else (*x.shape[:-1], books))

@@ -1,4 +1,4 @@
-"""What frozen features know: probes, baselines, honest intervals.
+"""Probes of frozen features, with baselines and bootstrap intervals.
 
 from bestrq2.probing import ProbeTask, run_probe
 values = run_probe(encoder, ProbeTask(manifest="clips.csv", label="instrument", group="recording"))

@@ -1,4 +1,4 @@
-"""From features and labels to out-of-fold scores and metrics with intervals. Nothing here knows about audio.
+"""From features and labels to out-of-fold scores and metrics with intervals. It is independent of audio.
 
 Letters: N rows (clips, or frames of clips), D width of the features, C classes.
 """
@@ -22,7 +22,7 @@ MANY_ROWS = 5000  # above, one fold of three is enough to choose regularisation 
 
 @dataclass
 class Rows:
-    """What heads are fitted to: one row per clip, or per frame.
+    """Features and labels that heads are fitted to: one row per clip, or per frame.
 
     Attributes:
         targets: ``(N,)`` int64 or float64, or ``(N, C)`` bool.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip
+from bestrq2.errors import BestRQError
 from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.models.readout import combine_layers, parse_layers, pool_frames
@@ -26,7 +27,7 @@ NUM_MELS = 64
 Clip = tuple[AudioFile, np.ndarray]
 
 
-class FeatureError(ValueError):
+class FeatureError(BestRQError, ValueError):
     """Features that no probe can use: not finite, or no frame at all."""
 
 

@@ -1,4 +1,4 @@
-"""Which clips test what was trained on which others: whole groups, every fold with its share of each label.
+"""Folds of cross-validation: whole groups, with an equal share of every label in each fold.
 
 Letters: N clips, C classes, K folds.
 """
@@ -15,7 +15,7 @@ REGRESSION_BINS = 5
 
 
 def strata(targets: np.ndarray, num_classes: int) -> np.ndarray:
-    """What is to be spread evenly, ``(N, C)`` float64: class membership, or fifths of a continuous target."""
+    """Quantities to spread evenly, ``(N, C)`` float64: class membership, or fifths of a continuous target."""
     if targets.ndim == 2:
         return targets.astype(np.float64)
     if targets.dtype.kind == "f":

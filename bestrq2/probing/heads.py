@@ -1,4 +1,4 @@
-"""What is fitted to frozen features. Everything here sees training features and labels, and test features alone.
+"""Heads fitted to frozen features. They receive training features and labels, and test features without labels.
 
 Every head gives scores: class probabilities ``(N, C)`` for single labels, one probability per label ``(N, C)`` for
 several, the number ``(N, 1)`` for regression. Targets decide which: int64 ``(N,)``, bool ``(N, C)``, float64 ``(N,)``.

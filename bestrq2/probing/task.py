@@ -1,4 +1,4 @@
-"""What a probe asks of an encoder: which clips, which labels, and what is fitted to them."""
+"""Settings of a probe: clips, labels and heads."""
 
 from dataclasses import dataclass
 from importlib import resources

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
-
 from .bad_batches import BadBatch, clip_statistics, load_bad_batch
+from bestrq2.config import read_text, read_yaml
 from bestrq2.errors import TrainingError
 
 DRAWN = 8  # clips
@@ -52,8 +51,8 @@ def _sampling_rate(path: Path) -> int | None:
     """Of the run that the file lies in, if it does."""
     config = path.resolve().parent.parent / "config.yaml"
     try:
-        return int(OmegaConf.select(OmegaConf.load(config), "model.front_end.sampling_rate"))
-    except (OSError, TypeError, ValueError):
+        return int(read_yaml(read_text(config, "configuration"), str(config))["model"]["front_end"]["sampling_rate"])
+    except (KeyError, TypeError, ValueError):
         return None
 
 

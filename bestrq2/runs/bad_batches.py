@@ -22,7 +22,7 @@ FOLDER = "bad_batches"
 
 @dataclass(frozen=True)
 class BadBatch:
-    """What :func:`load_bad_batch` gives.
+    """Result of :func:`load_bad_batch`.
 
     Attributes:
         waveform: ``(B, S)`` as the model got it; lengths, index: ``(B,)`` int64.

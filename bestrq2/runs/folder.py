@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
-from yaml import YAMLError
 
 from bestrq2.runs.checkpoint import list_checkpoints
-from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict, config_to_yaml
+from bestrq2.config import (
+    Config,
+    ConfigError,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    read_text,
+    read_yaml,
+)
 from bestrq2.data import Skip
 from bestrq2.version import __version__
 
@@ -115,16 +120,14 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         try:
-            loaded = OmegaConf.load(path)
-            values = OmegaConf.to_container(loaded) if isinstance(loaded, DictConfig) else {}
-            problem = _first_missing(values, saved or config_to_dict(Config()))  # type: ignore[arg-type]
-            if problem is None:
-                return config_from_dict(values)  # type: ignore[arg-type]
-            problem = f"no entry {problem}"
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-            if isinstance(error, ConfigError):
-                raise
+            values = read_yaml(read_text(path, "configuration"), str(path))
+        except ConfigError as error:
             problem = str(error).splitlines()[0]
+        else:
+            missing = _first_missing(values, saved or config_to_dict(Config()))
+            if missing is None:
+                return config_from_dict(values)
+            problem = f"no entry {missing}"
         if saved is None:
             raise ConfigError(f"{path}: damaged or cut short ({problem})")
         print(
@@ -212,7 +215,7 @@ class RunFolder:
     def read_versions(self) -> list[dict[str, Any]]:
         """The record of every start of this run, oldest first."""
         try:
-            found = json.loads((self.path / "versions.json").read_text())
+            found = json.loads((self.path / "versions.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
         return found if isinstance(found, list) else []
@@ -233,7 +236,7 @@ def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefi
 def _write(path: Path, text: str) -> None:
     """Replace a file whole: a kill in the middle must not leave a run that cannot be resumed."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     temporary.replace(path)
 
 

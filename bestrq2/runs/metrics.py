@@ -1,4 +1,4 @@
-"""The log of a run: ``metrics.csv`` and TensorBoard always, Weights & Biases when asked for."""
+"""The log of a run: ``metrics.csv`` and TensorBoard, optionally Weights & Biases."""
 
 import csv
 import io
@@ -108,7 +108,7 @@ class MetricsLog:
                 self._give_up("W&B", error)
 
     def has(self, step: int, names: Iterable[str]) -> bool:
-        """Whether a row of this step gives these numbers, from before a kill."""
+        """Return True if a row of this step, written before a kill, has these numbers."""
         rows = [row for row in read_metrics(self.folder) if row["step"] == str(step)]
         return any(all(row.get(name) for name in names) for row in rows)
 
@@ -273,7 +273,7 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def _is_whole(row: Mapping[str | None, str | None]) -> bool:
-    """Whether a line has as many fields as the header, and a step."""
+    """Return True if a line has as many fields as the header, and a step."""
     return (row.get("step") or "").isdecimal() and None not in row and None not in row.values()
 
 

@@ -1,4 +1,4 @@
-"""How the pictures of a run are drawn."""
+"""Draw the pictures of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bestrq2.layers.log_mel import hertz_to_mel
+from bestrq2.layers.log_mel_tables import hertz_to_mel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ FOLDER = "pictures"
 
 @dataclass(frozen=True)
 class ClipPicture:
-    """What is drawn of one clip. A token is a cell of the grid (frequency row, time column); G codebooks.
+    """Data of the picture of one clip. A token is a cell of the grid (frequency row, time column); G codebooks.
 
     Attributes:
         index: global index of the clip in the training order.

@@ -1,4 +1,4 @@
-"""A run as its folder tells it, for reports: readable at any time, also while the run goes on or after a crash."""
+"""The record of a run, read from its folder for reports: at any time, also during the run or after a crash."""
 
 import re
 import time
@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-
 from bestrq2.runs.checkpoint import list_checkpoints
-from bestrq2.config import Config, config_to_dict
+from bestrq2.config import Config, ConfigError, config_to_dict, read_text, read_yaml
 from bestrq2.errors import REASONS
 
 from . import bad_batches
@@ -35,7 +33,7 @@ class CheckpointRecord:
 
 
 class RunRecord:
-    """What a run folder holds. Whatever is missing or damaged is empty: a report must not fail on an old run.
+    """Contents of a run folder. Missing or damaged parts are empty, so a report does not fail on an old run.
 
     Attributes:
         folder, name: of the run.
@@ -83,10 +81,10 @@ class RunRecord:
     def config(self) -> dict[str, Any]:
         """Resolved configuration as nested dictionaries, not validated."""
         try:
-            values: Any = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
-        except Exception:  # unreadable, or damaged in any of the ways that YAML can be
+            path = self.folder / "config.yaml"
+            return read_yaml(read_text(path, "configuration"), str(path))
+        except ConfigError:
             return {}
-        return values if isinstance(values, dict) else {}
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A configuration value by its dotted name."""

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from bestrq2.config import write_yaml
 
 from .record import RunRecord, flatten
 
@@ -173,7 +173,7 @@ def _checkpoints(run: RunRecord) -> str:
 def _configuration(run: RunRecord) -> str:
     rows = [[name, _plain(value), _plain(default)] for name, (value, default) in run.changed_settings().items()]
     changed = _table([["setting", "here", "default"]], rows) if rows else _paragraph("All settings are the defaults.")
-    whole = escape(OmegaConf.to_yaml(OmegaConf.create(run.config))) if run.config else "config.yaml cannot be read"
+    whole = escape(write_yaml(run.config)) if run.config else "config.yaml cannot be read"
     return f"{changed}\n<details><summary>The whole configuration</summary><pre>{whole}</pre></details>"
 
 

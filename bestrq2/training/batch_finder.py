@@ -97,7 +97,7 @@ def measure(
         while len(times) < 2 or (sum(times[1:]) < TIMED_SECONDS and len(times) < 10):
             start = time.perf_counter()
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                output = model(waveform.to(device), lengths, len(times), index)
+                output = model(waveform.to(device), lengths, step=len(times), index=index)
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from bestrq2.config import ConfigError
 from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.conformer_convolution import MaskedBatchNorm
 from bestrq2.layers.transformer import Block
 
-from .rendezvous import agree_on_round
+from .rendezvous import agree_on_round, join_store, joining_time
 
 T = TypeVar("T")
 
@@ -41,17 +40,29 @@ class Ranks:
 
     @classmethod
     def start(cls) -> "Ranks":
-        """Join the processes that torchrun started; without torchrun, this process is the only one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        """Join the processes that torchrun started; without torchrun, this process is the only one.
+
+        Raises:
+            ConfigError: if the environment describes the ranks only in part, or wrongly.
+            TrainingError: if a rank does not come; the message says which.
+        """
+        size = _number("WORLD_SIZE", 1)
+        if size == 1:
             return cls()
-        ranks = cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+        if "RANK" not in os.environ:
+            raise ConfigError(
+                f"WORLD_SIZE={size} is set, but RANK is not: start the ranks by torchrun --nproc-per-node {size} -m "
+                "bestrq2 train ..., or unset WORLD_SIZE to train in one process"
+            )
+        ranks = cls(_number("RANK", 0), size, _number("LOCAL_RANK", 0))
+        if not 0 <= ranks.rank < size:
+            raise ConfigError(f"RANK: expected 0..{size - 1} for WORLD_SIZE={size}, got {ranks.rank}")
         if torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-        name = agree_on_round(store, rank, size, PATIENCE)
-        own_part = dist.PrefixStore(name, store)
-        dist.init_process_group(backend, timeout=PATIENCE, store=own_part, rank=rank, world_size=size)
+        store = join_store(ranks.rank, size)
+        own_part = dist.PrefixStore(agree_on_round(store, ranks.rank, size, joining_time()), store)
+        dist.init_process_group(backend, timeout=PATIENCE, store=own_part, rank=ranks.rank, world_size=size)
         return ranks
 
     @property
@@ -109,6 +120,14 @@ class Ranks:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip() or str(default)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}: expected a number, got {text!r}") from error
 
 
 def wrap_model(model: nn.Module, strategy: str, ranks: Ranks, device: torch.device) -> nn.Module:

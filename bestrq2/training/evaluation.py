@@ -134,7 +134,7 @@ class Evaluation:
                 inside = batch.index < self.clips
                 kept = batch if bool(inside.all()) else _rows(batch, inside)
                 with self._autocast():
-                    output = self.model(kept.waveform.to(self.device), kept.lengths, 0, kept.index)
+                    output = self.model(kept.waveform.to(self.device), kept.lengths, step=0, index=kept.index)
                 # A rank without a clip of its own in the last step still takes part in the pass (FSDP gathers weights).
                 count = float(output.plan.predicted_lengths.sum()) if bool(inside.any()) else 0.0
                 loss += float(output.loss) * count

@@ -62,7 +62,7 @@ def fixed_pictures(
     device = next(model.parameters()).device
     # Compiled blocks would be compiled once more for this shape and mode.
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        output = model(batch.waveform.to(device), batch.lengths, 0, batch.index)
+        output = model(batch.waveform.to(device), batch.lengths, step=0, index=batch.index)
         clips = clip_pictures(model, batch, output)
     if folder is None:
         return None

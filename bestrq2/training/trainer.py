@@ -213,7 +213,7 @@ class Trainer:
         torch.manual_seed(mix(self.settings.seed, 2, step, *([place] if place else [])) >> 1)
         with only_accumulate(self.state.parallel, last):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                output = self.state.parallel(part.waveform, part.lengths, step, part.index)
+                output = self.state.parallel(part.waveform, part.lengths, step=step, index=part.index)
             # Ranks are averaged, micro-batches are added: so every target of the step weighs the same.
             factor = weight * self.ranks.size * self.state.scale.value
             (output.loss if factor == 1.0 else output.loss * factor).backward()

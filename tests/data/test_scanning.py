@@ -111,7 +111,7 @@ def test_command_writes_a_manifest(tmp_path, mixed_folder, capsys):
 
 
 def test_command_reports_errors(tmp_path, capsys):
-    assert main([str(tmp_path / "absent"), "--out", str(tmp_path / "m.csv")]) == 1
+    assert main([str(tmp_path / "absent"), "--out", str(tmp_path / "m.csv")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "m.csv").exists()
     with pytest.raises(SystemExit):

@@ -24,7 +24,8 @@ from bestrq2.data import (
 )
 from bestrq2.data.files import split_address
 from bestrq2.data.fingerprint import data_fingerprint
-from bestrq2.data.shards import main, pack
+from bestrq2.data.shards import pack
+from bestrq2.shards import main
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +163,7 @@ def test_command(tmp_path, write_wav, capsys):
     assert "read back and equal; 1 skipped: 1 not decodable; 1 ignored: 1 .txt" in printed
     assert len((tmp_path / "out" / "skipped.csv").read_text().splitlines()) == 2
     assert len(collect(tmp_path / "out")[0]) == 15
-    assert main([str(folder), "--out", str(tmp_path / "out")]) == 1
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "not an empty folder" in capsys.readouterr().err
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "bestrq2.data.shards", "--help"], capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Tar shards: every member reads as the file it was; damage is found, said and survived."""
+"""Tar shards: every member reads as the original file; damage is found, reported and survived."""
 
 import contextlib
 import io

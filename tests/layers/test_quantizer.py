@@ -1,4 +1,4 @@
-"""RandomProjectionQuantizer: frozen, seeded, blind to padding and precision; CodeUsage counts."""
+"""RandomProjectionQuantizer: frozen, seeded, independent of padding and precision; CodeUsage counts."""
 
 import pytest
 import torch

@@ -62,10 +62,10 @@ def test_padding_changes_nothing_in_pretraining(recipe):
     model = tiny(recipe).eval()
     waveform = torch.randn(3, 16000) * 0.1
     lengths, index = torch.tensor([16000, 9000, 5000]), torch.tensor([4, 5, 6])
-    output = model(waveform, lengths, 7, index)
+    output = model(waveform, lengths, step=7, index=index)
     losses = []
     for row, length in enumerate(lengths.tolist()):
-        single = model(waveform[row : row + 1, :length], lengths[row : row + 1], 7, index[row : row + 1])
+        single = model(waveform[row : row + 1, :length], lengths[row : row + 1], step=7, index=index[row : row + 1])
         count = int(output.plan.predicted_lengths[row])
         assert single.plan.predicted[0].tolist() == output.plan.predicted[row, :count].tolist()
         assert torch.equal(single.codes[0], output.codes[row, :count])
@@ -82,18 +82,18 @@ def test_no_masked_frame_reaches_the_encoder(recipe, training):
     chunks = ["model.encoder.conformer.chunk_training=speechbrain", "model.encoder.conformer.conv_mode=chunk"]
     model = tiny(recipe, *(chunks if training else [])).train(training)
     waveform, lengths, index = torch.randn(2, 16000) * 0.1, torch.tensor([16000, 11000]), torch.arange(2)
-    output = model(waveform, lengths, 0, index)
-    values = output.patches.values
+    output = model(waveform, lengths, step=0, index=index)
+    values, frames = output.patches.values, output.patches.frames
     target = torch.where(output.plan.predicted_valid(), output.plan.predicted, values.shape[1])
     masked = torch.zeros(2, values.shape[1] + 1, dtype=torch.bool).scatter_(1, target, True)[:, :-1]
     assert 0.4 < masked[0].float().mean() < 0.6
     seen = []
     handle = model.encoder.encoder.register_forward_hook(lambda *call: seen.append(call[2]))
-    changes = [values, values.masked_fill(masked[..., None], 1e3), values.masked_fill(~masked[..., None], 1e3)]
-    for changed in changes:
-        patches = type(output.patches)(changed, output.patches.lengths, 1)
+    of_frames = masked.repeat_interleave(4, 1)[..., None]
+    for changed in (frames, frames.masked_fill(of_frames, 1e3), frames.masked_fill(~of_frames, 1e3)):
+        patches = type(output.patches)(values, output.patches.lengths, 1, changed)
         model.encoder.patches = lambda *_, patches=patches: patches
-        model(waveform, lengths, 0, index)
+        model(waveform, lengths, step=0, index=index)
     handle.remove()
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])  # the seen frames do matter
@@ -104,10 +104,11 @@ def test_no_masked_frame_reaches_the_encoder(recipe, training):
 def test_distances_in_the_context_are_those_of_the_clip():
     model = tiny("best_rq2_conformer_tiny").eval()
     waveform = torch.randn(1, 16000) * 0.1
-    output = model(waveform, torch.tensor([16000]), 0, torch.arange(1))
+    output = model(waveform, torch.tensor([16000]), step=0, index=torch.arange(1))
     plan, patches = output.plan, output.patches
     context = model.encoder.context(patches, plan, 0)
-    compacted = model.encoder(patches.values.gather(1, plan.seen[..., None].expand(-1, -1, patches.values.shape[2])))
+    seen_frames = patches.frames.unflatten(1, (-1, model.encoder.factor))[:, plan.seen[0]].flatten(1, 2)
+    compacted = model.encoder.transform(seen_frames)
     assert not torch.allclose(context, compacted, atol=1e-2)
 
 
@@ -118,7 +119,9 @@ def test_gradients_reach_everything_but_the_quantizer(recipe):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for step in range(2):
         optimizer.zero_grad()
-        model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), step, torch.arange(2)).loss.backward()
+        model(
+            torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), step=step, index=torch.arange(2)
+        ).loss.backward()
         missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert missing == []
         optimizer.step()
@@ -133,7 +136,7 @@ def test_targets_are_four_stacked_frames():
     assert patches.values.shape == (1, 12, 4 * 64)
     frames, _ = model.encoder.front_end(waveform := torch.randn(1, 8000))
     stacked = model.encoder.patches(waveform).values
-    torch.testing.assert_close(model.encoder._frames(stacked), frames[:, :48])
+    assert torch.equal(model.encoder.patches(waveform).frames, frames[:, :48])
     torch.testing.assert_close(stacked[0, 2].view(64, 4).T, frames[0, 8:12])
 
 
@@ -152,7 +155,7 @@ def test_noise_is_normal_and_belongs_to_the_clip():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_several_codebooks(recipe):
     model = tiny(recipe, "model.targets.num_codebooks=3")
-    output = model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), 0, torch.arange(2))
+    output = model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), step=0, index=torch.arange(2))
     assert output.codes.shape[-1] == 3
     assert torch.isfinite(output.loss)
 
@@ -161,7 +164,7 @@ def test_several_codebooks(recipe):
 def test_one_frame_predicts_nothing(recipe):
     model = tiny(recipe)
     samples = model.encoder.min_samples
-    output = model(torch.randn(2, samples), torch.tensor([samples, samples]), 0, torch.arange(2))
+    output = model(torch.randn(2, samples), torch.tensor([samples, samples]), step=0, index=torch.arange(2))
     assert output.loss.item() == 0
     output.loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -184,14 +187,14 @@ def test_flops_count_matrix_products(recipe):
 
     model = tiny(recipe).eval()
     waveform, lengths = torch.randn(2, 16000) * 0.1, torch.tensor([16000, 16000])
-    output = model(waveform, lengths, 0, torch.arange(2))
+    output = model(waveform, lengths, step=0, index=torch.arange(2))
     frames, settings = output.patches.values.shape[1], model.encoder.encoder.settings
     seen = output.plan.seen.shape[1] if recipe.startswith("best_rq2") else frames
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if seen < frames:
             model.encoder.context(output.patches, output.plan, 0)
         else:
-            model.encoder(output.patches.values)
+            model.encoder.transform(output.patches.frames)
     # Not seen by the counter: attention. Not in our count: the projection of the position table, once per batch.
     attention = settings.depth * 6.0 * frames * frames * settings.width
     table = settings.depth * 2.0 * (2 * frames - 1) * settings.width**2

@@ -63,10 +63,10 @@ def test_padding_changes_nothing(recipe, grid):
     waveform = torch.randn(3, 16000) * 0.1
     lengths = torch.tensor([16000, 9000, 5000])
     index = torch.tensor([4, 5, 6])
-    output = model(waveform, lengths, 7, index)
+    output = model(waveform, lengths, step=7, index=index)
     losses = []
     for row, length in enumerate(lengths.tolist()):
-        single = model(waveform[row : row + 1, :length], lengths[row : row + 1], 7, index[row : row + 1])
+        single = model(waveform[row : row + 1, :length], lengths[row : row + 1], step=7, index=index[row : row + 1])
         count = int(output.plan.predicted_lengths[row])
         assert single.plan.predicted[0].tolist() == output.plan.predicted[row, :count].tolist()
         assert torch.equal(single.codes[0], output.codes[row, :count])
@@ -78,14 +78,14 @@ def test_padding_changes_nothing(recipe, grid):
 def test_no_masked_patch_reaches_the_context():
     model = tiny().eval()
     waveform, lengths, index = torch.randn(2, 16000) * 0.1, torch.tensor([16000, 16000]), torch.arange(2)
-    output = model(waveform, lengths, 0, index)
+    output = model(waveform, lengths, step=0, index=index)
     calls = []
     handle = model.encoder.encoder.register_forward_hook(lambda *call: calls.append(call[2]))
     patches = output.patches.values.clone()
     for values in (patches, patches.scatter(1, output.plan.predicted[..., None].expand(-1, -1, patches.shape[2]), 1e3)):
         changed = type(output.patches)(values, output.patches.lengths, output.patches.rows)
         model.encoder.patches = lambda *_, changed=changed: changed
-        model(waveform, lengths, 0, index)
+        model(waveform, lengths, step=0, index=index)
     handle.remove()
     assert torch.equal(calls[0], calls[1])
     assert calls[0].shape[1] == output.plan.seen.shape[1] < patches.shape[1]
@@ -93,7 +93,7 @@ def test_no_masked_patch_reaches_the_context():
 
 def test_targets_come_from_masked_patches_only():
     model = tiny().eval()
-    output = model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 12000]), 0, torch.arange(2))
+    output = model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 12000]), step=0, index=torch.arange(2))
     everywhere = model.quantizer(output.patches.values)
     for row, count in enumerate(output.plan.predicted_lengths.tolist()):
         rows = output.plan.predicted[row, :count]
@@ -107,7 +107,9 @@ def test_gradients_reach_everything_but_the_quantizer(recipe):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for step in range(3):
         optimizer.zero_grad()
-        model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), step, torch.arange(2)).loss.backward()
+        model(
+            torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), step=step, index=torch.arange(2)
+        ).loss.backward()
         missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert missing == []
         optimizer.step()
@@ -123,7 +125,7 @@ def test_published_predictor_positions():
     waveform, lengths = torch.randn(1, 16000) * 0.1, torch.tensor([16000])
     context = []
     model.encoder.encoder.register_forward_hook(lambda *call: context.append(call[2]))
-    output = model(waveform, lengths, 0, torch.arange(1))
+    output = model(waveform, lengths, step=0, index=torch.arange(1))
     count = output.plan.seen.shape[1]
     torch.testing.assert_close(seen[0][:, :count], model.predictor.input_proj(context[0]))
     masks = seen[0][0, count:] - model.predictor.mask_token[0]
@@ -133,7 +135,7 @@ def test_published_predictor_positions():
 def test_nothing_predicted_gives_zero_loss_and_gradients():
     model = tiny()
     samples = model.encoder.min_samples  # one token: it is seen, nothing is predicted
-    output = model(torch.randn(2, samples), torch.tensor([samples, samples]), 0, torch.arange(2))
+    output = model(torch.randn(2, samples), torch.tensor([samples, samples]), step=0, index=torch.arange(2))
     assert output.loss.item() == 0
     output.loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -141,7 +143,7 @@ def test_nothing_predicted_gives_zero_loss_and_gradients():
 
 def test_several_codebooks():
     model = tiny("best_rq2_tiny", "model.targets.num_codebooks=3")
-    output = model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), 0, torch.arange(2))
+    output = model(torch.randn(2, 16000) * 0.1, torch.tensor([16000, 9000]), step=0, index=torch.arange(2))
     assert output.codes.shape[-1] == 3
     valid = output.plan.predicted_valid()
     each = [
@@ -167,10 +169,10 @@ def test_flops_count_matrix_products():
 
     model = tiny("best_rq_vit_tiny").eval()
     waveform, lengths = torch.randn(2, 16000) * 0.1, torch.tensor([16000, 16000])
-    output = model(waveform, lengths, 0, torch.arange(2))
+    output = model(waveform, lengths, step=0, index=torch.arange(2))
     tokens = torch.randn(2, output.patches.values.shape[1], 32, requires_grad=True)
     positions = output.patches.positions()[None]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.encoder(tokens, positions).sum().backward()
+        model.encoder.transform(tokens, positions).sum().backward()
     expected = 3 * 2 * model.encoder.encoder.flops(tokens.shape[1])
     assert expected == counter.get_total_flops()

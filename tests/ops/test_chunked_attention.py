@@ -134,6 +134,11 @@ def test_every_instruction_set(isa: str):
             inputs = make_inputs(1, 2, 90, head_dim=20, dtype=dtype)
             compare(inputs, dtype, "cpu", chunk_size=12, left_context=25)
             compare(inputs, dtype, "cpu", chunk_size=12, left_context=25, key_mask=torch.rand(1, 90) < 0.5)
+        query = torch.randn(1, 1, 20, 8)
+        query.view(torch.int32)[0, 0, 3] = 0x7F800001  # a NaN with a payload, which integer arithmetic could move
+        out = ops.chunked_attention(query, *torch.randn(2, 1, 1, 20, 8), backend="cpu")
+        assert torch.equal(out.isnan().all(-1), query.isnan().all(-1))
+        assert not out[0, 0, 4:].isnan().any()
     finally:
         assert any(extension().force_isa(name) for name in ("avx512", "avx2", "portable"))
 

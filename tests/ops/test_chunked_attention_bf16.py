@@ -1,4 +1,4 @@
-"""The attention kernels with bf16 products (csrc/chunked_attention_bf16.cpp), with every instruction there is."""
+"""The attention kernels with bf16 products (csrc/chunked_attention/bf16.cpp), with every instruction there is."""
 
 import pytest
 import torch

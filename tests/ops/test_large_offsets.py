@@ -78,19 +78,18 @@ def test_masked_cross_entropy_softmax():
     """Targets, weights, losses and hits are indexed by row; here rows beyond 2^31."""
     logits, index = torch.randn(3, 10), torch.tensor([1, 2**31 + 5, 2**31 + 70])
     rows = int(index.max()) + 1
-    packed = {"targets": torch.tensor([3, 9, 0]), "weights": torch.rand(3)}
+    packed = {"targets": torch.tensor([3, 9, 0]), "row_weights": torch.rand(3)}
     packed |= {"losses": torch.zeros(3), "correct": torch.zeros(3)}
     far = {name: untouched(rows, x.dtype) for name, x in packed.items()}
-    for name in ("targets", "weights"):
+    for name in ("targets", "row_weights"):
         far[name][index] = packed[name]
 
     def run(index: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         gradient = logits.clone()
-        extension().softmax_gradient(
-            logits=gradient.data_ptr(), bf16=False, rows=3, classes=10, index=index.data_ptr(), scale=0.5,
-            label_smoothing=0.1, z_loss=0.01, gradient=True, threads=1,
-            **{name: x.data_ptr() for name, x in tensors.items()},
-        )  # fmt: skip
+        options = {"bf16": False, "rows": 3, "classes": 10, "scale": 0.5, "label_smoothing": 0.1, "z_loss": 0.01}
+        addresses = {"logits": gradient, "index": index, **tensors}
+        addresses = {name: x.data_ptr() for name, x in addresses.items()}
+        extension().softmax_gradient({**options, **addresses, "gradient": True, "threads": 1})
         return gradient
 
     assert torch.equal(run(index, far), run(torch.arange(3), packed))

@@ -1,4 +1,4 @@
-"""The kernels with bf16 products of our own (csrc/masked_cross_entropy_fused.cpp), with every instruction there is."""
+"""The kernels with bf16 products of our own (csrc/masked_cross_entropy/), with every instruction there is."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ def test_extension_of_other_sources_is_refused(tmp_path):
         return reason, result.stderr
 
     assert obstacle() == ("None", "")
-    changed = tmp_path / "csrc" / "masked_cross_entropy_kernel.cpp"
+    changed = tmp_path / "csrc" / "masked_cross_entropy" / "softmax_gradient_kernel.cpp"
     changed.write_text(changed.read_text().replace("0.0f", "1.0f", 1))
     reason, warning = obstacle()
     assert "was built from other sources" in reason

@@ -1,4 +1,4 @@
-"""Controls hold for a sound probe and fail for broken ones; learned layer weights find the layer that knows."""
+"""Controls pass for a sound probe and fail for broken ones; learned layer weights find the informative layer."""
 
 import json
 

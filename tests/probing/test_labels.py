@@ -1,4 +1,4 @@
-"""What a manifest says, what it leaves out, and what is refused."""
+"""Labels from a manifest: accepted, missing and rejected rows."""
 
 import numpy as np
 import pytest

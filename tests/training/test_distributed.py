@@ -140,8 +140,8 @@ def test_equal_weights_of_micro_batches_would_be_seen(data, alone):
     batch = next(batches(open_dataset(config), 6, num_steps=1))
     parts = micro_batches(batch, 4)
     counts = [model.num_predicted(part.lengths, 0) for part in parts]
-    losses = [model(part.waveform, part.lengths, 0, part.index).loss.item() for part in parts]
-    whole = model(batch.waveform, batch.lengths, 0, batch.index)
+    losses = [model(part.waveform, part.lengths, step=0, index=part.index).loss.item() for part in parts]
+    whole = model(batch.waveform, batch.lengths, step=0, index=batch.index)
     assert sum(counts) == int(whole.plan.predicted_lengths.sum())
     weighted = sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)
     assert weighted == pytest.approx(whole.loss.item(), rel=1e-6)

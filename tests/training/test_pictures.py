@@ -67,7 +67,7 @@ def ragged(dataset) -> Batch:
 
 def test_pictures_show_what_the_model_did(model, ragged):
     model.eval()
-    output = model(ragged.waveform, ragged.lengths, 0, ragged.index)
+    output = model(ragged.waveform, ragged.lengths, step=0, index=ragged.index)
     clips = clip_pictures(model, ragged, output, limit=3)
     assert len(clips) == 3
     guesses = model.head.predictions(output.hidden)
@@ -117,7 +117,7 @@ def test_training_does_not_notice(model, dataset):
     def step() -> list[torch.Tensor]:
         torch.manual_seed(11)
         model.zero_grad()
-        output = model(batch.waveform, batch.lengths, 5, batch.index)
+        output = model(batch.waveform, batch.lengths, step=5, index=batch.index)
         output.loss.backward()
         return [output.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None), torch.randn(2)]
 
@@ -170,7 +170,7 @@ def test_same_clips_and_mask_at_every_step(dataset):
     for _ in range(2):
         batch = fixed_batch(dataset)
         with torch.no_grad():
-            output = model(batch.waveform, batch.lengths, 0, batch.index)
+            output = model(batch.waveform, batch.lengths, step=0, index=batch.index)
         pictures.append(clip_pictures(model, batch, output))
         torch.nn.init.normal_(model.head.weight)
     for before, after in zip(*pictures):
@@ -202,11 +202,11 @@ def test_compiled_blocks_are_not_compiled_again(tmp_path, dataset, monkeypatch):
     fixed_pictures(tmp_path, model, fixed_batch(dataset), 1)
     assert not calls
     batch = fixed_batch(dataset)
-    model(batch.waveform, batch.lengths, 0, batch.index)
+    model(batch.waveform, batch.lengths, step=0, index=batch.index)
     assert calls  # training goes on compiled
     count = len(calls)
     fixed_pictures(tmp_path, model, fixed_batch(dataset), 2)
-    model(batch.waveform, batch.lengths, 1, batch.index)
+    model(batch.waveform, batch.lengths, step=1, index=batch.index)
     assert len(calls) == count
 
 

@@ -1,4 +1,4 @@
-"""What the training loop offers: precision, averaging, schedules, saves by time and by merit, validation, probes."""
+"""Options of the training loop: precision, averaging, schedules, saves by time and by merit, validation, probes."""
 
 import itertools
 import json

@@ -1,0 +1,55 @@
+"""Pretrain audio encoders, and use them.
+
+bestrq2 train --data FOLDER --config best_rq2_small
+bestrq2 embed ENCODER FOLDER --out features
+bestrq2 COMMAND --help
+"""
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from bestrq2.command import command, leave
+from bestrq2.version import __version__
+
+COMMANDS = {
+    "train": ("bestrq2.train", "pretrain an encoder, or continue a run"),
+    "embed": ("bestrq2.embed", "features of audio files"),
+    "probe": ("bestrq2.probe", "measure a frozen encoder on labelled clips"),
+    "export": ("bestrq2.export", "write an encoder for transformers, ONNX, X-ARES, s3prl, ..."),
+    "report": ("bestrq2.report", "report on one run or several"),
+    "stream": ("bestrq2.stream", "live features from a streaming encoder"),
+    "stats": ("bestrq2.stats", "mean and deviation of the log-mel values of your audio"),
+    "manifest": ("bestrq2.manifest", "list and check the audio of a source in a CSV file"),
+    "shards": ("bestrq2.shards", "pack audio into tar shards"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
+    return f"usage: bestrq2 COMMAND ...\n\n{__doc__.strip()}\n\ncommands:\n{lines}"
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names; only its modules are imported."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if given else 2
+    if given[0] in ("-V", "--version"):
+        print(f"bestrq2 {__version__}")
+        return 0
+    name, *rest = given
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return import_module(COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,274 @@
+"""The edge of every command: a foreseeable failure becomes one sentence and exit code 2, a fault of ours a traceback.
+
+Import this before torch: it sets what OpenMP reads when torch is loaded.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from types import FrameType
+from typing import Any, TextIO, TypeVar
+
+from bestrq2.errors import BestRQError, printable
+
+__all__ = ["command", "leave", "sentence"]
+
+# Threads that wait must not spin: on a laptop whose other core is busy, spinning made small models 2.7 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+Main = TypeVar("Main", bound=Callable[..., int])
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or write elsewhere",
+    errno.EDQUOT: "the quota is used up: free some space there, or write elsewhere",
+    errno.EACCES: "change its permissions, or use another folder",
+    errno.EPERM: "change its permissions, or use another folder",
+    errno.EROFS: "use a folder that can be written",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 4096), or use fewer workers (data.workers=0)",
+    errno.ENFILE: "the machine has too many open files: close programs, or use fewer workers (data.workers=0)",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENOENT: "check the name",
+    errno.ENOTDIR: "part of this path is a file: check the name",
+    errno.EISDIR: "this is a folder: name a file",
+    errno.EADDRINUSE: "choose another port (MASTER_PORT, or torchrun --rdzv-endpoint)",
+    errno.ENOMEM: "use a smaller batch or fewer workers",
+    errno.EIO: "the disk or the network file system failed: see the system's log",
+    errno.ESTALE: "the network file system lost this file: try again",
+    errno.ELOOP: "links point at each other: check the path",
+    errno.EXDEV: "both names must be on one file system",
+}
+
+# Errors of the system that libraries pass on as a plain RuntimeError: part of the text, what happened, remedy.
+_PASSED_ON = (
+    ("can't start new thread", "no further thread can be started", "raise ulimit -u, or set OMP_NUM_THREADS=1"),
+    ("Resource temporarily unavailable", "no further thread or process can be started", "raise ulimit -u"),
+    ("Too many open files", "too many files are open", _REMEDIES[errno.EMFILE]),
+    ("No space left on device", "the disk or shared memory (/dev/shm) is full", "free space, or set data.workers=0"),
+    ("unable to open shared memory", "shared memory (/dev/shm) cannot be used", "enlarge it, or set data.workers=0"),
+    ("unable to allocate shared memory", "shared memory (/dev/shm) is full", "enlarge it, or set data.workers=0"),
+    ("DefaultCPUAllocator", "out of memory", "use a smaller batch (train.batch_size, --batch-size) or fewer workers"),
+    ("out of memory", "out of memory", "use a smaller batch (train.batch_size, --batch-size)"),
+    ("Connection refused", "another rank cannot be reached", "check MASTER_ADDR and MASTER_PORT and start all ranks"),
+    ("Connection closed by peer", "another rank ended", "see the messages of the other ranks"),
+    ("Connection reset by peer", "another rank ended", "see the messages of the other ranks"),
+    ("Timed out", "another rank did not answer in time", "see the messages of the other ranks"),
+    ("timed out", "another rank did not answer in time", "see the messages of the other ranks"),
+    ("Found no NVIDIA driver", "there is no NVIDIA driver", "use the device cpu"),
+    ("CUDA driver version is insufficient", "the CUDA driver is too old for this torch", "use the device cpu"),
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, raised where the program is so that unfinished files are removed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user about a foreseeable failure; None for a fault of this program."""
+    if isinstance(error, BestRQError):
+        return str(error)
+    if isinstance(error, OSError):
+        if isinstance(error, TimeoutError | ConnectionError) and _several_ranks():
+            return f"{error}; see the messages of the other ranks"
+        given = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        names = " -> ".join(printable(os.fsdecode(name)) for name in given)
+        what = error.strerror or str(error) or type(error).__name__
+        remedy = _REMEDIES.get(error.errno or 0)
+        return (f"{names}: " if names else "") + what + (f"; {remedy}" if remedy else "")
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "bestrq2").startswith("bestrq2"):
+        return f"the package {error.name!r} is needed and not installed: pip install {(error.name or '').split('.')[0]}"
+    if isinstance(error, MemoryError):
+        return "out of memory; use a smaller batch (train.batch_size, --batch-size) or fewer workers"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text file is not {error.encoding}: byte {error.object[error.start]:#04x} at position {error.start}"
+    if isinstance(error, RuntimeError):
+        for part, what, remedy in _PASSED_ON:
+            if part in str(error):
+                return f"{what}; {remedy} ({str(error).strip().splitlines()[0]})"
+    return None
+
+
+def _several_ranks() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+class _Output(io.TextIOBase):
+    """Standard output or error that never raises: a reader that went away or a full disk must not end the work.
+
+    The first failure is kept in ``failure``; what comes after it is dropped.
+    """
+
+    def __init__(self, stream: TextIO, number: int) -> None:
+        self.stream, self.number = stream, number
+        self.failure: OSError | None = None
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+    def write(self, text: str) -> int:
+        if self.failure is None:
+            with self._kept():
+                try:
+                    self.stream.write(text)
+                except UnicodeError:  # a stream that could not be reconfigured
+                    self.stream.write(text.encode("ascii", "backslashreplace").decode())
+        return len(text)
+
+    def flush(self) -> None:
+        if self.failure is None:
+            with self._kept():
+                self.stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self.stream.isatty()
+        return False
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        return "backslashreplace"
+
+    @property
+    def buffer(self) -> Any:
+        return self.stream.buffer
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # written to after it was closed
+            self.failure = OSError(errno.EBADF, str(error))
+        except OSError as error:
+            self.failure = error
+            # What is still in the buffer must go somewhere when Python flushes it at its end.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if self.stream.fileno() == self.number:
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, self.number)
+                    os.close(null)
+
+
+def _open_standard_files() -> None:
+    """Give a process that was started with closed standard files (``>&-``) a sink, before another file gets their
+    numbers and what is printed goes there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the end)
+
+
+_open_standard_files()
+
+
+@contextlib.contextmanager
+def _safe_output() -> Iterator[tuple[_Output, _Output]]:
+    before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, _Output) and isinstance(sys.stderr, _Output):  # a command that calls another
+        yield sys.stdout, sys.stderr
+        return
+    out, err = _Output(before[0], 1), _Output(before[1], 2)
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield out, err
+    finally:
+        out.flush()
+        err.flush()
+        if sys.stdout is out:
+            sys.stdout = before[0]
+        if sys.stderr is err:
+            sys.stderr = before[1]
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does, unless somebody chose otherwise (``nohup``)."""
+    previous: dict[int, Any] = {}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise Stopped(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                previous[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def command(main: Main) -> Main:
+    """Decorate the ``main(arguments) -> exit code`` of a command.
+
+    Foreseeable failures are printed as ``error: ...`` and give exit code 2, Ctrl-C and SIGTERM 130 and 143. Output that
+    cannot be written never ends the work: if its reader went away nothing more is said, else the exit code is 2.
+    """
+
+    @wraps(main)
+    def guarded(arguments: Sequence[str] | None = None) -> int:
+        with _safe_output() as (out, err):
+            try:
+                with _stop_signals():
+                    code = main(arguments)
+            except Stopped as error:
+                print(f"stopped by {error}", file=err)
+                return 128 + error.number
+            except KeyboardInterrupt:
+                print("interrupted", file=err)
+                return 128 + signal.SIGINT
+            except Exception as error:
+                message = sentence(error)
+                if message is None:
+                    raise
+                print(f"error: {message}", file=err)
+                return 2
+            out.flush()
+            if out.failure is not None and out.failure.errno != errno.EPIPE:
+                print(f"error: standard output cannot be written: {out.failure.strerror}", file=err)
+                return code or 2
+            return code
+
+    return guarded  # type: ignore[return-value]
+
+
+def leave(code: int) -> None:
+    """End the process of a command.
+
+    Among several ranks everything is written and closed by then, and taking the interpreter down would race with the
+    threads of gloo, to which sharded models hold on: a run that had ended well was once aborted there (torch 2.13).
+    """
+    if _several_ranks():
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,86 @@
+"""Members that an encoder needs to be pretrained by :class:`BestRQ2` or :class:`BestRQ`."""
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from bestrq2.layers.masking import MaskPlan
+from bestrq2.layers.patches import Patches
+from bestrq2.layers.positions import PositionKind
+
+__all__ = ["PretrainableEncoder", "check_encoder"]
+
+
+@runtime_checkable
+class PretrainableEncoder(Protocol):
+    """An ``nn.Module`` that can be pretrained; ``isinstance`` tells whether one has all members.
+
+    ``docs/own_encoder.md`` has a complete example. One-stage pretraining needs :class:`BestRQ`'s ``infill`` and
+    ``needs_mask_token`` in place of :meth:`context`. The four properties may be plain attributes.
+    """
+
+    @property
+    def patch_dim(self) -> int:
+        """P, values of a patch: the input of the quantizer."""
+        ...
+
+    @property
+    def output_dim(self) -> int:
+        """D, width of the features."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Frequency rows of the grid of patches; 1 where a patch covers all bands."""
+        ...
+
+    @property
+    def position(self) -> PositionKind:
+        """How the predictor places context and mask tokens on that grid: "rope" or "sincos"."""
+        ...
+
+    def patches(self, waveform: Tensor, lengths: Tensor | None = None) -> Patches:
+        """Cut audio ``(B, S)`` with ``lengths (B,)`` samples into patches ``(B, N, P)``; no gradient.
+
+        The patches of a clip must not depend on the other clips of the batch.
+        """
+        ...
+
+    def num_tokens(self, samples: int) -> int:
+        """Count the patches of a clip of ``samples`` samples, as :meth:`patches` gives them."""
+        ...
+
+    def context(self, patches: Patches, plan: MaskPlan, step: int) -> Tensor:
+        """Encode the seen patches ``plan.seen (B, Ns)`` and nothing else: features ``(B, Ns, D)``.
+
+        ``step`` is the number of the training step, for encoders that draw something for every step as a pure
+        function of it, such as the attention window of a Conformer. Others ignore it.
+        """
+        ...
+
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features ``(B, T, D)`` float32 of whole clips, and their lengths ``(B,)`` int64 on the CPU."""
+        ...
+
+
+_ONE_STAGE = ("infill", "needs_mask_token")
+
+
+def check_encoder(encoder: object, *, one_stage: bool = False) -> None:
+    """Raise a clear error for an encoder that cannot be pretrained.
+
+    Args:
+        encoder: a candidate for :class:`PretrainableEncoder`.
+        one_stage: also ask for ``infill(patches, masked, fill, step)`` and ``needs_mask_token``.
+
+    Raises:
+        TypeError: listing the members that are missing.
+    """
+    members = [name for name in vars(PretrainableEncoder) if not name.startswith("_")]
+    wanted = sorted(name for name in members if name != "context" or not one_stage)
+    missing = [name for name in (*wanted, *(_ONE_STAGE if one_stage else ())) if not hasattr(encoder, name)]
+    if missing:
+        raise TypeError(
+            f"{type(encoder).__name__} cannot be pretrained: it has no {', '.join(missing)}; expected the members of "
+            "bestrq2.models.PretrainableEncoder (docs/own_encoder.md has a complete example)"
+        )

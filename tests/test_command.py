@@ -1,0 +1,187 @@
+"""The command line: one command with its parts, and failures that end in one sentence."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bestrq2.__main__ import COMMANDS, main
+from bestrq2.command import _Output, command, leave, sentence
+from bestrq2.config import Config
+from bestrq2.config.describing import describe, explanations
+from bestrq2.errors import BestRQError, DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120, **options
+    )
+
+
+def test_the_command_lists_its_parts(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_part_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: bestrq2 {name}" in capsys.readouterr().out
+
+
+def test_only_the_chosen_part_is_imported():
+    code = "import sys; from bestrq2.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    assert run("-c", code).stdout.splitlines()[-1] == "False"
+
+
+def test_former_module_names_work(tmp_path):
+    for module in ("bestrq2.data.manifest", "bestrq2.data.shards"):
+        result = run("-m", module, str(tmp_path / "absent"), "--out", str(tmp_path / "out.csv"))
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("error: ")
+        assert "Traceback" not in result.stderr
+
+
+def test_every_key_has_a_line(capsys):
+    keys = list(explanations(Config()))
+    assert len(keys) > 80
+    assert [key for key, _, about in keys if not about] == []
+    assert main(["train", "--show-config", "--config", "best_rq2_small", "train.steps=7"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == len(keys)
+    assert next(line for line in shown if line.startswith("train.steps: 7 ")).endswith("# updates of the weights")
+    assert describe(Config()).count("\n") == len(keys) - 1
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DataError("no files"), "no files"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.npy"), "out.npy: .*; free some space"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), b"caf\xe9"), r"caf\\xe9: .*; change its permissions"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+        (ModuleNotFoundError("x", name="pyarrow.parquet"), "'pyarrow.parquet' is needed .* pip install pyarrow$"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("can't start new thread"), "no further thread"),
+        (RuntimeError("unable to open shared memory object </torch_1>"), "/dev/shm"),
+        (UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid"), "not utf-8: byte 0xff at position 1"),
+    ],
+)
+def test_foreseeable_failures_are_one_sentence(error, expected, capsys):
+    @command
+    def fails(arguments):
+        raise error
+
+    assert fails() == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n"), shown.err[:7]) == ("", 1, "error: ")
+    assert re.search(expected, shown.err[7:].rstrip("\n"))
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), KeyError("x"), RuntimeError("x"), ModuleNotFoundError("x", name="bestrq2.absent")]
+)
+def test_faults_of_ours_show_where(error):
+    @command
+    def fails(arguments):
+        raise error
+
+    assert sentence(error) is None
+    with pytest.raises(type(error)):
+        fails()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_with_their_code(number, code, capsys):
+    removed = []
+
+    @command
+    def waits(arguments):
+        try:
+            signal.raise_signal(number)
+        finally:
+            removed.append("partial file")
+        return 0
+
+    before = signal.getsignal(number)
+    assert waits() == code
+    assert removed == ["partial file"]
+    assert signal.getsignal(number) is before
+
+
+def test_output_that_nobody_reads_does_not_end_the_work(tmp_path):
+    code = (
+        "import sys; from bestrq2.command import command, leave\n"
+        "@command\ndef main(arguments):\n"
+        "    for _ in range(20000): print('a line of output')\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+        "    return 0\n"
+        "leave(main())\n"
+    )
+    piped = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"{sys.executable}" -c "$0" | head -1', code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, "a line of output\n", "")
+    assert (tmp_path / "done").exists()
+    closed = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "$0" >&- 2>&-', code], cwd=ROOT)
+    assert closed.returncode == 0
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
+        assert result.returncode == 2
+        assert result.stderr.startswith(b"error: standard output cannot be written: ")
+        assert result.stderr.count(b"\n") == 1
+
+
+def test_any_name_can_be_printed(tmp_path):
+    code = (
+        "from bestrq2.command import command, leave\n@command\ndef main(arguments):\n"
+        "    print('caf\\udce9 \\u2581 \\U0001F600')\n    return 0\nleave(main())\n"
+    )
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(b"caf\\udce9 ")
+
+
+def test_an_output_keeps_its_first_failure():
+    class Broken:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "gone")
+
+        def flush(self):
+            raise AssertionError("not after a failure")
+
+    out = _Output(Broken(), 1)
+    assert out.write("abc") == 3
+    out.flush()
+    assert out.failure is not None
+    assert out.failure.errno == errno.EPIPE
+
+
+def test_errors_share_a_base_and_leave_ends():
+    assert issubclass(DataError, BestRQError)
+    with pytest.raises(SystemExit) as ended:
+        leave(3)
+    assert ended.value.code == 3
