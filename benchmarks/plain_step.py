@@ -45,6 +45,7 @@ class Sizes:
     seconds: float = 10.0
     drop_path: float = 0.0
     dropout: float = 0.0
+    fused_attention: bool = False  # scaled_dot_product_attention in place of stored scores
     standardise: bool = False  # patches of the quantizer by layer norm
     mean: float = 0.0
     std: float = 1.0
@@ -72,6 +73,9 @@ def mel_filters(s: Sizes) -> Tensor:
 
 class Spectrogram(nn.Module):
     """Waveform ``(B, S)`` -> dB patches ``(B, N, P)``, in fp32."""
+
+    window: Tensor
+    filters: Tensor
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class Attention(nn.Module):
 
     def __init__(self, s: Sizes, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.modern = heads, s.modern
+        self.heads, self.modern, self.fused = heads, s.modern, s.fused_attention
         self.qkv = nn.Linear(width, 3 * width, bias=not s.modern)
         self.proj = nn.Linear(width, width, bias=not s.modern)
         d = width // heads
@@ -122,6 +126,9 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.modern:
             q, k = rotary(q, time), rotary(k, time)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+            return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
         scores = q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5 + mask
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, N, D))
 
@@ -183,6 +190,9 @@ class Transformer(nn.Module):
 class Quantizer(nn.Module):
     """``argmax_v cos(x P, c_v)`` with every similarity stored."""
 
+    projection: Tensor
+    codebook: Tensor
+
     def __init__(self, s: Sizes) -> None:
         super().__init__()
         self.standardise = s.standardise
@@ -199,6 +209,9 @@ class Quantizer(nn.Module):
 
 class TwoStep(nn.Module):
     """BEST-RQ-2. ``forward(waveform (B, S)) -> loss``, with one random mask for the batch."""
+
+    place: Tensor
+    predictor_place: Tensor
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()

@@ -21,7 +21,11 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor | None, norm: nn.Module, scale: Tensor | None = None, factor: float = 1.0
+    x: Tensor,
+    branch: Tensor | None,
+    norm: nn.LayerNorm | nn.RMSNorm,
+    scale: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """``total = x + factor * scale * branch`` and ``norm(total)``.
 
@@ -38,9 +42,8 @@ def residual_norm(
     """
     if _is_fused(x, norm.weight) and (branch is None or branch.dtype == x.dtype):
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
-        kind = isinstance(norm, nn.LayerNorm)
-        bias = norm.bias if kind else None
-        return _ResidualNorm.apply(x, branch, scale, norm.weight, bias, kind, factor, eps)
+        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        return _ResidualNorm.apply(x, branch, scale, norm.weight, bias, isinstance(norm, nn.LayerNorm), factor, eps)
     total = x if branch is None else x + scaled(branch, scale, factor)
     return total, norm(total)
 
@@ -73,7 +76,9 @@ def gated(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-def split_heads(qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, rotation: Rotation | None) -> tuple[Tensor, ...]:
+def split_heads(
+    qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, rotation: Rotation | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values ``(B, H, N, d)`` of ``qkv (B, N, 3, H, d)``.
 
     Args:

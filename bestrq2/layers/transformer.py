@@ -75,7 +75,7 @@ class TransformerSettings:
         return self.width // self.heads
 
 
-def make_norm(kind: Norm, width: int) -> nn.Module:
+def make_norm(kind: Norm, width: int) -> nn.LayerNorm | nn.RMSNorm:
     return nn.LayerNorm(width, eps=1e-5) if kind == "layer_norm" else nn.RMSNorm(width, eps=1e-5)
 
 
