@@ -1,4 +1,4 @@
-"""What a benchmark of an operation is made of: a case, its providers, and the row each provider gets.
+"""Parts of a benchmark of an operation: a case, its providers, and one row for each provider.
 
 One file per operation, ``benchmarks/ops/<op>.py``, listed in :data:`OPS`, offers seven names:
 
@@ -39,7 +39,7 @@ A complete operation (``y = x ** 2``, differentiable) looks like this; :func:`be
 ``Provider.build(case)`` does what a user does once (construct modules, compile); the function it returns is timed. It
 returns the output, or a tuple whose first item is the output; gradients are taken with respect to the tensors
 ``case.inputs[name]`` for ``name in case.differentiable``. It raises :class:`Skip` where it does not apply. Compare only
-equals: a provider that needs another layout does the conversion inside the timed call, or says so in ``note``.
+equals: a provider that needs another layout does the conversion inside the timed call, or states it in ``note``.
 
 :func:`measure` (measure.py) turns a case and providers into rows: peak memory first, then errors, then interleaved
 timings.

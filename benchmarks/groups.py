@@ -2,7 +2,7 @@
 
 An illegal memory access ends every later call of its process, and a peer may hang or crash. On a GPU each group
 therefore runs in a process of its own, which appends its rows to a file as soon as it has them. Where the process dies,
-the provider it was at gets a row that says so and the others are measured again without it.
+the provider it was at gets a row with the reason and the others are measured again without it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from bestrq2.kernels import tuning
 
 from benchmarks import memory, report
 from benchmarks.common import FIELDS, load_operation, select
@@ -37,7 +39,7 @@ class Group:
 
 @dataclass
 class Plan:
-    """What every group of a run has in common."""
+    """Settings that all groups of a run share."""
 
     device: str
     machine: Machine
@@ -48,6 +50,7 @@ class Plan:
     without: tuple[str, ...] = ()  # exact names
     memory: bool = True
     group_seconds: float = 600.0
+    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)  # by operation, in place of the shipped ones
 
 
 Say = Callable[[str], None]
@@ -58,18 +61,23 @@ def run_group(group: Group, plan: Plan, worker: memory.Worker | None, say: Say) 
     module = load_operation(group.op)
     case = module.make_case(group.shape, getattr(torch, group.dtype), torch.device(plan.device))
     providers = [p for p in select(module.PROVIDERS, plan.providers) if p.name not in plan.without]
-    return measure(
-        group.op,
-        case,
-        providers,
-        plan.machine,
-        plan.facts,
-        baseline=module.BASELINE,
-        caches=plan.caches,
-        budget=plan.budget,
-        worker=worker,
-        say=say,
-    )
+    tiles = plan.tiles.get(group.op, {})
+    with tuning.override(group.op, tiles) if tiles else nullcontext():
+        rows = measure(
+            group.op,
+            case,
+            providers,
+            plan.machine,
+            plan.facts,
+            baseline=module.BASELINE,
+            caches=plan.caches,
+            budget=plan.budget,
+            worker=worker,
+            say=say,
+        )
+    for row in rows if tiles else ():
+        row["note"] = "; ".join(filter(None, ("tuned tiles", str(row["note"]))))
+    return rows
 
 
 def run_isolated(group: Group, plan: Plan) -> list[Row]:

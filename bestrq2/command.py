@@ -15,6 +15,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
+from bestrq2.console import console_log
 from bestrq2.errors import BestRQError, printable
 
 __all__ = ["command", "leave", "sentence"]
@@ -234,7 +235,7 @@ def command(main: Main) -> Main:
 
     @wraps(main)
     def guarded(arguments: Sequence[str] | None = None) -> int:
-        with _safe_output() as (out, err):
+        with _safe_output() as (out, err), console_log():
             try:
                 with _stop_signals():
                     code = main(arguments)

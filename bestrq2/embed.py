@@ -20,6 +20,7 @@ import argparse
 import csv
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,17 +122,21 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
     named: list[tuple[str, AudioFile]] = []
     messages: list[str] = []
     used: set[str] = set()
+    repeats: Counter[str] = Counter()
     for source in inputs:
-        files, report = collect(source)
+        files, report = collect(source, split=None)
+        messages += report.notes
         if report.skips:
             messages += [f"{source}: {report}", *(f"  {line}" for line in report.examples())]
         for file in files:
             base = Path(source) if Path(source).is_dir() else Path(file.path).parent
             relative = os.path.relpath(file.path, base)
             name = relative if not relative.startswith("..") else Path(file.path).name
-            unique, number = name, 2
+            name += file.place[len(file.path) :]
+            unique = name
             while unique in used:
-                unique, number = f"{name}-{number}", number + 1
+                repeats[name] += 1
+                unique = f"{name}-{repeats[name] + 1}"
             used.add(unique)
             named.append((unique, file))
     return named, messages

@@ -36,7 +36,7 @@ class TrainingError(BestRQError):
 
 
 class OutOfMemory(TrainingError):
-    """The memory of this rank alone; the others do not know of it."""
+    """One rank is out of memory; the other ranks are not informed."""
 
 
 class ManifestError(BestRQError, ValueError):

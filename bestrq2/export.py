@@ -21,14 +21,14 @@ from bestrq2.command import command, leave
 from bestrq2.config import ConfigError
 from bestrq2.interchange.graphs import trace, write_onnx, write_torch_export
 from bestrq2.interchange.hugging_face_folder import write_folder
-from bestrq2.interchange.opening import Source, open_source
+from bestrq2.interchange.opening import OpenedModel, open_source
 from bestrq2.interchange.published import to_published
 from bestrq2.interchange.s3prl_folder import write_s3prl
 from bestrq2.interchange.tensors import assemble_encoder, write_tensors
 from bestrq2.interchange.xares import Interface, check_encoder_module, write_encoder_module
 
 
-def export_published(source: Source, out: Path) -> list[str]:
+def export_published(source: OpenedModel, out: Path) -> list[str]:
     tensors, metadata, notes = to_published(source.config, source.weights)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--published: expected a file name ending in .safetensors, got {out}")
@@ -36,7 +36,7 @@ def export_published(source: Source, out: Path) -> list[str]:
     return [f"{out}: {len(tensors)} tensors in published names", *notes]
 
 
-def export_folder(source: Source, out: Path) -> list[str]:
+def export_folder(source: OpenedModel, out: Path) -> list[str]:
     paths = write_folder(out, source.config, source.weights, source.origin)
     names = ", ".join(path.name for path in paths)
     return [
@@ -45,7 +45,7 @@ def export_folder(source: Source, out: Path) -> list[str]:
     ]
 
 
-def export_module(source: Source, out: Path, interface: Interface) -> list[str]:
+def export_module(source: OpenedModel, out: Path, interface: Interface) -> list[str]:
     out.parent.mkdir(parents=True, exist_ok=True)
     weights = write_encoder_module(out, source.config, source.weights, interface)
     problems = check_encoder_module(out)
@@ -54,12 +54,12 @@ def export_module(source: Source, out: Path, interface: Interface) -> list[str]:
     return [f"{out}, {weights}: checked for {interface}; give its path relative to the folder you run in"]
 
 
-def export_s3prl(source: Source, out: Path) -> list[str]:
+def export_s3prl(source: OpenedModel, out: Path) -> list[str]:
     names = ", ".join(path.name for path in write_s3prl(out, source.config, source.weights, source.origin))
     return [f"{out}: {names}", f"{out / 'hubconf.py'} says how s3prl finds it; it needs bestrq2 installed"]
 
 
-def export_graphs(source: Source, onnx: Path | None, torch_export: Path | None) -> list[str]:
+def export_graphs(source: OpenedModel, onnx: Path | None, torch_export: Path | None) -> list[str]:
     encoder = assemble_encoder(source.config, source.weights, source.origin)
     program = trace(encoder)
     wanted = ((write_torch_export, torch_export), (write_onnx, onnx))
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--hop-length", type=int, help="samples between frames of a published ENCODER that does not say them"
     )
     options = parser.parse_args(arguments)
-    forms: dict[str, tuple[Callable[[Source, Path], list[str]], Path | None]] = {
+    forms: dict[str, tuple[Callable[[OpenedModel, Path], list[str]], Path | None]] = {
         "--hf": (export_folder, options.hf),
         "--xares": (partial(export_module, interface="xares"), options.xares),
         "--xares-llm": (partial(export_module, interface="xares-llm"), options.xares_llm),

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
     else:
         skipped.unlink(missing_ok=True)  # of an earlier run
+    for note in report.notes:
+        print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in files) / 3600
     print(f"{out}: {len(files)} files, {hours:.2f} h; {report}")
     for line in report.examples():

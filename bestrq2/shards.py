@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
     except ValueError as error:
         raise DataError(str(error)) from error
+    for note in report.notes:
+        print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in packed.files) / 3600
     print(
         f"{out}: {len(packed.shards)} shards, {len(packed.files)} files, {hours:.2f} h, read back and equal; {report}"

@@ -1,5 +1,5 @@
-// This file and bindings_blocks.cpp are the only ones that know Python. Here every kernel takes one dict, whose tensors
-// are addresses and sizes that bestrq2.ops has already validated. Addresses of absent tensors are 0.
+// Python bindings, with bindings_blocks.cpp the only files with Python headers. Here every kernel takes one dict, whose
+// tensors are addresses and sizes that bestrq2.ops has already validated. Addresses of absent tensors are 0.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

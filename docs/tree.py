@@ -7,6 +7,7 @@ python docs/tree.py --print
 import argparse
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,10 @@ def summary(path: Path) -> str:
     return re.sub(r":\w+:`([^`]*)`", r"\1", sentence).replace("``", "")
 
 
+def shorten(prefix: str, text: str, columns: int = 120) -> str:
+    return (prefix + textwrap.shorten(text, columns - len(prefix), placeholder=" ...")).rstrip()
+
+
 def lines(folder: Path, indent: str = "") -> list[str]:
     """The files of a folder, then its folders, each level two columns further right."""
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "_")) or p.name == "__main__.py")
@@ -36,8 +41,8 @@ def lines(folder: Path, indent: str = "") -> list[str]:
     width = max((len(p.name) for p in files), default=0)
     init = folder / "__init__.py"
     head = f"{indent}{folder.name}/"
-    found = [f"{head}  {summary(init)}".rstrip() if init.exists() else head]
-    found += [f"{indent}  {p.name:{width}}  {summary(p)}".rstrip() for p in files]
+    found = [shorten(f"{head}  ", summary(init)) if init.exists() else head]
+    found += [shorten(f"{indent}  {p.name:{width}}  ", summary(p)) for p in files]
     for child in entries:
         if child.is_dir() and any(p.suffix in SOURCES for p in child.rglob("*")):
             found += lines(child, indent + "  ")

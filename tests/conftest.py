@@ -33,7 +33,7 @@ def pytest_cmdline_main(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file stays in one process, with its fixtures; compilations are single tests that fill up what time is left.
+    """A file stays in one process, with its fixtures; compilations are single tests that use the remaining time.
 
     xdist begins with the files of most tests, so a single test comes last.
     """
@@ -69,7 +69,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
-    """Fill every torch.empty with NaN (or a huge integer), so that reading memory nobody wrote fails a test."""
+    """Fill every torch.empty with NaN (or a huge integer), so that reading unwritten memory fails a test."""
 
     def poisoned(allocate):
         @functools.wraps(allocate)

@@ -97,7 +97,7 @@ print(json.dumps(trials))
 
 
 def test_a_kernel_is_tuned_in_its_own_process():
-    """In the interpreter: a configuration that does not compile is passed over, the others are timed."""
+    """In the interpreter: a configuration that does not compile is skipped, the others are timed."""
     pytest.importorskip("triton")
     result = subprocess.run(
         [sys.executable, "-c", INTERPRETED],

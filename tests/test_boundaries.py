@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import bestrq2
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("bestrq2.version", "bestrq2.hashing", "bestrq2.errors", "bestrq2.command"),
+    ("bestrq2.version", "bestrq2.hashing", "bestrq2.errors", "bestrq2.console", "bestrq2.command"),
     ("bestrq2.kernels", "kernels"),
     ("bestrq2.ops",),
     ("bestrq2.layers",),
@@ -139,3 +141,13 @@ def test_importing_the_operations_is_light():
     code = f"import sys, bestrq2.ops; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_package_shows_its_public_names_and_nothing_else():
+    code = "import bestrq2; bestrq2.ops.quantize; print(dir(bestrq2) == sorted(bestrq2.__all__), dir(bestrq2))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("True"), result.stdout
+    for name in bestrq2.__all__:
+        assert getattr(bestrq2, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'op'"):
+        bestrq2.op  # noqa: B018 (the access itself fails)

@@ -311,7 +311,7 @@ def accounted(name: str, inputs: set[str], used: list[str], skipped: list[tuple[
     """Problems found: every input must be used or reported, exactly once, with a known reason."""
     seen = Counter([*used, *(path for path, _ in skipped)])
     problems = [f"{name}: {path!r} occurs {count} times" for path, count in seen.items() if count != 1]
-    problems += [f"{name}: nothing is said about {path!r}" for path in inputs - seen.keys()]
+    problems += [f"{name}: {path!r} is not reported" for path in inputs - seen.keys()]
     problems += [f"{name}: {path!r} is not of the folder" for path in seen.keys() - inputs]
     return problems + [f"{name}: {path!r}: reason {reason!r}" for path, reason in skipped if reason not in REASONS]
 

@@ -1,9 +1,9 @@
 """Kill -9 at random moments: the resumed run must end like an undisturbed one, bit for bit.
 
-A life of the run is one process, from start-up until it is killed or done. Its moment to die is drawn uniformly over
-the wall time of start-up and some training; a share of the lives is killed during a save instead, some milliseconds
-after the hidden folder of a half-written checkpoint was seen. Every life has another number of data workers. The run
-that finishes is compared and a new one begins, until there were enough kills.
+The run is a sequence of processes, each from start-up until it is killed or done. The kill time is drawn uniformly over
+the wall time of start-up and some training. A share of the processes is killed during a save instead, some milliseconds
+after the hidden folder of a half-written checkpoint appeared. Every process has another number of data workers. A
+finished run is compared and a new one begins, until there were enough kills.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ def kill_rank(life: Life, run: Path, goal: int, rank: str) -> bool:
     """Kill one rank once ``goal`` steps are logged, and wait until the restarted ranks have cut the log back."""
     if not life.wait(lambda: last_row(run) >= goal, pause=0.02):
         return False
-    # The rank itself, not its data workers and not torchrun: the lowest process id that knows its number.
+    # The rank itself, not its data workers and not torchrun: the lowest process id with its number.
     os.kill(min(number for number, values in life.members().items() if values.get("RANK") == rank), signal.SIGKILL)
     rows = len(read_metrics(run))
     print(f"killed rank {rank} after step {last_row(run)}", flush=True)

@@ -1,4 +1,4 @@
-"""Read machine code (SASS) as nvdisasm prints it: its loops, and what an iteration asks of a multiprocessor.
+"""Read machine code (SASS) as nvdisasm prints it: its loops, and the instructions of an iteration.
 
 Only counting happens here: no instruction is simulated, so latencies, dependencies and bank conflicts are not seen.
 """

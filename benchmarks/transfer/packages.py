@@ -14,12 +14,12 @@ from benchmarks.transfer.sound_classes import sound_class
 
 @dataclass
 class Clip:
-    """What is known about a sound.
+    """Labels of a sound.
 
     Attributes:
         domain: "speech", "music" or "environment".
         corpus: the recordings it belongs to.
-        item: what is said or which sound; equal items have equal content.
+        item: the phrase or the sound; equal items have equal content.
         kind: prompt, line, word, track, effect or note.
         lang, speaker: of speech.
         label: class for a task, or "".
@@ -60,7 +60,7 @@ PRETRAINING = {
 
 @dataclass(frozen=True)
 class Package:
-    """Where a package keeps its sounds.
+    """Location of the sounds of a package.
 
     Attributes:
         name: as ``apt-get download`` takes it.
@@ -85,7 +85,7 @@ def _stem(path: str) -> str:
 
 
 def _telephone(lang: str, speaker: str, corpus: str, depth: int = 1) -> Rule:
-    """Prompts of a telephone exchange, one voice: the path below ``depth`` folders is what is said."""
+    """Prompts of a telephone exchange, one voice: the path below ``depth`` folders is the phrase."""
 
     def rule(path: str) -> Clip | None:
         item = _stem(path).split("/", depth)[-1]

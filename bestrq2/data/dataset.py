@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from bestrq2.data.audio import audio_info, load_audio
+from bestrq2.data.audio import audio_info, clip_duration, load_clip
 from bestrq2.data.domains import DomainSchedule, select_domains
 from bestrq2.data.files import AudioFile
 from bestrq2.data.order import SampleOrder, permute
@@ -239,11 +239,11 @@ class CropDataset(Dataset):
         rate = self.sampling_rate
         spare = int(self._durations[index] * rate) - longest
         if spare <= 0:
-            waveform = load_audio(item.path, rate, duration=longest / rate)
+            waveform = load_clip(item, rate, duration=longest / rate)
         else:
             draw = uniform(self.seed, _CROP, global_index, index)
             start = min(spare, int((place + draw) / slots * (spare + 1)))
-            waveform = load_audio(item.path, rate, start=start / rate, duration=longest / rate)
+            waveform = load_clip(item, rate, start=start / rate, duration=longest / rate)
         return self._checked(waveform, item)
 
     def _join(
@@ -258,7 +258,7 @@ class CropDataset(Dataset):
             position = permute((first + step) % num_files, num_files, self.seed, _JOIN, epoch, unit)
             item = self.files[members[position]]
             try:
-                piece = load_audio(item.path, self.sampling_rate, duration=missing / self.sampling_rate)
+                piece = load_clip(item, self.sampling_rate, duration=missing / self.sampling_rate)
                 # The last piece may be cut to any length; the file itself must not be too short.
                 pieces.append(piece if len(piece) == missing else self._checked(piece, item))
             except AudioError as error:
@@ -283,6 +283,6 @@ def _duration(item: AudioFile) -> float:
     if item.duration is not None:
         return item.duration
     try:
-        return audio_info(item.path).duration
+        return clip_duration(item, audio_info(item.path))
     except AudioError as error:
         raise DataError(f"{error}; leave such files out with scan()") from error

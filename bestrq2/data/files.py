@@ -60,9 +60,10 @@ def group_of(path: str) -> str:
 
 @dataclass(frozen=True)
 class AudioFile:
-    """One audio file, or a clip in an archive by its address (see ``members``).
+    """One audio file, a clip in an archive by its address, or a part of either.
 
-    ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read.
+    ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read. A part begins ``start``
+    seconds after the beginning of the file and ends at ``end`` (None: where the file ends); ``duration`` is its own.
     """
 
     path: str
@@ -70,6 +71,19 @@ class AudioFile:
     sampling_rate: int | None = None
     domain: str = ""
     label: str = ""
+    start: float = 0.0
+    end: float | None = None
+
+    @property
+    def is_part(self) -> bool:
+        return self.start > 0 or self.end is not None
+
+    @property
+    def place(self) -> str:
+        """The path and, of a part, the seconds: different clips have different places."""
+        if not self.is_part or (self.start == 0 and self.end == self.duration):
+            return self.path
+        return f"{self.path}@{self.start:.3f}-" + ("" if self.end is None else f"{self.end:.3f}")
 
     @property
     def group(self) -> str:

@@ -24,5 +24,8 @@ def file_list_digest(files: Iterable[AudioFile]) -> str:
     """Hash of the names and durations of files, in their order."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{Path(file.path).name}\0{file.duration}\n".encode("utf-8", "surrogateescape"))
+        name = Path(file.path).name
+        if file.place != file.path:  # a part
+            name += file.place[len(file.path) :]
+        digest.update(f"{name}\0{file.duration}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -4,40 +4,28 @@ bestrq2 manifest recordings/ --out manifest.csv --check
 """
 
 import csv
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import import_module
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from bestrq2.data.fields import audio_file
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio
+from bestrq2.data.kaldi import kaldi_rows
+from bestrq2.data.tables import is_manifest, rows_of
 from bestrq2.errors import ManifestError
 
 __all__ = [
     "discover_folder",
+    "is_manifest",
     "read_manifest",
     "read_rows",
     "write_manifest",
 ]
 
-# The first name is ours; the others are what common manifests call the same thing (NeMo, Kaldi-derived tools).
-_COLUMNS = {
-    "path": ("path", "audio_filepath", "file"),
-    "duration": ("duration", "seconds"),
-    "sampling_rate": ("sampling_rate", "sample_rate", "sr"),
-    "domain": ("domain",),
-    "label": ("label",),
-}
-_JSON_LINES = {".jsonl", ".json", ".ndjson"}
-_TABLES = {".csv": ",", ".tsv": "\t"}
-
-
-def is_manifest(path: str | os.PathLike[str]) -> bool:
-    """Whether the extension is one that :func:`read_manifest` reads."""
-    return Path(path).suffix.lower() in _JSON_LINES | set(_TABLES)
+_WRITTEN = ("path", "duration", "sampling_rate", "domain", "label")
 
 
 def discover_folder(folder: str | os.PathLike[str]) -> Listing:
@@ -90,94 +78,30 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
 def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, Any]]]:
     """As :func:`read_manifest`, each file with all columns of its row."""
     source = Path(path)
-    suffix = source.suffix.lower()
-    if not is_manifest(source):
-        raise ManifestError(f"{source}: a manifest must end in .csv, .tsv or .jsonl, got {suffix!r}")
-    rows = _json_rows(source) if suffix in _JSON_LINES else _table_rows(source, _TABLES[suffix])
-    files = [(_audio_file(source, line, row), row) for line, row in rows]
+    rows = kaldi_rows(source) if source.name == "wav.scp" else rows_of(source)
+    files = [(audio_file(source, line, row), row) for line, row in rows]
     if not files:
         raise ManifestError(f"{source}: no rows")
     return files
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[AudioFile]:
-    """Read a manifest: CSV or TSV with a header line, or one JSON object a line (.jsonl, .ndjson, .json).
+    """Read a manifest, plain or gzipped (``.gz``).
 
-    Column ``path`` (or audio_filepath, file) is required, relative to the manifest's folder or absolute. Optional:
-    ``duration`` (or seconds), ``sampling_rate`` (or sample_rate, sr), ``domain``, ``label``. Others are ignored.
+    Forms: a table with a header line (.csv, .tsv; the delimiter is looked for); one JSON object a line (.jsonl,
+    .ndjson, .json, .list); SpeechBrain's JSON; Lhotse's cuts of one recording each; fairseq's .tsv; ``wav.scp`` of
+    Kaldi, ESPnet and WeNet, with ``segments`` beside it.
+
+    Column ``path`` (or audio_filepath, file, file_name, wav, ...) is required, relative to the manifest's folder or
+    absolute. Optional: ``duration`` in seconds (or seconds, duration_ms), ``start`` and ``end`` of a part (or offset,
+    stop), ``sampling_rate`` (or sample_rate, sr), ``domain``, ``label``. Other columns are labels for a probe, but for
+    those that ask for other audio (a channel, a speed), which are refused. See :mod:`bestrq2.data.fields`.
 
     Raises:
         ManifestError: no such column, a bad row (with its line number), or no rows.
         OSError: the file cannot be read.
     """
     return [file for file, _ in read_rows(path)]
-
-
-def _table_rows(source: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # surrogateescape keeps file names that are not UTF-8; utf-8-sig drops the mark that spreadsheets write
-    with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        try:
-            header = next(reader, None)
-            if header is None:
-                raise ManifestError(f"{source}: the file is empty; expected a header line with a column 'path'")
-            header = [name.strip() for name in header]
-            if not set(_COLUMNS["path"]) & set(header):
-                raise ManifestError(f"{source}: no column 'path' in the header line; its columns are {header}")
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise ManifestError(f"{source}:{reader.line_num}: expected {len(header)} fields, got {len(row)}")
-                yield reader.line_num, dict(zip(header, row))
-        except csv.Error as error:
-            raise ManifestError(f"{source}:{reader.line_num}: {error}") from error
-
-
-def _json_rows(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise ManifestError(f"{source}:{line}: not JSON ({error}); expected one object a line") from error
-            if not isinstance(row, dict):
-                raise ManifestError(f"{source}:{line}: expected a JSON object, got {type(row).__name__}")
-            yield line, row
-
-
-def _audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
-    def value(column: str) -> Any:
-        return next((row[name] for name in _COLUMNS[column] if row.get(name) not in (None, "")), None)
-
-    def number(column: str, low: float) -> float | None:
-        text = value(column)
-        if text is None:
-            return None
-        try:
-            result = float(text)
-        except (TypeError, ValueError):
-            result = float("nan")
-        if isinstance(text, bool) or not (isfinite(result) and result >= low):
-            raise ManifestError(f"{source}:{line}: {column} must be a number >= {low:g}, got {text!r}")
-        return result
-
-    path = value("path")
-    if path is None:
-        what = "the path is empty" if any(name in row for name in _COLUMNS["path"]) else f"no 'path' in {sorted(row)}"
-        raise ManifestError(f"{source}:{line}: {what}")
-    if not isinstance(path, str) or "\0" in path:
-        raise ManifestError(f"{source}:{line}: path must be text, got {path!r}")
-    rate = number("sampling_rate", 1)
-    return AudioFile(
-        path=os.path.normpath(os.path.join(source.parent, path)),
-        duration=number("duration", 0),
-        sampling_rate=None if rate is None else int(rate),
-        domain=str(value("domain") or ""),
-        label=str(value("label") or ""),
-    )
 
 
 def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> None:
@@ -190,18 +114,23 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
     """
     target = Path(path)
     base = os.path.abspath(target.parent)
+    listed = list(files)
     # read_manifest joins to the folder as it is named, so the comparison is by name too, without resolving links
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            for item in files:
+            parts = any(item.is_part for item in listed)
+            writer.writerow((*_WRITTEN, "start", "end") if parts else _WRITTEN)
+            for item in listed:
                 name = os.path.abspath(item.path)
                 if os.path.commonpath([base, name]) == base:
                     name = os.path.relpath(name, base)
                 duration = "" if item.duration is None else repr(float(item.duration))  # to the last bit
-                writer.writerow([name, duration, item.sampling_rate or "", item.domain, item.label])
+                row = [name, duration, item.sampling_rate or "", item.domain, item.label]
+                if parts:
+                    row += [repr(item.start), "" if item.end is None else repr(item.end)] if item.is_part else ["", ""]
+                writer.writerow(row)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bestrq2.data.audio import SILENCE, audio_digest, audio_info
+from bestrq2.data.audio import SILENCE, audio_info, clip_duration, part_digest
 from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile
 from bestrq2.data.sources import Source, find_audio
 from bestrq2.errors import AudioError, DataError, Skip
@@ -22,10 +22,12 @@ __all__ = ["SkipReport", "collect", "scan", "tiny_dataset"]
 
 @dataclass
 class SkipReport:
-    """Files that were left out, and how many files of other kinds lay beside them (``ignored``, by extension)."""
+    """Files that were left out, how many files of other kinds lay beside them (``ignored``, by extension), and
+    ``notes`` on how the source was read: rows of manifests, splits that were left out."""
 
     skips: list[Skip] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.skips)
@@ -94,14 +96,14 @@ def scan(
     def look(item: AudioFile) -> AudioFile | Skip | tuple[AudioFile, str]:
         try:
             if check:
-                digest = audio_digest(item.path)
+                digest = part_digest(item)
                 known = replace(item, duration=digest.info.duration, sampling_rate=digest.info.sampling_rate)
                 if digest.peak <= SILENCE:
                     return Skip(item.path, "silent", f"largest magnitude {digest.peak:.1e}")
                 return _long_enough(known, min_seconds), digest.sha256
             if item.duration is None:
                 info = audio_info(item.path)
-                item = replace(item, duration=info.duration, sampling_rate=info.sampling_rate)
+                item = replace(item, duration=clip_duration(item, info), sampling_rate=info.sampling_rate)
             return _long_enough(item, min_seconds)
         except AudioError as error:
             return error.skip
@@ -116,8 +118,8 @@ def scan(
             bar.update()
             if isinstance(result, tuple):
                 result, sha256 = result
-                first = first_with.setdefault(sha256, result.path)
-                if first != result.path:
+                first = first_with.setdefault(sha256, result.place)
+                if first != result.place:
                     result = Skip(result.path, "duplicate", f"same samples as {first}")
             if isinstance(result, Skip):
                 report.skips.append(result)
@@ -152,6 +154,7 @@ def collect(
     check: bool = False,
     num_threads: int | None = None,
     progress: bool = False,
+    split: str | None = "train",
 ) -> tuple[list[AudioFile], SkipReport]:
     """Find the audio a user means (see :func:`find_audio`), or the packaged clips for None, and :func:`scan` it.
 
@@ -163,7 +166,7 @@ def collect(
     """
     if source is None:
         return scan(tiny_dataset(), min_seconds=min_seconds, source="the packaged clips")
-    found = find_audio(source, progress=progress)
+    found = find_audio(source, progress=progress, split=split)
     if not found.files:
         report = SkipReport(found.skips, found.ignored)
         beside = f"; it holds {_count_words(found.ignored)}" if found.ignored else ""
@@ -180,7 +183,7 @@ def collect(
         source=found.name,
     )
     report.skips[:0] = found.skips
-    report.ignored = found.ignored
+    report.ignored, report.notes = found.ignored, found.notes
     return usable, report
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
+from bestrq2.data.audio import audio_info, load_clip
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
 from bestrq2.errors import AudioError, DataError, Skip
@@ -190,7 +191,17 @@ def _names(files: Sequence[AudioFile]) -> list[str]:
 
 
 def _content(item: AudioFile) -> tuple[bytes, str]:
-    """The bytes of an audio file and its extension."""
+    """The bytes of an audio file and its extension; a part of a file becomes FLAC of its (mixed) samples."""
+    if item.is_part:
+        info = soundfile.info(item.path) if os.path.isfile(item.path) else None
+        samples = load_clip(item, rate := audio_info(item.path).sampling_rate)
+        peak = float(abs(samples).max())
+        if peak > 1:
+            raise AudioError(item.path, "out of range", f"a sample of magnitude {peak:.3g} does not fit into FLAC")
+        exact = info is not None and info.channels == 1 and info.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
+        return buffer.getvalue(), ".flac"
     member = open_member(item.path)
     if isinstance(member, SampleReader):
         samples = member.stored
@@ -244,7 +255,9 @@ class _Shard:
             self._file.flush()
             os.fsync(self._file.fileno())
         listing = list_tar(str(self.path))
-        expected = [replace(item, path=address(str(self.path), name)) for item, name, _ in self._written]
+        expected = [
+            replace(item, path=address(str(self.path), name), start=0.0, end=None) for item, name, _ in self._written
+        ]
         if listing.files != expected or listing.skips:
             what = "; ".join(map(str, listing.skips)) or "other clips"
             raise DataError(f"{self.path} does not read back as it was written: {what}")

@@ -6,13 +6,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bestrq2.data.archives.opening import list_archives as read_archives
+from bestrq2.data.audio import audio_info
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
-from bestrq2.data.manifest import discover_folder, is_manifest, read_manifest
-from bestrq2.errors import DataError, Skip
+from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
+from bestrq2.data.splits import choose_split, split_of, split_of_row
+from bestrq2.errors import AudioError, DataError, Skip, printable
 
 __all__ = ["Found", "Source", "expand_pattern", "find_audio"]
 
@@ -29,12 +31,14 @@ _EXPECTED = (
 
 @dataclass
 class Found:
-    """All ``files`` of a source that was called ``name``, what was damaged, and other files by extension."""
+    """All ``files`` of a source that was called ``name``, what was damaged, other files by extension, and ``notes``
+    on how the source was read."""
 
     name: str
     files: list[AudioFile] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, listing: Listing) -> None:
         self.files += listing.files
@@ -42,7 +46,7 @@ class Found:
         self.ignored += listing.ignored
 
 
-def find_audio(source: Source, *, progress: bool = False) -> Found:
+def find_audio(source: Source, *, progress: bool = False, split: str | None = "train") -> Found:
     """List the clips of a source in a stated order, without opening audio.
 
     A source is a folder, a manifest, an archive (a ``.tar`` shard in webdataset's naming, ``.h5`` in the published
@@ -53,6 +57,8 @@ def find_audio(source: Source, *, progress: bool = False) -> Found:
     Args:
         source: one name or several.
         progress: show a progress bar while archives are listed.
+        split: of a folder with files of several splits (train, validation, test by their names), the one that is used;
+            None: all. ``notes`` says so.
 
     Raises:
         DataError: a name that does not exist or cannot be listed, or a package that is needed and not installed.
@@ -73,17 +79,14 @@ def find_audio(source: Source, *, progress: bool = False) -> Found:
             continue
         list_archives()
         if os.path.isdir(part):
-            archives += _add_folder(part, found)
+            archives += _add_folder(part, found, split)
         elif not os.path.exists(part):
             inside = split_address(part)
             if inside is None or not os.path.isfile(inside[0]):
                 raise DataError(f"{part} does not exist; expected {_EXPECTED}")
             found.files.append(AudioFile(part))
         elif is_manifest(part):
-            try:
-                found.files += read_manifest(part)
-            except OSError as error:
-                raise DataError(f"manifest {part} cannot be read: {error.strerror or error}") from error
+            _add_manifest(part, found, split)
         elif is_audio(part):
             found.files.append(AudioFile(part))
         elif Path(part).suffix.lower() in _COMPRESSED:
@@ -94,8 +97,46 @@ def find_audio(source: Source, *, progress: bool = False) -> Found:
     return found
 
 
-def _add_folder(folder: str, found: Found) -> list[tuple[str, str]]:
+def _add_manifest(path: str, found: Found, split: str | None) -> None:
+    try:
+        rows = read_rows(path)
+    except OSError as error:
+        raise DataError(f"manifest {path} cannot be read: {error.strerror or error}") from error
+    files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
+    _check_unit(path, files)
+    parts = sum(item.place != item.path for item in files)
+    found.notes.append(f"{path}: {len(rows)} rows" + (f", {parts} of them parts of longer files" if parts else ""))
+    found.notes += [note] if note else []
+    found.files += files
+
+
+def _check_unit(path: str, files: list[AudioFile]) -> None:
+    """Compare a few stated times with the files: milliseconds or samples would be taken for hours.
+
+    Raises:
+        DataError: if they are a hundred times too long.
+    """
+    stated = [item for item in files if item.duration is not None and split_address(item.path) is None]
+    for item in stated[:: max(1, len(stated) // 4)][:5]:
+        try:
+            info = audio_info(item.path)
+        except AudioError:
+            continue  # reported when it is read
+        seconds = item.end if item.end is not None else item.duration or 0.0
+        if seconds > 100 * info.duration and seconds > 10:
+            ratio = seconds / info.duration
+            unit = "milliseconds" if 700 < ratio < 1400 else "samples" if ratio > 4000 else "another unit"
+            raise DataError(
+                f"{path}: durations are expected in seconds; {printable(item.path)} has {info.duration:.3f} s, the "
+                f"manifest says {seconds:g}, which looks like {unit}: name the column duration_ms, or divide"
+            )
+
+
+def _add_folder(folder: str, found: Found, split: str | None) -> list[tuple[str, str]]:
     """Add the audio of a folder; returns its archives, if these are to be listed instead."""
+    if os.path.isfile(scp := os.path.join(folder, "wav.scp")):
+        _add_manifest(scp, found, split)
+        return []
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
         from bestrq2.data.archives.arrow import saved_dataset_files
 
@@ -105,11 +146,17 @@ def _add_folder(folder: str, found: Found) -> list[tuple[str, str]]:
     except OSError as error:
         raise DataError(f"folder {folder} cannot be listed: {error.strerror or error}") from error
     if listing.files:  # archives beside them are most often the same audio, packed: they are reported as ignored
-        found.add(listing)
+        splits = [split_of(item.path, folder, False) for item in listing.files]
+        files, note = choose_split(listing.files, splits, split, folder)
+        found.add(replace(listing, files=files))
+        found.notes += [note] if note else []
         return []
     used = Counter(Path(path).suffix.lower() for path, _ in listing.archives)
     found.ignored += listing.ignored - used
-    return listing.archives
+    splits = [split_of(path, folder, True) for path, _ in listing.archives]
+    archives, note = choose_split(listing.archives, splits, split, folder)
+    found.notes += [note] if note else []
+    return archives
 
 
 def expand_pattern(pattern: str) -> list[str]:

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from bestrq2.data.audio import load_audio
+from bestrq2.data.audio import load_clip
 from bestrq2.data.files import AudioFile
 from bestrq2.errors import AudioError, Skip
 
@@ -25,7 +25,7 @@ def iterate_clips(
 
     def decode(item: AudioFile) -> Clip | Skip:
         try:
-            waveform = load_audio(item.path, sampling_rate)
+            waveform = load_clip(item, sampling_rate)
             if len(waveform) < min_seconds * sampling_rate:
                 seconds = f"{len(waveform) / sampling_rate:.3f} s, at least {min_seconds:g} s are needed"
                 raise AudioError(item.path, "too short", seconds)

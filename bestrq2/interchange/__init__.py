@@ -3,14 +3,14 @@
 from bestrq2.errors import UnknownLayoutError
 
 from .adapters import AudioEncoder
-from .foreign import open_encoder
-from .opening import Source, load, load_pretraining, open_source
+from .loading import load, open_encoder
+from .opening import OpenedModel, load_pretraining, open_source
 from .published import Published, from_published, to_published
 
 __all__ = [
     "AudioEncoder",
+    "OpenedModel",
     "Published",
-    "Source",
     "UnknownLayoutError",
     "from_published",
     "load",

@@ -1,11 +1,10 @@
-"""``bestrq2.load``: an encoder from whatever holds one."""
+"""Models from run folders, exported files and published checkpoints."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_from_dict
@@ -20,7 +19,7 @@ from .transformers_encoder import is_transformers_folder
 
 
 @dataclass
-class Source:
+class OpenedModel:
     """A model before it is built.
 
     Attributes:
@@ -37,7 +36,7 @@ class Source:
     step: int = 0
 
 
-def open_source(path: str | Path, *, heads: int | None = None, hop_length: int | None = None) -> Source:
+def open_source(path: str | Path, *, heads: int | None = None, hop_length: int | None = None) -> OpenedModel:
     """Read a run folder, a ``step-*`` folder, a weights file inside of one (``ema.safetensors``), an encoder file or
     folder that :mod:`bestrq2.export` wrote, or a published checkpoint (a ``.safetensors`` file, or the folder of its
     transformers export).
@@ -55,8 +54,8 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
         return _open_file(path, heads, hop_length)
     if is_transformers_folder(path):
         raise ConfigError(
-            f"{path}: another model, in transformers' form: bestrq2.interchange.open_encoder opens it (train "
-            "--frozen-encoder, embed and probe do)"
+            f"{path}: another model, in transformers' form, without a configuration of bestrq2; bestrq2.load opens "
+            "it as an encoder"
         )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)
@@ -66,13 +65,13 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
         raise ConfigError(
             f"{path}: a head trained on a frozen encoder, which is {config.frozen.source}: open that instead"
         )
-    return Source(config, checkpoint.weights(), True, checkpoint.folder, checkpoint.step)
+    return OpenedModel(config, checkpoint.weights(), True, checkpoint.folder, checkpoint.step)
 
 
-def _open_file(path: Path, heads: int | None, hop_length: int | None) -> Source:
+def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedModel:
     tensors, metadata = read_tensors(path)
     if CONFIG_ENTRY in metadata:
-        return Source(config_in(metadata, path), tensors, False, path)
+        return OpenedModel(config_in(metadata, path), tensors, False, path)
 
     def number(name: str, kind: type) -> Any:
         try:
@@ -90,7 +89,7 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> Source:
         window_seconds=number("window_seconds", float),
         origin=path,
     )
-    return Source(published.config, published.weights, published.complete, path)
+    return OpenedModel(published.config, published.weights, published.complete, path)
 
 
 def _heads_in(path: Path) -> int | None:
@@ -103,29 +102,19 @@ def _heads_in(path: Path) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def load(
+def open_own(
     path: str | Path,
     *,
-    device: str | torch.device = "cpu",
     published_positions: bool = False,
     heads: int | None = None,
     hop_length: int | None = None,
 ) -> ViTEncoder | ConformerEncoder:
-    """Open a trained encoder, frozen and in evaluation mode: ``features, lengths = load(path).encode(waveform)``.
+    """The encoder of a run, of a file that :mod:`bestrq2.export` wrote, or of a published checkpoint.
 
-    Args:
-        path: see :func:`open_source`.
-        device: where to put it.
-        published_positions: reproduce a fault of the published inference code; see :class:`~bestrq2.ViTEncoder`.
-        heads, hop_length: only for published checkpoints whose heads or hop cannot be known from the file.
-
-    Raises:
-        CheckpointError: for a missing or damaged file.
-        ConfigError: for a pickle, an unknown layout (listing its keys), or tensors that do not fit.
+    Arguments and errors as :func:`bestrq2.load`.
     """
     source = open_source(path, heads=heads, hop_length=hop_length)
-    encoder = assemble_encoder(source.config, source.weights, source.origin, published_positions=published_positions)
-    return encoder.to(device)
+    return assemble_encoder(source.config, source.weights, source.origin, published_positions=published_positions)
 
 
 def load_pretraining(path: str | Path, **hints: int | None) -> BestRQ2 | BestRQ:

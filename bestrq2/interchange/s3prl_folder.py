@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import Config, ConfigError
 
-from .opening import load
+from .opening import open_own
 from .tensors import assemble_encoder, write_encoder_file
 
 SAMPLING_RATE = 16000  # of all audio in s3prl
@@ -74,7 +74,7 @@ class Upstream(nn.Module):
 
     def __init__(self, ckpt: str | None = None, model_config: str | None = None, **_: object) -> None:
         super().__init__()
-        self.model = load(ckpt or self.weights_file).requires_grad_(True)
+        self.model = open_own(ckpt or self.weights_file).requires_grad_(True)
         _check_rate(self.model.sampling_rate)
         hop = self.model.hop_size_in_ms * SAMPLING_RATE / 1000
         self.downsample_rate = round(hop)

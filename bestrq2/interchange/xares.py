@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import Config, ConfigError
 
-from .opening import load
+from .opening import open_own
 from .tensors import encoder_weights, write_encoder_file
 
 Interface = Literal["xares", "xares-llm"]
@@ -52,7 +52,7 @@ class FrozenModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = load(self.weights_file)
+        self.model = open_own(self.weights_file)
         self.sampling_rate = self.model.sampling_rate
         self.output_dim = self.model.output_dim
         self.hop_size_in_ms = self.model.hop_size_in_ms

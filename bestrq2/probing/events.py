@@ -4,7 +4,6 @@ A frame i of hop h covers the seconds ``i h .. (i + 1) h``. It has a label if it
 covers no centre marks the frame its own middle lies in, so that none disappears on a coarse grid.
 """
 
-import csv
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from bestrq2.data import AudioFile, ManifestError
+from bestrq2.data.tables import rows_of
 
 _COLUMNS = {
     "path": ("path", "audio_filepath", "file", "filename"),
@@ -47,24 +47,23 @@ def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manif
     number = {os.path.abspath(file.path): i for i, file in enumerate(files)}
     found: list[list[tuple[float, float, str]]] = [[] for _ in files]
     foreign = rows = 0
-    with source.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, delimiter="\t" if source.suffix.lower() == ".tsv" else ",")
-        header = list(reader.fieldnames or [])
-        names = {}
-        for column, choices in _COLUMNS.items():
-            names[column] = next((name for name in choices if name in header), "")
-            if not names[column]:
-                raise ManifestError(f"{source}: no column {column!r} (or {', '.join(choices[1:])}), only {header}")
-        for row in reader:
-            rows += 1
-            path = row[names["path"]] or ""
-            places = (os.path.abspath(os.path.join(folder, path)) for folder in (source.parent, manifest.parent))
-            clip = next((number[place] for place in places if place in number), None)
-            event = _event(f"{source}:{reader.line_num}", *(row[names[name]] for name in ("onset", "offset", "label")))
-            if clip is None:
-                foreign += 1
-            elif event is not None:
-                found[clip].append(event)
+    table_rows = rows_of(source)
+    header = list(table_rows[0][1]) if table_rows else []
+    names = {}
+    for column, choices in _COLUMNS.items():
+        names[column] = next((name for name in choices if name in header), "")
+        if not names[column]:
+            raise ManifestError(f"{source}: no column {column!r} (or {', '.join(choices[1:])}), only {header}")
+    for line, row in table_rows:
+        rows += 1
+        path = str(row[names["path"]] or "")
+        places = (os.path.abspath(os.path.join(folder, path)) for folder in (source.parent, manifest.parent))
+        clip = next((number[place] for place in places if place in number), None)
+        event = _event(f"{source}:{line}", *(row[names[name]] for name in ("onset", "offset", "label")))
+        if clip is None:
+            foreign += 1
+        elif event is not None:
+            found[clip].append(event)
     classes = sorted({label for events in found for _, _, label in events})
     if not classes:
         raise ManifestError(f"{source}: none of its {rows} rows is an event of a clip in {manifest}")

@@ -1,5 +1,7 @@
 """Batches whose loss or gradient was not finite, kept for inspection: ``python -m bestrq2.report --bad-batch FILE``."""
 
+import logging
+
 import json
 import os
 import sys
@@ -16,6 +18,8 @@ from torch import Tensor
 from bestrq2.data import Batch
 
 from bestrq2.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "bad_batches"
 
@@ -74,7 +78,7 @@ def save_bad_batch(
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink()
-        print(f"warning: the batch of step {step} could not be kept in {folder}: {error}", file=sys.stderr)
+        logger.warning(f"the batch of step {step} could not be kept in {folder}: {error}")
         return None
     return final
 

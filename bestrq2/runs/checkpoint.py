@@ -75,7 +75,7 @@ def save_checkpoint(
 
     Everything goes to a hidden folder, is flushed to disk, and is then renamed. Checkpoints of earlier steps beyond
     ``keep_last`` are deleted only afterwards, but for those whose folder names are in ``keep``. Those of later steps
-    are left alone: a run that passed over a damaged one must not take it for the newest.
+    are left alone: a run that skipped a damaged one must not take it for the newest.
 
     Raises:
         CheckpointError: if the disk is full or the folder cannot be written. Nothing partial remains, and the earlier
@@ -183,7 +183,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and one message for each newer one that was passed over."""
+    """The newest checkpoint that verifies, and one message for each newer one that was skipped."""
     problems: list[str] = []
     for folder in reversed(list_checkpoints(parent)):
         try:

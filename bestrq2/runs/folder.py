@@ -1,5 +1,7 @@
 """The folder of a run: configuration, versions, logs, checkpoints and the report."""
 
+import logging
+
 import json
 import os
 import platform
@@ -30,6 +32,8 @@ from bestrq2.version import __version__
 
 from bestrq2.errors import TrainingError
 from .metrics import MetricsLog, read_metrics
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["MetricsLog", "RunFolder", "git_revision", "installed_version", "read_metrics"]
 
@@ -130,10 +134,7 @@ class RunFolder:
             problem = f"no entry {missing}"
         if saved is None:
             raise ConfigError(f"{path}: damaged or cut short ({problem})")
-        print(
-            f"warning: {path} is damaged or cut short ({problem}); the configuration of the checkpoint is used",
-            file=sys.stderr,
-        )
+        logger.warning(f"{path} is damaged or cut short ({problem}); the configuration of the checkpoint is used")
         return config_from_dict(dict(saved))
 
     @contextmanager
@@ -160,10 +161,10 @@ class RunFolder:
             yield
 
     def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
-        """Append the files that could not be read to ``skipped.txt`` (one per rank) and say so; never silent."""
+        """Append the files that could not be read to ``skipped.txt`` (one per rank) and print a warning."""
         self.note_skips(skips, rank)
         for skip in skips:
-            tqdm.write(f"warning: skipped {skip}")
+            logger.warning(f"skipped {skip}")
 
     def note_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
         """Append to ``skipped.txt`` alone, for files that were spoken of already."""
@@ -173,7 +174,7 @@ class RunFolder:
             with (self.path / ("skipped.txt" if rank == 0 else f"skipped-rank{rank}.txt")).open("a") as file:
                 file.writelines(f"{skip}\n" for skip in skips)
         except OSError as error:
-            tqdm.write(f"warning: the list of skipped files could not be written: {error}")
+            logger.warning(f"the list of skipped files could not be written: {error}")
 
     def summarise(self, report: Path | None) -> None:
         """Print what the run came to."""
@@ -183,14 +184,12 @@ class RunFolder:
         def mean(name: str) -> float:
             return sum(float(row[name]) for row in tail) / len(tail)
 
-        print(
-            f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
+        logger.info(f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
             f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
-            f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
-        )
-        print(f"Features:  python -m bestrq2.embed {self.path} FILES_OR_FOLDER --out features")
+            f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code")
+        logger.info(f"Features:  python -m bestrq2.embed {self.path} FILES_OR_FOLDER --out features")
         if report is not None:
-            print(f"Report:    {report}")
+            logger.info(f"Report:    {report}")
 
     def write_versions(self, device: str, processes: int = 1) -> None:
         """Record what this run ran on, appended once per start."""
@@ -210,7 +209,7 @@ class RunFolder:
         try:
             _write(self.path / "versions.json", json.dumps([*self.read_versions(), record], indent=1) + "\n")
         except OSError as error:
-            print(f"warning: {self.path / 'versions.json'} could not be written: {error}", file=sys.stderr)
+            logger.warning(f"{self.path / 'versions.json'} could not be written: {error}")
 
     def read_versions(self) -> list[dict[str, Any]]:
         """The record of every start of this run, oldest first."""

@@ -1,5 +1,7 @@
 """The log of a run: ``metrics.csv`` and TensorBoard, optionally Weights & Biases."""
 
+import logging
+
 import csv
 import io
 import json
@@ -18,6 +20,8 @@ import torch
 from bestrq2.config import ConfigError
 
 from bestrq2.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 # The first columns of a new file. Others (validation, probes, codebooks, skip reasons) are added when they first occur.
 COLUMNS = (
@@ -146,7 +150,7 @@ class MetricsLog:
     def close(self) -> None:
         self._save()
         if self._pending:
-            print(f"warning: {len(self._pending)} rows could not be written to {self.path}", file=sys.stderr)
+            logger.warning(f"{len(self._pending)} rows could not be written to {self.path}")
         if self._file is not None:
             self._file.close()
         try:
@@ -214,7 +218,7 @@ class MetricsLog:
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            print(f"warning: {message}", file=sys.stderr)
+            logger.warning("%s", message)
 
 
 def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -> Any:

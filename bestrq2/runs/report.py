@@ -1,5 +1,7 @@
 """The report of a run: ``report.html`` with everything in one file, and ``report.png`` with the curves alone."""
 
+import logging
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 from .report_curves import draw_curves
 from .report_page import page
 from .record import RunRecord
+
+logger = logging.getLogger(__name__)
 
 
 def save_report(folder: Path, title: str | None = None) -> Path | None:
@@ -24,7 +28,7 @@ def save_report(folder: Path, title: str | None = None) -> Path | None:
     try:
         return write_report([run], folder / "report.html", f"{run.name} ({title})")
     except OSError as error:
-        print(f"warning: the report could not be written: {error}", file=sys.stderr)
+        logger.warning(f"the report could not be written: {error}")
         return None
 
 

@@ -89,7 +89,7 @@ QUIET = {"step", "audio_seconds", "elapsed_seconds"}  # columns that are no curv
 
 
 def draw_curves(path: Path, runs: list[RunRecord], title: str) -> bool:
-    """Write a PNG with every curve that has data; columns that no panel knows get panels of their own.
+    """Write a PNG with every curve that has data; columns without a panel get their own.
 
     With several runs, each has a colour and the curves of a panel differ by line style. Returns False, and writes
     nothing, when nothing was logged yet.
@@ -147,7 +147,7 @@ def _matches(panel: Panel, columns: list[str]) -> list[tuple[str, str]]:
 
 
 def _unknown(runs: list[RunRecord]) -> list[Panel]:
-    """One panel for each column that no panel knows, or for all of them with the same name before a slash."""
+    """One panel for each column without a panel, or for all of them with the same name before a slash."""
     names = dict.fromkeys(name for run in runs for name in run.columns)
     known = {name for panel in PANELS for name, _ in _matches(panel, list(names))} | QUIET
     groups: dict[str, list[tuple[str, str]]] = {}

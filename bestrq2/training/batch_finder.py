@@ -1,6 +1,7 @@
 """``--find-batch``: how many clips fit into one pass of this machine, and how many are fastest."""
 
 import gc
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from bestrq2.models import BestRQ, BestRQ2
 
 from .distributed import Ranks
 from .optimizer import make_optimizer, set_schedule
+
+logger = logging.getLogger(__name__)
 
 LARGEST = 4096
 TIMED_SECONDS = 1.5
@@ -45,8 +48,8 @@ def find_batch(config: Config, model: BestRQ2 | BestRQ, ranks: Ranks) -> int:
     device = choose_device(config.train.device)
     autocast = choose_precision(config.train.precision, device)
     model = model.to(device).train()
-    print(f"Passes of {config.data.crop_seconds:g} s clips, {config.recipe}, on {describe_device(device)}")
-    print("   clips     s/step    clips/s   peak MiB")
+    logger.info(f"Passes of {config.data.crop_seconds:g} s clips, {config.recipe}, on {describe_device(device)}")
+    logger.info("   clips     s/step    clips/s   peak MiB")
     trials: list[Trial] = []
     clips, failed = 1, LARGEST + 1
     why = f"{LARGEST} clips is the most that is tried"
@@ -56,14 +59,14 @@ def find_batch(config: Config, model: BestRQ2 | BestRQ, ranks: Ranks) -> int:
             break
         trial = measure(config, model, clips, device, autocast)
         if trial is None:
-            print(f"{clips:8d}   out of memory")
+            logger.info(f"{clips:8d}   out of memory")
             why, failed = f"{clips} clips do not fit", clips
             largest = trials[-1].clips if trials else 0
             clips = (largest + failed) // 2 if device.type == "cuda" else failed
             if clips in (largest, failed) or (failed - largest) * 8 < failed:
                 break
             continue
-        print(f"{clips:8d} {trial.step_seconds:10.3f} {trial.clips_per_second:10.1f} {trial.memory:10.0f}")
+        logger.info(f"{clips:8d} {trial.step_seconds:10.3f} {trial.clips_per_second:10.1f} {trial.memory:10.0f}")
         trials.append(trial)
         if device.type == "cpu" and len(trials) > 2:
             before = max(t.clips_per_second for t in trials[:-2])
@@ -140,11 +143,13 @@ def available_memory() -> float | None:
 def _advise(config: Config, trials: list[Trial], why: str) -> None:
     fastest = max(trial.clips_per_second for trial in trials)
     enough = min((t for t in trials if t.clips_per_second >= 0.97 * fastest), key=lambda t: t.clips)
-    print(f"Largest tried: {max(t.clips for t in trials)} clips ({why}); {enough.clips} are within 3 % of the fastest.")
+    logger.info(
+        f"Largest tried: {max(t.clips for t in trials)} clips ({why}); {enough.clips} are within 3 % of the fastest."
+    )
     batch_size = config.train.batch_size
     accumulate = -(-batch_size // enough.clips)
     seconds = batch_size / enough.clips_per_second
-    print(
+    logger.info(
         f"For train.batch_size={batch_size} on one rank: train.accumulate={accumulate} "
         f"({-(-batch_size // accumulate)} clips in one pass, about {seconds:.2f} s per step)"
     )

@@ -1,5 +1,6 @@
 """Several processes that train one model: started by torchrun, or this one alone."""
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from bestrq2.layers.transformer import Block
 
 from .rendezvous import agree_on_round, join_store, joining_time
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Decoding a damaged archive or finding the files of a large folder takes one rank minutes while the others wait.
@@ -70,10 +72,10 @@ class Ranks:
         """Whether this process writes the logs and the checkpoints."""
         return self.rank == 0
 
-    def say(self, message: str, **options: Any) -> None:
-        """Print, from the first rank only."""
+    def say(self, message: str) -> None:
+        """Log a message, from the first rank only."""
         if self.is_first:
-            print(message, **options)
+            logger.info(message)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all ranks, in float64 and the same on every rank."""

@@ -9,6 +9,7 @@ of files.
 import bisect
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from bestrq2.interchange.tensors import write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.models import build_encoder
+
+logger = logging.getLogger(__name__)
 
 FILES_PER_SHARD = 32
 WINDOWS_AT_ONCE = 8
@@ -166,7 +169,7 @@ def build_cache(
             made += 1
         shards.append(path)
         records.append(record)
-    print(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
+    logger.info(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
     return EmbeddingCache(shards, records, digest, source.output_dim)
 
 

@@ -1,12 +1,12 @@
 """What is measured beside training: the masked loss on audio that is not trained on, a probe, pictures."""
 
+import logging
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, batches
@@ -18,6 +18,8 @@ from bestrq2.runs.metrics import MetricsLog
 from .distributed import Ranks, is_sharded, whole
 from .open_data import open_dataset
 from .snapshots import evaluating, fixed_batch, fixed_pictures
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -52,7 +54,7 @@ class Evaluation:
                 config.data, source=settings.source, batching="crops", batch_seconds=None, domain_weights={}
             )
             held_out = replace(config, data=crops)
-            self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation"))
+            self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
             self.clips = min(settings.clips, len(self.dataset))
         self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
         self.task = probe_task(config.probe)
@@ -108,7 +110,7 @@ class Evaluation:
         except (ValueError, OSError) as error:
             if step == 0:
                 raise ConfigError(f"probe: {error}") from error
-            tqdm.write(f"warning: step {step}: no probe: {error}")  # training must not be lost for it
+            logger.warning(f"step {step}: no probe: {error}")  # training must not be lost for it
             return {}
         return {f"probe/{name}": value for name, value in found.items()}
 

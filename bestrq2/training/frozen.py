@@ -1,7 +1,7 @@
 """Training a head on a frozen encoder: embeddings are cached once, then only the head is trained."""
 
 import json
-import sys
+import logging
 import time
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from bestrq2.runs.report import save_report
 from .embedding_cache import EmbeddingCache, build_cache, module_digest
 from .interrupt import StopSignal
 from .optimizer import make_optimizer, optimizer_tensors, restore_optimizer, set_schedule
+
+logger = logging.getLogger(__name__)
 
 
 def build_head(config: Config, input_dim: int) -> FrozenHead:
@@ -63,7 +65,7 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
     cache_root = Path(config.frozen.cache) if config.frozen.cache else run.path / "embeddings"
     cache = build_cache(cache_root, config, dataset.files, open_frozen(config), device)
     for skip in cache.skips:
-        print(f"warning: skipped {skip}", file=sys.stderr)
+        logger.warning(f"skipped {skip}")
     model = build_head(config, cache.width).to(device).train()
     optimizer = make_optimizer(model, config.optimizer)
     usage = CodeUsage(config.model.targets.num_codebooks, config.model.targets.codebook_size).to(device)
@@ -79,7 +81,9 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
         usage.load_state_dict({name: tensors[f"usage.{name}"] for name in usage.state_dict()})
         done, elapsed = checkpoint.step, checkpoint.extra["elapsed_seconds"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"Frozen encoder: {source}, sha256 {cache.digest[:16]}; {len(cache)} windows; head {trained:,} parameters")
+    logger.info(
+        f"Frozen encoder: {source}, sha256 {cache.digest[:16]}; {len(cache)} windows; head {trained:,} parameters"
+    )
     run.write_versions(describe_device(device))
     log = MetricsLog(run.path, done)
     order = SampleOrder(len(cache), settings.seed)
@@ -115,7 +119,7 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
             if loss - loss == 0.0 and grad_norm - grad_norm == 0.0:
                 optimizer.step()
             else:
-                tqdm.write(f"warning: step {done + 1}: loss {loss}, gradient norm {grad_norm}: update skipped")
+                logger.warning(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: update skipped")
             optimizer.zero_grad(set_to_none=True)
             usage.update(output.codes, output.valid)
             done += 1
@@ -135,7 +139,7 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
                 save()
     log.close()
     if stop.requested:
-        print(f"Stopped by {stop.name} after step {done}; continue with --resume {run.path}")
+        logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {run.path}")
         return stop.exit_code
     after = module_digest(open_frozen(config))
     if after != cache.digest:
@@ -143,5 +147,5 @@ def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint:
     proof = {"source": source, "sha256_before": cache.digest, "sha256_after": after}
     (run.path / "frozen.json").write_text(json.dumps(proof, indent=1) + "\n")
     save_report(run.path, f"head on {Path(source).name}, {done} steps")
-    print(f"Done: {done} steps in {run.path}; the encoder is unchanged (sha256 {after[:16]})")
+    logger.info(f"Done: {done} steps in {run.path}; the encoder is unchanged (sha256 {after[:16]})")
     return 0

@@ -1,5 +1,6 @@
 """From the configuration to the training data: find it, say what was found, measure what it needs."""
 
+import logging
 import sys
 from typing import Any
 
@@ -12,10 +13,12 @@ from bestrq2.errors import TrainingError
 from bestrq2.models import build_encoder
 from bestrq2.training.statistics import measure_statistics
 
+logger = logging.getLogger(__name__)
+
 FIRST_LOOK_CLIPS = 64
 
 
-def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
+def open_dataset(config: Config, purpose: str = "Data", split: str = "train") -> CropDataset:
     """Find the audio and say, under the name ``purpose``, what was found and what was left out."""
     data, front = config.data, config.model.front_end
     shortest = (config.model.encoder.frames_per_token - 1) * front.hop_length / front.sampling_rate
@@ -23,18 +26,20 @@ def open_dataset(config: Config, purpose: str = "Data") -> CropDataset:
     left_out: list[Skip] = []
     if data.source is None:
         files = tiny_dataset()
-        print(f"{purpose}: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
+        logger.info(f"{purpose}: the {len(files)} clips shipped with bestrq2 (use --data FOLDER for your own)")
     else:
-        files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty())
+        files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty(), split=split)
         name = data.source if isinstance(data.source, str) else ", ".join(data.source)
         hours = sum(file.duration or 0.0 for file in files) / 3600
-        print(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
+        logger.info(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
+        for note in report.notes:
+            logger.info(f"note: {note}")
         left_out = report.skips
         if report.skips:
-            print("\n  ".join([f"warning: {report}", *report.examples()]), file=sys.stderr)
+            logger.warning("\n  ".join([str(report), *report.examples()]))
         if unused := {suffix: report.ignored[suffix] for suffix in sorted(ARCHIVES) if report.ignored[suffix]}:
             counts = ", ".join(f"{number} {suffix}" for suffix, number in unused.items())
-            print(f"note: not used, because there are audio files beside them: {counts}; name them to use them")
+            logger.info(f"note: not used, because there are audio files beside them: {counts}; name them to use them")
     common: dict[str, Any] = {
         "seed": config.train.seed,
         "min_seconds": min_seconds,
@@ -74,5 +79,5 @@ def fill_statistics(config: Config, dataset: CropDataset) -> Config:
     except ValueError as error:
         raise TrainingError(f"statistics for global normalisation: {error}") from error
     section.mean, section.std = round(measured.mean, 4), round(measured.std, 4)
-    print(f"Statistics: mean {section.mean:.2f} dB, deviation {section.std:.2f} dB over {measured.clips} clips")
+    logger.info(f"Statistics: mean {section.mean:.2f} dB, deviation {section.std:.2f} dB over {measured.clips} clips")
     return config

@@ -1,9 +1,8 @@
 """When checkpoints are written, which are kept, and that none is lost on the way."""
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-
-from tqdm import tqdm
 
 from bestrq2.config import Config, config_to_dict
 from bestrq2.errors import CheckpointError
@@ -11,6 +10,8 @@ from bestrq2.runs.checkpoint import BEST, folder_name, read_best, save_checkpoin
 from bestrq2.runs.folder import RunFolder
 
 from .state import Snapshot
+
+logger = logging.getLogger(__name__)
 
 
 class Saver:
@@ -80,15 +81,15 @@ class Saver:
                 self._note_best()
         except CheckpointError as error:
             self.problem = error
-            tqdm.write(f"error: {error}")
+            logger.error("%s", error)
         except Exception as error:  # no memory for the bytes, say: as a full disk, it may pass
             self.problem = CheckpointError(
                 f"could not save the checkpoint of step {snapshot.step}: {type(error).__name__}: {error}"
             )
-            tqdm.write(f"error: {self.problem}")
+            logger.error("%s", self.problem)
 
     def _note_best(self) -> None:
         try:
             write_best(self.parent, self._best)
         except OSError as error:  # the checkpoints are whole; only the note about them is not
-            tqdm.write(f"warning: {self.parent / BEST} could not be written: {error}")
+            logger.warning(f"{self.parent / BEST} could not be written: {error}")

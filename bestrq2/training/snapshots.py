@@ -5,7 +5,7 @@ mask of step 0), so that pictures of different steps compare. The model is evalu
 batch: without gradients, dropout, random numbers, or a change of any state that training reads.
 """
 
-import sys
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,8 @@ from bestrq2.runs.metrics import MetricsLog
 from bestrq2.runs.pictures import FOLDER, ClipPicture, draw_clips
 
 from .distributed import whole
+
+logger = logging.getLogger(__name__)
 
 TAG = "pictures/codes"
 
@@ -75,7 +77,7 @@ def fixed_pictures(
         if log is not None:
             log.image(TAG, step, path)
     except OSError as error:
-        print(f"warning: {path} could not be written: {error}", file=sys.stderr)
+        logger.warning(f"{path} could not be written: {error}")
         return None
     return path
 

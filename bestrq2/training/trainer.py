@@ -1,5 +1,6 @@
 """The pretraining loop, on one process or many."""
 
+import logging
 import sys
 import time
 from contextlib import closing
@@ -44,6 +45,8 @@ from .optimizer import set_schedule
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, micro_batches
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -264,7 +267,7 @@ class Trainer:
         if not own[self.ranks.rank] or all(own):  # the batch of the rank whose loss it was, or nobody knows whose
             path = save_bad_batch(self.run.path, number, self.ranks.rank, batch, own_loss, self.grad_norm)
             if path is not None:
-                tqdm.write(f"note: the batch is kept in {path} (python -m bestrq2.report --bad-batch {path})")
+                logger.info(f"note: the batch is kept in {path} (python -m bestrq2.report --bad-batch {path})")
         self._warn(f"step {number}: loss {totals.mean_loss}, gradient norm {self.grad_norm}: update skipped")
 
     def _count(self, batch: Batch, totals: StepTotals) -> None:
@@ -377,13 +380,13 @@ class Trainer:
             return
         look = first_look(self.model, self.dataset, self.config, self.device)
         found = look.metrics()
-        print(
+        logger.info(
             f"Targets: {found['codes_used']:.0f} of {self.model.quantizer.codebook_size} codes used by "
             f"{float(look.total):.0f} patches, perplexity {found['perplexity']:.1f}, "
             f"commonest code {found['unigram']:.1%}"
         )
         if (advice := look.advice()) is not None:
-            print(f"warning: {advice}", file=sys.stderr)
+            logger.warning("%s", advice)
         self.log.write({"step": 0, **found, "learning_rate": 0.0})
 
     def _finish(self, stop: StopSignal | None) -> int:
@@ -393,18 +396,18 @@ class Trainer:
             report = save_report(self.run.path, title)
         except OSError as error:
             report = None
-            print(f"warning: the picture of the run could not be written: {error}", file=sys.stderr)
+            logger.warning(f"the picture of the run could not be written: {error}")
         if self.saver.problem is not None:
             raise self.saver.problem
         if stop is not None:
-            print(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
+            logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
             return stop.exit_code
         self.run.summarise(report)
         return 0
 
     def _warn(self, message: str) -> None:
         if self.ranks.is_first:
-            tqdm.write(f"warning: {message}")
+            logger.warning("%s", message)
 
 
 def is_finite(value: float) -> bool:

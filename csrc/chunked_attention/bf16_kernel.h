@@ -1,5 +1,5 @@
 // Chunked attention whose matrix products take bf16 operands (AVX-512 BF16 or AMX); scores, softmax and sums are fp32.
-// What bf16.cpp asks of the file that is compiled for these instruction sets.
+// Interface of the file that is compiled for these instruction sets, called by bf16.cpp.
 //
 // `dim` is the head size padded to 32. A "pairs" layout is a right operand of bf16_products.h: [pairs][columns][2].
 #pragma once

@@ -82,7 +82,7 @@ inline void write_columns(const Call& c, const float* sums, int64_t stride, int6
     }
 }
 
-// Which keys of a tile the key mask and the item's bounds leave visible, one bit each.
+// Keys of a tile that the key mask and the item's bounds leave visible, one bit each.
 inline uint64_t visible_keys(const ChunkedAttention& a, int64_t batch, int64_t tile) {
   const int64_t begin = a.starts ? at_least(a.starts[batch], 0) : 0;
   const int64_t end = a.lengths ? at_most(a.lengths[batch], a.key_length) : a.key_length;

@@ -1,5 +1,5 @@
-// What the forward and the backward pass over a tile of 64 queries share: scratch memory, rows of queries, scores of
-// 32 of them. Included by the files that are compiled for AVX-512 BF16 and, where the compiler knows it, AMX.
+// Parts shared by the forward and backward pass over a tile of 64 queries: scratch memory, rows of queries, scores of
+// 32 of them. Included by the files that are compiled for AVX-512 BF16 and, if the compiler supports it, AMX.
 //
 // The strip of position scores of 32 queries is a product over 96 columns of the table; each row is added to the scores
 // one column further left.

@@ -1,4 +1,4 @@
-// What the queries of a tile see. Included by the files that are compiled once per instruction set.
+// Windows of the queries of a tile. Included by the files that are compiled once per instruction set.
 #pragma once
 
 #include <cstdint>

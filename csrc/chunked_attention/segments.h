@@ -1,4 +1,4 @@
-// Which offsets, tiles and segments a call has, the same for every kernel and any number of threads.
+// Offsets, tiles and segments of a call, the same for every kernel and any number of threads.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What chunked_attention.cpp asks of each instruction set. Implemented by tile_kernel.cpp, compiled
+// Interface of each instruction set, called by chunked_attention.cpp. Implemented by tile_kernel.cpp, compiled
 // once per set.
 #pragma once
 

@@ -32,7 +32,7 @@ struct Right {
 };
 
 // Eight rows at a time: 16 sums, two vectors of B and one broadcast pair of A in registers. Inlined, so that strides
-// which the caller knows are constants.
+// which are constants in the caller.
 __attribute__((always_inline)) inline void product_avx512(Left a, Right b, int64_t steps, float* c, int64_t c_row,
                                                           bool add) {
   for (int group = 0; group < 4; ++group) {

@@ -1,4 +1,4 @@
-// Which instruction sets processor, system and build offer.
+// Instruction sets that processor, system and build offer.
 #include "common/isa.h"
 
 #include <algorithm>
@@ -38,7 +38,7 @@ bool vnni_supported() {
 }
 
 #ifdef BESTRQ2_X86
-// Whether the processor multiplies tiles of bf16 and the system lets this process keep tile registers.
+// True if the processor multiplies tiles of bf16 and the system lets this process keep tile registers.
 bool tiles_allowed() {
 #if defined(BESTRQ2_AMX) && defined(__linux__) && defined(__x86_64__)
   static const bool allowed = [] {

@@ -9,7 +9,7 @@ enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
 // avx512_vnni) asks for when it is supported. Decided once per process.
 Isa best_isa();
 
-// Whether best_isa() is avx512 and 8-bit dot products (AVX-512 VNNI) may be used as well.
+// True if best_isa() is avx512 and 8-bit dot products (AVX-512 VNNI) may be used as well.
 bool use_vnni();
 
 enum class Dot { none = 0, avx512 = 1, amx = 2 };
@@ -18,7 +18,7 @@ enum class Dot { none = 0, avx512 = 1, amx = 2 };
 // BF16) and matrix tiles (AMX) both need avx512.
 Dot best_dot();
 
-// Whether best_dot() multiplies faster than fp32 FMAs. Tiles do, and so do AMD's dot products, which issue like FMAs
+// True if best_dot() multiplies faster than fp32 FMAs. Tiles do, and so do AMD's dot products, which issue like FMAs
 // with twice the products. Intel's issue every other cycle on one port: half the products of its two FMA ports.
 bool dot_beats_fma();
 

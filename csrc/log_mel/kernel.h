@@ -1,4 +1,4 @@
-// What log_mel.cpp asks of each instruction set. Implemented by kernel.cpp.
+// Interface of each instruction set, called by log_mel.cpp. Implemented by kernel.cpp.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Compiled for AVX-512 BF16 and, where the compiler knows it, AMX. Each function is one pass over a panel; the
+// Compiled for AVX-512 BF16 and, if the compiler supports it, AMX. Each function is one pass over a panel; the
 // order of the passes is in masked_cross_entropy.cpp.
 #include "masked_cross_entropy/panel_passes.h"
 
@@ -101,7 +101,7 @@ void softmax_block(const Chunk& c, int64_t q, int64_t p, float* z, int64_t& numb
   }
 }
 
-// What store_weight_gradient is about to read or write.
+// Memory that store_weight_gradient is about to read or write.
 void prefetch_weight_gradient(const Chunk& c, int64_t q, int64_t s) {
   const MaskedCrossEntropy& f = *c.call;
   const int64_t classes = at_most(kPanel, f.classes - q * kPanel);

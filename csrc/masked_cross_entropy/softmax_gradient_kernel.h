@@ -1,4 +1,4 @@
-// What softmax_gradient.cpp asks of each instruction set. Implemented by softmax_gradient_kernel.cpp.
+// Interface of each instruction set, called by softmax_gradient.cpp. Implemented by softmax_gradient_kernel.cpp.
 #pragma once
 
 #include <cstdint>

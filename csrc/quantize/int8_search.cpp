@@ -30,7 +30,7 @@ struct Header {
 };
 static_assert(sizeof(Header) <= kHeader * sizeof(float), "");
 
-// What the rows need to know of a codebook.
+// Data of a codebook that the rows need.
 struct Bounds {
   double scale;     // of the 8-bit codes
   double norm;      // largest |c|

@@ -1,4 +1,4 @@
-// What the fp32 search (fp32_search.cpp) and the 8-bit one (int8_search.cpp) must do alike: the rounding of a
+// Parts of the fp32 search (fp32_search.cpp) and the 8-bit one (int8_search.cpp) that must agree: the rounding of a
 // score, from which their codes agree bit for bit, and the way from rows to projected rows to codes.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What quantize.cpp asks of each instruction set. Implemented by fp32_search.cpp, compiled once per
+// Interface of each instruction set, called by quantize.cpp. Implemented by fp32_search.cpp, compiled once per
 // set, and by int8_search.cpp for processors with 8-bit dot products.
 #pragma once
 

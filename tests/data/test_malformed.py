@@ -99,7 +99,7 @@ def test_absurd_sampling_rate(tmp_path, write_wav, rate):
 
 @pytest.mark.parametrize(("extension", "format", "subtype", "rate", "channels"), FORMATS)
 def test_truncated(tmp_path, speech, extension, format, subtype, rate, channels):
-    """Cut at many points: the header's promise is broken by more than 1 %, and that is said; Ogg promises nothing."""
+    """Cut at many points: more than 1 % less than the header states is an error; Ogg states no length."""
     whole = convert(tmp_path / f"whole.{extension}", np.tile(speech, 3), rate, channels, format, subtype)
     content = whole.read_bytes()
     complete = load_audio(whole)

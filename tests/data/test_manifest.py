@@ -76,7 +76,7 @@ def test_jsonl_manifest(tmp_path):
     rows = [{"audio_filepath": "ä.wav", "duration": 2, "label": 3, "text": "hi"}, {"path": "b.wav", "duration": None}]
     path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     assert read_manifest(path) == [
-        AudioFile(str(tmp_path / "ä.wav"), 2.0, label="3"),
+        AudioFile(str(tmp_path / "ä.wav"), 2.0, label="3", end=2.0),  # NeMo: the first two seconds
         AudioFile(str(tmp_path / "b.wav")),
     ]
 
@@ -85,7 +85,7 @@ def test_jsonl_manifest(tmp_path):
     ("name", "text", "message"),
     [
         ("m.csv", "", "m.csv: the file is empty; expected a header line with a column 'path'"),
-        ("m.csv", "file_name,duration\na.wav,1\n", r"no column 'path'.*\['file_name', 'duration'\]"),
+        ("m.csv", "name,duration\na.wav,1\n", r"no column 'path'.*\['name', 'duration'\]"),
         ("m.csv", "path,duration\n", "no rows"),
         ("m.csv", "path,duration\na.wav,1\nb.wav,long\n", "m.csv:3: duration must be a number >= 0, got 'long'"),
         ("m.csv", "path,duration\na.wav,-1\n", "m.csv:2: duration must be"),
@@ -94,7 +94,7 @@ def test_jsonl_manifest(tmp_path):
         ("m.csv", "path,duration\n,1\n", "m.csv:2: the path is empty"),
         ("m.jsonl", '{"path": "a.wav"}\n{"path": \n', "m.jsonl:2: not JSON"),
         ("m.jsonl", '["a.wav"]\n', "m.jsonl:1: expected a JSON object, got list"),
-        ("m.jsonl", '{"wav": "a.wav"}\n', r"m.jsonl:1: no 'path' in \['wav'\]"),
+        ("m.jsonl", '{"sound": "a.wav"}\n', r"m.jsonl:1: no 'path' in \['sound'\]"),
         ("m.jsonl", '{"path": 5}\n', "m.jsonl:1: path must be text, got 5"),
         ("m.jsonl", '{"path": "a.wav", "duration": true}\n', "duration must be a number"),
         ("m.txt", "a.wav\n", "must end in .csv, .tsv or .jsonl, got '.txt'"),

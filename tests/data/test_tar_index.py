@@ -121,7 +121,7 @@ def test_sidecars_and_order(tmp_path):
         AudioFile(f"{shard}::music/a.ogg", 2.0, 16000, "music", "a waltz"),
         AudioFile(f"{shard}::m.b.ogg", 2.0, 16000, "", ""),
         AudioFile(f"{shard}::bad.ogg", 2.0, 16000),
-        AudioFile(f"{shard}::z~2.ogg", 2.0, 16000),  # what z.json states is of one of them, nobody knows which
+        AudioFile(f"{shard}::z~2.ogg", 2.0, 16000),  # z.json belongs to one of them, unknown which
     ]
     assert report.ignored == {".npy": 1}
     assert [str(skip).split(": ", 1)[1] for skip in report.skips] == [
@@ -323,7 +323,7 @@ def test_folders_of_shards(tmp_path):
     listed = collect([tmp_path / "speech" / "0.tar", tmp_path / "1.tar"])[0]
     assert _relative_paths(listed, tmp_path)[0] == "speech/0.tar::x/a.ogg"
     assert collect(f"{tmp_path}/1.tar::d.ogg")[0][0].path == f"{tmp_path}/1.tar::d.ogg"
-    # beside audio files, shards are most often the same audio once more: not used, and said
+    # next to audio files, shards are usually the same audio again: ignored with a note
     (tmp_path / "e.ogg").write_bytes(_clip(4))
     files, report = collect(tmp_path)
     assert _relative_paths(files, tmp_path) == ["e.ogg"]

@@ -9,7 +9,7 @@ import torch
 
 def _interpreter_obstacle() -> str | None:
     if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
-        return None  # the tests say so themselves, or need no interpreter
+        return None  # the tests skip themselves, or need no interpreter
     import triton
 
     try:

@@ -151,7 +151,7 @@ def test_autocast_casts_only_floating_tensors(device):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # no batching rule: PyTorch runs the call once for each item
 def test_transforms_of_torch_func(device):
-    """What works gives the right result, what does not says so in the operation's name."""
+    """Accepted arguments give the right result; rejected ones raise an error with the operation's name."""
     query, hidden = torch.randn(2, 1, 1, 20, 4), torch.randn(3, 4)
     batched = torch.func.vmap(lambda query: chunked_attention(query=query))(query)
     assert torch.equal(batched, torch.stack([chunked_attention(query=x) for x in query]))

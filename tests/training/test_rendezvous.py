@@ -46,7 +46,7 @@ def test_a_start_that_was_cut_off_is_forgotten():
     assert len(set(start(store, 2, first_last=True))) == 1
     with pytest.raises(
         TrainingError, match=r"rank 1 of 2 waited 0.3 s for rank 0"
-    ):  # nobody answers under the old name
+    ):  # no process listens under the old name
         agree_on_round(store, 1, 2, timedelta(seconds=0.3))
 
 

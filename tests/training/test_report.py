@@ -145,7 +145,7 @@ def test_panels_show_what_was_logged(tmp_path, monkeypatch):
     log.write({"step": 81, "loss_scale": 1024.0, "skipped/too_short": 2, "domain/music": 0.4, "domain/{x}": 0.6})
     log.close()
     panels = columns_drawn(monkeypatch, tmp_path, [RunRecord(run.path)])
-    assert "loss_scale" in panels  # what no panel knows is not hidden
+    assert "loss_scale" in panels  # a column without a panel is still drawn
     assert [line.get_label() for line in panels["domain"].lines] == ["music", "{x}"]
     assert "Throughput" not in panels  # never logged here
     lines = {line.get_label(): line for line in panels["Perplexity of each codebook"].lines}

@@ -1,4 +1,4 @@
-"""Options of the training loop: precision, averaging, schedules, saves by time and by merit, validation, probes."""
+"""Options of the training loop: precision, averaging, schedules, saves by time and by score, validation, probes."""
 
 import itertools
 import json

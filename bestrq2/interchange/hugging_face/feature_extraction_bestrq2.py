@@ -32,7 +32,7 @@ class BestRQ2FeatureExtractor(SequenceFeatureExtractor):
         """
         Args:
             raw_speech: one mono waveform (S,) or a list of them.
-            sampling_rate: of the waveforms; anything but the model's is an error.
+            sampling_rate: of the waveforms; must be the model's.
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(f"expected audio at {self.sampling_rate} Hz, got {sampling_rate} Hz: resample it first")

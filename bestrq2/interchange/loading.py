@@ -1,4 +1,4 @@
-"""One opener for encoders: ours, those of others, and any module with our interface."""
+"""``bestrq2.load``: one opener for encoders, ours and those of others, and any module with our interface."""
 
 import hashlib
 import importlib
@@ -12,42 +12,52 @@ import torch
 
 from bestrq2.config import ConfigError
 
-from .adapters import AudioEncoder, ModuleAdapter
-from .opening import load
+from .adapters import ModuleAdapter
+from .opening import open_own
 from .transformers_encoder import TransformersEncoder, is_transformers_folder
 
 
-def open_encoder(
+def load(
     source: str | Path,
     device: str | torch.device = "cpu",
     *,
     trust_remote_code: bool = False,
+    published_positions: bool = False,
     heads: int | None = None,
     hop_length: int | None = None,
-) -> AudioEncoder:
-    """A frozen encoder in evaluation mode, with our interface, from any of these:
+) -> Any:
+    """Open a trained encoder, frozen and in evaluation mode: ``features, lengths = load(source).encode(waveform)``.
 
-    - whatever :func:`bestrq2.load` opens: a run folder, an exported file or folder, a published checkpoint;
+    A source is one of these:
+
+    - a run folder, a ``step-*`` folder, a weights file inside of one (``ema.safetensors``), or an encoder file or
+      folder that ``bestrq2 export`` wrote;
+    - a published BEST-RQ-2 checkpoint: a ``.safetensors`` file, or the folder of its transformers export;
     - a local folder of a transformers audio model (wav2vec 2.0, HuBERT, WavLM, data2vec, wav2vec2-bert, AST, Whisper,
-      ...); see :mod:`.transformers_encoder` for the rules;
+      ...);
     - ``FILE.py``: an X-ARES encoder file, that is one name ending in ``Encoder``;
     - ``FILE.py:NAME`` or ``PACKAGE.MODULE:NAME``: a class or function that, called without arguments, gives a module
       with our ``encode`` or the X-ARES interface.
 
-    Nothing is ever downloaded. A .py file or module that you name is executed; a transformers folder's own code only
-    with ``trust_remote_code``.
+    Nothing is downloaded, and pickles are refused. A .py file or module that you name is executed; the code of a
+    transformers folder only with ``trust_remote_code``.
 
     Args:
         source: see above.
         device: where to put it.
         trust_remote_code: run Python code that a transformers folder brings along.
-        heads, hop_length: for published checkpoints, see :func:`bestrq2.load`.
+        published_positions: reproduce a fault of the published inference code; see :class:`~bestrq2.ViTEncoder`.
+        heads, hop_length: only for published checkpoints whose heads or hop cannot be known from the file.
 
     Returns:
-        an encoder with ``encode``, ``encode_layers``, ``sampling_rate``, ``output_dim``, ``hop_size_in_ms``, ``depth``.
+        a :class:`~bestrq2.ViTEncoder`, a :class:`~bestrq2.ConformerEncoder`, or an adapter around another encoder; all
+        are :class:`~bestrq2.interchange.AudioEncoder`: ``encode``, ``encode_layers``, ``sampling_rate``,
+        ``output_dim``, ``hop_size_in_ms``, ``depth``.
 
     Raises:
-        CheckpointError, ConfigError: if there is no such encoder, or it lacks part of the interface.
+        CheckpointError: for a missing or damaged file.
+        ConfigError: for a pickle, an unknown layout (listing its keys), tensors that do not fit, or an encoder that
+            lacks part of the interface.
     """
     text = str(source)
     file, _, name = text.rpartition(".py:")
@@ -66,8 +76,11 @@ def open_encoder(
     elif is_transformers_folder(Path(text)):
         encoder = TransformersEncoder(text, trust_remote_code)
     else:
-        return load(text, device=device, heads=heads, hop_length=hop_length)
+        encoder = open_own(text, published_positions=published_positions, heads=heads, hop_length=hop_length)
     return encoder.to(device)
+
+
+open_encoder = load  # its former name
 
 
 def _run_file(path: Path) -> ModuleType:

@@ -1,0 +1,111 @@
+"""The stages of a GPU run, in their order, and what every stage is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``seconds`` is its share of a run of 570 s. It runs ``python -m benchmarks.gpu.<module>``."""
+
+    name: str
+    seconds: float
+    module: str
+    background: bool = False  # beside the stages that follow, until the last of them
+
+
+STAGES = (
+    Stage("facts", 15, "facts"),
+    Stage("build", 150, "build", background=True),
+    Stage("warm", 45, "warm"),
+    Stage("smoke", 30, "smoke"),
+    Stage("rows", 110, "rows"),
+    Stage("step", 80, "training_step"),
+    Stage("tests", 110, "gpu_tests"),
+    Stage("tune", 90, "tiles"),
+    Stage("rows-tuned", 25, "rows"),
+    Stage("train", 40, "short_run"),
+    Stage("sanitizer", 20, "sanitizer"),
+)
+INTERPRETED = ("warm", "smoke", "rows", "tune", "rows-tuned", "sanitizer")
+"""Stages of a rehearsal whose kernels run in Triton's interpreter."""
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK_SECONDS = 5.0  # for the last summary and the archive of the logs
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line asks for."""
+
+    out: Path
+    seconds: float
+    only: tuple[str, ...] = ()
+    wheels: Path | None = None
+    commit: str | None = None
+    rehearse: bool = False
+
+
+@dataclass
+class Request:
+    """What a stage is told, as JSON in a file that its command line names."""
+
+    stage: str
+    out: Path
+    work: Path  # logs, notes and caches; not among the results
+    seconds: float  # until its deadline
+    rehearse: bool
+    commit: str | None = None
+    device: str = "cuda"
+    notes: dict[str, Any] = field(default_factory=dict)  # what earlier stages left, by stage
+    started: float = field(default_factory=time.monotonic)
+
+    def write(self, path: Path) -> None:
+        values = asdict(self) | {"out": str(self.out), "work": str(self.work)}
+        path.write_text(json.dumps(values))
+
+    def left(self) -> float:
+        """Seconds until the deadline; 0 or less: stop now."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Leave something for later stages and the summary; replaces the note of this stage."""
+        path = self.work / f"{self.stage}.note.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(dict(values)))
+        temporary.replace(path)
+
+    @property
+    def broken(self) -> list[str]:
+        """Operations that failed the smoke test."""
+        return list(self.notes.get("smoke", {}).get("broken", []))
+
+
+def read_request(path: Path) -> Request:
+    values = json.loads(path.read_text())
+    values |= {"out": Path(values["out"]), "work": Path(values["work"]), "started": time.monotonic()}
+    return Request(**values)
+
+
+def read_notes(work: Path) -> dict[str, Any]:
+    """What the stages so far have left, by stage; an unreadable note is left out."""
+    return dict(_notes(work))
+
+
+def _notes(work: Path) -> Iterator[tuple[str, Any]]:
+    for path in sorted(work.glob("*.note.json")):
+        try:
+            yield path.name.removesuffix(".note.json"), json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

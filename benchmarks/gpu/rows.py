@@ -1,0 +1,69 @@
+"""Rows of the reference workloads with their peers; as ``rows-tuned`` ours again, with the tiles just found."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.common import load_operation
+from benchmarks.gpu.plan import Request, read_request
+from benchmarks.gpu.summary import tuned
+from benchmarks.gpu.workloads import GROUPS, TINY
+from benchmarks.groups import Group, Plan, run_isolated
+from benchmarks.machine import Machine, describe_machine, environment
+from benchmarks.measure import Budget
+
+WITHOUT = ("torch.compile max-autotune", "SpeechBrain formula", "eager in row blocks")
+UNFIT = {"1000000x256->16x8192": ("reference", "vector-quantize-pytorch")}  # stored scores of 33 GB, and slow
+LEAST_SECONDS = 12.0  # a group is not begun with less
+
+
+def main(request: Request) -> int:
+    again = request.stage == "rows-tuned"
+    facts = environment("python benchmarks/gpu_run.py", request.commit)
+    machine = request.notes.get("facts", {}).get("machine")
+    found = tuned(request.out / "tuned.json")
+    plan = Plan(
+        device=request.device,
+        machine=Machine(**machine) if machine else describe_machine(_device(request)),
+        facts=facts,
+        caches=("cold",),
+        budget=Budget(repeats=1) if request.rehearse else Budget(seconds=0.3, at_least=5, at_most=50),
+        providers=("bestrq2",) if again else (),
+        memory=False,
+        tiles=found.get("tiles", {}) if again else {},
+    )
+    if again and not any(plan.tiles.values()):
+        request.note({"line": "no tiles were found that differ"})
+        return 0
+    workloads = TINY if request.rehearse else GROUPS
+    wanted = [Group(*workload) for workload in workloads if workload[0] not in request.broken]
+    if again:
+        wanted = [group for group in wanted if plan.tiles.get(group.op)]
+    done = 0
+    for group in wanted:
+        if request.left() < (1.0 if request.rehearse else LEAST_SECONDS):
+            print(f"no time for {group}")
+            continue
+        plan.group_seconds = request.left() - 1.0
+        plan.without = (*WITHOUT, *UNFIT.get(group.shape, ()))
+        if request.rehearse:  # ours and the baseline: compilers of peers take longer than everything else
+            keep = ("bestrq2[triton]", load_operation(group.op).BASELINE)
+            plan.without = tuple(p.name for p in load_operation(group.op).PROVIDERS if p.name not in keep)
+        rows = run_isolated(group, plan)
+        report.append_csv(request.out / "rows.csv", rows)
+        print(report.table(rows) + "\n", flush=True)
+        done += 1
+        request.note({"line": f"{done} of {len(wanted)} groups"})
+    return 0 if done == len(wanted) else 1
+
+
+def _device(request: Request):  # type: ignore[no-untyped-def]
+    import torch
+
+    return torch.device(request.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main(read_request(Path(sys.argv[1]))))

@@ -1,0 +1,159 @@
+"""The whole training step of ``best_rq2_base`` on synthetic audio, three ways, and a profile of three steps."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.plan import Request, read_request
+
+FIELDS = (
+    *("name", "ms", "mfu_pct", "audio_s_per_s", "peak_mb", "batch", "seconds", "dtype", "steps", "device", "torch"),
+    *("commit", "date", "note"),
+)
+TABLE_LINES = 40
+
+
+def append(request: Request, row: Mapping[str, Any]) -> None:
+    """Add a row to ``train.csv`` at once."""
+    from benchmarks.machine import environment
+
+    facts = environment("", request.commit)
+    machine = request.notes.get("facts", {}).get("machine") or {}
+    known = {"device": machine.get("device", ""), **{name: facts[name] for name in ("torch", "commit", "date")}}
+    path = request.out / "train.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        values = known | dict(row)
+        writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()})
+
+
+def main(request: Request) -> int:
+    import torch
+
+    recipe, batch = ("best_rq2_tiny", 2) if request.rehearse else ("best_rq2_base", 256)
+    ways: list[tuple[str, torch.dtype | None, bool, int]] = [("bf16, eager", torch.bfloat16, False, 20)]
+    if not request.rehearse:
+        ways += [("bf16, torch.compile", torch.bfloat16, True, 20), ("fp32, eager", None, False, 8)]
+    failed, found = 0, []
+    for name, dtype, compiled, steps in ways:
+        if request.left() < (1 if request.rehearse else 12):
+            found.append(f"{name}: no time")
+            continue
+        try:
+            run = Step(request, recipe, batch, dtype, compiled)
+            row = run.measure(2 if request.rehearse else steps)
+        except Exception as error:  # one way that fails may not take the others along
+            failed += 1
+            found.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:150])
+            request.note({"line": "; ".join(found)})
+            continue
+        append(request, {"name": f"{recipe}: {name}", **row})
+        found.append(f"{name}: {row['ms']:.1f} ms, MFU {row['mfu_pct']:.1f} %")
+        request.note({"line": "; ".join(found)})
+        if name == "bf16, eager":
+            _profile(request, run)
+        del run
+        if request.device == "cuda":
+            torch.cuda.empty_cache()
+    return 1 if failed else 0
+
+
+class Step:
+    """Model, optimizer and one pinned batch; a call is one training step without reading anything back."""
+
+    def __init__(self, request: Request, recipe: str, batch: int, dtype: Any, compiled: bool) -> None:
+        import torch
+
+        from bestrq2.config import load_config
+        from bestrq2.models import build_model
+        from bestrq2.training.optimizer import make_optimizer
+
+        self.device, self.dtype, self.batch = torch.device(request.device), dtype, batch
+        torch.manual_seed(0)
+        config = load_config(recipe)
+        self.model = build_model(config).to(self.device).train()
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.seconds = config.data.crop_seconds
+        samples = int(self.seconds * config.model.front_end.sampling_rate)
+        self.waveform = torch.randn(batch, samples)
+        if self.device.type == "cuda":
+            self.waveform = self.waveform.pin_memory()
+        self.lengths, self.index = torch.full((batch,), samples), torch.arange(batch)
+        self.call: Callable[..., Any] = torch.compile(self.model, dynamic=True) if compiled else self.model
+        self.step, self.flops = 0, 0.0
+
+    def __call__(self) -> None:
+        import torch
+
+        waveform = self.waveform.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            out = self.call(waveform, self.lengths, self.step, self.index)
+        out.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.flops:
+            self.flops = self.model.flops(out.plan)
+        self.step += 1
+
+    def synchronize(self) -> None:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Milliseconds of a step on average over ``steps``, after three that compile and warm up."""
+        import torch
+
+        from bestrq2.hardware import peak_flops
+
+        for _ in range(min(steps, 3)):
+            self()
+        self.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self()
+        self.synchronize()
+        spent = (time.perf_counter() - begin) / steps
+        peak, source = peak_flops(self.device, torch.bfloat16 if self.dtype is not None else None)
+        memory = torch.cuda.max_memory_allocated() / 1e6 if self.device.type == "cuda" else ""
+        return {
+            "ms": 1e3 * spent,
+            "mfu_pct": 100 * self.flops / spent / peak,
+            "audio_s_per_s": self.batch * self.seconds / spent,
+            "peak_mb": memory,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "dtype": "float32" if self.dtype is None else "bfloat16",
+            "steps": steps,
+            "note": f"waveform pinned, no reading back; MFU against {source}",
+        }
+
+
+def _profile(request: Request, run: Step) -> None:
+    """The kernels of three steps by their time on the device; ``profile.txt``."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if request.device == "cuda" else [])]
+    with profile(activities=activities) as found:
+        for _ in range(1 if request.rehearse else 3):
+            run()
+        run.synchronize()
+    order = "self_device_time_total" if request.device == "cuda" else "self_cpu_time_total"
+    table = found.key_averages().table(sort_by=order, row_limit=TABLE_LINES, max_name_column_width=80)
+    (request.out / "profile.txt").write_text(f"torch {torch.__version__}, {run.step} steps\n{table}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(read_request(Path(sys.argv[1]))))

@@ -1,0 +1,60 @@
+"""Compile what later stages need, in parallel: fills the caches of Triton and of torch.compile on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu.plan import Request, cores, read_request
+from benchmarks.gpu.workloads import GROUPS, TINY
+from benchmarks.processes import Running
+
+PROVIDERS = ("bestrq2[triton]", "torch.compile", "FlexAttention", "FlexAttention, no positions", "liger-kernel")
+MOST_PROCESSES = 12
+
+
+def main(request: Request) -> int:
+    groups = TINY[:1] if request.rehearse else GROUPS
+    names = PROVIDERS[:1] if request.rehearse else PROVIDERS
+    jobs = [(*workload, name) for name in names for workload in groups]
+    running: list[Running] = []
+    waiting, done, good = list(jobs), 0, 0
+    while (waiting or running) and request.left() > 1:
+        while waiting and len(running) < min(MOST_PROCESSES, max(1, cores() - 2)):
+            job = waiting.pop(0)
+            command = [sys.executable, "-m", "benchmarks.gpu.warm", "--job", json.dumps([*job, request.device])]
+            running.append(Running(command, request.work / "warm-jobs.log"))
+        time.sleep(0.05)
+        for process in [process for process in running if process.process.poll() is not None]:
+            running.remove(process)
+            done, good = done + 1, good + process.wait(0).good
+            request.note({"line": f"{good} of {len(jobs)} compiled"})
+    for process in running:
+        process.wait(0)
+    return 0 if good == len(jobs) else 1
+
+
+def run_job(op: str, shape: str, dtype: str, name: str, device: str) -> int:
+    """One forward and backward: everything it needs is compiled then. A provider that does not apply is none."""
+    import torch
+
+    from benchmarks.common import Skip, evaluate, load_operation
+
+    module = load_operation(op)
+    provider = next((p for p in module.PROVIDERS if p.name == name), None)
+    if provider is None:
+        return 0
+    case = module.make_case(shape, getattr(torch, dtype), torch.device(device))
+    try:
+        evaluate(case, provider.prepare(case))
+    except Skip as reason:
+        print(f"{op} {name}: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--job":
+        sys.exit(run_job(*json.loads(sys.argv[2])))
+    sys.exit(main(read_request(Path(sys.argv[1]))))

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Compare recipes by how well their features transfer: equal compute, equal data, several seeds, one probe suite.
+
+    python benchmarks/transfer/compare.py --quick                       # clips of the package, under 40 s
+    python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --threads 1
+    python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --table
+
+``--corpora`` is what ``benchmarks/transfer/corpora.py`` made. PLAN.yaml is described in ``plan.py``. Equal compute is
+equal matrix-product operations of training (forward and backward, as the training log counts them); the steps of each
+recipe follow from that and are printed. Every run is probed with the same readout, beside the same encoder before
+training and log-mel statistics.
+
+Everything is kept in ``--out``: run folders, scores, scores.csv, table.md and table.png. A comparison that was killed
+at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+import torch
+
+from benchmarks.machine import cpu_name, environment
+from benchmarks.transfer import table
+from benchmarks.transfer.plan import Plan, quick_plan, read_plan, steps_of
+from benchmarks.transfer.scores import (
+    Interrupted,
+    Suite,
+    all_scores,
+    check_identity,
+    probe_baseline,
+    probe_run,
+    train_run,
+)
+from benchmarks.transfer.tasks import corpus_tasks, packaged_tasks
+from bestrq2.runs.metrics import read_metrics
+
+
+def compare(plan: Plan, suite: Suite, source: str | None, out: Path) -> None:
+    """Train and probe what is not done yet, seed by seed, so that every candidate has as many."""
+    budget = {candidate.name: steps_of(plan, candidate) for candidate in plan.candidates}
+    for name, (steps, flops) in budget.items():
+        print(f"{name}: {steps} steps, {flops:.3g} FLOPs", flush=True)
+    probe_baseline(suite, out, provenance())
+    for seed in plan.seeds:
+        for candidate in plan.candidates:
+            steps, flops = budget[candidate.name]
+            run = train_run(plan, candidate, seed, steps, source, out)
+            facts: dict[str, Any] = {
+                "config": Path(candidate.config).name,
+                "overrides": " ".join(candidate.overrides),
+                "steps": steps,
+                "flops": f"{flops:.4g}",
+                "minutes": minutes_of(run),
+                **provenance(),
+            }
+            probe_run(suite, candidate, seed, run, out, facts)
+
+
+def minutes_of(run: Path) -> float | str:
+    """Minutes from the start of a run to its last step, by its metrics log; "" if it cannot be read."""
+    try:
+        return round(float(read_metrics(run / "metrics.csv")[-1]["elapsed_seconds"]) / 60, 2)
+    except (OSError, KeyError, IndexError, ValueError, TypeError):
+        return ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/transfer/compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("plan", nargs="?", type=Path, help="YAML file, see plan.py")
+    parser.add_argument("--quick", action="store_true", help="two tiny recipes on the clips of the package")
+    parser.add_argument("--corpora", type=Path, help="folder written by corpora.py (default: the clips of the package)")
+    parser.add_argument("--out", type=Path, help="output folder (default: transfer/<plan>)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--table", action="store_true", help="only write table and picture of what is done")
+    options = parser.parse_args(arguments)
+    if options.quick == (options.plan is not None):
+        parser.error("give a plan file or --quick")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        plan = quick_plan() if options.quick else read_plan(options.plan)
+        out = options.out or Path("transfer") / plan.name
+        if options.corpora is None:
+            source, tasks = None, packaged_tasks(**plan.readout)
+        else:
+            source, tasks = (
+                str(options.corpora / "pretrain.csv"),
+                corpus_tasks(options.corpora / "clips.csv", **plan.readout),
+            )
+        check_identity(out, {"plan": asdict(plan), "source": source, "tasks": {k: asdict(v) for k, v in tasks.items()}})
+        try:
+            if not options.table:
+                compare(plan, Suite(tasks), source, out)
+        finally:
+            report(plan, list(tasks), out)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:  # ConfigError, ManifestError and the like
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(plan: Plan, tasks: list[str], out: Path) -> None:
+    """Write scores.csv, table.md and table.png of what is done, and print the table."""
+    scores = all_scores(out)
+    results = table.Results(plan, tasks, scores)
+    if not results.rows:
+        return
+    readout = " ".join(f"{name}={value}" for name, value in plan.readout.items())
+    table.write_csv(out / "scores.csv", scores, {"plan": plan.name, "readout": readout})
+    shown = table.text(results)
+    (out / "table.md").write_text(shown + "\n")
+    table.draw(out / "table.png", results)
+    print(shown)
+    print(f"Written: {out / 'scores.csv'}, {out / 'table.md'}, {out / 'table.png'}")
+
+
+def provenance() -> dict[str, Any]:
+    """Columns that let a reader repeat a score."""
+    command = shlex.join(["python", "benchmarks/transfer/compare.py", *sys.argv[1:]])
+    return {"device": cpu_name(), "threads": torch.get_num_threads(), **environment(command)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The probe suite: questions that pretrained features have to answer, on clips that training never saw."""
+
+from pathlib import Path
+from typing import Any
+
+from bestrq2.probing import ProbeTask, packaged_task
+
+SOUND_CLASSES = ("animal", "voice", "footstep", "impact", "machine", "weapon", "water", "fire")
+# A fixed strength: choosing it inside the training folds costs four times as much and changes little where hundreds of
+# clips meet some hundred standardised columns.
+STRENGTH = 0.02
+
+
+def corpus_tasks(clips: Path, **readout: Any) -> dict[str, ProbeTask]:
+    """Tasks on ``clips.csv`` of corpora.py, by name.
+
+    - ``phrase-fr``, ``-it``, ``-es``: the same phrase by another voice, found among all phrases of the voice that
+      pretraining heard; no training.
+    - ``instrument``: family of single notes; whole General MIDI programs are held out.
+    - ``pitch``: pitch class of these notes, the same folds. Statistics of a spectrogram are hard to beat here.
+    - ``sound``: class of environmental sounds, trained on packages of pretraining, tested on others.
+    - ``domain``: speech, music or environment, likewise.
+
+    Args:
+        clips: written by ``corpora.py``.
+        readout: ``layers``, ``combine``, ``rows``, ``pooling`` of :class:`~bestrq2.probing.ProbeTask`.
+    """
+    common: dict[str, Any] = {"manifest": str(clips), **readout}
+    trained: dict[str, Any] = {**common, "regularisation": STRENGTH}
+    found = {}
+    for lang in ("fr", "it", "es"):
+        choices: dict[str, Any] = {
+            "kind": "retrieval",
+            "label": "pair",
+            "split": "voice",
+            "where": (("lang", (lang,)),),
+        }
+        found[f"phrase-{lang}"] = ProbeTask(**common, **choices)
+    notes: dict[str, Any] = {"group": "group", "folds": 8, "where": (("kind", ("note",)),)}
+    found["instrument"] = ProbeTask(**trained, label="label", **notes)
+    found["pitch"] = ProbeTask(**trained, label="pitch", **notes)
+    found["sound"] = ProbeTask(
+        **trained,
+        label="label",
+        group="group",
+        split="split",
+        train_values=("pretrain",),
+        test_values=("probe",),
+        where=(("domain", ("environment",)), ("label", SOUND_CLASSES)),
+    )
+    found["domain"] = ProbeTask(**trained, label="domain", group="group", split="part")
+    return found
+
+
+def packaged_tasks(**readout: Any) -> dict[str, ProbeTask]:
+    """Speech, music or environment on the 24 clips of the package: a check of the machinery, not of an encoder."""
+    return {"packaged": packaged_task(regularisation=STRENGTH, **readout)}

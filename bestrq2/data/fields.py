@@ -1,0 +1,186 @@
+"""What the columns of a manifest mean: the path of a clip, its place in a longer file, duration, rate, labels.
+
+Names are those of NeMo, SpeechBrain, WeNet, Lhotse, Common Voice and Hugging Face's audio folders. A column that would
+change which audio a row stands for is used or refused; all others are labels.
+"""
+
+import os
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from bestrq2.data.files import AudioFile
+from bestrq2.errors import ManifestError
+
+# The first name of each is ours.
+PATH_NAMES = ("path", "audio_filepath", "file", "file_name", "filename", "wav", "audio_path", "filepath", "wav_path")
+_RATE = ("sampling_rate", "sample_rate", "sr")
+_START = ("start", "offset", "start_time", "begin", "begin_time", "start_seconds", "start_sec")
+_END = ("end", "stop", "end_time", "stop_time", "end_seconds", "end_sec")
+_DURATION = ("duration", "seconds", "duration_seconds", "duration_sec", "dur")
+_MILLISECONDS = ("ms", "duration_ms", "dur_ms", "duration[ms]", "start_ms", "offset_ms", "end_ms", "stop_ms")
+# Unless they are empty or neutral, these ask for other audio than the whole mix at its own speed.
+_REFUSED = {
+    "channel": (None, "", 0, "0", -1, "-1"),
+    "channel_selector": (None, "", "average"),
+    "channels_to_use": (None, ""),
+    "speed": (None, "", 1, 1.0, "1", "1.0"),
+    "tempo": (None, "", 1, 1.0, "1", "1.0"),
+    "gain": (None, "", 0, 0.0, 1, 1.0, "0", "1"),
+}
+
+
+def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
+    """The clip of a row.
+
+    ``start`` or ``offset``, and ``end`` or ``stop``, in seconds make it a part of its file, as does ``audio_filepath``
+    with a duration (NeMo). ``start`` with ``stop`` may count samples (SpeechBrain), which a duration must tell.
+
+    Raises:
+        ManifestError: for a row that is none, or whose meaning is open; it names the line.
+    """
+    where = f"{source}:{line}"
+    row = _flattened(where, row)
+    for name, neutral in _REFUSED.items():
+        if name in row and row[name] not in neutral:
+            raise ManifestError(
+                f"{where}: {name} = {row[name]!r} cannot be applied, channels are averaged and played as they are: "
+                "write such clips to files of their own, or remove the column"
+            )
+    path = _first(row, PATH_NAMES)
+    if path is None:
+        what = "the path is empty" if any(name in row for name in PATH_NAMES) else f"no 'path' in {sorted(row)}"
+        raise ManifestError(f"{where}: {what}")
+    if not isinstance(path, str) or "\0" in path:
+        raise ManifestError(f"{where}: path must be text, got {path!r}")
+    if "{data_root}" in path or "$data_root" in path or "{root}" in path:
+        raise ManifestError(f"{where}: put the folder in place of the placeholder in {path!r}")
+    start, end, duration, segment = _span(where, row)
+    rate = _number(where, row, _RATE, 1)
+    return AudioFile(
+        path=_located(source, row, path),
+        duration=duration,
+        sampling_rate=None if rate is None else int(rate),
+        domain=str(_first(row, ("domain",)) or ""),
+        label=str(_first(row, ("label",)) or ""),
+        start=start if segment else 0.0,
+        end=end if segment else None,
+    )
+
+
+def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+def _located(source: Path, row: dict[str, Any], path: str) -> str:
+    folder: str | Path = source.parent
+    if "client_id" in row and "sentence" in row and (source.parent / "clips").is_dir():
+        folder = source.parent / "clips"  # of Common Voice
+    return os.path.normpath(os.path.join(folder, path))
+
+
+def _number(where: str, row: dict[str, Any], names: tuple[str, ...], low: float) -> float | None:
+    text = _first(row, names)
+    if text is None:
+        return None
+    try:
+        result = float(text)
+    except (TypeError, ValueError):
+        result = float("nan")
+    if isinstance(text, bool) or not (isfinite(result) and result >= low):
+        name = next(name for name in names if row.get(name) not in (None, ""))
+        raise ManifestError(f"{where}: {name} must be a number >= {low:g}, got {text!r}")
+    return result
+
+
+def _span(where: str, row: dict[str, Any]) -> tuple[float, float | None, float | None, bool]:
+    """(start, end, duration, whether the row is a part of its file), in seconds."""
+
+    def seconds(names: tuple[str, ...], kinds: tuple[str, ...]) -> float | None:
+        found = _number(where, row, names, 0)
+        thousandths = _number(where, row, tuple(name for name in _MILLISECONDS if name.startswith(kinds)), 0)
+        if found is not None and thousandths is not None and abs(found - thousandths / 1000) > 0.002:
+            raise ManifestError(f"{where}: two different values of {names[0]}: {found:g} s and {thousandths:g} ms")
+        return found if thousandths is None else thousandths / 1000
+
+    duration = seconds(_DURATION, ("ms", "duration", "dur"))
+    start = seconds(_START, ("start", "offset"))
+    last = row.get("end", row.get("end_time", row.get("stop")))
+    if last in (-1, "-1", -1.0, "-1.0"):  # "to the end", in Kaldi's segments
+        row = {**row, "end": None, "stop": None, "end_time": None}
+    end = seconds(_END, ("end", "stop"))
+    if start is None and end is None:
+        part = "audio_filepath" in row and duration is not None
+        return 0.0, duration if part else None, duration, part
+    begin = start or 0.0
+    if end is None:
+        return begin, None if duration is None else begin + duration, duration, True
+    if end <= begin:
+        raise ManifestError(f"{where}: the clip ends at {end:g} s, not after its start at {begin:g} s")
+    if duration is None:
+        if row.get("stop") not in (None, "") and end > 1000 and begin == int(begin) and end == int(end):
+            raise ManifestError(
+                f"{where}: start and stop, {begin:g} and {end:g}: seconds or samples? Add a column duration (seconds)"
+            )
+        return begin, end, end - begin, True
+    ratio = (end - begin) / duration if duration > 0 else float("inf")
+    if abs(end - begin - duration) <= max(0.02, 0.02 * duration):
+        return begin, end, end - begin, True
+    if 0.98 * 4000 <= ratio <= 400_000 and begin == int(begin) and end == int(end):
+        rate = _number(where, row, _RATE, 1) or _common_rate(ratio)
+        if abs(ratio / rate - 1) < 0.02:
+            return begin / rate, end / rate, (end - begin) / rate, True  # samples
+    if begin + duration >= end * 0.98 and row.get("audio_filepath") is None:  # of the whole file
+        return begin, end, end - begin, True
+    raise ManifestError(f"{where}: start {begin:g}, end {end:g} and duration {duration:g} do not fit together")
+
+
+def _common_rate(ratio: float) -> float:
+    rates = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000)
+    return min(rates, key=lambda rate: abs(ratio / rate - 1))
+
+
+def _flattened(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose values are plain: Lhotse's cut with its recording, SpeechBrain's file with start and stop."""
+    if "recording" in row or "sources" in row or row.get("type") in ("MixedCut", "PaddingCut", "MultiCut"):
+        return _lhotse(where, row)
+    for name in ("wav", "audio", "audio_filepath"):
+        inner = row.get(name)
+        if isinstance(inner, dict) and ("file" in inner or "path" in inner):
+            row = {**row, name: None, "path": inner.get("file", inner.get("path"))}
+            row |= {key: inner[key] for key in ("start", "stop", "sampling_rate") if inner.get(key) is not None}
+    if isinstance(row.get("audio"), str) and not any(name in row for name in PATH_NAMES):
+        row = {**row, "path": row["audio"]}
+    if "wav" in row and "length" in row and "duration" not in row:  # SpeechBrain's JSON
+        row = {**row, "duration": row["length"]}
+    return row
+
+
+def _lhotse(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    kind = row.get("type", "MonoCut")
+    recording = row.get("recording", row if "sources" in row else None)
+    if kind not in ("MonoCut", "Recording") or not isinstance(recording, dict):
+        raise ManifestError(
+            f"{where}: a {kind} of Lhotse without one recording: save the audio first (CutSet.save_audios)"
+        )
+    sources = recording.get("sources")
+    if not isinstance(sources, list) or len(sources) != 1 or sources[0].get("type") != "file":
+        raise ManifestError(f"{where}: expected a Lhotse recording in one file, got {sources!r}")
+    if recording.get("transforms") or row.get("transforms"):
+        raise ManifestError(f"{where}: Lhotse's transforms are not applied: save the audio first (CutSet.save_audios)")
+    channels = recording.get("channel_ids") or sources[0].get("channels") or [0]
+    if recording is not row and len(channels) > 1:
+        raise ManifestError(f"{where}: one channel of {len(channels)} is asked for: save the audio first")
+    flat: dict[str, Any] = {"path": sources[0].get("source"), "sampling_rate": recording.get("sampling_rate")}
+    total = recording.get("duration")
+    if recording is row:
+        return {**flat, "duration": total, "id": row.get("id")}
+    start, duration = row.get("start", 0.0), row.get("duration")
+    if start or (duration is not None and total is not None and abs(duration - total) > 1e-6):
+        flat |= {"start": start, "end": None if duration is None else start + duration}
+    else:
+        flat["duration"] = total
+    supervisions = row.get("supervisions") or []
+    if len(supervisions) == 1 and isinstance(supervisions[0], dict):
+        flat |= {key: value for key, value in supervisions[0].items() if key in ("text", "speaker", "language")}
+    return {**flat, "id": row.get("id")}

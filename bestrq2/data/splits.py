@@ -1,0 +1,57 @@
+"""Which split of a data set a file is of, by the names that Hugging Face's hub and most corpora use."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+__all__ = ["choose_split", "split_of", "split_of_row"]
+
+T = TypeVar("T")
+
+_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "development"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLITS = {name: split for split, names in _NAMES.items() for name in names}
+_WORD = re.compile(rf"(?:^|[-._ \d])({'|'.join(_SPLITS)})(?=$|[-._ \d])", re.I)
+
+
+def split_of(path: str, folder: str, names_too: bool) -> str | None:
+    """ "train", "validation", "test", or None.
+
+    The first two folders below ``folder`` decide; with ``names_too`` also the name of the file, for files that hold
+    many clips. The name of a single clip says nothing of it.
+    """
+    parts = os.path.relpath(path, folder).split(os.sep)
+    for part in [*parts[:-1][:2], *(parts[-1:] if names_too else [])]:
+        if found := _WORD.search(part):
+            return _SPLITS[found[1].lower()]
+    return None
+
+
+def split_of_row(row: Mapping[str, Any]) -> str | None:
+    """The split that a column of a manifest says, if one does."""
+    for column in ("split", "subset", "partition", "set"):
+        if isinstance(value := row.get(column), str) and value.strip().lower() in _SPLITS:
+            return _SPLITS[value.strip().lower()]
+    return None
+
+
+def choose_split(
+    items: Sequence[T], splits: Sequence[str | None], wanted: str | None, folder: str
+) -> tuple[list[T], str | None]:
+    """Those of the wanted split, where there are several; and what to say about it.
+
+    Items of no split stay. Without the wanted split, all stay.
+    """
+    counts = Counter(split for split in splits if split is not None)
+    if len(counts) < 2:
+        return list(items), None
+    listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+    if wanted is None or wanted not in counts:
+        return list(items), f"{folder}: files of several splits are used: {listed}"
+    kept = [item for item, split in zip(items, splits) if split in (None, wanted)]
+    return kept, f"{folder}: of files of several splits ({listed}) only {wanted} is used"

@@ -1,0 +1,238 @@
+"""Manifests of other tools: parts of files, delimiters and quoting, splits; each gives exactly the audio it means."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from bestrq2.data import AudioFile, CropDataset, DataError, ManifestError, collect, iterate_clips, read_manifest
+from bestrq2.data.manifest import write_manifest
+from bestrq2.data.shards import pack
+
+RATE = 16000
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten seconds, whose second n has the value n / 16; and a file of one second."""
+    samples = np.repeat(np.arange(10) / 16, RATE).astype(np.float32)
+    soundfile.write(tmp_path / "long.wav", samples, RATE, subtype="PCM_16")
+    soundfile.write(tmp_path / "short.wav", samples[RATE : 2 * RATE], RATE, subtype="PCM_16")
+    return tmp_path
+
+
+def seconds(files):
+    """Which seconds of long.wav the clips hold, as they are decoded."""
+    heard = []
+    for clip in iterate_clips(files, RATE):
+        assert isinstance(clip, tuple), clip
+        values, counts = np.unique(np.rint(clip[1] * 16), return_counts=True)
+        heard.append({int(value): count / RATE for value, count in zip(values, counts)})
+    return heard
+
+
+def rows(*items):
+    return "".join(json.dumps(item) + "\n" for item in items)
+
+
+FORMS = {
+    "nemo.jsonl": rows(
+        {"audio_filepath": "long.wav", "offset": 5, "duration": 1}, {"audio_filepath": "long.wav", "duration": 2.0}
+    ),
+    "nemo.json": rows({"audio_filepath": "long.wav", "offset": 5.0, "duration": 1.0, "text": '"'})
+    + rows({"audio_filepath": "long.wav", "offset": 0, "duration": 2, "text": "a"}),
+    "ours.csv": "path,start,end\nlong.wav,5,6\nlong.wav,0,2\n",
+    "semicolons.csv": 'path;start;end;text\nlong.wav;5;6;a, b\n"long.wav";0;2;"a; b"\n',
+    "milliseconds.csv": "file,start_ms,end_ms\nlong.wav,5000,6000\nlong.wav,0,2000\n",
+    "tabs.tsv": 'path\toffset\tduration\tsentence\nlong.wav\t5\t1\t"lone\nlong.wav\t0\t2\t"two" marks "\n',
+    "speechbrain.csv": "ID,duration,wav,start,stop,wrd\na,1.0,long.wav,80000,96000,A\nb,2.0,long.wav,0,32000,B\n",
+    "speechbrain.json": json.dumps(
+        {
+            "a": {"wav": {"file": "long.wav", "start": 80000, "stop": 96000}, "length": 1.0},
+            "b": {"wav": {"file": "long.wav", "start": 0, "stop": 32000}, "length": 2.0},
+        },
+        indent=1,
+    ),
+    "lhotse.jsonl": rows(
+        *(
+            {
+                "id": name,
+                "type": "MonoCut",
+                "start": start,
+                "duration": length,
+                "channel": 0,
+                "recording": {
+                    "id": "long",
+                    "sources": [{"type": "file", "channels": [0], "source": "long.wav"}],
+                    "sampling_rate": RATE,
+                    "num_samples": 160000,
+                    "duration": 10.0,
+                },
+            }
+            for name, start, length in (("a", 5.0, 1.0), ("b", 0.0, 2.0))
+        )
+    ),
+    "document.json": json.dumps([{"path": "long.wav", "start": 5, "end": 6}, {"path": "long.wav", "end": 2}], indent=2),
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_parts_of_files(folder, name, compressed):
+    path = folder / (name + ".gz" if compressed else name)
+    path.write_bytes(gzip.compress(FORMS[name].encode()) if compressed else FORMS[name].encode())
+    files, report = collect(path)
+    assert seconds(files) == [{5: 1.0}, {0: 1.0, 1: 1.0}]
+    assert report.notes[0].startswith(f"{path}: 2 rows, ")
+    assert [file.duration for file in files] == [1.0, 2.0]
+
+
+def test_kaldi_folder(folder):
+    (folder / "wav.scp").write_text("rec long.wav\n")
+    (folder / "segments").write_text("utt1 rec 5.00 6.00\nutt2 rec 8 -1\n")
+    (folder / "text").write_text("utt1 some words\nutt2\n")
+    for source in (folder, folder / "wav.scp"):
+        files, report = collect(source)
+        assert seconds(files) == [{5: 1.0}, {8: 1.0, 9: 1.0}]
+        assert "2 rows, 2 of them parts" in report.notes[0]
+    (folder / "segments").unlink()
+    assert [len(found) for found in seconds(collect(folder)[0])] == [10]
+    (folder / "wav.scp").write_text("rec sox long.wav -t wav - |\n")
+    with pytest.raises(ManifestError, match=r"wav.scp:1: a command is not run"):
+        collect(folder)
+
+
+def test_fairseq_list(folder):
+    (folder / "train.tsv").write_text(f"{folder}\nlong.wav\t160000\nshort.wav\t16000\n")
+    files, _ = collect(folder / "train.tsv")
+    assert [(file.path, file.duration) for file in files] == [
+        (str(folder / "long.wav"), 10.0),
+        (str(folder / "short.wav"), 1.0),
+    ]
+
+
+def test_common_voice(folder):
+    (folder / "clips").mkdir()
+    for number in range(3):
+        (folder / "clips" / f"{number}.wav").write_bytes((folder / "short.wav").read_bytes())
+    lines = ["client_id\tpath\tsentence", 'a\t0.wav\t"Open', "b\t1.wav\tplain", 'c\t2.wav\tclosed"']
+    (folder / "validated.tsv").write_text("\n".join(lines) + "\n")
+    files, report = collect(folder / "validated.tsv")
+    assert [file.path for file in files] == [str(folder / "clips" / f"{number}.wav") for number in range(3)]
+    assert report.notes == [f"{folder / 'validated.tsv'}: 3 rows"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('path,text\na.wav,"open\nb.wav,x\nc.wav,y\n', r"m.csv:2: a quotation mark is opened here and never closed"),
+        (
+            'path,text\na.wav,"open\nb.wav,x\nc.wav,"\n',
+            "m.csv:2: a quotation mark is opened .* closed in line 4",
+        ),
+        ('path,text\na.wav,"a"b\n', "m.csv:2: ',' expected after '\"'"),
+        ("path,path\na.wav,b.wav\n", "the column 'path' is there twice"),
+        ("path,start,end\na.wav,3,2\n", "m.csv:2: the clip ends at 2 s, not after its start at 3 s"),
+        ("path,start,stop\na.wav,16000,32000\n", "m.csv:2: start and stop, 16000 and 32000: seconds or samples"),
+        ("audio_filepath,offset,end,duration\na.wav,1,5,2\n", "start 1, end 5 and duration 2 do not fit together"),
+        ("path,channel\na.wav,1\n", "m.csv:2: channel = '1' cannot be applied"),
+        ("path,speed\na.wav,0.9\n", "m.csv:2: speed = '0.9' cannot be applied"),
+        ("ID,wav\na,{data_root}/a.wav\n", "m.csv:2: put the folder in place of the placeholder"),
+        ("path,duration,duration_ms\na.wav,1,2000\n", "two different values of duration: 1 s and 2000 ms"),
+    ],
+)
+def test_what_is_open_is_refused(tmp_path, text, message):
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"type": "MixedCut", "tracks": []}, "a MixedCut of Lhotse without one recording"),
+        ({"recording": {"sources": [{"type": "url", "source": "http"}]}}, "expected a Lhotse recording in one file"),
+        ({"audio_filepath": "a.wav", "channel_selector": 1}, "channel_selector = 1 cannot be applied"),
+        ({"path": "a.wav", "offset": "soon"}, "offset must be a number"),
+    ],
+)
+def test_json_that_is_refused(tmp_path, row, message):
+    (tmp_path / "m.jsonl").write_text(rows(row))
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / "m.jsonl")
+
+
+def test_encodings(tmp_path):
+    (tmp_path / "m.csv").write_bytes("path\na.wav\n".encode("utf-16"))
+    with pytest.raises(ManifestError, match="save it as UTF-8"):
+        read_manifest(tmp_path / "m.csv")
+    (tmp_path / "m.csv.gz").write_bytes(gzip.compress(b"path\na.wav\n")[:-9])
+    with pytest.raises(ManifestError, match="damaged gzip"):
+        read_manifest(tmp_path / "m.csv.gz")
+    (tmp_path / "m.csv").write_bytes(b"path\rcaf\xe9.wav\r")
+    assert read_manifest(tmp_path / "m.csv")[0].path.endswith("caf\udce9.wav")
+
+
+@pytest.mark.parametrize("unit", [1000, 16000])
+def test_durations_in_another_unit(folder, unit):
+    (folder / "m.csv").write_text(f"path,duration\nlong.wav,{10 * unit}\nshort.wav,{unit}\n")
+    with pytest.raises(DataError, match="milliseconds" if unit == 1000 else "samples"):
+        collect(folder / "m.csv")
+
+
+def test_parts_that_are_not_there(folder):
+    (folder / "m.csv").write_text("path,start,end\nlong.wav,9,12\nlong.wav,11,12\nlong.wav,9,10.02\nlong.wav,8,\n")
+    skips = [clip for clip in iterate_clips(read_manifest(folder / "m.csv"), RATE) if not isinstance(clip, tuple)]
+    assert [skip.reason for skip in skips] == ["truncated", "no samples"]
+    (folder / "m.csv").write_text("path,start\nlong.wav,8\nlong.wav,11\n")
+    files, report = collect(folder / "m.csv")
+    assert [file.duration for file in files] == [2.0]
+    assert report.counts() == {"no samples": 1}
+
+
+def test_parts_in_training_and_back(folder, tmp_path):
+    files = [AudioFile(str(folder / "long.wav"), 2.0, RATE, start=float(n), end=n + 2.0) for n in (0, 4, 6)]
+    dataset = CropDataset(files, crop_seconds=1.0, seed=3)
+    assert dataset.num_slots == 6
+    heard = [np.rint(dataset[number].waveform * 16) for number in range(24)]
+    assert {int(value) for crop in heard for value in np.unique(crop)} == {0, 1, 4, 5, 6, 7}
+    write_manifest(folder / "m.csv", [*files, AudioFile(str(folder / "short.wav"), 1.0)])
+    assert read_manifest(folder / "m.csv") == [
+        *(AudioFile(f.path, 2.0, None if f.sampling_rate is None else RATE, start=f.start, end=f.end) for f in files),
+        AudioFile(str(folder / "short.wav"), 1.0),
+    ]
+    assert collect(folder / "m.csv", check=True)[1].skips == []  # parts of one file are no duplicates
+    packed = pack(files, folder / "shards")
+    assert seconds(packed.files) == [{0: 1.0, 1: 1.0}, {4: 1.0, 5: 1.0}, {6: 1.0, 7: 1.0}]
+
+
+def test_splits(folder):
+    for name in ("train-clean", "dev-clean", "test"):
+        (folder / "corpus" / name).mkdir(parents=True)
+        (folder / "corpus" / name / "a.wav").write_bytes((folder / "short.wav").read_bytes())
+    files, report = collect(folder / "corpus")
+    assert [file.path for file in files] == [str(folder / "corpus" / "train-clean" / "a.wav")]
+    assert "of files of several splits (1 validation, 1 test, 1 train) only train is used" in report.notes[0]
+    assert len(collect(folder / "corpus", split=None)[0]) == 3
+    assert [f.path for f in collect(folder / "corpus", split="validation")[0]] == [
+        str(folder / "corpus" / "dev-clean" / "a.wav")
+    ]
+    (folder / "m.csv").write_text("path,split\nshort.wav,train\nlong.wav,test\n")
+    files, report = collect(folder / "m.csv")
+    assert [file.path for file in files] == [str(folder / "short.wav")]
+    assert report.notes[0].endswith(": 2 rows")
+
+
+def test_splits_of_archives(folder):
+    files = [AudioFile(str(folder / "short.wav"), 1.0)]
+    for name in ("train-00000-of-00001", "validation-00000-of-00001", "test-00000-of-00001"):
+        pack(files, folder / "packed")
+        (folder / "hub" / "data").mkdir(parents=True, exist_ok=True)
+        (folder / "packed" / "shards-000000.tar").rename(folder / "hub" / "data" / f"{name}.tar")
+        for rest in (folder / "packed").iterdir():
+            rest.unlink()
+    found, report = collect(folder / "hub")
+    assert [file.path.split("::")[0] for file in found] == [str(folder / "hub/data/train-00000-of-00001.tar")]
+    assert "only train is used" in report.notes[0]

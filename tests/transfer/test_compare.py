@@ -1,0 +1,119 @@
+"""The comparison of recipes: from a plan to a table, again after an interruption, and its arithmetic."""
+
+import csv
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from benchmarks.transfer import compare as command
+from benchmarks.transfer import scores, table
+from benchmarks.transfer.plan import Candidate, Plan, quick_plan, read_plan, steps_of
+from bestrq2.config import ConfigError
+
+
+def values(out):
+    with (out / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {(row["candidate"], row["features"], row["seed"], row["task"]): row["value"] for row in rows}, rows
+
+
+def test_quick_and_again(tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "--out", str(tmp_path)]
+    stop = scores.train_run
+
+    def interrupted(plan, candidate, seed, *rest):
+        if (candidate.name, seed) == ("one-stage", 1):
+            raise scores.Interrupted("stopped")
+        return stop(plan, candidate, seed, *rest)
+
+    monkeypatch.setattr(command, "train_run", interrupted)
+    assert command.main(arguments) == 130
+    first, _ = values(tmp_path)
+    assert len(first) == 1 + 2 * 3
+    assert "| two-step | 2 |" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(command, "train_run", stop)
+    assert command.main(arguments) == 0
+    known, rows = values(tmp_path)
+    assert len(known) == 1 + 2 * 4
+    assert first.items() <= known.items()
+    budgets = {row["candidate"]: float(row["flops"]) for row in rows if row["flops"]}
+    assert budgets["one-stage"] == pytest.approx(budgets["two-step"], rel=0.05)
+    assert all(row["commit"] for row in rows)
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+    # A score that is lost is computed again, without training, and is the same.
+    (tmp_path / "scores" / "two-step-seed0--packaged.npz").unlink()
+    capsys.readouterr()
+    assert command.main(arguments) == 0
+    assert "step/s" not in capsys.readouterr().err
+    assert values(tmp_path)[0] == known
+    assert command.main([*arguments[:-1], str(tmp_path), "--corpora", str(tmp_path)]) == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_equal_compute():
+    plan = quick_plan()
+    candidate = plan.candidates[0]
+    steps, flops = steps_of(plan, candidate)
+    twice = Plan("p", (candidate,), flops=2 * flops)
+    assert steps_of(twice, candidate)[0] == 2 * steps
+    wider = Candidate("wide", candidate.config, (*candidate.overrides, "train.batch_size=16"))
+    assert steps_of(twice, wider)[0] == steps
+    with pytest.raises(ConfigError, match=r"one step takes .* more than the budget"):
+        steps_of(Plan("p", (candidate,), flops=10.0), candidate)
+
+
+def score(candidate, seed, features, task, samples):
+    samples = np.asarray(samples, float)
+    found = (0.1, float(samples.mean()), 0.0, 1.0)
+    return scores.Score(candidate, seed, features, task, "m", *found, samples, {})
+
+
+def test_differences_are_paired():
+    """Two candidates that differ by 0.1 in every resample and every seed, though each varies by much more."""
+    noise = np.random.default_rng(0).uniform(-0.2, 0.2, size=(2, 2, 1000))
+    plan = Plan("p", (Candidate("a", "x"), Candidate("b", "x")), (0, 1))
+    found = []
+    for seed in (0, 1):
+        for number, task in enumerate(("t", "u")):
+            base = 0.5 + 0.1 * seed + noise[seed, number]
+            found += [score("a", seed, "encoder", task, base), score("b", seed, "encoder", task, base + 0.1)]
+    results = table.Results(plan, ["t", "u"], found)
+    gap = results.difference(("b", "encoder"), ("a", "encoder"), table.MEAN)
+    assert [gap.value, gap.low, gap.high] == pytest.approx([10, 10, 10])
+    assert gap.spread == pytest.approx(0, abs=1e-9)
+    assert gap.sure
+    own = results.cell(("a", "encoder"), "t")
+    assert own.high - own.low > 10
+    assert own.spread == pytest.approx(12.706 * 10 / 2, rel=0.2)  # t of one degree of freedom
+    single = table.Results(plan, ["t", "u"], [s for s in found if s.seed == 0])
+    assert not single.difference(("b", "encoder"), ("a", "encoder"), "t").sure
+    assert "| b - a |" in table.text(results)
+    # A seed of which a task is missing does not count.
+    assert table.Results(plan, ["t", "u"], found[:-1]).seeds(("b", "encoder")) == [0]
+
+
+def test_plan_files(tmp_path):
+    path = tmp_path / "masks.yaml"
+    path.write_text(
+        "steps: 5\nseeds: [0, 2]\ncommon: [train.batch_size=4]\nreadout: {pooling: mean+std}\n"
+        "candidates:\n  a: {config: best_rq2_tiny}\n  b: {config: own.yaml, set: [data.crop_seconds=1]}\n"
+    )
+    plan = read_plan(path)
+    assert (plan.name, plan.seeds, plan.steps, plan.flops) == ("masks", (0, 2), 5, None)
+    assert plan.candidates[0] == Candidate("a", "best_rq2_tiny", ("train.batch_size=4",))
+    assert plan.candidates[1].config == str(tmp_path / "own.yaml")
+    assert plan.candidates[1].overrides == ("train.batch_size=4", "data.crop_seconds=1")
+    for text, message in (
+        ("candidates: {a: {config: x}}", "give either 'flops' or 'steps'"),
+        ("steps: 1\nflops: 2\ncandidates: {a: {config: x}}", "give either"),
+        ("steps: 1\ncandidates: {a: {recipe: x}}", "candidates.a: expected config"),
+        ("steps: 1\nseed: 1\ncandidates: {a: {config: x}}", "unknown key 'seed'"),
+        ("steps: 1", "expected a mapping with 'candidates'"),
+        ("steps: 1\nreadout: {layer: 2}\ncandidates: {a: {config: x}}", "readout: expected some of"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_plan(path)
