@@ -4,10 +4,9 @@ import logging
 import sys
 import time
 from contextlib import closing
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from bestrq2 import ops
@@ -36,12 +35,12 @@ from bestrq2.runs.metrics import MetricsLog, skip_metrics
 from bestrq2.runs.report import save_report
 
 from .compilation import compile_blocks, compiles
-from .distributed import Ranks, only_accumulate, whole
+from .distributed import Ranks, only_accumulate
 from .evaluation import Evaluation
 from .feeder import Feeder
 from .first_look import first_look
 from .interrupt import StopSignal
-from .optimizer import set_schedule
+from .optimizer import clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, micro_batches
@@ -196,7 +195,8 @@ class Trainer:
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
             state.usage.update(codes, valid, decay=number == 0)
-        values = torch.cat((torch.stack(losses).sum(0), self._clip()[None]))
+        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value)
+        values = torch.cat((torch.stack(losses).sum(0), norm[None]))
         queued = self._queue_update(values)
         feeder.prefetch()
         totals.failures = float(feeder.error is not None)
@@ -222,28 +222,12 @@ class Trainer:
             (output.loss if factor == 1.0 else output.loss * factor).backward()
         return output
 
-    def _clip(self) -> Tensor:
-        """Undo the loss scale, clip, and give the gradient norm."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        scale = self.state.scale.value
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
-        most = self.config.optimizer.max_grad_norm
-        if most is None:  # nothing is rescaled
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        else:
-            norm = nn.utils.clip_grad_norm_(parameters, most)
-        return whole(norm).float()
-
     def _queue_update(self, values: Tensor) -> bool:
-        """On one GPU: hand the update to the device before anybody has seen whether loss and norm (the first and third
-        of ``values``) are finite; the device itself leaves it out where they are not. Returns whether it was handed
-        over."""
+        """On one GPU: hand the update to the device before anybody has seen whether loss and norm, the first and third
+        of ``values``, are finite. Returns whether it was handed over."""
         if self.device.type != "cuda" or self.ranks.size > 1:
             return False
-        optimizer: Any = self.state.optimizer
-        optimizer.grad_scale, optimizer.found_inf = None, (~values[::2].isfinite().all()).float()
-        optimizer.step()
+        step_if_finite(self.state.optimizer, values[::2])
         return True
 
     def _update(self, batch: Batch, totals: StepTotals, own_loss: float, queued: bool) -> None:
