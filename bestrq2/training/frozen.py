@@ -16,8 +16,7 @@ from bestrq2.hardware import choose_device, describe_device
 from bestrq2.hashing import mix
 from bestrq2.interchange import open_encoder
 from bestrq2.layers.code_usage import CodeUsage
-from bestrq2.layers.masking import RandomMasking
-from bestrq2.models.build import load_weights
+from bestrq2.models.build import build_masking, load_weights
 from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.checkpoint import Checkpoint, save_checkpoint
 from bestrq2.runs.folder import MetricsLog, RunFolder
@@ -33,8 +32,8 @@ logger = logging.getLogger(__name__)
 def build_head(config: Config, input_dim: int) -> FrozenHead:
     """The head that a configuration describes; its weights are a function of ``train.seed``."""
     torch.manual_seed(mix(config.train.seed, 1) >> 1)
-    masks, targets = config.model.masking, config.model.targets
-    masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
+    targets = config.model.targets
+    masking = build_masking(config.model.masking, config.train.seed)
     return FrozenHead(
         input_dim,
         config.model.predictor,
