@@ -181,9 +181,7 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
 def start(config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Checkpoint | None, ranks: Ranks) -> int:
     if not config.frozen.source:
         return Trainer(config, seeded_model(config), dataset, run, ranks, checkpoint).train()
-    if ranks.size > 1:
-        raise ConfigError("--frozen-encoder trains a small head on cached embeddings: start it as one process")
-    return train_head(config, dataset, run, checkpoint)
+    return train_head(config, dataset, run, checkpoint, ranks)
 
 
 def seeded_model(config: Config) -> BestRQ2 | BestRQ:

@@ -56,6 +56,24 @@ class Batch:
     def __len__(self) -> int:
         return self.waveform.shape[0]
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a pretraining model is called with, besides step and index: waveform and lengths."""
+        return self.waveform, self.lengths
+
+    def part(self, begin: int, end: int) -> "Batch":
+        """Samples ``begin`` ... ``end - 1``, padded to the longest of them, without the skips."""
+        lengths = self.lengths[begin:end]
+        waveform = self.waveform[begin:end, : int(lengths.max())]
+        return replace(
+            self,
+            waveform=waveform,
+            lengths=lengths,
+            index=self.index[begin:end],
+            skips=[],
+            domains=self.domains[begin:end],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its waveform on ``device``."""
         return replace(self, waveform=self.waveform.to(device, non_blocking=non_blocking))

@@ -71,8 +71,8 @@ class TrainingState:
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
         self.scale = LossScale(enabled=autocast == torch.float16)
-        quantizer = self.model.quantizer
-        self.usage = CodeUsage(quantizer.num_codebooks, quantizer.codebook_size).to(device)
+        num_codebooks, codebook_size, _ = self.model.head.weight.shape
+        self.usage = CodeUsage(num_codebooks, codebook_size).to(device)
         self.progress = Progress()
         self.skips: Counter[str] = Counter()  # files by reason, of this rank
         if checkpoint is not None:

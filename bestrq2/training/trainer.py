@@ -3,7 +3,9 @@
 import logging
 import sys
 import time
+from collections.abc import Generator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +90,7 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, (Block, ConformerBlock)):
                     module.compile(dynamic=True)
-        self.fingerprint = ranks.from_first(lambda: data_fingerprint(dataset))
+        self.fingerprint = ranks.from_first(self._fingerprint)
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
 
@@ -107,23 +109,12 @@ class Trainer:
         if not self.resumed:
             self._first_look()
         self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
-        self.evaluation = Evaluation(
-            self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
-        )
+        self.evaluation = self._make_evaluation()
         self.since_log, self.since_save = StepTotals(), StepTotals()
         self.interval_start = time.perf_counter()
         if progress.evaluated_step != progress.step:
             self._evaluate()  # before the first step, or left out when the run was asked to stop
-        stream = batches(
-            self.dataset,
-            settings.batch_size,
-            start_step=progress.step,
-            num_steps=settings.steps - progress.step,
-            workers=self.config.data.workers,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-            pin_memory=self.device.type == "cuda",
-        )
+        stream = self._stream(progress.step, settings.steps - progress.step)
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
             total=settings.steps,
@@ -148,6 +139,31 @@ class Trainer:
             self.log.close()
         # The others wait: torchrun ends all processes as soon as one of them has stopped.
         return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
+
+    def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
+        """The batches of this rank, on the CPU."""
+        return batches(
+            self.dataset,
+            self.settings.batch_size,
+            start_step=start_step,
+            num_steps=num_steps,
+            workers=self.config.data.workers,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _make_evaluation(self) -> Evaluation:
+        return Evaluation(
+            self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
+        )
+
+    def _fingerprint(self) -> str:
+        return data_fingerprint(self.dataset)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data, so that a run goes on with the same."""
+        return {"data": self.fingerprint}
 
     def _open_log(self) -> None:
         # A run that was killed before its first checkpoint begins again, and so does its log.
@@ -214,7 +230,7 @@ class Trainer:
         torch.manual_seed(mix(self.settings.seed, 2, step, *([place] if place else [])) >> 1)
         with only_accumulate(self.state.parallel, last):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                output = self.state.parallel(part.waveform, part.lengths, step=step, index=part.index)
+                output = self.state.parallel(*part.inputs, step=step, index=part.index)
             # Ranks are averaged, micro-batches are added: so every target of the step weighs the same.
             factor = weight * self.ranks.size * self.state.scale.value
             (output.loss if factor == 1.0 else output.loss * factor).backward()
@@ -298,7 +314,7 @@ class Trainer:
         """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""
         if self.log is not None:
             self.log.flush()
-        snapshot = self.state.snapshot(data=self.fingerprint)
+        snapshot = self.state.snapshot(**self._identity())
         value = self.state.progress.validation_loss if self.evaluation.validates else self.since_save.mean_loss
         if snapshot is not None:
             self.saver.save(snapshot, value, wait)
