@@ -32,6 +32,7 @@ LAYERS = [
         "bestrq2.report",
         "bestrq2.manifest",
         "bestrq2.shards",
+        "bestrq2.cache",
         "bestrq2.__main__",
     ),
 ]

@@ -112,8 +112,7 @@ def test_command_line_is_accepted(words, only_parse, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_named_in_prose_exist(page):
-    for override in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+=[^`\s]+)`", text_of(page)):
-        load_config("best_rq2_tiny", [override])
+    load_config("best_rq2_tiny", re.findall(r"`([a-z_]+(?:\.[a-z_]+)+=[^`\s]+)`", text_of(page)))
     sections = "|".join(field.name for field in fields(Config))
     for key in re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)`", text_of(page)):
         attrgetter(key)(Config())

@@ -6,7 +6,7 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd, isfinite
 from typing import BinaryIO
@@ -137,21 +137,28 @@ def load_audio(
 
 
 def load_clip(
-    item: AudioFile, sampling_rate: int = 16000, *, start: float = 0.0, duration: float | None = None
+    item: AudioFile,
+    sampling_rate: int = 16000,
+    *,
+    start: float = 0.0,
+    duration: float | None = None,
+    load: Callable[..., np.ndarray] = load_audio,
 ) -> np.ndarray:
     """As :func:`load_audio`, of a listed file or part of a file; ``start`` counts from the beginning of the part.
+
+    ``load`` gives the samples of a file, with the arguments of :func:`load_audio`.
 
     Raises:
         AudioError: as :func:`load_audio`; "truncated" also if the file ends over 1 % before the part does.
     """
     if not item.is_part:
-        return load_audio(item.path, sampling_rate, start=start, duration=duration)
+        return load(item.path, sampling_rate, start=start, duration=duration)
     if item.end is not None:
         left = item.end - item.start - start
         if left <= 0:
             raise AudioError(item.path, "no samples", f"nothing from {start:.3f} s of the part on")
         duration = left if duration is None else min(left, duration)
-    waveform = load_audio(item.path, sampling_rate, start=item.start + start, duration=duration)
+    waveform = load(item.path, sampling_rate, start=item.start + start, duration=duration)
     if duration is not None:
         missing = duration - len(waveform) / sampling_rate
         if missing > max(_TOLERANCE_SECONDS, TRUNCATED_ABOVE * duration):

@@ -5,6 +5,7 @@ from math import floor
 
 import numpy as np
 
+from bestrq2.data.cache import SampleCache
 from bestrq2.data.dataset import CropDataset
 from bestrq2.data.domains import apportion
 from bestrq2.data.files import AudioFile
@@ -37,7 +38,8 @@ class BucketDataset(CropDataset):
     that is heard several times in an epoch comes in random order, not each clip once before any comes again.
 
     Args:
-        files, crop_seconds, sampling_rate, seed, min_seconds, max_attempts, domain_weights: as for ``CropDataset``.
+        files, crop_seconds, sampling_rate, seed, min_seconds, max_attempts, domain_weights, cache: as for
+            ``CropDataset``.
         row_seconds: padded seconds of a batch per unit of its ``batch_size``; None: ``crop_seconds``, so that a step
             holds as much as one of equal crops.
 
@@ -56,11 +58,14 @@ class BucketDataset(CropDataset):
         max_attempts: int = 16,
         domain_weights: Mapping[str, float] | None = None,
         row_seconds: float | None = None,
+        cache: SampleCache | None = None,
     ) -> None:
         self.row_seconds = crop_seconds if row_seconds is None else row_seconds
         if not self.row_seconds > 0:
             raise ValueError(f"row_seconds must be positive, got {row_seconds}")
-        super().__init__(files, crop_seconds, sampling_rate, seed, False, min_seconds, max_attempts, domain_weights)
+        super().__init__(
+            files, crop_seconds, sampling_rate, seed, False, min_seconds, max_attempts, domain_weights, cache
+        )
         self._count_places()
         self._plans: dict[int, BucketSteps] = {}
 

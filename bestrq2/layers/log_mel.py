@@ -131,7 +131,10 @@ class LogMel(nn.Module):
         decibels = torch.cat(parts) if parts else waveform.new_zeros(0, num_frames, self.num_mels, dtype=torch.float32)
         frames = self._standardised(decibels)
         if num_clips and int(frame_lengths.min()) < num_frames:
-            inside = torch.arange(num_frames, device=frames.device) < frame_lengths.to(frames.device)[:, None]
+            inside = (
+                torch.arange(num_frames, device=frames.device)
+                < frame_lengths.to(frames.device, non_blocking=True)[:, None]
+            )
             frames = frames * inside[..., None]
         return frames, frame_lengths
 
@@ -210,7 +213,7 @@ def reflect_edges(waveform: Tensor, lengths: Tensor, pad: int) -> Tensor:
     if num_samples > pad and bool((lengths == num_samples).all()):
         return torch.nn.functional.pad(waveform, (pad, pad), mode="reflect")
     position = torch.arange(-pad, num_samples + pad, device=waveform.device)
-    length = lengths.to(waveform.device)[:, None]
+    length = lengths.to(waveform.device, non_blocking=True)[:, None]
     period = (2 * (length - 1)).clamp(min=1)
     folded = torch.remainder(position, period)
     source = torch.minimum(folded, period - folded).clamp(max=num_samples - 1)

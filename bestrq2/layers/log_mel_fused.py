@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bestrq2.ops import native
-from bestrq2.ops.dispatch import forced_backend
+from bestrq2.ops._impl import native
+from bestrq2.ops._impl.dispatch import forced_backend
 
 from .log_mel_tables import Tables, passes, tables
 

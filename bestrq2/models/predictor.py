@@ -88,7 +88,14 @@ class CodeHead(nn.Module):
     def forward(self, hidden: Tensor, codes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         most = None if valid is None else valid.numel()  # padding is all that is left out, so nearly every row counts
         loss, accuracies = ops.masked_cross_entropy(
-            hidden, self.weight, codes, mask=valid, bias=self.bias, return_accuracy=True, max_rows=most
+            hidden,
+            self.weight,
+            codes,
+            mask=valid,
+            bias=self.bias,
+            ignore_index=None,
+            return_accuracy=True,
+            max_rows=most,
         )
         return loss, accuracies.mean()
 

@@ -1,4 +1,4 @@
-"""Batches whose loss or gradient was not finite, kept for inspection: ``python -m bestrq2.report --bad-batch FILE``."""
+"""Batches whose loss or gradient was not finite, kept for inspection: ``bestrq2 report --bad-batch FILE``."""
 
 import logging
 

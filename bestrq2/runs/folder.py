@@ -187,7 +187,7 @@ class RunFolder:
         logger.info(f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
             f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
             f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code")
-        logger.info(f"Features:  python -m bestrq2.embed {self.path} FILES_OR_FOLDER --out features")
+        logger.info(f"Features:  bestrq2 embed {self.path} FILES_OR_FOLDER --out features")
         if report is not None:
             logger.info(f"Report:    {report}")
 

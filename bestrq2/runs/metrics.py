@@ -43,6 +43,7 @@ COLUMNS = (
     "skipped_files",
     "skipped_steps",
     "elapsed_seconds",
+    "touching_share",
 )
 WANDB_FILE = "wandb.json"
 

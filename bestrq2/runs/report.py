@@ -18,7 +18,7 @@ def save_report(folder: Path, title: str | None = None) -> Path | None:
 
     Returns:
         path of the HTML; None when nothing was logged yet, or when the disk does not take the report (with a warning:
-        it can be made again at any time by ``python -m bestrq2.report RUN``).
+        it can be made again at any time by ``bestrq2 report RUN``).
     """
     run = RunRecord(folder)
     if not run.rows:

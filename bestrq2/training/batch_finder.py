@@ -101,7 +101,7 @@ def measure(
             start = time.perf_counter()
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 output = model(waveform.to(device), lengths, step=len(times), index=index)
-            output.loss.backward()
+            output.objective.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             output.loss.item()

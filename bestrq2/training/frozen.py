@@ -16,7 +16,7 @@ from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
 from bestrq2.interchange import load
-from bestrq2.layers.masking import RandomMasking
+from bestrq2.models.build import build_masking
 from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.checkpoint import Checkpoint
 from bestrq2.runs.folder import RunFolder
@@ -25,6 +25,7 @@ from .distributed import Ranks
 from .embedding_cache import EmbeddingCache, build_cache, module_digest
 from .embedding_data import EmbeddingDataset
 from .evaluation import Evaluation
+from .health import HealthCheck
 from .interrupt import StopSignal
 from .trainer import Trainer
 
@@ -34,8 +35,10 @@ logger = logging.getLogger(__name__)
 def build_head(config: Config, input_dim: int) -> FrozenHead:
     """The head that a configuration describes; its weights are a function of ``train.seed``."""
     torch.manual_seed(mix(config.train.seed, 1) >> 1)
-    masks, targets = config.model.masking, config.model.targets
-    masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
+    targets = config.model.targets
+    masking = build_masking(config.model.masking, config.train.seed)
+    if masking.dispersion and not config.frozen.every_frame:
+        raise ConfigError("model.masking.dispersion: expected 0 with --frozen-encoder, which has no log-mel patches")
     return FrozenHead(
         input_dim,
         config.model.predictor,
@@ -66,17 +69,22 @@ class HeadTrainer(Trainer):
     ) -> None:
         self.digest = dataset.cache.digest
         if checkpoint is not None and checkpoint.extra.get("encoder_sha256") != self.digest:
+            source = config.frozen.source
             raise ConfigError(
-                f"frozen.source: {config.frozen.source} is not the encoder that this run began with (its weights differ)"
+                f"frozen.source: {source} is not the encoder that this run began with (its weights differ)"
             )
         super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint)
+        # Neither pictures nor health of an encoder: a head has none.
+        self.measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
+        self.health = HealthCheck(self.measured, self.model, dataset.source, ranks, self.device)
 
     def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
         return self.dataset.batches(self.settings.batch_size, start_step, num_steps, self.ranks.rank, self.ranks.size)
 
     def _make_evaluation(self) -> Evaluation:
-        nothing = replace(self.config, train=replace(self.settings, pictures_every=0))
-        return Evaluation(nothing, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path)
+        return Evaluation(
+            self.measured, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
+        )
 
     def _fingerprint(self) -> str:
         return data_fingerprint(self.dataset.source)
@@ -84,13 +92,12 @@ class HeadTrainer(Trainer):
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "encoder_sha256": self.digest}
 
-    def _describe(self) -> None:
+    def _about(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.ranks.say(
+        return (
             f"Frozen encoder: {self.config.frozen.source}, sha256 {self.digest[:16]}; {len(self.dataset)} windows; "
             f"head {trained:,} parameters"
         )
-        self._describe_device()
 
     def _first_look(self) -> None:
         """Nothing to measure: the head has no encoder, and its targets are in the cache."""

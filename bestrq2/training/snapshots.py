@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bestrq2.data import Batch, CropDataset, collate
 from bestrq2.data.steps import plan_of
+from bestrq2.layers.patches import Patches
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 from bestrq2.runs.code_colours import code_colours
@@ -108,7 +109,8 @@ def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput,
     waveform = batch.waveform[:clips].to(patches.values.device)
     frames, frame_lengths = front(waveform, batch.lengths[:clips])
     frames = frames * front.std + front.mean
-    true = quantizer(patches.values[:clips], patches.lengths[:clips])
+    first = Patches(patches.values[:clips], patches.lengths[:clips], rows)
+    true = model.target_codes(waveform, batch.lengths[:clips], first)
     predicted, probability = predict(model, output.hidden[:clips], output.codes[:clips])
     tokens = patches.lengths[:clips].tolist()
     seen_codes = torch.cat([codes[:count] for codes, count in zip(true, tokens)])

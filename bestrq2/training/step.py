@@ -13,6 +13,8 @@ class StepTotals:
     """
     Attributes:
         loss, accuracy: sums over targets.
+        clip_loss: likewise, of the target for whole clips.
+        touching: targets with a seen token beside them; counted on steps that are logged.
         targets: predicted tokens.
         tokens: predicted and seen ones.
         audio_seconds, padded_seconds: of the batch, without and with its padding.
@@ -36,6 +38,8 @@ class StepTotals:
     stops: float = 0.0
     overdue: float = 0.0
     failures: float = 0.0
+    clip_loss: float = 0.0
+    touching: float = 0.0
 
     @classmethod
     def of(cls, batch: Batch, sampling_rate: float, waited: float, stop: bool, overdue: bool) -> "StepTotals":
@@ -67,6 +71,14 @@ class StepTotals:
     @property
     def mean_accuracy(self) -> float:
         return self.accuracy / max(1.0, self.targets)
+
+    @property
+    def mean_clip_loss(self) -> float:
+        return self.clip_loss / max(1.0, self.targets)
+
+    @property
+    def touching_share(self) -> float:
+        return self.touching / max(1.0, self.targets)
 
     @property
     def realised_ratio(self) -> float:

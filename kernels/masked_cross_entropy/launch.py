@@ -247,8 +247,9 @@ def masked_cross_entropy(
     if row_weights is not None:
         weights = row_weights.float()
         index, count = rows_that_count(row_weights)
-        total = weights.sum()
-    total = torch.where(total == 0, 1, total)
+        total = weights.sum(-1)  # () or (G,)
+    divisor = total * codebooks if total.dim() == 0 else total.sum()
+    divisor, total = (torch.where(x == 0, 1, x) for x in (divisor, total))
     coefficients = weights
     half = dtype == torch.float16
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
@@ -256,9 +257,9 @@ def masked_cross_entropy(
         largest = factor if weights is None or rows == 0 else weights.nan_to_num(0, 0, 0).abs().max()
         largest = torch.where(largest == 0, 1, largest)
         coefficients = None if weights is None else weights / largest
-        factor = largest / (total * codebooks) if normalize else largest
+        factor = largest / divisor if normalize else largest
     elif normalize and weights is not None:
-        coefficients = weights / (total * codebooks)
+        coefficients = weights / divisor
     elif normalize:
         scale = 1 / max(rows * codebooks, 1)
 

@@ -136,7 +136,7 @@ def test_damaged_last_checkpoint_is_passed_over_and_said(tmp_path, uninterrupted
         file.write_bytes(content[:middle] + flip + content[middle + len(flip) :])
     assert main(["--resume", str(run)]) == 0
     captured = capsys.readouterr()
-    assert "passed over a damaged checkpoint" in captured.err
+    assert "skipped a damaged checkpoint" in captured.err
     assert "from step 8" in captured.out
     assert curve(run) == curve(uninterrupted)
     assert_same_weights(run, uninterrupted)

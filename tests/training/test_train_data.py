@@ -101,7 +101,7 @@ def test_shards_beside_audio_are_not_used_silently(sources, tmp_path, capsys):
     open_dataset(load_config("best_rq2_tiny", [f"data.source={tmp_path / 'both'}"]))
     printed = capsys.readouterr().out
     assert "Data: 24 files" in printed
-    assert "not used, because there are audio files beside them: 1 .tar" in printed
+    assert "ignored 1 .tar next to audio files" in printed
 
 
 def test_several_sources(sources, tmp_path, capsys):

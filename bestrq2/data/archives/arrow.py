@@ -4,7 +4,7 @@ They are read with pyarrow, without the ``datasets`` package. The audio column i
 calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one.
 Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there. The address of row i is
 ``file.arrow::i``. A row of an .arrow file is found in constant time; of a .parquet file a whole row group is read, so
-for training many rows pack it into tar shards first (``python -m bestrq2.data.shards``).
+for training many rows pack it into tar shards first (``bestrq2 shards``).
 """
 
 import bisect

@@ -8,8 +8,10 @@ fallback.
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
-BACKENDS = ("triton", "cuda", "cpu", "reference")
+Backend = Literal["triton", "cuda", "cpu", "reference"]
+BACKENDS: tuple[Backend, ...] = ("triton", "cuda", "cpu", "reference")
 """Every backend, fastest first: Triton kernels, CUDA C++, CPU C++, plain PyTorch."""
 
 # Process-wide, like torch.backends.*: torch.compile can guard on a module global but not on a context variable.
@@ -23,7 +25,7 @@ def _check(name: str) -> str:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Run every operation of a block on one backend: ``with ops.use_backend("reference"): ...``.
 
     The setting is process-wide while the block runs. An explicit ``backend=`` argument still wins.

@@ -7,7 +7,8 @@ from accuracy import assert_no_worse_than_torch, relative_error
 from cross_entropy_cases import FULL, grads_of, make, plain
 
 from bestrq2 import ops
-from bestrq2.ops import masked_cross_entropy_fused, native
+from bestrq2.ops._impl import native
+from bestrq2.ops.masked_cross_entropy import cpu_bf16
 
 BF16 = torch.bfloat16
 
@@ -25,8 +26,8 @@ def dot(request):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(masked_cross_entropy_fused, "CHUNK_ROWS", 64)
-    monkeypatch.setattr(masked_cross_entropy_fused, "SINGLE_CHUNK_ROWS", 64)
+    monkeypatch.setattr(cpu_bf16, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(cpu_bf16, "SINGLE_CHUNK_ROWS", 64)
 
 
 def run(hidden, weight, targets, bias=None, **options):
@@ -105,7 +106,7 @@ def test_fp32_weight_gradient_is_summed_in_fp32_over_chunks(small_chunks, monkey
         return torch.autograd.grad(loss, leaves)
 
     several = gradients()
-    monkeypatch.setattr(masked_cross_entropy_fused, "SINGLE_CHUNK_ROWS", 1024)
+    monkeypatch.setattr(cpu_bf16, "SINGLE_CHUNK_ROWS", 1024)
     for name, a, b in zip(("weight", "bias"), several, gradients()):
         assert a.dtype == torch.float32
         assert not torch.equal(a, a.bfloat16().float()), "the gradient was rounded to bf16"
@@ -180,10 +181,10 @@ def test_one_gradient_at_a_time(small_chunks, wanted):
 
 def test_chunks_are_even_and_bounded():
     """Whatever the number of rows, no more of them than the limit have their exponentials in memory at once."""
-    assert masked_cross_entropy_fused.chunk_rows(1) == 32
-    assert masked_cross_entropy_fused.chunk_rows(1024) == 1024
+    assert cpu_bf16.chunk_rows(1) == 32
+    assert cpu_bf16.chunk_rows(1024) == 1024
     for count in (1025, 2000, 4096, 10**6):
-        step = masked_cross_entropy_fused.chunk_rows(count)
+        step = cpu_bf16.chunk_rows(count)
         assert step % 32 == 0
-        assert step <= masked_cross_entropy_fused.CHUNK_ROWS
-        assert -(-count // step) == -(-count // masked_cross_entropy_fused.CHUNK_ROWS)
+        assert step <= cpu_bf16.CHUNK_ROWS
+        assert -(-count // step) == -(-count // cpu_bf16.CHUNK_ROWS)

@@ -77,7 +77,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "the C++ extension is not built (`pip install .` builds it where a C++ compiler is found)"
     except ImportError as error:
         return None, f"the C++ extension does not load: {error}"
-    reason = stale(module, Path(__file__).resolve().parents[2] / "csrc")
+    reason = stale(module, Path(__file__).resolve().parents[3] / "csrc")
     if reason is None:
         return module, None
     # Loud, because what follows is the slow path.

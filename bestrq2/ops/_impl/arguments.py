@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind: what must be a tensor, an integer or a number, in all operations alike."""
+"""Check what must be a tensor, an integer or a number, in all operations alike."""
 
 from operator import index
 from typing import Any
@@ -29,7 +29,7 @@ def integer(name: str, value: Any, least: int | None = None, also: str = "", bit
     ``also``: what else fits, for the messages.
     """
     if type(value) is not int and not isinstance(value, torch.SymInt):
-        # A tensor and True have an index, too, but asking a GPU for it waits, and nobody means 1 by True.
+        # Tensors have an index, but reading it would wait for a GPU. True is rejected: almost certainly a mistake.
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name} must be an integer{also}, got {_received(value)}")
         value = index(value)

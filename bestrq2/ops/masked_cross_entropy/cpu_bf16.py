@@ -1,9 +1,9 @@
-"""``masked_cross_entropy`` on CPUs, with bf16 products of our own (csrc/masked_cross_entropy/)."""
+"""``masked_cross_entropy`` on CPUs with bf16 instructions: the whole operation in C++ (csrc/masked_cross_entropy/)."""
 
 import torch
 from torch import Tensor
 
-from . import native
+from .._impl import native
 
 CHUNK_ROWS = 640
 """Rows of one chunk at most, if there are several. Every chunk reads and writes the weight gradient once more, every
@@ -22,13 +22,13 @@ def chunk_rows(count: int) -> int:
     return max(ROWS_MULTIPLE, -(-count // chunks // ROWS_MULTIPLE) * ROWS_MULTIPLE)
 
 
-def run_fused(
+def run_bf16(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (G, V, D)
     bias: Tensor | None,  # (G, V)
     targets: Tensor,  # (G, N) contiguous
     index: Tensor | None,  # (M,) the rows that count; None: all
-    weights: Tensor | None,  # (N,) or (G, N) fp32 contiguous, or None: 1 each
+    row_weights: Tensor | None,  # (N,) or (G, N) fp32 contiguous, or None: 1 each
     scale: float,
     label_smoothing: float,
     z_loss: float,
@@ -62,8 +62,8 @@ def run_fused(
             "features": classes.shape[2],
             "index": _address(index),
             "targets": _address(targets),
-            "row_weights": _address(weights),
-            "row_weights_stride": 0 if weights is None or weights.dim() == 1 else len(rows),
+            "row_weights": _address(row_weights),
+            "row_weights_stride": 0 if row_weights is None or row_weights.dim() == 1 else len(rows),
             "scale": scale,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,

@@ -1,11 +1,11 @@
-"""Hands the tensors of :func:`bestrq2.ops.chunked_attention` to the C++ kernels in csrc/chunked_attention/."""
+"""CPU backend of ``chunked_attention``: addresses, strides and sizes for the C++ kernels (csrc/chunked_attention/)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native
+from .._impl import native
 
 __all__ = ["backward", "forward", "obstacle"]
 
@@ -28,7 +28,7 @@ def multiplies_bf16(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and native.extension().bf16_dot_beats_fma()
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
     out = torch.empty_like(query)
     logsumexp = torch.empty(query.shape[:3], dtype=torch.float32)
@@ -41,7 +41,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) 
 
 
 def backward(
-    grad: Tensor, out: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    grad: Tensor, out: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor, options: Any
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, position, content_bias and position_bias (None where absent)."""
     call = _Call(query, key, value, options)
@@ -74,7 +74,7 @@ def _same_layout(sums: Tensor, like: Tensor) -> bool:
 class _Call:
     """The arguments of one C++ call as addresses, strides and sizes; keeps alive what the addresses point to."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: Any) -> None:
         self.keep: dict[str, Tensor] = {}
         batch, heads, query_length, head_dim = query.shape
         self.pointers: dict[str, Any] = {
@@ -84,18 +84,18 @@ class _Call:
             "query_length": query_length,
             "key_length": key.shape[2],
             "head_dim": head_dim,
-            "table_rows": 0 if options["position"] is None else options["position"].shape[1],
+            "table_rows": 0 if options.position is None else options.position.shape[1],
             "threads": torch.get_num_threads(),
             "bf16_products": multiplies_bf16(query.dtype),
         }
         for name in ("chunk_size", "left_context", "right_context", "query_offset", "position_zero", "scale"):
-            self.pointers[name] = options[name]
-        self.flat("position", options["position"], query.dtype if self.pointers["bf16_products"] else torch.float32)
-        for name in ("content_bias", "position_bias"):
-            self.flat(name, options[name], torch.float32)
-        for name in ("lengths", "starts"):
-            self.flat(name, options[name], torch.int64)
-        self.flat("key_mask", options["key_mask"], torch.uint8)
+            self.pointers[name] = getattr(options, name)
+        self.flat("position", options.position, query.dtype if self.pointers["bf16_products"] else torch.float32)
+        self.flat("content_bias", options.content_bias, torch.float32)
+        self.flat("position_bias", options.position_bias, torch.float32)
+        self.flat("lengths", options.lengths, torch.int64)
+        self.flat("starts", options.starts, torch.int64)
+        self.flat("key_mask", options.key_mask, torch.uint8)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             self.frames(name, tensor)
 

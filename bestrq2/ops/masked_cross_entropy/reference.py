@@ -12,6 +12,7 @@ def masked_cross_entropy(
     *,
     mask: Tensor | None = None,  # (...) bool, or float row weights
     bias: Tensor | None = None,  # (V,), or (G, V)
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -25,15 +26,19 @@ def masked_cross_entropy(
         results = [
             masked_cross_entropy(
                 hidden, w, targets[..., g], mask=mask, bias=None if bias is None else bias[g],
-                reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+                ignore_index=ignore_index, reduction="sum" if reduction == "mean" else reduction,
+                label_smoothing=label_smoothing, z_loss=z_loss,
             )
             for g, w in enumerate(weight)
         ]  # fmt: skip
         losses, accuracies = (torch.stack(parts, -1) for parts in zip(*results))
-        return {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[reduction], accuracies
+        if reduction == "mean":  # over all pairs of a row and a codebook that count
+            return losses.sum() / _mean_divisor(_row_weights(targets, mask, ignore_index, losses.dtype)), accuracies
+        return losses if reduction == "none" else losses.sum(), accuracies
 
+    targets_given = targets = targets.long()
     num_classes = weight.shape[0]
-    selected = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0
+    selected = _row_weights(targets, mask, ignore_index, torch.float32) != 0
     valid = (targets >= 0) & (targets < num_classes)
     # Rows that do not count may hold anything (padding, NaN, target -1): replace them before they meet arithmetic.
     targets = torch.where(selected & valid, targets, 0)
@@ -47,16 +52,28 @@ def masked_cross_entropy(
     losses = losses.reshape(targets.shape).masked_fill(selected & ~valid, float("nan"))
     correct = (logits.detach().argmax(-1).reshape(targets.shape) == targets).to(losses.dtype)
 
-    weights = selected.to(losses.dtype) if mask is None else torch.where(selected, mask, 0).to(losses.dtype)
-    if reduction == "mean":  # weights that cancel would give a mean of no meaning
-        weights = torch.where(weights >= 0, weights, torch.nan)
+    weights = _row_weights(targets_given, mask, ignore_index, losses.dtype)
     total = weights.sum()
-    total = torch.where(total == 0, 1, total)
     losses = torch.where(selected, losses * weights, 0)
-    accuracy = (correct * weights).sum() / total
+    accuracy = (correct * weights).sum() / torch.where(total == 0, 1, total)
     if reduction == "none":
         return losses, accuracy
-    return (losses.sum() / total if reduction == "mean" else losses.sum()), accuracy
+    return (losses.sum() / _mean_divisor(weights) if reduction == "mean" else losses.sum()), accuracy
+
+
+def _row_weights(targets: Tensor, mask: Tensor | None, ignore_index: int | None, dtype: torch.dtype) -> Tensor:
+    """The weight of every target, of its shape; 0 where the row is not masked or the target is ``ignore_index``."""
+    weights = torch.ones_like(targets, dtype=dtype)
+    if mask is not None:
+        mask = mask if mask.dim() == targets.dim() else mask.unsqueeze(-1)
+        weights = torch.where(mask != 0, mask, 0).to(dtype).expand(targets.shape)
+    return weights if ignore_index is None else torch.where(targets != ignore_index, weights, 0)
+
+
+def _mean_divisor(weights: Tensor) -> Tensor:
+    """Their sum, 1 where it is 0; NaN if one is negative, because the mean of weights that cancel is undefined."""
+    total = torch.where(weights >= 0, weights, torch.nan).sum()
+    return torch.where(total == 0, 1, total)
 
 
 def masked_cross_entropy_gradients(

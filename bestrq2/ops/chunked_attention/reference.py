@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunk_layouts import ChunkLayout
+from .layout import ChunkLayout
 
 
 def chunked_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -25,7 +25,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[
     if dtype.itemsize == 2:
         query, key, value = query.float(), key.float(), value.float()
         tables = ("position", "content_bias", "position_bias")
-        options |= {name: options[name].float() for name in tables if options.get(name) is not None}
+        options |= {name: x.float() for name, x in options.items() if name in tables and x is not None}
     score, visible, value = scores(query, key, value, **options)
     return attend(score, visible, value).to(dtype), logsumexp(score, visible)
 

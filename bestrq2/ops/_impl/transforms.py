@@ -1,4 +1,4 @@
-"""Ways to differentiate that the operations do not have: an error in their own words, never a wrong gradient."""
+"""Reject forward-mode differentiation and the transforms of torch.func with a clear error."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ __all__ = ["is_batched", "refuse_transforms"]
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None, any_level: bool = False) -> None:
-    """Raise RuntimeError where a tangent would be dropped without a word and where torch.func would fail with riddles.
+    """Raise RuntimeError for a forward-mode tangent, which would be dropped, and inside ``torch.func`` transforms.
 
     ``any_level``: ``torch.func.vmap`` without a gradient does not work, either.
     """

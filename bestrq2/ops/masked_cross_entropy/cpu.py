@@ -1,5 +1,5 @@
 """CPU backend of ``masked_cross_entropy``: our own kernels where the processor has the instructions for them
-(masked_cross_entropy_fused.py), else library matrix products over chunks of logits that stay in the cache.
+(cpu_bf16.py), else library matrix products over chunks of logits that stay in the cache.
 
 for each codebook, for each chunk of masked rows    (rows, V) is the only thing of its size
     h      = hidden[rows]                           gathered here, in the compute dtype
@@ -13,8 +13,8 @@ for each codebook, for each chunk of masked rows    (rows, V) is the only thing 
 import torch
 from torch import Tensor
 
-from . import native
-from .masked_cross_entropy_fused import run_fused
+from .._impl import native
+from .cpu_bf16 import run_bf16
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of logits kept at a time. Fewer cost time where the weight gradient is long: docs/kernels has numbers."""
@@ -37,7 +37,16 @@ def chunk_rows(rows: int, num_classes: int, item_bytes: int, *, gradients: bool)
     return max(16, -(-rows // chunks // 16) * 16)
 
 
-def run_cpu(
+def obstacle(hidden: Tensor) -> str | None:
+    """Why the C++ kernels cannot take these rows, or None."""
+    if hidden.device.type != "cpu":
+        return f"it needs CPU tensors, got {hidden.device.type!r}"
+    if hidden.dtype == torch.float64:
+        return "it computes in fp32 and bf16, not in fp64"
+    return native.extension_obstacle()
+
+
+def run(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (G, V, D)
     targets: Tensor,  # (G, N)
@@ -55,16 +64,17 @@ def run_cpu(
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
     rows, codebooks = hidden.shape[0], weight.shape[0]
     losses, correct = torch.zeros(2, codebooks, rows, dtype=torch.float32).unbind()
-    weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
+    row_weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
     index = None  # (M,)
-    if weights is not None:
-        index = (weights if weights.dim() == 1 else weights.any(0)).nonzero().squeeze(1)
+    if row_weights is not None:
+        index = (row_weights if row_weights.dim() == 1 else row_weights.any(0)).nonzero().squeeze(1)
     count = rows if index is None else len(index)
-    total = (count if weights is None else weights.sum().item()) or 1
-    divisor = total * codebooks if normalize else 1
+    total = (count if row_weights is None else row_weights.sum().item()) or 1
+    shared = row_weights is None or row_weights.dim() == 1  # by all codebooks
+    divisor = (total * codebooks if shared else total) if normalize else 1
     scale, factor = 1 / divisor, torch.ones((), dtype=torch.float32)
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
-        largest = (1.0 if weights is None or not count else weights.nan_to_num(0, 0, 0).abs().max().item()) or 1.0
+        largest = 1.0 if row_weights is None or not count else row_weights.nan_to_num(0, 0, 0).abs().max().item() or 1.0
         scale, factor = 1 / largest, torch.tensor(largest / divisor, dtype=torch.float32)
     sources = (hidden, weight, weight if bias is None else bias)
     dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
@@ -74,8 +84,8 @@ def run_cpu(
 
     targets = targets.contiguous()
     if dtype == torch.bfloat16 and native.extension().bf16_dot() != "none":
-        grads = run_fused(
-            hidden, weight, bias, targets, index, weights, scale, label_smoothing, z_loss, wanted, losses, correct
+        grads = run_bf16(
+            hidden, weight, bias, targets, index, row_weights, scale, label_smoothing, z_loss, wanted, losses, correct
         )
     else:
         grad_hidden = _RowsGradient(hidden, index, count, codebooks) if wanted[0] else None
@@ -88,7 +98,7 @@ def run_cpu(
                 None if bias is None else bias[g].to(dtype),
                 of_codebook,
                 index,
-                weights if weights is None or weights.dim() == 1 else weights[g],
+                row_weights if row_weights is None or row_weights.dim() == 1 else row_weights[g],
                 (scale, label_smoothing, z_loss),
                 grad_hidden,
                 _WeightGradient(grad_weight[g], dtype) if wanted[1] else None,
@@ -98,7 +108,11 @@ def run_cpu(
             )
         grads = [hidden.new_empty(0) if grad_hidden is None else grad_hidden.result(), grad_weight]
         grads.append(grad_bias.to(dtypes[2]))
-    accuracy = (correct.sum(1) if weights is None else (correct * weights).sum(1)) / total
+    if row_weights is None:
+        accuracy = correct.sum(1) / total
+    else:
+        totals = row_weights.sum(-1)  # () or (G,)
+        accuracy = (correct * row_weights).sum(1) / torch.where(totals == 0, 1, totals)
     return losses * factor if half else losses, accuracy, factor, *grads
 
 
@@ -108,7 +122,7 @@ def _run_library(
     bias: Tensor | None,  # (V,) the same
     targets: Tensor,  # (N,) contiguous
     index: Tensor | None,  # (M,)
-    weights: Tensor | None,  # (N,) fp32 contiguous
+    row_weights: Tensor | None,  # (N,) fp32 contiguous
     options: tuple[float, float, float],  # scale, label_smoothing, z_loss
     grad_hidden: "_RowsGradient | None",
     grad_weight: "_WeightGradient | None",
@@ -141,7 +155,7 @@ def _run_library(
                 "classes": num_classes,
                 "index": 0 if chosen is None else chosen.data_ptr(),
                 "targets": targets[offset:].data_ptr(),
-                "row_weights": 0 if weights is None else weights.data_ptr(),
+                "row_weights": 0 if row_weights is None else row_weights.data_ptr(),
                 "scale": scale,
                 "label_smoothing": label_smoothing,
                 "z_loss": z_loss,

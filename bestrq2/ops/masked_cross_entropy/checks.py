@@ -1,9 +1,15 @@
 """What ``masked_cross_entropy`` accepts, and the errors for everything else."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from .._impl.shapes import check_devices, check_shapes
+
+Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -29,42 +35,44 @@ def validate(
         raise ValueError(f"{op}: z_loss must be at least 0, got {z_loss}")
     if max_rows is not None and mask is None:
         raise ValueError(f"{op}: max_rows bounds the rows that a mask selects, but there is no mask")
-    if hidden.dim() < 1 or weight.dim() not in (2, 3) or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"{op}: expected hidden (..., D) and weight (V, D) or (G, V, D), got hidden {tuple(hidden.shape)} and "
-            f"weight {tuple(weight.shape)}"
-        )
+    sizes = check_shapes(op, hidden=(hidden, "... D"), weight=(weight, "G? V D"), mask=(mask, "..."))
     if 0 in weight.shape:
         raise ValueError(f"{op}: weight must have at least one class and one feature, got {tuple(weight.shape)}")
-    expected = (*hidden.shape[:-1], *weight.shape[:-2])
-    if targets.shape != expected:
-        raise ValueError(
-            f"{op}: expected targets {tuple(expected)} with weight {tuple(weight.shape)}, got {tuple(targets.shape)}"
-        )
-    if targets.dtype != torch.int64:
-        raise TypeError(f"{op}: targets must be int64, got {targets.dtype}")
+    several = "G" in sizes
+    check_shapes(
+        op,
+        hidden=(hidden, "... D"),
+        weight=(weight, "G V D" if several else "V D"),
+        targets=(targets, "... G" if several else "..."),
+        bias=(bias, "G V" if several else "V"),
+    )
+    if targets.dtype not in INTEGERS:
+        raise TypeError(f"{op}: targets must be integers, got {targets.dtype}")
     if mask is not None:
-        if mask.shape != hidden.shape[:-1]:
-            raise ValueError(f"{op}: expected mask {tuple(hidden.shape[:-1])}, got {tuple(mask.shape)}")
         if mask.dtype != torch.bool and mask.dtype not in DTYPES:
             raise TypeError(f"{op}: mask must be bool or floating row weights, got {mask.dtype}")
         if mask.requires_grad:
             raise ValueError(f"{op}: row weights are not differentiable; pass mask.detach()")
-    if bias is not None and bias.shape != weight.shape[:-1]:
-        raise ValueError(f"{op}: expected bias {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias), ("targets", targets), ("mask", mask)):
+    check_devices(op, hidden=hidden, weight=weight, bias=bias, targets=targets, mask=mask)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but hidden is on {hidden.device}")
-        if name in ("hidden", "weight", "bias"):
-            if tensor.dtype not in DTYPES:
-                raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
-            device = hidden.device.type
-            autocast = device != "meta" and torch.is_autocast_enabled(device)
-            autocast = autocast and torch.float64 not in (dtype, tensor.dtype)
-            if tensor.dtype != dtype and not autocast:
-                raise TypeError(f"{op}: {name} is {tensor.dtype} but the products run in {dtype}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+        autocast = _autocast(hidden) and torch.float64 not in (dtype, tensor.dtype)
+        if tensor.dtype != dtype and not autocast:
+            raise TypeError(f"{op}: {name} is {tensor.dtype} but the products run in {dtype}")
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the products: that of autocast inside autocast, except for float64 rows."""
+    if hidden.dtype != torch.float64 and _autocast(hidden):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def _autocast(hidden: Tensor) -> bool:
+    return hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
 
 
 def check_rows(
@@ -80,7 +88,7 @@ def check_rows(
     if row_weights is not None and row_weights.dtype != torch.bool and not any_weights:
         bad = ~((row_weights >= 0) & (row_weights < torch.inf))
         if bad.any():
-            row, given = int(bad.nonzero()[0]), row_weights[bad][0].item()
+            row, given = int(bad.nonzero()[0][-1]), row_weights[bad][0].item()
             raise ValueError(f"{op}: row weights of a mean must be >= 0 and finite, got {given} in row {row}")
     if max_rows is not None and row_weights is not None:
         count = int((row_weights != 0).reshape(-1, targets.shape[1]).any(0).sum())
