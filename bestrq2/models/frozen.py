@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.masking import RandomMasking, take, valid_mask
 from bestrq2.layers.positions import rotary_angles
 from bestrq2.layers.transformer import TransformerSettings
 
-from .predictor import CodeHead, Predictor
+from .predictor import Predictor
 
 
 @dataclass
