@@ -139,7 +139,7 @@ def alone_in(run: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 
 def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
-    """The run that goes on, or None if a new one begins."""
+    """The run to continue, or None if a new one begins."""
     if options.resume is None:
         return None
     if options.name is None:

@@ -29,10 +29,10 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """End the workers of a stream that nobody closed.
+    """End the workers of a stream that was not closed.
 
     They ignore SIGTERM (see below), which is all that multiprocessing sends at the end of the main process before it
-    waits for them: without this it would wait for ever.
+    waits for them: without this it would wait forever.
     """
     for worker in list(_workers):
         if worker.is_alive():
@@ -282,7 +282,7 @@ def _end_with_parent() -> None:
     """End this worker when the main process is gone, even if it was killed.
 
     The loader's own watch looks at the parent's process id, which for a forkserver is the server; and the server waits
-    for the workers, so without this all of them would stay for ever.
+    for the workers, so without this all of them would stay forever.
     """
     parent = parent_process()
     if parent is not None:

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take
 from bestrq2.layers.patches import Patches
 from bestrq2.layers.positions import rotary_angles
 from bestrq2.layers.transformer import TransformerSettings
 
 from .best_rq2 import PretrainOutput
-from .predictor import CodeHead, Predictor
+from .predictor import Predictor
 
 
 class FrozenHead(nn.Module):

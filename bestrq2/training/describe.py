@@ -1,4 +1,4 @@
-"""Lines about a run: before its first step, and beside the progress bar."""
+"""Lines about a run, logged before its first step and beside the progress bar."""
 
 import torch
 

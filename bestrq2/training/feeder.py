@@ -63,7 +63,7 @@ class Feeder:
 
     @property
     def error(self) -> Exception | None:
-        """Why the next batch, already asked for, cannot be had."""
+        """The error of the next batch, which is already requested, or None."""
         return self._next if isinstance(self._next, Exception) else None
 
     def __iter__(self) -> Iterator[Fed]:

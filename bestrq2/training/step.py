@@ -1,4 +1,4 @@
-"""What one step (or an interval of steps) was, as sums that add up over micro-batches, ranks and steps."""
+"""Totals of a step or of several steps, as sums that add up over micro-batches, ranks and steps."""
 
 from dataclasses import astuple, dataclass, fields
 

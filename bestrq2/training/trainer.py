@@ -82,7 +82,7 @@ class Trainer:
                 f"train.batch_size: expected pairs of clips for model.mixing.share, a multiple of {2 * share} with "
                 f"{ranks.size} ranks and train.accumulate={settings.accumulate}, got {settings.batch_size}"
             )
-        # Ranks that cut a step into different numbers of micro-batches would wait for each other for ever.
+        # Ranks that cut a step into different numbers of micro-batches would wait for each other forever.
         if (rows := dataset.plan(settings.batch_size).min_rows) < share:
             raise TrainingError(
                 f"data.batch_seconds: expected room for {share} clips of full length ({ranks.size} ranks times "
@@ -285,7 +285,7 @@ class Trainer:
             return
         self.bad_in_a_row += 1
         own = [is_finite(value) for value in self.ranks.gathered(own_loss)]
-        if not own[self.ranks.rank] or all(own):  # the batch of the rank whose loss it was, or nobody knows whose
+        if not own[self.ranks.rank] or all(own):  # the rank whose loss it was, or an unknown rank
             path = save_bad_batch(self.run.path, number, self.ranks.rank, batch, own_loss, self.grad_norm)
             if path is not None:
                 logger.info(f"note: the batch is kept in {path} (bestrq2 report --bad-batch {path})")
@@ -411,7 +411,7 @@ class Trainer:
         if stop is not None:
             logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
             return stop.exit_code
-        self.run.summarise(report)
+        self.run.summarise(report, self.config.frozen.source or self.run.path)
         return 0
 
     def _warn(self, message: str) -> None:
