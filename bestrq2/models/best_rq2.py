@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.hashing import mix
+from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import normal
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import PairMixing
@@ -16,7 +17,7 @@ from bestrq2.layers.transformer import TransformerSettings
 
 from .clip_head import ClipHead
 from .encoder import PretrainableEncoder, check_encoder
-from .predictor import CodeHead, Predictor
+from .predictor import Predictor
 from .teacher import Teacher
 
 
