@@ -1,10 +1,8 @@
 """Batches whose loss or gradient was not finite, kept for inspection: ``bestrq2 report --bad-batch FILE``."""
 
-import logging
-
 import json
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bestrq2.data import Batch
-
 from bestrq2.errors import TrainingError
 
 logger = logging.getLogger(__name__)

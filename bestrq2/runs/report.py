@@ -1,14 +1,12 @@
 """The report of a run: ``report.html`` with everything in one file, and ``report.png`` with the curves alone."""
 
 import logging
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .record import RunRecord
 from .report_curves import draw_curves
 from .report_page import page
-from .record import RunRecord
 
 logger = logging.getLogger(__name__)
 
