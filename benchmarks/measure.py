@@ -216,7 +216,8 @@ def _check(module: str, case: Case, provider: Provider, row: Row, worker: memory
     else:
         error, remark = case.errors(evaluate(case, call))
         row["max_error"] = error
-        row["note"] = "; ".join(filter(None, (remark, provider.note)))
+        described = call.note() if hasattr(call, "note") else ""
+        row["note"] = "; ".join(filter(None, (remark, described, provider.note)))
         assert case.tolerance is not None
         if not error <= case.tolerance:
             row["status"] = "wrong"
