@@ -60,7 +60,7 @@ def fixed_pictures(
         step: completed training steps, for the name and the title.
 
     Returns:
-        the path; None without a folder, or if the disk does not take the picture (with a warning).
+        the path; None without a folder, or if it cannot be written (with a warning).
     """
     device = next(model.parameters()).device
     # Compiled blocks would be compiled once more for this shape and mode.
