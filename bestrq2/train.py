@@ -139,7 +139,7 @@ def alone_in(run: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 
 def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
-    """The run that goes on, or None if a new one begins."""
+    """The run to continue, or None if a new one begins."""
     if options.resume is None:
         return None
     if options.name is None:
@@ -190,9 +190,7 @@ def start(config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Chec
         if checkpoint is None:
             fit_targets(model, config, dataset, device_of(config, ranks), ranks)
         return Trainer(config, model, dataset, run, ranks, checkpoint).train()
-    if ranks.size > 1:
-        raise ConfigError("--frozen-encoder trains a small head on cached embeddings: start it as one process")
-    return train_head(config, dataset, run, checkpoint)
+    return train_head(config, dataset, run, checkpoint, ranks)
 
 
 def seeded_model(config: Config, ranks: Ranks | None = None) -> BestRQ2 | BestRQ:

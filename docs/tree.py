@@ -26,7 +26,7 @@ def summary(path: Path) -> str:
         comment = re.match(r"((?:\s*//[^\n]*\n)+)", text)
         text = re.sub(r"^\s*//+ ?", "", comment.group(1), flags=re.MULTILINE) if comment else ""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[a-z)`\]])[.:;](?:\s|$)", paragraph)[0].rstrip(".")
+    sentence = re.split(r"(?<=[a-z0-9)`\]])(?<!et al)[.;](?:\s|$)", paragraph)[0].rstrip(".:")
     return re.sub(r":\w+:`([^`]*)`", r"\1", sentence).replace("``", "")
 
 

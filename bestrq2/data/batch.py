@@ -29,10 +29,10 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """End the workers of a stream that nobody closed.
+    """End the workers of a stream that was not closed.
 
     They ignore SIGTERM (see below), which is all that multiprocessing sends at the end of the main process before it
-    waits for them: without this it would wait for ever.
+    waits for them: without this it would wait forever.
     """
     for worker in list(_workers):
         if worker.is_alive():
@@ -57,6 +57,24 @@ class Batch:
 
     def __len__(self) -> int:
         return self.waveform.shape[0]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a pretraining model is called with, besides step and index: waveform and lengths."""
+        return self.waveform, self.lengths
+
+    def part(self, begin: int, end: int) -> "Batch":
+        """Samples ``begin`` ... ``end - 1``, padded to the longest of them, without the skips."""
+        lengths = self.lengths[begin:end]
+        waveform = self.waveform[begin:end, : int(lengths.max())]
+        return replace(
+            self,
+            waveform=waveform,
+            lengths=lengths,
+            index=self.index[begin:end],
+            skips=[],
+            domains=self.domains[begin:end],
+        )
 
     def as_float(self) -> "Batch":
         """The same batch with a float32 waveform: int16 over 32768, which is exact."""
@@ -264,7 +282,7 @@ def _end_with_parent() -> None:
     """End this worker when the main process is gone, even if it was killed.
 
     The loader's own watch looks at the parent's process id, which for a forkserver is the server; and the server waits
-    for the workers, so without this all of them would stay for ever.
+    for the workers, so without this all of them would stay forever.
     """
     parent = parent_process()
     if parent is not None:

@@ -26,7 +26,7 @@ class BucketDataset(CropDataset):
     into batches. Which places of a bucket make up a batch is fixed; which clips stand in these places is permuted anew
     in every epoch, and so is the order of the batches: any sample is found in constant time, and resuming at step k
     costs as much as starting. Places left over in a bucket are the first of the next longer one; the last batch is
-    filled up with repeats (of other crops, where clips are longer than the crop) to as many rows as a batch of the
+    padded with repeats (other crops, if clips are longer than the crop) to as many rows as a batch of the
     longest clips has.
 
     A step of ``batch_size`` has as many rows as fit into ``batch_size * row_seconds`` seconds, at least one, where the
@@ -124,7 +124,7 @@ class BucketDataset(CropDataset):
         return sorted(others, key=lambda i: (abs(int(self._bucket_of[i]) - int(own)), i))
 
     def plan(self, batch_size: int) -> "BucketSteps":
-        """Which samples make up a step of ``batch_size * row_seconds`` padded seconds."""
+        """The samples of each step of ``batch_size * row_seconds`` padded seconds."""
         if batch_size not in self._plans:
             self._plans[batch_size] = BucketSteps(self, batch_size)
         return self._plans[batch_size]
@@ -151,7 +151,7 @@ class BucketSteps:
             counts.append((end - position) // rows[-1])
             position += rows[-1] * counts[-1]
         if position < dataset.samples_per_epoch:
-            counts[-1] += 1  # filled up with repeats
+            counts[-1] += 1  # padded with repeats
         self._starts, self._rows = starts, rows
         self._batches = np.cumsum(counts)  # up to the end of each bucket
         self.steps_per_epoch = int(self._batches[-1])

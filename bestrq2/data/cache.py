@@ -40,7 +40,7 @@ def to_int16(waveform: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def decode_clip(item: AudioFile, sampling_rate: int) -> np.ndarray:
-    """What the cache holds of a clip: all of it, and two samples behind the end of a part.
+    """Samples of a clip to cache: all of it, and two samples behind the end of a part.
 
     Where a part does not begin at a sample, crops of it may reach one sample beyond its rounded end.
     """
@@ -109,7 +109,7 @@ class SampleCache:
     def load(
         self, item: AudioFile, sampling_rate: int, *, start: float = 0.0, duration: float | None = None
     ) -> np.ndarray:
-        """What :func:`load_clip` would give, as int16 ``(S,)``; do not write into it.
+        """Result of :func:`load_clip` as int16 ``(S,)``; do not write into it.
 
         A clip that is not in the cache, or whose samples there are damaged, is decoded; damage is logged as a warning,
         once for each clip and process.
@@ -143,7 +143,7 @@ class SampleCache:
         return samples[first:last]
 
     def damaged(self, item: AudioFile) -> bool:
-        """Whether the samples of a clip are in the cache and are not what was written."""
+        """Return True if the cached samples of a clip differ from those written."""
         row = self._row(item)
         if row is None:
             return False

@@ -33,7 +33,7 @@ _DECODE = (("path", str), ("size", int), ("mtime", int))
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What :func:`open_cache` found and did: numbers of files, and bytes of samples.
+    """Statistics of :func:`open_cache`: numbers of files, and bytes of samples.
 
     Attributes:
         files, bytes: in the cache now, of those asked for.

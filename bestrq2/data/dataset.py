@@ -72,7 +72,7 @@ class CropDataset(Dataset):
         crop_seconds: longest sample.
         sampling_rate: of the waveforms, in Hz.
         seed: of the order and of every crop.
-        join_short: fill up short files as described; otherwise they are returned at their own length.
+        join_short: fill short files as described; otherwise they are returned at their own length.
         min_seconds: a file that turns out shorter when read is skipped as "too short".
         max_attempts: different unreadable files (or groups) drawn for one sample until a :class:`DataError`.
         domain_weights: weight of every domain, 0 to leave it out; None or empty: every second of audio counts alike.
@@ -175,7 +175,7 @@ class CropDataset(Dataset):
         return self.crop_samples
 
     def plan(self, batch_size: int) -> StepPlan:
-        """Which samples make up a step of ``batch_size``."""
+        """The samples of each step of ``batch_size``."""
         return EqualSteps(batch_size)
 
     @property

@@ -118,7 +118,7 @@ class LogMel(nn.Module):
         return self._fused(waveform, lengths, counts, self.num_frames(waveform.shape[1]), centred=True), counts
 
     def reference(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` computes, in plain PyTorch: differentiable, on every device."""
+        """The definition of :meth:`forward` in plain PyTorch: differentiable, on every device."""
         lengths = check_lengths(waveform, lengths)
         frame_lengths = 1 + lengths // self.hop_length
         num_clips, num_samples = waveform.shape

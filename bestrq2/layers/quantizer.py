@@ -128,7 +128,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     @property
     def needs_fit(self) -> bool:
-        """Whether :meth:`fit` has to be called before training."""
+        """True if :meth:`fit` has to be called before training."""
         return self.projection_kind != "random" or self.centroid_steps > 0
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.hashing import mix
+from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import normal
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import PairMixing
@@ -16,7 +17,7 @@ from bestrq2.layers.transformer import TransformerSettings
 
 from .clip_head import ClipHead
 from .encoder import PretrainableEncoder, check_encoder
-from .predictor import CodeHead, Predictor
+from .predictor import Predictor
 from .teacher import Teacher
 
 
@@ -45,7 +46,7 @@ class PretrainOutput:
 
     @property
     def objective(self) -> Tensor:
-        """What training minimises, 0-d float32."""
+        """The loss to minimise, 0-d float32."""
         return self.loss if self.clip_loss is None else self.loss + self.clip_weight * self.clip_loss
 
     def touching_share(self) -> Tensor:
@@ -54,7 +55,7 @@ class PretrainOutput:
 
 
 class _Pretraining(nn.Module):
-    """What both ways of pretraining share: patches, targets, masks, the optional target for whole clips.
+    """Base class of both ways of pretraining: patches, targets, masks, the optional target for whole clips.
 
     Args:
         encoder: what remains after pretraining.
@@ -104,7 +105,7 @@ class _Pretraining(nn.Module):
         self.clip_head = ClipHead(self.encoder.output_dim, size, books) if self.clip_weight else None
 
     def target_values(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> Tensor:
-        """What is quantized: log-mel patches, or the teacher's features of the same audio, ``(B, N, P)``."""
+        """Input of the quantizer: log-mel patches, or the teacher's features of the same audio, ``(B, N, P)``."""
         return patches.values if self.teacher is None else self.teacher.features(waveform, lengths, patches)
 
     def target_codes(

@@ -70,7 +70,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the logs and the checkpoints."""
+        """True if this process writes the logs and the checkpoints."""
         return self.rank == 0
 
     def say(self, message: str) -> None:
@@ -106,7 +106,7 @@ class Ranks:
         return found
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make()`` gives on the first rank; an exception there is raised on every rank."""
+        """Return the result of ``make()`` on the first rank; an exception there is raised on every rank."""
         if self.size == 1:
             return make()
         packet: list[Any] = [None, None]

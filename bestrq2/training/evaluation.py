@@ -1,4 +1,4 @@
-"""What is measured beside training: the masked loss on audio that is not trained on, a probe, pictures."""
+"""Measurements during training: the masked loss on held-out audio, a probe, pictures."""
 
 import logging
 from contextlib import closing
@@ -61,7 +61,7 @@ class Evaluation:
         self.task = probe_task(config.probe)
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether something is to be measured after ``step`` steps."""
+        """Return True if something is to be measured after ``step`` steps."""
         return any(self._due(step, last).values())
 
     def _due(self, step: int, last: bool) -> dict[str, bool]:

@@ -57,11 +57,13 @@ class Feeder:
         if self._copied is not None:
             training = torch.cuda.current_stream(self.device)
             training.wait_event(self._copied)
-            batch.waveform.record_stream(training)
+            for tensor in batch.inputs:
+                if tensor.is_cuda:
+                    tensor.record_stream(training)
 
     @property
     def error(self) -> Exception | None:
-        """Why the next batch, already asked for, cannot be had."""
+        """The error of the next batch, which is already requested, or None."""
         return self._next if isinstance(self._next, Exception) else None
 
     def __iter__(self) -> Iterator[Fed]:

@@ -37,7 +37,7 @@ class HealthCheck:
         self.clips: Batch | None = None
 
     def measure(self, step: int) -> dict[str, float]:
-        """What :func:`encoder_health` finds after ``step`` steps, on the first rank, if it is time to (a collective
+        """Result of :func:`encoder_health` after ``step`` steps, on the first rank, if it is time to (a collective
         call); otherwise nothing."""
         train = self.config.train
         every, before = train.health_every, step - train.log_every  # the step of the row before

@@ -1,4 +1,4 @@
-"""From the configuration to the training data: find it, say what was found, measure what it needs."""
+"""From the configuration to the training data: find it, report it, measure its statistics."""
 
 import logging
 import sys

@@ -60,7 +60,7 @@ def fixed_pictures(
         step: completed training steps, for the name and the title.
 
     Returns:
-        the path; None without a folder, or if the disk does not take the picture (with a warning).
+        the path; None without a folder, or if it cannot be written (with a warning).
     """
     device = next(model.parameters()).device
     # Compiled blocks would be compiled once more for this shape and mode.
@@ -99,7 +99,7 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput, limit: int = 2) -> list[ClipPicture]:
-    """What there is to draw of the first ``limit`` clips of a batch and of the model's output for it.
+    """Pictures of the first ``limit`` clips of a batch and of the model's output for it.
 
     Only the logits of these clips are computed.
     """

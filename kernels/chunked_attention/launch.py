@@ -35,7 +35,7 @@ def choose_config(configs: Mapping[str, Any], key: str, key_mask: bool) -> dict[
 
 
 class _Call:
-    """What every launch of a call has in common."""
+    """Arguments that all launches of a call share."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: Any) -> None:
         self.options = options

@@ -263,6 +263,6 @@ def test_bf16_autocast_and_compile(tmp_path):
 
 
 def test_workers_end_with_the_run(tmp_path):
-    # The process must end too: workers ignore SIGTERM, so one that was left running would keep it waiting for ever.
+    # The process must end too: workers ignore SIGTERM, so one that was left running would keep it waiting forever.
     command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), *QUICK, "train.steps=2"]
     subprocess.run([*command, "data.workers=1"], check=True, capture_output=True, timeout=120)

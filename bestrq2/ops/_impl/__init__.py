@@ -1,1 +1,1 @@
-"""What the operations share: choice of the backend, access to compiled code, checks of arguments."""
+"""Parts that all operations share: choice of the backend, access to compiled code, checks of arguments."""

@@ -1,4 +1,4 @@
-"""Access to what is compiled: the C++/CUDA extension ``bestrq2._C`` and the Triton kernels, both imported lazily."""
+"""Access to compiled code: the C++/CUDA extension ``bestrq2._C`` and the Triton kernels, both imported lazily."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ def _digest(csrc: Path) -> str:
 
 
 def stale(module: ModuleType, csrc: Path) -> str | None:
-    """Why the extension does not belong to the sources in ``csrc``, or None (also where there are no sources).
+    """Reason why the extension does not match the sources in ``csrc``, or None (also if there are no sources).
 
     An extension of an older build has the same version number; its functions may take other arguments or mean other
     things by them. An installed package has no sources beside it and is installed as one.
@@ -94,7 +94,7 @@ def extension() -> ModuleType:
 
 
 def extension_obstacle(*, cuda: bool = False) -> str | None:
-    """Why the extension (with ``cuda``: its CUDA part) cannot be used here, or None."""
+    """Reason why the extension (with ``cuda``: its CUDA part) cannot be used here, or None."""
     module, reason = _load()
     if module is None:
         return reason
@@ -104,7 +104,7 @@ def extension_obstacle(*, cuda: bool = False) -> str | None:
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1``), as the tests do without a GPU."""
+    """Return True if Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1``), as tests without a GPU do."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -114,7 +114,7 @@ def _has_triton() -> bool:
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on tensors of ``device``, or None."""
+    """Reason why Triton cannot run on tensors of ``device``, or None."""
     if not _has_triton():
         return "triton is not installed"
     if device.type == "cuda" or (device.type == "cpu" and triton_interpreted()):

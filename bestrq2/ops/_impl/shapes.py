@@ -37,7 +37,7 @@ def check_devices(op: str, **tensors: Tensor | None) -> None:
 
 
 def _match(shape: tuple[Any, ...], names: list[str], sizes: dict[str, Any]) -> bool:
-    """Whether ``shape`` fits; adds the sizes of new names."""
+    """Return True if ``shape`` fits; adds the sizes of new names."""
     if names[0] == "...":
         names, leading = names[1:], len(shape) - len(names) + 1
         if leading < 0 or sizes.setdefault("...", shape[:leading]) != shape[:leading]:

@@ -24,5 +24,5 @@ def refuse_transforms(op: str, *tensors: Tensor | None, any_level: bool = False)
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether ``x`` stands for many tensors, as in ``torch.autograd.grad(is_grads_batched=True)``: it has no value."""
+    """Return True if ``x`` stands for a batch of tensors, as in ``torch.autograd.grad(is_grads_batched=True)``."""
     return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)

@@ -1,4 +1,4 @@
-"""What ``chunked_attention`` accepts, and the errors for everything else."""
+"""Argument checks of ``chunked_attention``."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def autocast(*frames: Tensor) -> tuple[Tensor, ...]:
-    """What autocast makes of the inputs of a product: every floating tensor but float64 in its dtype."""
+    """Inputs of a product under autocast: every floating tensor but float64 in autocast's dtype."""
     device = frames[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return frames

@@ -13,7 +13,7 @@ MAX_HEAD_DIM = 256
 
 
 def obstacle(query: Tensor) -> str | None:
-    """Why the C++ kernels cannot take a call with this query, or None."""
+    """Reason why the C++ kernels cannot take a call with this query, or None."""
     if query.device.type != "cpu":
         return f"it needs CPU tensors, got {query.device.type!r}"
     if query.dtype == torch.float64:
@@ -24,7 +24,7 @@ def obstacle(query: Tensor) -> str | None:
 
 
 def multiplies_bf16(dtype: torch.dtype) -> bool:
-    """Whether matrix products take bf16 operands (AMX, or AVX-512 BF16 where it wins); otherwise all is fp32."""
+    """Return True if matrix products take bf16 operands (AMX, or AVX-512 BF16 where it is faster); otherwise fp32."""
     return dtype == torch.bfloat16 and native.extension().bf16_dot_beats_fma()
 
 
@@ -118,7 +118,7 @@ class _Call:
         return tensor if self.keep[name] is tensor else tensor.copy_(self.keep[name])
 
     def key_gradient(self, name: str, like: Tensor) -> Tensor:
-        """What the kernels write a gradient of keys or values to: itself, or zeroed fp32 sums in whole vectors."""
+        """Target of a gradient of keys or values: the gradient itself, or zeroed fp32 sums in whole vectors."""
         if self.pointers["bf16_products"]:
             tensor = torch.empty_like(like) if self.pointers["query_length"] else torch.zeros_like(like)
             self.frames(name, tensor, writable=True)

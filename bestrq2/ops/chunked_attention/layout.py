@@ -13,7 +13,7 @@ __all__ = ["ChunkLayout"]
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Which keys a query sees: its own chunk, some frames to the left of the chunk, some frames to its right.
+    """The keys a query sees: its own chunk, some frames to the left of the chunk, some frames to its right.
 
     Query i lies in chunk ``c = i // chunk_size`` and sees key j iff
 

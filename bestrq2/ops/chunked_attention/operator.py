@@ -15,7 +15,7 @@ from .layout import ChunkLayout
 
 
 class Options(NamedTuple):
-    """What the operators take behind query, key and value, in the order of their schema. Kernels read this record."""
+    """Arguments of the operators after query, key and value, in the order of their schema. Kernels read this record."""
 
     position: Tensor | None  # (H, R, d)
     content_bias: Tensor | None  # (H, d)

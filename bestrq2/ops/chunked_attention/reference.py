@@ -90,7 +90,7 @@ def scores(
 
 
 def _padding(i: Tensor, j: Tensor, lengths: Tensor | None, starts: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Which query and key positions lie outside [starts, lengths), one pair of masks per given bound."""
+    """Masks of the query and key positions outside [starts, lengths), one pair for each given bound."""
     bounds = []
     if lengths is not None:
         bounds.append((i >= lengths[:, None], j >= lengths[:, None]))

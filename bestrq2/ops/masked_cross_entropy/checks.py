@@ -1,4 +1,4 @@
-"""What ``masked_cross_entropy`` accepts, and the errors for everything else."""
+"""Argument checks of ``masked_cross_entropy``."""
 
 from typing import Literal
 

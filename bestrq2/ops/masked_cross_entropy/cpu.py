@@ -38,7 +38,7 @@ def chunk_rows(rows: int, num_classes: int, item_bytes: int, *, gradients: bool)
 
 
 def obstacle(hidden: Tensor) -> str | None:
-    """Why the C++ kernels cannot take these rows, or None."""
+    """Reason why the C++ kernels cannot take these rows, or None."""
     if hidden.device.type != "cpu":
         return f"it needs CPU tensors, got {hidden.device.type!r}"
     if hidden.dtype == torch.float64:
@@ -58,7 +58,7 @@ def run(
     z_loss: float,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """What the operator ``bestrq2::masked_cross_entropy`` returns, for fp32, bf16 and fp16 CPU tensors."""
+    """Result of the operator ``bestrq2::masked_cross_entropy`` for fp32, bf16 and fp16 CPU tensors."""
     half = dtype == torch.float16
     if half:
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact

@@ -14,7 +14,7 @@ from .checks import check_rows
 
 
 class Options(NamedTuple):
-    """What the operator takes behind its tensors and the gradients that are wanted, in the order of its schema."""
+    """Arguments of the operator after its tensors and the wanted gradients, in the order of its schema."""
 
     normalize: bool  # divide by the sum of the row weights of all codebooks
     dtype: torch.dtype  # of the products
@@ -84,7 +84,7 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _graph_is_retained() -> bool:
-    """Whether the backward that is running was called with ``retain_graph=True`` (True where torch does not tell)."""
+    """Return True if the running backward was called with ``retain_graph=True`` (or if torch does not tell)."""
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 

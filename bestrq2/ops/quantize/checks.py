@@ -1,4 +1,4 @@
-"""What ``quantize`` accepts, and the errors for everything else."""
+"""Argument checks of ``quantize``."""
 
 import torch
 from torch import Tensor

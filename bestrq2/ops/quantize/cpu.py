@@ -11,7 +11,7 @@ from .reference import not_finite
 
 
 def obstacle(x: Tensor) -> str | None:
-    """Why the C++ kernels cannot take these rows, or None."""
+    """Reason why the C++ kernels cannot take these rows, or None."""
     if x.device.type != "cpu":
         return f"it needs CPU tensors, got {x.device.type!r}"
     return native.extension_obstacle()

@@ -12,7 +12,7 @@ from .cpu import addresses
 
 
 def obstacle(x: Tensor, codebook: Tensor) -> str | None:
-    """Why the CUDA kernel cannot take these rows and codes, or None."""
+    """Reason why the CUDA kernel cannot take these rows and codes, or None."""
     if x.device.type != "cuda":
         return f"it needs CUDA tensors, got {x.device.type!r}"
     if x.dtype == torch.float64:
