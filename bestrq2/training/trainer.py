@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from bestrq2.config import Config, config_to_dict
@@ -19,13 +19,12 @@ from bestrq2.hardware import (
     choose_device,
     choose_precision,
     is_out_of_memory,
+    keep_freed_memory,
     memory_metrics,
     out_of_memory,
     peak_flops,
 )
 from bestrq2.hashing import mix
-from bestrq2.layers.conformer import ConformerBlock
-from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 from bestrq2.models.frozen import FrozenHead
@@ -35,14 +34,15 @@ from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import MetricsLog, skip_metrics
 from bestrq2.runs.report import save_report
 
+from .compilation import compile_blocks, compiles
 from .describe import about_model, describe_run, is_finite, postfix
-from .distributed import Ranks, only_accumulate, whole
+from .distributed import Ranks, only_accumulate
 from .evaluation import Evaluation
 from .feeder import Feeder
 from .first_look import first_look
 from .health import HealthCheck
 from .interrupt import StopSignal
-from .optimizer import set_schedule
+from .optimizer import clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, micro_batches
@@ -93,10 +93,10 @@ class Trainer:
         self.resumed = checkpoint is not None
         self.state = TrainingState(config, model, ranks, self.device, self.autocast, checkpoint)
         self.model = self.state.model
-        if settings.compile:
-            for module in self.model.modules():
-                if isinstance(module, (Block, ConformerBlock)):
-                    module.compile(dynamic=True)
+        if compiles(settings.compile, self.device):
+            compile_blocks(self.model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.fingerprint = ranks.from_first(self._fingerprint)
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
@@ -223,15 +223,19 @@ class Trainer:
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
             state.usage.update(codes, valid, decay=number == 0)
-        norm = self._clip()
+        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value)
+        values = torch.cat((torch.stack(losses).sum(0), norm[None]))
+        queued = self.device.type == "cuda" and self.ranks.size == 1
+        if queued:  # handed over before anybody has seen whether loss and norm are finite
+            step_if_finite(state.optimizer, torch.stack((values[0], values[-1])))
         feeder.prefetch()
         totals.failures = float(feeder.error is not None)
-        # The only wait for the device in a step.
-        *sums, self.grad_norm = torch.cat((torch.stack(losses).sum(0), norm[None])).tolist()
+        # The only wait for the device in a step; where the update is queued, at its end.
+        *sums, self.grad_norm = values.tolist()
         totals.loss, totals.accuracy, totals.clip_loss, totals.touching = sums
         own_loss, totals.targets = totals.loss, sum(counts)
         totals = totals.summed(self.ranks)
-        self._update(batch, totals, own_loss)
+        self._update(batch, totals, own_loss, queued)
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch, totals)
         return totals
@@ -259,21 +263,13 @@ class Trainer:
             (objective if factor == 1.0 else objective * factor).backward()
         return output
 
-    def _clip(self) -> Tensor:
-        """Undo the loss scale, clip, and give the gradient norm."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        scale = self.state.scale.value
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
-        return whole(norm).float()
-
-    def _update(self, batch: Batch, totals: StepTotals, own_loss: float) -> None:
+    def _update(self, batch: Batch, totals: StepTotals, own_loss: float, queued: bool) -> None:
         state = self.state
         finite = is_finite(totals.loss) and is_finite(self.grad_norm)
         explained = state.scale.update(finite)
         if finite:
-            state.optimizer.step()
+            if not queued:
+                state.optimizer.step()
             if state.average is not None:
                 state.average.update()
             self.bad_in_a_row = 0
