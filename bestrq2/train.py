@@ -190,9 +190,7 @@ def start(config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Chec
         if checkpoint is None:
             fit_targets(model, config, dataset, device_of(config, ranks), ranks)
         return Trainer(config, model, dataset, run, ranks, checkpoint).train()
-    if ranks.size > 1:
-        raise ConfigError("--frozen-encoder trains a small head on cached embeddings: start it as one process")
-    return train_head(config, dataset, run, checkpoint)
+    return train_head(config, dataset, run, checkpoint, ranks)
 
 
 def seeded_model(config: Config, ranks: Ranks | None = None) -> BestRQ2 | BestRQ:

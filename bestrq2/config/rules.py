@@ -77,6 +77,12 @@ def check_values(c: Config) -> None:
             c.frozen.source,
             "null with data.domain_weights or data.batching=buckets, which do not apply to cached embeddings",
         ),
+        (
+            "frozen.source",
+            not c.frozen.source or not (c.validation.source or c.probe.every),
+            c.frozen.source,
+            "null with validation.source or probe.every, which measure an encoder in training",
+        ),
         ("data.workers", c.data.workers >= 0, c.data.workers, "0 or more"),
         ("optimizer.learning_rate", c.optimizer.learning_rate > 0, c.optimizer.learning_rate, "a positive number"),
         ("optimizer.warmup", 0 <= c.optimizer.warmup < 1, c.optimizer.warmup, "a share in [0, 1)"),

@@ -158,7 +158,7 @@ class TrainConfig:
         "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
     )
     ema_decay: float = 0.0  # of a moving average of the weights, e.g. 0.999; 0: none
-    compile: bool = False  # torch.compile of the encoder and predictor blocks
+    compile: bool | None = None  # torch.compile of encoder and predictor blocks; None: on CUDA devices
     log_every: int = 50  # steps between rows of metrics.csv
     save_every: int = 5000  # steps between checkpoints
     save_minutes: float = 30.0  # also save when this long has passed since the last time; 0: never

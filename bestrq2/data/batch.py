@@ -58,6 +58,24 @@ class Batch:
     def __len__(self) -> int:
         return self.waveform.shape[0]
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a pretraining model is called with, besides step and index: waveform and lengths."""
+        return self.waveform, self.lengths
+
+    def part(self, begin: int, end: int) -> "Batch":
+        """Samples ``begin`` ... ``end - 1``, padded to the longest of them, without the skips."""
+        lengths = self.lengths[begin:end]
+        waveform = self.waveform[begin:end, : int(lengths.max())]
+        return replace(
+            self,
+            waveform=waveform,
+            lengths=lengths,
+            index=self.index[begin:end],
+            skips=[],
+            domains=self.domains[begin:end],
+        )
+
     def as_float(self) -> "Batch":
         """The same batch with a float32 waveform: int16 over 32768, which is exact."""
         if self.waveform.dtype != torch.int16:

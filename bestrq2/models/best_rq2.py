@@ -54,6 +54,12 @@ class PretrainOutput:
         return touching_share(self.plan, self.patches.values.shape[1], self.patches.rows)
 
 
+def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int]]:
+    """(seen tokens, predicted tokens, number of such clips) for every pair that occurs: clips of equal length agree."""
+    sizes, clips = torch.stack((plan.seen_lengths, plan.predicted_lengths), 1).unique(dim=0, return_counts=True)
+    return [(seen, predicted, count) for (seen, predicted), count in zip(sizes.tolist(), clips.tolist())]
+
+
 class _Pretraining(nn.Module):
     """Base class of both ways of pretraining: patches, targets, masks, the optional target for whole clips.
 
@@ -114,6 +120,7 @@ class _Pretraining(nn.Module):
         """Codes ``(B, M, G)`` int64 of the tokens ``rows (B, M)`` (None: all) of single clips."""
         return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
 
+    @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
     def _prepare(
         self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor
     ) -> tuple[Patches, MaskPlan, Tensor]:
@@ -135,8 +142,9 @@ class _Pretraining(nn.Module):
     def num_predicted(self, lengths: Tensor, step: int) -> int:
         """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
         mean, so this is the weight of the batch beside others of the same step."""
-        tokens = torch.tensor([self.encoder.num_tokens(samples) for samples in lengths.tolist()], dtype=torch.int64)
-        return int(self.masking.num_predicted(tokens, step).sum())
+        samples, clips = lengths.unique(return_counts=True)
+        tokens = torch.tensor([self.encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64)
+        return int((self.masking.num_predicted(tokens, step) * clips).sum())
 
     def _like_patches(self, bands: Tensor, patches: Patches) -> Tensor:
         """One value, or one per band, so that it meets the values of patches: ``()`` or ``(1, N, P)``."""
@@ -209,11 +217,10 @@ class BestRQ2(_Pretraining):
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
         project = 2.0 * self.predictor.input_proj.weight.numel()
-        for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
-            total += self.encoder.flops(seen, seen + predicted) + seen * project
-            total += (
-                self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted) + self._clip_flops()
-            )
+        for seen, predicted, clips in clip_sizes(plan):
+            one = self.encoder.flops(seen, seen + predicted) + seen * project
+            one += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted) + self._clip_flops()
+            total += clips * one
         return 3.0 * total
 
 
@@ -266,6 +273,7 @@ class BestRQ(_Pretraining):
         clip_loss = None if self.clip_head is None else self._clip_loss(take(output, plan.seen), codes, plan)
         return PretrainOutput(loss, accuracy, codes, plan, patches, hidden, clip_loss, self.clip_weight)
 
+    @torch.compiler.disable  # as the masks
     def _noise(self, patches: Patches, step: int, index: Tensor) -> Tensor:
         num_clips, num_tokens, dim = patches.values.shape
         index = index.to(patches.values.device, torch.int64, non_blocking=True)
@@ -283,7 +291,8 @@ class BestRQ(_Pretraining):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
+        for seen, predicted, clips in clip_sizes(plan):
             tokens = seen + predicted
-            total += self.encoder.flops(tokens, tokens) + self.head.flops(predicted) + self._clip_flops()
+            one = self.encoder.flops(tokens, tokens) + self.head.flops(predicted) + self._clip_flops()
+            total += clips * one
         return 3.0 * total

@@ -174,8 +174,8 @@ class RunFolder:
         except OSError as error:
             logger.warning(f"the list of skipped files could not be written: {error}")
 
-    def summarise(self, report: Path | None) -> None:
-        """Print what the run came to."""
+    def summarise(self, report: Path | None, source: Path | str) -> None:
+        """Log the results of the run. ``source`` is the encoder to take features from."""
         rows = [row for row in read_metrics(self.path) if row["loss"]]
         tail = rows[-max(10, len(rows) // 10) :]
 
@@ -187,7 +187,7 @@ class RunFolder:
             f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
             f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
         )
-        logger.info(f"Features:  bestrq2 embed {self.path} FILES_OR_FOLDER --out features")
+        logger.info(f"Features:  bestrq2 embed {source} FILES_OR_FOLDER --out features")
         if report is not None:
             logger.info(f"Report:    {report}")
 

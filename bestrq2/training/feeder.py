@@ -57,7 +57,9 @@ class Feeder:
         if self._copied is not None:
             training = torch.cuda.current_stream(self.device)
             training.wait_event(self._copied)
-            batch.waveform.record_stream(training)
+            for tensor in batch.inputs:
+                if tensor.is_cuda:
+                    tensor.record_stream(training)
 
     @property
     def error(self) -> Exception | None:

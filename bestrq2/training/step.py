@@ -42,10 +42,10 @@ class StepTotals:
     touching: float = 0.0
 
     @classmethod
-    def of(cls, batch: Batch, sampling_rate: int, waited: float, stop: bool, overdue: bool) -> "StepTotals":
+    def of(cls, batch: Batch, sampling_rate: float, waited: float, stop: bool, overdue: bool) -> "StepTotals":
         return cls(
             audio_seconds=float(batch.lengths.sum()) / sampling_rate,
-            padded_seconds=batch.waveform.numel() / sampling_rate,
+            padded_seconds=batch.waveform.shape[0] * batch.waveform.shape[1] / sampling_rate,
             waited=waited,
             skipped_files=len(batch.skips),
             stops=float(stop),
@@ -98,8 +98,6 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     result = []
     for number in range(parts):
         end = begin + size // parts + (number < size % parts)
-        lengths, index, domains = batch.lengths[begin:end], batch.index[begin:end], batch.domains[begin:end]
-        waveform = batch.waveform[begin:end, : int(lengths.max())]
-        result.append(Batch(waveform, lengths, index, [], domains))
+        result.append(batch.part(begin, end))
         begin = end
     return result

@@ -3,43 +3,46 @@
 import logging
 import sys
 import time
+from collections.abc import Generator
 from contextlib import closing
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from bestrq2.config import Config, config_to_dict
-from bestrq2.data import Batch, CropDataset, DataError, batches
+from bestrq2.data import Batch, DataError, batches
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import REASONS, TrainingError
 from bestrq2.hardware import (
     choose_device,
     choose_precision,
     is_out_of_memory,
+    keep_freed_memory,
     memory_metrics,
     out_of_memory,
     peak_flops,
 )
 from bestrq2.hashing import mix
-from bestrq2.layers.conformer import ConformerBlock
-from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
+from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.bad_batches import save_bad_batch
 from bestrq2.runs.checkpoint import Checkpoint
 from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import MetricsLog, skip_metrics
 from bestrq2.runs.report import save_report
 
-from .describe import describe_run
-from .distributed import Ranks, only_accumulate, whole
+from .compilation import compile_blocks, compiles
+from .describe import about_model, describe_run, is_finite, postfix
+from .distributed import Ranks, only_accumulate
 from .evaluation import Evaluation
 from .feeder import Feeder
 from .first_look import first_look
 from .health import HealthCheck
 from .interrupt import StopSignal
-from .optimizer import set_schedule
+from .optimizer import clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, micro_batches
@@ -50,6 +53,8 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Trains ``model`` on ``dataset`` into the folder ``run``, from ``checkpoint`` on if there is one.
 
+    The data set is a ``CropDataset``, or the ``EmbeddingDataset`` of a head on a frozen encoder.
+
     A step of all ranks together is the same for any number of them and any ``train.accumulate``: the audio of a step,
     its masks and the weight of every target depend on the step alone (sums are rounded in another order; dropout draws
     differ between ranks).
@@ -58,8 +63,8 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: BestRQ2 | BestRQ,
-        dataset: CropDataset,
+        model: BestRQ2 | BestRQ | FrozenHead,
+        dataset: Any,
         run: RunFolder,
         ranks: Ranks,
         checkpoint: Checkpoint | None = None,
@@ -88,11 +93,11 @@ class Trainer:
         self.resumed = checkpoint is not None
         self.state = TrainingState(config, model, ranks, self.device, self.autocast, checkpoint)
         self.model = self.state.model
-        if settings.compile:
-            for module in self.model.modules():
-                if isinstance(module, (Block, ConformerBlock)):
-                    module.compile(dynamic=True)
-        self.fingerprint = ranks.from_first(lambda: data_fingerprint(dataset))
+        if compiles(settings.compile, self.device):
+            compile_blocks(self.model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.fingerprint = ranks.from_first(self._fingerprint)
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
         self.health = HealthCheck(config, self.model, dataset, ranks, self.device)
@@ -107,30 +112,19 @@ class Trainer:
         """
         settings, progress = self.settings, self.state.progress
         self.peak, source = peak_flops(self.device, self.autocast)
-        describe_run(self.config, self.model, self.run, self.ranks, self.device, self.autocast, (self.peak, source))
+        peak = (self.peak, source)
+        describe_run(self.config, self._about(), self.run, self.ranks, self.device, self.autocast, peak)
         self.log: MetricsLog | None = None
         self.ranks.from_first(self._open_log)
         if not self.resumed:
             self._first_look()
         self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
-        self.evaluation = Evaluation(
-            self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
-        )
+        self.evaluation = self._make_evaluation()
         self.since_log, self.since_save = StepTotals(), StepTotals()
         self.interval_start = time.perf_counter()
         if progress.evaluated_step != progress.step:
             self._evaluate()  # before the first step, or left out when the run was asked to stop
-        stream = batches(
-            self.dataset,
-            settings.batch_size,
-            start_step=progress.step,
-            num_steps=settings.steps - progress.step,
-            workers=self.config.data.workers,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-            pin_memory=self.device.type == "cuda",
-            as_float=False,  # the feeder converts on the device
-        )
+        stream = self._stream(progress.step, settings.steps - progress.step)
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
             total=settings.steps,
@@ -155,6 +149,33 @@ class Trainer:
             self.log.close()
         # The others wait: torchrun ends all processes as soon as one of them has stopped.
         return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
+
+    def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
+        """The batches of this rank, on the CPU."""
+        return batches(
+            self.dataset,
+            self.settings.batch_size,
+            start_step=start_step,
+            num_steps=num_steps,
+            workers=self.config.data.workers,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            pin_memory=self.device.type == "cuda",
+            as_float=False,  # the feeder converts on the device
+        )
+
+    def _make_evaluation(self) -> Evaluation:
+        return Evaluation(self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path)
+
+    def _about(self) -> str:
+        return about_model(self.config, self.model)
+
+    def _fingerprint(self) -> str:
+        return data_fingerprint(self.dataset)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data, so that a run goes on with the same."""
+        return {"data": self.fingerprint}
 
     def _open_log(self) -> None:
         # A run that was killed before its first checkpoint begins again, and so does its log.
@@ -202,15 +223,19 @@ class Trainer:
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
             state.usage.update(codes, valid, decay=number == 0)
-        norm = self._clip()
+        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value)
+        values = torch.cat((torch.stack(losses).sum(0), norm[None]))
+        queued = self.device.type == "cuda" and self.ranks.size == 1
+        if queued:  # handed over before anybody has seen whether loss and norm are finite
+            step_if_finite(state.optimizer, torch.stack((values[0], values[-1])))
         feeder.prefetch()
         totals.failures = float(feeder.error is not None)
-        # The only wait for the device in a step.
-        *sums, self.grad_norm = torch.cat((torch.stack(losses).sum(0), norm[None])).tolist()
+        # The only wait for the device in a step; where the update is queued, at its end.
+        *sums, self.grad_norm = values.tolist()
         totals.loss, totals.accuracy, totals.clip_loss, totals.touching = sums
         own_loss, totals.targets = totals.loss, sum(counts)
         totals = totals.summed(self.ranks)
-        self._update(batch, totals, own_loss)
+        self._update(batch, totals, own_loss, queued)
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch, totals)
         return totals
@@ -231,28 +256,20 @@ class Trainer:
         torch.manual_seed(mix(self.settings.seed, 2, step, *([place] if place else [])) >> 1)
         with only_accumulate(self.state.parallel, last):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                output = self.state.parallel(part.waveform, part.lengths, step=step, index=part.index)
+                output = self.state.parallel(*part.inputs, step=step, index=part.index)
             # Ranks are averaged, micro-batches are added: so every target of the step weighs the same.
             factor = weight * self.ranks.size * self.state.scale.value
             objective = output.objective
             (objective if factor == 1.0 else objective * factor).backward()
         return output
 
-    def _clip(self) -> Tensor:
-        """Undo the loss scale, clip, and give the gradient norm."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        scale = self.state.scale.value
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
-        return whole(norm).float()
-
-    def _update(self, batch: Batch, totals: StepTotals, own_loss: float) -> None:
+    def _update(self, batch: Batch, totals: StepTotals, own_loss: float, queued: bool) -> None:
         state = self.state
         finite = is_finite(totals.loss) and is_finite(self.grad_norm)
         explained = state.scale.update(finite)
         if finite:
-            state.optimizer.step()
+            if not queued:
+                state.optimizer.step()
             if state.average is not None:
                 state.average.update()
             self.bad_in_a_row = 0
@@ -316,7 +333,7 @@ class Trainer:
         """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""
         if self.log is not None:
             self.log.flush()
-        snapshot = self.state.snapshot(data=self.fingerprint)
+        snapshot = self.state.snapshot(**self._identity())
         value = self.state.progress.validation_loss if self.evaluation.validates else self.since_save.mean_loss
         if snapshot is not None:
             self.saver.save(snapshot, value, wait)
@@ -390,21 +407,9 @@ class Trainer:
         if stop is not None:
             logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
             return stop.exit_code
-        self.run.summarise(report)
+        self.run.summarise(report, self.config.frozen.source or self.run.path)
         return 0
 
     def _warn(self, message: str) -> None:
         if self.ranks.is_first:
             logger.warning("%s", message)
-
-
-def is_finite(value: float) -> bool:
-    return value - value == 0.0
-
-
-def postfix(row: dict[str, float]) -> str:
-    return (
-        f"loss {row['loss']:.3f}, acc {row['accuracy']:.3f} (unigram {row['unigram']:.3f}), "
-        f"ppl {row['perplexity']:.0f}, grad {row['grad_norm']:.2f}, lr {row['learning_rate']:.1e}, "
-        f"{row['audio_seconds_per_second']:.0f} s/s, wait {row['data_wait']:.0%}, mfu {row['mfu']:.1%}"
-    )
