@@ -256,9 +256,11 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
     notes = ["front end's mean and deviation folded into the patch embedding"] if standardised else []
     if "head.weight" not in weights:
         return out, metadata, notes
-    if standardised or model.targets.normalize != "none" or model.targets.num_codebooks != 1:
+    cross = model.name == "best_rq2" and model.predictor.attention == "cross"
+    if standardised or model.targets.normalize != "none" or model.targets.num_codebooks != 1 or cross:
         notes.append(
-            "predictor, quantizer and head left out: published targets are one codebook of raw patches, these are not"
+            "predictor, quantizer and head left out: published targets are one codebook of raw patches and "
+            "published predictors attend to all tokens, this model's do not"
         )
         return out, metadata, notes
     head = "output_proj" if model.name == "best_rq" else "rq_proj"

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from bestrq2.hashing import mix
 from bestrq2.layers.counter_random import normal
+from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take
 from bestrq2.layers.patches import Patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
+from bestrq2.layers.thinning import num_kept, thin
 from bestrq2.layers.transformer import TransformerSettings
 
 from .encoder import PretrainableEncoder, check_encoder
@@ -37,18 +39,21 @@ class PretrainOutput:
     hidden: Tensor
 
 
-def num_predicted(encoder: PretrainableEncoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
-    """Targets in a batch of clips with these ``lengths (B,)`` in samples."""
+def num_predicted(
+    encoder: PretrainableEncoder, masking: RandomMasking, lengths: Tensor, step: int, share: float = 1.0
+) -> int:
+    """Targets in a batch of clips with these ``lengths (B,)`` in samples, a ``share`` of their masked tokens."""
     samples, clips = lengths.unique(return_counts=True)
     tokens = torch.tensor([encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64)
-    return int((masking.num_predicted(tokens, step) * clips).sum())
+    masked = masking.num_predicted(tokens, step)
+    return int(((masked if share == 1.0 else num_kept(masked, share)) * clips).sum())
 
 
-def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int]]:
-    """(seen tokens, predicted tokens, number of such clips) for every pair that occurs: clips of equal length agree."""
-    pairs = torch.stack((plan.seen_lengths, plan.predicted_lengths), dim=1)
-    sizes, clips = pairs.unique(dim=0, return_counts=True)
-    return [(seen, predicted, count) for (seen, predicted), count in zip(sizes.tolist(), clips.tolist())]
+def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int, int]]:
+    """(seen, predicted and all tokens, number of such clips) for what occurs: clips of equal length agree."""
+    tokens = plan.seen_lengths + plan.masked_lengths
+    sizes, clips = torch.stack((plan.seen_lengths, plan.predicted_lengths, tokens), 1).unique(dim=0, return_counts=True)
+    return [(*size, count) for size, count in zip(sizes.tolist(), clips.tolist())]
 
 
 class BestRQ2(nn.Module):
@@ -58,7 +63,8 @@ class BestRQ2(nn.Module):
         encoder: context encoder; what remains after pretraining.
         quantizer: frozen targets.
         masking: which patches are predicted.
-        predictor: shape of the predictor Transformer. Published: 4 blocks of width 768.
+        predictor: shape of the predictor Transformer. Published: 4 blocks of width 768. :class:`PredictorSettings` may
+            also ask for attention to the context alone and for a share of the masked patches to predict.
 
     Shapes:
         waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU (None: all), step, index ``(B,)`` global clip index in
@@ -81,6 +87,7 @@ class BestRQ2(nn.Module):
         # Any: an encoder has more than the members that pretraining needs.
         self.encoder = cast(Any, encoder)
         self.quantizer, self.masking = quantizer, masking
+        self.share = settings.share if isinstance(settings, PredictorSettings) else 1.0
         self.predictor = Predictor(encoder.output_dim, settings, encoder.position, encoder.rows)
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
 
@@ -99,20 +106,19 @@ class BestRQ2(nn.Module):
     def _targets(self, waveform: Tensor, lengths: Tensor, step: int, index: Tensor) -> tuple[Patches, MaskPlan, Tensor]:
         patches = self.encoder.patches(waveform, lengths)
         plan = self.masking.plan(patches.lengths, step, index, waveform.device)
+        plan = thin(plan, self.share, self.masking.seed, step, index)
         return patches, plan, self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
 
     def num_predicted(self, lengths: Tensor, step: int) -> int:
         """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
         mean, so this is the weight of the batch beside others of the same step."""
-        return num_predicted(self.encoder, self.masking, lengths, step)
+        return num_predicted(self.encoder, self.masking, lengths, step, self.share)
 
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        project = 2.0 * self.predictor.input_proj.weight.numel()
-        for seen, predicted, clips in clip_sizes(plan):
-            one = self.encoder.flops(seen, seen + predicted) + seen * project
-            one += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted)
+        for seen, predicted, tokens, clips in clip_sizes(plan):
+            one = self.encoder.flops(seen, tokens) + self.predictor.flops(seen, predicted) + self.head.flops(predicted)
             total += clips * one
         return 3.0 * total
 
@@ -189,7 +195,6 @@ class BestRQ(nn.Module):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        for seen, predicted, clips in clip_sizes(plan):
-            tokens = seen + predicted
+        for _, predicted, tokens, clips in clip_sizes(plan):
             total += clips * (self.encoder.flops(tokens, tokens) + self.head.flops(predicted))
         return 3.0 * total

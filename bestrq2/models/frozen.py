@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import RandomMasking, take, valid_mask
 from bestrq2.layers.positions import rotary_angles
 from bestrq2.layers.transformer import TransformerSettings
@@ -57,6 +58,8 @@ class FrozenHead(nn.Module):
         super().__init__()
         self.masking = masking
         self.norm = nn.LayerNorm(input_dim, elementwise_affine=False)
+        if isinstance(settings, PredictorSettings) and (settings.attention != "full" or settings.share != 1.0):
+            raise ValueError('a head on a frozen encoder needs predictor attention "full" and share 1')
         self.predictor = Predictor(input_dim, settings, "rope", 1)
         if masking is None:
             self.predictor.mask_token.requires_grad_(False)  # never used
