@@ -255,7 +255,7 @@ def quantize_kernel(
 def split_codebook(codebook: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Return fp16 ``high`` and ``low`` (G, codes, BD) with codebook * 2^n = high + low to 22 bits, zero padded to BD.
 
-    The power of two keeps both in the range of fp16 and does not change the argmax. The codes are filled up to a
+    The power of two keeps both in the range of fp16 and does not change the argmax. The codes are padded to a
     multiple with copies of code 0, which never win: of equal scores the lowest code does.
     """
     codebook = codebook.float()

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bestrq2 import ops
-from bestrq2.ops import native
-from bestrq2.ops.dispatch import forced_backend
+from bestrq2.ops._impl import native
+from bestrq2.ops._impl.dispatch import forced_backend
 
 MOST_KEYS = 384
 """Keys of the cached kernel. Its scratch memory, 20 bytes a score, leaves the second cache level not far above."""

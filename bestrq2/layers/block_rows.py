@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bestrq2.ops import native
-from bestrq2.ops.dispatch import forced_backend
+from bestrq2.ops._impl import native
+from bestrq2.ops._impl.dispatch import forced_backend
 
 from .positions import turn
 

@@ -199,7 +199,10 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
         wanted = check_layers(layers, self.depth)
-        inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
+        inside = (
+            torch.arange(waveform.shape[1], device=waveform.device)
+            < lengths.to(waveform.device, non_blocking=True)[:, None]
+        )
         waveform = torch.where(inside, waveform, 0)
         if waveform.shape[1] < self.min_samples:
             waveform = nn.functional.pad(waveform, (0, self.min_samples - waveform.shape[1]))

@@ -24,4 +24,4 @@ CANDIDATES |= {
     ]
     for kernel in ("forward", "backward_query", "backward_key")
 }
-"""What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""
+"""Candidates of benchmarks/tune.py; one that does not fit a GPU fails there and is skipped."""

@@ -1,4 +1,7 @@
-"""Launches the kernels segment by segment, so that the band of position scores never exceeds a fixed budget."""
+"""Launches the kernels segment by segment, so that the band of position scores never exceeds a fixed budget.
+
+``options`` is the record of bestrq2/ops/chunked_attention/operator.py.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,25 +35,25 @@ def choose_config(configs: Mapping[str, Any], key: str, key_mask: bool) -> dict[
 
 
 class _Call:
-    """What every launch of a call has in common."""
+    """Arguments that all launches of a call share."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: Any) -> None:
         self.options = options
         self.query, self.key, self.value = (unit_stride(x) for x in (query, key, value))
         self.batch, self.heads, self.frames, self.head_dim = query.shape
         self.keys = key.shape[2]
         self.content_bias, self.lengths, self.starts, self.key_mask = (
-            as_read(options[name]) for name in ("content_bias", "lengths", "starts", "key_mask")
+            as_read(x) for x in (options.content_bias, options.lengths, options.starts, options.key_mask)
         )
         self.window = window_sizes(options)
-        self.offset = options["query_offset"]
+        self.offset = options.query_offset
 
     def constants(self, kernel: str) -> dict[str, Any]:
         configs = load_configs("chunked_attention", self.query.device)
         key = config_key(kernel, self.head_dim, self.query.dtype)
         config = choose_config(configs, key, self.key_mask is not None)
         return {
-            "HAS_BAND": self.options["position"] is not None,
+            "HAS_BAND": self.options.position is not None,
             "HAS_CONTENT": self.content_bias is not None,
             "HAS_LENGTHS": self.lengths is not None,
             "HAS_STARTS": self.starts is not None,
@@ -75,7 +78,7 @@ class _Call:
     def segments(self) -> Iterator[tuple[int, int]]:
         """Row ranges whose band fits the budget; one range when there are no positions."""
         rows = self.frames
-        if self.options["position"] is not None:
+        if self.options.position is not None:
             lowest, highest = self.offsets(0, self.frames)
             width = row_stride(highest - lowest + 1) * self.query.element_size()
             rows = BAND_BYTES // (width * self.batch * self.heads) // SEGMENT_ROWS * SEGMENT_ROWS
@@ -84,7 +87,7 @@ class _Call:
             yield begin, min(begin + rows, self.frames)
 
     def band(self, begin: int, end: int) -> Band | None:
-        if self.options["position"] is None:
+        if self.options.position is None:
             return None
         query = self.query[:, :, begin:end]
         place = torch.arange(begin, end, device=query.device)[None] + self.offset
@@ -94,11 +97,11 @@ class _Call:
         if self.starts is not None:
             early = place < self.starts[:, None]
             padded = early if padded is None else padded | early
-        bias, zero = self.options["position_bias"], self.options["position_zero"]
+        bias, zero = self.options.position_bias, self.options.position_zero
         offsets = self.offsets(begin, end)
-        rows = self.options["position"].shape[1]
+        rows = self.options.position.shape[1]
         offsets = (max(offsets[0], -zero), min(offsets[1], rows - 1 - zero))  # only where nothing is visible
-        return make_band(query, self.options["position"], bias, zero, offsets, self.offset + begin, padded)
+        return make_band(query, self.options.position, bias, zero, offsets, self.offset + begin, padded)
 
     def sizes(self, begin: int, end: int, band: Band | None) -> tuple[Any, ...]:
         """The integer arguments from B to scale."""
@@ -109,16 +112,15 @@ class _Call:
             shift = (band.column + highest - self.offset - begin) // 16
         chunk, left, right = self.window
         shape = (self.batch, self.heads, self.frames, self.keys, self.head_dim)
-        return (*shape, chunk, left, right, self.offset, begin, end, row, shift, self.options["scale"])
+        return (*shape, chunk, left, right, self.offset, begin, end, row, shift, self.options.scale)
 
     def _lowest(self, begin: int, end: int) -> int:
-        return max(self.offsets(begin, end)[0], -self.options["position_zero"])
+        return max(self.offsets(begin, end)[0], -self.options.position_zero)
 
 
-def window_sizes(options: Mapping[str, Any]) -> tuple[int, int, int]:
+def window_sizes(options: Any) -> tuple[int, int, int]:
     """Chunk size, left and right context as the kernels take them."""
-    chunk, left, right = (options[name] for name in ("chunk_size", "left_context", "right_context"))
-    return _limited(chunk), _limited(left), _limited(right)
+    return _limited(options.chunk_size), _limited(options.left_context), _limited(options.right_context)
 
 
 def _limited(size: int | None) -> int:
@@ -141,7 +143,7 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
     result = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -163,10 +165,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) 
 
 
 def backward(
-    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, options: Any
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, position, content_bias and position_bias (None where absent)."""
-    tables = {name: options[name] for name in ("position", "content_bias", "position_bias")}
+    tables = {name: getattr(options, name) for name in ("position", "content_bias", "position_bias")}
     sums = {
         name: torch.zeros(x.shape, dtype=torch.float32, device=query.device)
         for name, x in tables.items()
@@ -222,7 +224,7 @@ def _backward_segment(
         *strides, *grad.stride()[:3], bh_stride, *sizes, ACCUMULATE=accumulate, **constants,
     )  # fmt: skip
 
-    scale = call.options["scale"]
+    scale = call.options.scale
     if call.content_bias is not None:
         sums["content_bias"] += content.sum((0, 2)) * scale
     if band is None:
@@ -232,7 +234,7 @@ def _backward_segment(
     by_position = by_position[:, :, : end - begin].transpose(0, 1).float()
     if "position_bias" in sums:
         sums["position_bias"] += by_position.sum((0, 2)) * scale
-    first = call.options["position_zero"] + call._lowest(begin, end)
+    first = call.options.position_zero + call._lowest(begin, end)
     table = torch.bmm(dscores.transpose(1, 2), band.with_position).flip(1).float() * scale
     sums["position"][:, first : first + table.shape[1]] += table
     return content.add_(by_position).mul_(scale)

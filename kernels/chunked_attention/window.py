@@ -1,4 +1,4 @@
-"""What the forward and backward kernels share: windows, tiles of scores and the band of position scores.
+"""Parts that forward and backward kernels share: windows, tiles of scores, the band of position scores.
 
 Positions are int32 and stay below 2^29, offsets into tensors are int64. UNLIMITED stands for a context or chunk size of
 None: three of them still fit an int32.
@@ -47,7 +47,7 @@ def add_bias(rows, bias_ptr, d, BD: tl.constexpr):
 
 @triton.jit
 def visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK: tl.constexpr):
-    """Which keys of a tile hold a frame that the key mask (B, Tk) does not hide: [BN]."""
+    """Keys of a tile whose frames the key mask (B, Tk) does not hide: [BN]."""
     m_n = (j >= begin) & (j < key_end)
     if HAS_KEY_MASK:
         m_n &= tl.load(key_mask_ptr + i_b * Tk + j, mask=m_n, other=0) != 0

@@ -3,7 +3,7 @@
 | file | kernels |
 |---|---|
 | ``softmax_gradient.py`` | logits -> gradient, loss and accuracy, in place |
-| ``products.py`` | the three matrix products over a number of rows that only the device knows |
+| ``products.py`` | the three matrix products over a number of rows that is read on the device |
 | ``loss.py`` | losses and accuracy without logits, where no gradient is wanted |
 | ``launch.py`` | which of them runs, chunk by chunk |
 """
@@ -45,4 +45,4 @@ CANDIDATES = {
         for kernel, tiles in _TILES.items()
     },
 }
-"""What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""
+"""Candidates of benchmarks/tune.py; one that does not fit a GPU fails there and is skipped."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from bestrq2 import ops
 from bestrq2.layers.block_rows import gated, residual_norm, split_heads, stochastic_depth
-from bestrq2.ops import native
+from bestrq2.ops._impl import native
 
 pytestmark = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
 DTYPES = (torch.float32, torch.bfloat16)

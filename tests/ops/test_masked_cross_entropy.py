@@ -9,7 +9,9 @@ from accuracy import assert_no_worse_than_torch, assert_term_matters
 from cross_entropy_cases import BACKENDS, FULL, grads_of, make, plain, usable
 
 from bestrq2 import ops
-from bestrq2.ops import masked_cross_entropy_cpu, native, reference
+from bestrq2.ops import reference
+from bestrq2.ops._impl import native
+from bestrq2.ops.masked_cross_entropy import cpu as masked_cross_entropy_cpu
 
 
 @pytest.fixture(params=BACKENDS)
