@@ -83,8 +83,7 @@ class FrozenHead(nn.Module):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        project = 2.0 * self.predictor.input_proj.weight.numel()
         for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
-            given = predicted if self.masking is None else seen
-            total += self.predictor.transformer.flops(seen + predicted) + given * project + self.head.flops(predicted)
+            given, asked = (predicted, 0) if self.masking is None else (seen, predicted)
+            total += self.predictor.flops(given, asked) + self.head.flops(predicted)
         return 3.0 * total
