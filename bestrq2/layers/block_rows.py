@@ -1,4 +1,4 @@
-"""What a block does between its matrix products: residual sum and norm, rotary positions with query and key norms,
+"""The row-wise work of a block between its products: residual sum and norm, rotary positions, query and key norms,
 SwiGLU. Each is one pass over memory on CPUs (csrc/block_rows.h), with fp32 arithmetic on fp32 or bf16 activations.
 
 The plain PyTorch formulas below are the specification. They run on GPUs (where torch.compile fuses them), under
@@ -121,7 +121,7 @@ def split_heads(
 
 
 def _is_fused(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the C++ kernels take these activations and weights."""
+    """Return True if the C++ kernels take these activations and weights."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)

@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
         return self.layers(self.norm(x))
 
     def layers(self, normed: Tensor) -> Tensor:
-        """What follows the norm, which a block joins with the residual sum before it."""
+        """The module after the norm, which a block joins with the residual sum before it."""
         return self.dropout(self.fc2(self.inner_dropout(self.act(self.fc1(normed)))))
 
 
@@ -128,7 +128,7 @@ class ConvolutionModule(nn.Module):
         return self.layers(self.norm(x), grid, layout, cache)
 
     def layers(self, normed: Tensor, grid: FrameGrid, layout: ChunkLayout, cache: BlockCache | None) -> Tensor:
-        """What follows the first norm, which a block joins with the residual sum before it."""
+        """The module after the first norm, which a block joins with the residual sum before it."""
         frames = grid.to_frames(nn.functional.glu(self.pointwise1(normed), dim=-1))
         weight, bias = self.depthwise.weight.to(frames.dtype), self.depthwise.bias
         bias = None if bias is None else bias.to(frames.dtype)
