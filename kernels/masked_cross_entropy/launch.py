@@ -184,12 +184,17 @@ def _fp32_products(device: torch.device, dtype: torch.dtype) -> str:
         return ""
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in fp32."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b`` in fp32; with ``first``, ``total = a @ b``."""
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
         return
     way = _fp32_products(a.device, a.dtype)
+    if first and way:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+        return
+    if first:
+        total.zero_()
     if way == "addmm":
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # where neither call exists the operands are converted: rounding each product would lose the fp32 sum
@@ -213,13 +218,13 @@ def _library_gradients(
             torch.addmm(r.bias, h, r.weight.T, out=logits)
         _softmax_gradient(r, logits, start)
         if grad_hidden is not None and add:
-            _add_product(grad_hidden[part], logits, r.weight)
+            _add_product(grad_hidden[part], logits, r.weight, first=False)
         elif grad_hidden is not None and dtype == grad_hidden.dtype:
             torch.mm(logits, r.weight, out=grad_hidden[part])
         elif grad_hidden is not None:
             grad_hidden[part] = torch.mm(logits, r.weight)
         if grad_weight is not None:
-            _add_product(grad_weight, logits.T, h)
+            _add_product(grad_weight, logits.T, h, first=start == 0)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
 
