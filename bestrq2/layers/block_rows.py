@@ -45,7 +45,29 @@ def residual_norm(
         bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
         return _ResidualNorm.apply(x, branch, scale, norm.weight, bias, isinstance(norm, nn.LayerNorm), factor, eps)
     total = x if branch is None else x + scaled(branch, scale, factor)
-    return total, norm(total)
+    return total, plain_norm(total, norm)
+
+
+def plain_norm(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
+    """What ``norm`` gives for x, in PyTorch's own operators."""
+    shape = [*norm.normalized_shape]
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, shape, norm.weight, norm.bias, norm.eps)
+    return F.rms_norm(x, shape, norm.weight, norm.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last dimension, in one pass on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_norm(x, None, self)[1]
+
+
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last dimension, in one pass on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_norm(x, None, self)[1]
 
 
 def scaled(branch: Tensor, scale: Tensor | None, factor: float = 1.0) -> Tensor:
