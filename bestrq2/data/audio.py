@@ -316,11 +316,22 @@ def _read(file: soundfile.SoundFile | SampleReader, path: str, start: int, stop:
                 file.read(min(start - at, 8192), dtype="float32")
                 at = file.tell()
     skip = start - at
-    blocks = []
+    wanted = _UNKNOWN if stop is None else stop - start
+    if file.frames < _UNKNOWN:
+        wanted = min(wanted, max(0, file.frames - start))
+    # In place where the size is known and can be believed: a list of blocks and their sum would need twice the memory.
+    samples = np.empty(wanted if wanted <= _BLOCK * 4096 else 0, np.float32)
+    blocks: list[np.ndarray] = []
+    filled = 0
     for block in _blocks(file, path, None if stop is None else stop - at):
-        blocks.append(block[skip:])
+        rest = block[skip:]
         skip = max(0, skip - len(block))
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+        if blocks or filled + len(rest) > len(samples):
+            blocks.append(rest)
+        else:
+            samples[filled : filled + len(rest)] = rest
+            filled += len(rest)
+    return np.concatenate([samples[:filled], *blocks]) if blocks else samples[:filled]
 
 
 def _blocks(file: soundfile.SoundFile | SampleReader, path: str, count: int | None) -> Iterator[np.ndarray]:

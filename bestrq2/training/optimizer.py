@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.config import OptimizerConfig
-from bestrq2.errors import CheckpointError
+from bestrq2.errors import CheckpointError, ConfigError
 from bestrq2.training.distributed import placed_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,7 +46,11 @@ def set_schedule(optimizer: torch.optim.Optimizer, step: int, steps: int, config
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; ``decay_all=False`` spares vectors (norms, biases) and tokens the decay."""
+    """AdamW over all trainable parameters; ``decay_all=False`` spares vectors (norms, biases) and tokens the decay.
+
+    Raises:
+        ConfigError: for betas, epsilon or decay that AdamW cannot take.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -56,9 +60,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
     low, high = config.betas
     on_gpu = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=on_gpu or None
-    )
+    try:
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=on_gpu or None
+        )
+    except ValueError as error:
+        raise ConfigError(f"optimizer: {error}") from error
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
