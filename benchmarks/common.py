@@ -1,4 +1,4 @@
-"""What a benchmark of an operation is made of: a case, its providers, and the row each provider gets.
+"""Parts of a benchmark of an operation: a case, its providers, and one row for each provider.
 
 One file per operation, ``benchmarks/ops/<op>.py``, listed in :data:`OPS`, offers seven names:
 

@@ -39,7 +39,7 @@ class Group:
 
 @dataclass
 class Plan:
-    """What every group of a run has in common."""
+    """Settings that all groups of a run share."""
 
     device: str
     machine: Machine

@@ -1,4 +1,4 @@
-"""What the machine can do at best: matrix rates and memory bandwidth, from which every ``pct_of_limit`` follows.
+"""Limits of the machine: matrix rates and memory bandwidth, the basis of every ``pct_of_limit``.
 
 Measured in the same run: on a CPU with the same threads, again before every group of rows, the best of the run counts
 (other load must not lower a limit); on a GPU once, with random values (products of constants run faster).

@@ -35,7 +35,7 @@ _WAIT_CYCLES = 4_000_000  # clock cycles, about 2 ms: time to queue every launch
 
 @dataclass
 class Budget:
-    """How often to repeat: until ``seconds`` of timed calls per provider are spent, within the two counts.
+    """Number of repeats: until ``seconds`` of timed calls per provider are spent, within the two counts.
 
     ``repeats`` fixes the count instead.
     """

@@ -7,7 +7,7 @@ python benchmarks/tune.py chunked_attention --kernels forward/64 backward_key/64
 python benchmarks/tune.py quantize --dry-run show the measurements, write nothing
 
 The candidates are what ``bestrq2.kernels.<op>.CANDIDATES`` lists; with ``--preselected`` only the few per kernel that
-the machine code speaks for (``benchmarks/machine_code/candidates.py``). Each is timed on the shape and dtype that
+the machine code suggests (``benchmarks/machine_code/candidates.py``). Each is timed on the shape and dtype that
 ``benchmarks/ops/<op>.py`` names in ``TUNING`` (default: its first CUDA shape and dtype), by the provider
 ``bestrq2[triton]`` or the third name there: median, cold cache, of the pass that the kernel belongs to.
 
@@ -95,12 +95,12 @@ def choose(trials: Sequence[Trial], present: Config | None) -> Config | None:
 
 
 def candidates_of(op: str) -> Mapping[str, Sequence[Config]]:
-    """What ``bestrq2.kernels.<op>`` lists to be tried."""
+    """Candidates that ``bestrq2.kernels.<op>`` lists."""
     return importlib.import_module(f"bestrq2.kernels.{op}").CANDIDATES
 
 
 def preselected(op: str, architecture: int) -> Mapping[str, Sequence[Config]]:
-    """The few candidates that machine code speaks for; none where the architecture has not been looked at."""
+    """The few candidates that the machine code suggests; none for an architecture that was not analysed."""
     path = ROOT / "benchmarks" / "machine_code" / f"candidates_sm_{architecture}.json"
     return json.loads(path.read_text()).get(op, {}) if path.exists() else {}
 
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(tunable_ops())} (default: all)")
     parser.add_argument("--kernels", nargs="+", help="only these keys of CANDIDATES")
-    parser.add_argument("--preselected", action="store_true", help="only candidates that the machine code speaks for")
+    parser.add_argument("--preselected", action="store_true", help="only candidates that the machine code suggests")
     parser.add_argument("--dry-run", action="store_true", help="write no file")
     parser.add_argument("--try", dest="folder", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

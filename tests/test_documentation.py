@@ -41,7 +41,7 @@ def examples():
 @pytest.mark.parametrize("code", list(examples()))
 def test_example_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
 
 
 def commands():
@@ -112,8 +112,7 @@ def test_command_line_is_accepted(words, only_parse, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_named_in_prose_exist(page):
-    for override in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+=[^`\s]+)`", text_of(page)):
-        load_config("best_rq2_tiny", [override])
+    load_config("best_rq2_tiny", re.findall(r"`([a-z_]+(?:\.[a-z_]+)+=[^`\s]+)`", text_of(page)))
     sections = "|".join(field.name for field in fields(Config))
     for key in re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)`", text_of(page)):
         attrgetter(key)(Config())

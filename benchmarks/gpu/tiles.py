@@ -1,4 +1,4 @@
-"""Time the tiles that the machine code speaks for, one kernel after the other; ``tuned.json`` after each."""
+"""Time the tiles that the machine code suggests, one kernel after the other; ``tuned.json`` after each."""
 
 from __future__ import annotations
 

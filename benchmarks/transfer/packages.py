@@ -14,7 +14,7 @@ from benchmarks.transfer.sound_classes import sound_class
 
 @dataclass
 class Clip:
-    """What is known about a sound.
+    """Labels of a sound.
 
     Attributes:
         domain: "speech", "music" or "environment".
@@ -60,7 +60,7 @@ PRETRAINING = {
 
 @dataclass(frozen=True)
 class Package:
-    """Where a package keeps its sounds.
+    """Location of the sounds of a package.
 
     Attributes:
         name: as ``apt-get download`` takes it.

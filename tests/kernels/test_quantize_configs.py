@@ -1,4 +1,4 @@
-"""Which configuration a launch of quantize takes, and what all of them must have in common."""
+"""Choice of the configuration of a launch of quantize, and constraints on all of them."""
 
 import pytest
 

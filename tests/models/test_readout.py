@@ -93,7 +93,8 @@ def test_rows_of_a_time_step():
     torch.testing.assert_close(kept.unflatten(-1, (4, 32)).mean(2), mean, rtol=1e-4, atol=1e-5)
     # The first of them is the lowest: a change of the highest bands alone moves the last rows most.
     tokens = model.patches(WAVES, LENGTHS)
-    output = model(model.embed(tokens.values, tokens.positions()[None]), tokens.positions()[None], tokens.lengths)
+    places = tokens.positions()[None]
+    output = model.transform(model.embed(tokens.values, places), places, tokens.lengths)
     final = model.encode(WAVES, LENGTHS, rows="concatenate")[0]
     torch.testing.assert_close(output.unflatten(1, (-1, 4))[0, :, 0], final[0, :, :32], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="rows: expected one of average, concatenate"):

@@ -78,7 +78,7 @@ def test_published_positions_differ_for_short_clips_only():
     assert not torch.allclose(right.encode(short)[0], wrong.encode(short)[0], atol=1e-3)
     patches = right.patches(short)
     positions = published_short_clip_positions(patches.positions(), patches.columns)[None]
-    expected = right(right.embed(patches.values, positions), positions)
+    expected = right.transform(right.embed(patches.values, positions), positions)
     expected = expected.unflatten(1, (patches.columns, 8)).mean(2)
     torch.testing.assert_close(wrong.encode(short)[0], expected)
 
@@ -88,8 +88,10 @@ def test_positions_matter():
     model = encoder()
     x = torch.randn(1, 6, 32)
     here = torch.tensor([[[0, t] for t in range(6)]])
-    assert torch.allclose(model(x, here), model(x, here + torch.tensor([0, 9])), atol=1e-5)  # rope: distances only
-    assert not torch.allclose(model(x, here), model(x, here.flip(1)), atol=1e-3)
+    assert torch.allclose(
+        model.transform(x, here), model.transform(x, here + torch.tensor([0, 9])), atol=1e-5
+    )  # rope: distances only
+    assert not torch.allclose(model.transform(x, here), model.transform(x, here.flip(1)), atol=1e-3)
 
 
 def test_fine_tuning_gradients():

@@ -1,4 +1,4 @@
-"""How chunked attention behaves as a PyTorch operation: compile, determinism, memory, autocast, errors."""
+"""Chunked attention as a PyTorch operation: compile, determinism, memory, autocast, errors."""
 
 import re
 import subprocess

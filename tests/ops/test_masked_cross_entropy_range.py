@@ -1,4 +1,4 @@
-"""What ``ops.masked_cross_entropy`` does near the limits of a dtype: fp16 sums, odd weights, -inf, large logits."""
+"""``ops.masked_cross_entropy`` near the limits of a dtype: fp16 sums, odd weights, -inf, large logits."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""How ``ops.masked_cross_entropy`` behaves in use: autograd, torch.compile, autocast, wrong input, memory."""
+"""``ops.masked_cross_entropy`` in use: autograd, torch.compile, autocast, wrong input, memory."""
 
 import functools
 import os
@@ -238,7 +238,7 @@ def test_bound_of_the_masked_rows(backend, device, recompute):
 
 @pytest.mark.parametrize("recompute", [None, True])
 def test_several_upstream_gradients_at_once(backend, device, recompute):
-    """What torch.autograd.functional.jacobian(vectorize=True) asks for: an upstream gradient that has no one value."""
+    """The call of torch.autograd.functional.jacobian(vectorize=True): an upstream gradient without a single value."""
     hidden, weight, targets, *_ = make(device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     loss = ops.masked_cross_entropy(hidden, weight, targets, recompute=recompute, backend=backend)

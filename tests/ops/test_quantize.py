@@ -227,7 +227,7 @@ def test_instruction_sets_agree():
 @pytest.mark.parametrize("normalize", ["none", "layer_norm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_arithmetic_of_the_cuda_kernel(dtype, normalize):
-    """What one CUDA thread computes, run on the CPU; only the launch and the shared memory need a GPU."""
+    """The arithmetic of one CUDA thread, run on the CPU; only the launch and the shared memory need a GPU."""
     if "cpu" not in ops.available_backends():
         pytest.skip("the C++ extension is not built")
     emulated = native.extension().quantize_cuda_emulated

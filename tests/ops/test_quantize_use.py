@@ -1,4 +1,4 @@
-"""How ``ops.quantize`` behaves in use: autocast, registration, torch.compile, wrong input, memory, threads."""
+"""``ops.quantize`` in use: autocast, registration, torch.compile, wrong input, memory, threads."""
 
 import gc
 import os
