@@ -5,6 +5,7 @@ Without a C++ compiler (or with ``BESTRQ2_EXTENSION=0``) the package still insta
 """
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -42,6 +43,7 @@ class CMakeBuild(build_ext):
             f"-DBESTRQ2_OUTPUT_DIR={target.parent}",
             f"-DBESTRQ2_OUTPUT_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DBESTRQ2_CUDA={os.environ.get('BESTRQ2_CUDA', 'AUTO')}",
+            *self.cuda_architectures(),
         ]
         steps = {
             "CMake found no usable C++ compiler": configure,
@@ -55,6 +57,20 @@ class CMakeBuild(build_ext):
                     raise
                 self.warn_reference_only(failure)
                 return
+
+    @staticmethod
+    def cuda_architectures():
+        """``BESTRQ2_CUDA_ARCHITECTURES``, or CMake's and PyTorch's variables: "90" or "80;90" ("9.0" is read as 90)."""
+        names = ("BESTRQ2_CUDA_ARCHITECTURES", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
+        given = next((value for name in names if (value := os.environ.get(name))), "")
+        found = [
+            part.strip().removesuffix("+PTX").replace(".", "") for part in re.split(r"[;, ]+", given) if part.strip()
+        ]
+        if not found:
+            return []
+        if not all(re.fullmatch(r"\d{2,3}[af]?", part) for part in found):
+            raise ValueError(f"BESTRQ2_CUDA_ARCHITECTURES: expected numbers like 80;90, got {given!r}")
+        return [f"-DBESTRQ2_CUDA_ARCHITECTURES={';'.join(found)}"]
 
     def warn_reference_only(self, reason):
         print(

@@ -143,7 +143,7 @@ class Case:
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the differentiable inputs; exactly what ``bwd_ms`` times."""
-        return torch.autograd.grad(output, self.leaves(), self.upstream)
+        return torch.autograd.grad(output, self.leaves(), self.upstream, allow_unused=True)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Provider:
     """One way to compute an operation: ours, the specification, or a peer.
 
     ``needs`` is the import name of the package it takes; ``on`` the device types it is for; ``note`` is shown in its
-    rows.
+    rows. ``floor``: it computes less than the operation, so its errors are not compared.
     """
 
     name: str
@@ -159,6 +159,7 @@ class Provider:
     needs: str | None = None
     on: tuple[str, ...] = ("cpu", "cuda")
     note: str = ""
+    floor: bool = False
 
     def prepare(self, case: Case) -> Callable[[], Any]:
         """Build the call for a case, or raise :class:`Skip` with the reason."""
@@ -180,6 +181,8 @@ def evaluate(case: Case, call: Callable[[], Any]) -> dict[str, Tensor]:
     results = {"out": output.detach()}
     if case.differentiable:
         for name, gradient in zip(case.differentiable, case.backward(output)):
+            if gradient is None:
+                raise RuntimeError(f"the output does not depend on {name}")
             results[f"grad {name}"] = gradient
     return results
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "stats": ("bestrq2.stats", "mean and deviation of the log-mel values of your audio"),
     "manifest": ("bestrq2.manifest", "list and check the audio of a source in a CSV file"),
     "shards": ("bestrq2.shards", "pack audio into tar shards"),
+    "cache": ("bestrq2.cache", "decode audio once, for training that reads it without decoding"),
 }
 
 

@@ -74,7 +74,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def sentence(error: BaseException) -> str | None:
-    """What to tell the user about a foreseeable failure; None for a fault of this program."""
+    """Message for a foreseeable failure; None for a fault of this program."""
     if isinstance(error, BestRQError):
         return str(error)
     if isinstance(error, OSError):
@@ -230,7 +230,7 @@ def command(main: Main) -> Main:
     """Decorate the ``main(arguments) -> exit code`` of a command.
 
     Foreseeable failures are printed as ``error: ...`` and give exit code 2, Ctrl-C and SIGTERM 130 and 143. Output that
-    cannot be written never ends the work: if its reader went away nothing more is said, else the exit code is 2.
+    cannot be written never ends the work: if its reader went away nothing more is printed, else the exit code is 2.
     """
 
     @wraps(main)

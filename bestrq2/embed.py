@@ -243,9 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that a transformers folder brings along"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code of a transformers folder")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")

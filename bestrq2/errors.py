@@ -32,7 +32,7 @@ class ConfigError(BestRQError, ValueError):
 
 
 class TrainingError(BestRQError):
-    """Training cannot go on; the message says what to change."""
+    """Training cannot continue; the message says what to change."""
 
 
 class OutOfMemory(TrainingError):

@@ -79,9 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--onnx", type=Path, metavar="OUT.onnx", help="waveform to features, any batch and length")
     parser.add_argument("--torch-export", type=Path, metavar="OUT.pt2", help="the same for torch.export.load")
     parser.add_argument("--s3prl", type=Path, metavar="FOLDER", help="upstream folder of s3prl, all layers")
-    parser.add_argument("--heads", type=int, help="attention heads of a published ENCODER that does not say them")
+    parser.add_argument("--heads", type=int, help="attention heads, if a published ENCODER does not state them")
     parser.add_argument(
-        "--hop-length", type=int, help="samples between frames of a published ENCODER that does not say them"
+        "--hop-length", type=int, help="samples between frames, if a published ENCODER does not state them"
     )
     options = parser.parse_args(arguments)
     forms: dict[str, tuple[Callable[[OpenedModel, Path], list[str]], Path | None]] = {

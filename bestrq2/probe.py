@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
         print(controls.text(rungs))
         origin["controls"] = controls.document(rungs)
     if sum(name.startswith(ENCODER) for name in experiment.values) > 1:
-        print("The best of several layers was chosen with the test clips: its score is too high by the choice.")
+        print("The best of several layers was chosen on the test clips: its score is optimistically biased.")
     shown = {name: str(value) for name, value in vars(options).items() if value not in (None, [])}
     written = report.write(options.out, outcomes, experiment, {**origin, "options": shown})
     print(f"Written: {', '.join(map(str, written))}")
@@ -227,9 +227,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("manifest", nargs="?", help="labelled clips (default: the 24 clips of the package)")
     add("--kind", choices=get_args(ProbeKind), help="default: classification")
     add("--label", action="append", help="column with the label; several for multilabel columns of 0 and 1")
-    add("--separator", help="between the labels of one multilabel cell (default: ';'); alone: none of the labels")
+    add("--separator", help="separator of the labels in one multilabel cell (default: ';'); alone: no label")
     add("--events", help="table of events: path, onset, offset, label (seconds)")
-    add("--group", help="column whose clips are never split (default: every clip stands alone)")
+    add("--group", help="column whose clips are never split between training and test (default: each clip is a group)")
     add("--split", help="column that says which clips train and which test, instead of cross-validation")
     add(
         "--split-values",
@@ -237,14 +237,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar=("TRAIN", "TEST"),
         help="values of --split (default: train test; for retrieval: gallery query); several separated by commas",
     )
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only such rows; several values by commas")
-    add("--drop-rare", action="store_true", help="leave out classes that too few groups have, instead of an error")
+    add(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="use only these rows; several values separated by commas",
+    )
+    add("--drop-rare", action="store_true", help="leave out classes with too few groups, instead of an error")
     add("--head", help="some of linear,mlp,knn (default: linear,knn; linear for events)")
     add("--regularisation", type=float, help="inverse L2 strength (default: chosen inside the training clips)")
-    add("--folds", type=int, help="at most, no more than the groups of the rarest class (default: 5); 0: one per group")
-    add("--pooling", choices=POOLINGS, help="over the frames of a clip (default: mean)")
+    add(
+        "--folds",
+        type=int,
+        help="number of folds, at most the groups of the rarest class (default: 5); 0: one per group",
+    )
+    add("--pooling", choices=POOLINGS, help="of the frames of a clip (default: mean)")
     add("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    add("--scaling", choices=SCALINGS, default="all", help="of retrieval: by gallery and queries, by sides, none")
+    add(
+        "--scaling",
+        choices=SCALINGS,
+        default="all",
+        help="of features for retrieval: gallery and queries together, each side by itself, or none",
+    )
     add(
         "--layers",
         help="all, middle, or numbers of blocks (0 is the first) and final (default: final)",
@@ -257,15 +272,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--rows", choices=ROW_JOINS, help="of 2-D patches: average (default) or concatenate")
     add("--controls", action="store_true", help="check the probe itself first; exit code 1 if a control fails")
     add("--layer", type=int, help="the same as --layers with one number")
-    add("--threshold", type=float, default=0.5, help="above which a label counts as predicted (default: 0.5)")
-    add("--segment-seconds", type=float, default=1.0, help="of the segment-based F1 of events (default: 1)")
+    add("--threshold", type=float, default=0.5, help="score above which a label counts as predicted (default: 0.5)")
+    add("--segment-seconds", type=float, default=1.0, help="segment length for the F1 of events (default: 1)")
     add("--out", type=Path, default=Path("probe"), help="output folder (default: probe)")
     add("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
-    add("--seed", type=int, default=0, help="of folds, random initialisation, MLP and bootstrap")
+    add("--seed", type=int, default=0, help="seed of folds, random initialisation, MLP and bootstrap")
     add("--device", default="auto")
-    add("--trust-remote-code", action="store_true", help="run Python code that a transformers folder brings along")
-    add("--heads", type=int, help="attention heads of a published ENCODER that does not say them")
-    add("--hop-length", type=int, help="samples between frames of a published ENCODER that does not say them")
+    add("--trust-remote-code", action="store_true", help="run the Python code of a transformers folder")
+    add("--heads", type=int, help="attention heads, if a published ENCODER does not state them")
+    add("--hop-length", type=int, help="samples between frames, if a published ENCODER does not state them")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Report on runs, at any time: also of a run that goes on, was stopped, or crashed.
+"""Report on runs, at any time: also on a run in progress, stopped or crashed.
 
     bestrq2 report RUN                         # RUN/report.html and RUN/report.png
     bestrq2 report RUN RUN2 --out both.html    # curves of several runs over each other

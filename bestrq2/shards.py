@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", nargs="+", help="folder, manifest, tar shards, HDF5, Arrow, Parquet or audio file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the shards")
     parser.add_argument("--max-bytes", type=float, default=1e9, metavar="N", help="size of a shard (default: 1e9)")
-    parser.add_argument("--prefix", default="shards", help="of the names (default: shards-000000.tar ...)")
+    parser.add_argument("--prefix", default="shards", help="prefix of the file names (default: shards-000000.tar ...)")
     parser.add_argument("--check", action="store_true", help="decode everything; leave silent and duplicate files out")
     parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
     options = parser.parse_args(arguments)

@@ -30,7 +30,9 @@ from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
+from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
+from bestrq2.interchange.opening import open_teacher
 from bestrq2.models import BestRQ, BestRQ2, build_model
 from bestrq2.runs.changes import check_resume
 from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoints, newest_intact
@@ -40,6 +42,7 @@ from bestrq2.training.distributed import Ranks
 from bestrq2.training.frozen import train_head
 from bestrq2.training.open_data import fill_statistics, open_dataset
 from bestrq2.training.optimizer import learning_rate
+from bestrq2.training.target_setup import fit_targets, settle_targets
 from bestrq2.training.trainer import Trainer
 
 DEFAULT_RECIPE = "best_rq2_tiny"
@@ -64,13 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--frozen-encoder", metavar="ENCODER", help="train only a head on the embeddings of this encoder"
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the ENCODER's transformers folder brings"
+        "--trust-remote-code", action="store_true", help="run the Python code of ENCODER's transformers folder"
     )
     parser.add_argument(
-        "--find-batch", action="store_true", help="try batch sizes of one rank, say which fit and how fast they are"
+        "--find-batch", action="store_true", help="measure which batch sizes fit on one rank and how fast they are"
     )
     parser.add_argument(
-        "--show-config", action="store_true", help="print every key with its value and a line about it, and end"
+        "--show-config", action="store_true", help="print every key with its value and one line about it, then exit"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
     parser.add_argument("--name", help="name of the new run folder (default: the recipe and a number)")
@@ -107,6 +110,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:
         return find_batch(config, seeded_model(config), ranks)
+    if not config.frozen.source:
+        config = ranks.from_first(lambda: settle_targets(config, dataset, device_of(config, ranks)))
     new = ranks.from_first(lambda: RunFolder.create(options.runs, options.name, config, options.resume is not None))
     with alone_in(new, ranks):
         if ranks.is_first:
@@ -141,7 +146,7 @@ def alone_in(run: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 
 def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
-    """The run that goes on, or None if a new one begins."""
+    """The run to continue, or None if a new one begins."""
     if options.resume is None:
         return None
     if options.name is None:
@@ -180,14 +185,17 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
         )
     for change in changes:
         ranks.say(f"Changed on resume: {change}")
-    return start(config, dataset, run, checkpoint, ranks, write=bool(overrides or values or changes))
+    write = bool(overrides or values or changes)
+    if write:
+        ranks.all_agree(lambda: open_teacher(config))  # one that is refused must not be left in the run's configuration
+    return start(config, dataset, run, checkpoint, ranks, write)
 
 
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
     """None if the run ended before it wrote any."""
     checkpoint, problems = newest_intact(run.checkpoints)
     for problem in problems:
-        print(f"warning: passed over a damaged checkpoint: {problem}", file=sys.stderr)
+        print(f"warning: skipped a damaged checkpoint: {problem}", file=sys.stderr)
     if checkpoint is None and problems:
         raise CheckpointError(f"{run.checkpoints}: no intact checkpoint to resume from")
     return checkpoint
@@ -203,20 +211,27 @@ def start(
 ) -> int:
     """Train; with ``write`` the configuration goes to the run folder, once all that can be checked before is."""
     if not config.frozen.source:
-        trainer = Trainer(config, seeded_model(config), dataset, run, ranks, checkpoint)
+        model = seeded_model(config, ranks)
+        if checkpoint is None:
+            fit_targets(model, config, dataset, device_of(config, ranks), ranks)
+        trainer = Trainer(config, model, dataset, run, ranks, checkpoint)
         if write:
             ranks.from_first(lambda: run.write_config(config))
         return trainer.train()
-    if ranks.size > 1:
-        raise ConfigError("--frozen-encoder trains a small head on cached embeddings: start it as one process")
     if write:
-        run.write_config(config)
-    return train_head(config, dataset, run, checkpoint)
+        ranks.from_first(lambda: run.write_config(config))
+    return train_head(config, dataset, run, checkpoint, ranks)
 
 
-def seeded_model(config: Config) -> BestRQ2 | BestRQ:
+def seeded_model(config: Config, ranks: Ranks | None = None) -> BestRQ2 | BestRQ:
+    """The model as training begins: its weights are a function of the configuration, and of a teacher if it has one."""
+    teacher = open_teacher(config) if ranks is None else ranks.all_agree(lambda: open_teacher(config))
     torch.manual_seed(mix(config.train.seed, 1) >> 1)
-    return build_model(config)
+    return build_model(config, teacher)
+
+
+def device_of(config: Config, ranks: Ranks) -> torch.device:
+    return choose_device(config.train.device, ranks.local_rank)
 
 
 if __name__ == "__main__":

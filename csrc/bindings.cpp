@@ -1,5 +1,5 @@
-// Python bindings, the only file with Python headers. Every kernel takes one dict, whose tensors are addresses and
-// sizes that bestrq2.ops has already validated. Addresses of absent tensors are 0.
+// Python bindings, with bindings_blocks.cpp the only files with Python headers. Here every kernel takes one dict, whose
+// tensors are addresses and sizes that bestrq2.ops has already validated. Addresses of absent tensors are 0.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,6 +20,8 @@
 #include "quantize/quantize.h"
 
 namespace py = pybind11;
+
+void define_blocks(py::module_& m);  // bindings_blocks.cpp
 
 namespace {
 
@@ -292,4 +294,5 @@ PYBIND11_MODULE(_C, m) {
     const py::gil_scoped_release release;
     bestrq2::chunked_attention_backward(call);
   });
+  define_blocks(m);
 }

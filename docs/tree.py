@@ -26,7 +26,7 @@ def summary(path: Path) -> str:
         comment = re.match(r"((?:\s*//[^\n]*\n)+)", text)
         text = re.sub(r"^\s*//+ ?", "", comment.group(1), flags=re.MULTILINE) if comment else ""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[a-z)`\]])[.:;](?:\s|$)", paragraph)[0].rstrip(".")
+    sentence = re.split(r"(?<=[a-z0-9)`\]])(?<!et al)[.;](?:\s|$)", paragraph)[0].rstrip(".:")
     return re.sub(r":\w+:`([^`]*)`", r"\1", sentence).replace("``", "")
 
 
@@ -36,7 +36,9 @@ def shorten(prefix: str, text: str, columns: int = 120) -> str:
 
 def lines(folder: Path, indent: str = "") -> list[str]:
     """The files of a folder, then its folders, each level two columns further right."""
-    entries = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "_")) or p.name == "__main__.py")
+    entries = sorted(
+        p for p in folder.iterdir() if not p.name.startswith((".", "_")) or p.name in ("__main__.py", "_impl")
+    )
     files = [p for p in entries if p.is_file() and p.suffix in SOURCES]
     width = max((len(p.name) for p in files), default=0)
     init = folder / "__init__.py"

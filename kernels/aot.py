@@ -1,4 +1,4 @@
-"""Compile Triton kernels for GPUs that are not here, and read what the compiler and assembler say of them.
+"""Compile Triton kernels for other GPUs, and read registers, spills and machine code from the result.
 
 Each operation lists its kernels at every shipped configuration in ``compile_cases()``: in ``kernels/<op>.py``, or in
 ``kernels/<op>/compile_cases.py``. The compile tests and ``benchmarks/machine_code/report.py`` read the same lists.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bestrq2.ops.reference.chunked_attention import attend, scores
+from bestrq2.ops.chunked_attention.reference import attend, scores
 
 
 def relative_error(value: Tensor, gold: Tensor) -> float:

@@ -6,7 +6,10 @@ import os
 # Before torch loads OpenMP, here and in every process that a test starts: threads that wait sleep. Where others compute
 # on the same cores, spinning doubles the processor time of a training test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# cuBLAS refuses torch.use_deterministic_algorithms without it; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import interpreter_arithmetic  # noqa: F401  (products and bf16 of Triton's interpreter)
 import pytest
 import torch
 
@@ -54,8 +57,23 @@ def device(request) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+def pytest_configure(config):
+    """Without ``--device cuda`` no test, and no process that a test starts, sees a GPU: ``train.device=auto`` too."""
+    if config.option.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {config.option.device}: torch finds no CUDA device")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
+    """With ``--device cuda`` the tests that take ``device`` are GPU tests, and no others run."""
+    if config.option.device != "cpu":
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
+            if not item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="runs on a CPU: leave out --device cuda"))
         return
     for item in items:
         if item.get_closest_marker("gpu"):  # item.keywords also holds the names of the folders above

@@ -30,6 +30,20 @@ def test_candidates_have_the_form_of_the_shipped_configuration(op):
             assert set(config) == set(shipped[kernel]), f"{op} {kernel}: {config}"
 
 
+@pytest.mark.parametrize("op", tune.tunable_ops())
+def test_preselected_candidates_are_few_and_have_the_form_of_the_shipped_ones(op):
+    pytest.importorskip("triton")
+    shipped, listed = tuning.load_configs(op), tune.candidates_of(op)
+    chosen = tune.preselected(op, 90)
+    assert chosen
+    for kernel, configs in chosen.items():
+        assert 1 < len(configs) <= 6
+        assert kernel in listed
+        for config in configs:
+            assert set(config) == set(shipped[kernel]), f"{op} {kernel}: {config}"
+    assert not tune.preselected(op, 12)
+
+
 def test_the_fastest_usable_configuration_is_chosen_and_noise_is_not():
     def trial(tile, **outcome):
         return {"config": {"tile": tile}, **outcome}

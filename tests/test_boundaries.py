@@ -39,6 +39,7 @@ LAYERS = [
         "bestrq2.report",
         "bestrq2.manifest",
         "bestrq2.shards",
+        "bestrq2.cache",
         "bestrq2.__main__",
     ),
 ]
@@ -158,3 +159,14 @@ def test_the_package_shows_its_public_names_and_nothing_else():
         assert getattr(bestrq2, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'op'"):
         bestrq2.op  # noqa: B018 (the access itself fails)
+
+
+def test_every_folder_of_the_package_is_installed():
+    """Setuptools takes folders with an ``__init__.py`` only, and a file that git ignores is not in a clone."""
+    folders = {path.parent for folder in ("bestrq2", "kernels") for path in (ROOT / folder).rglob("*.py")}
+    missing = [str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").exists()]
+    assert not missing
+    ignored = subprocess.run(
+        ["git", "check-ignore", *(str(f / "__init__.py") for f in folders)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not ignored.stdout

@@ -30,7 +30,7 @@ FILES = {
 
 @pytest.mark.slow
 def test_rehearsal_of_every_stage(tmp_path):
-    """What a GPU run does, at tiny sizes: every stage ends well and leaves its file."""
+    """A GPU run at tiny sizes: every stage ends well and leaves its file."""
     pytest.importorskip("triton")
     out = tmp_path / "out"
     command = [sys.executable, str(FOLDER / "gpu_run.py"), "--out", str(out), "--rehearse", "--seconds", "600"]

@@ -1,4 +1,4 @@
-"""What the device is and what it reaches: versions, free memory, copy bandwidth and matrix rates."""
+"""Properties and rates of the device: versions, free memory, copy bandwidth and matrix rates."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ MOST_STRETCH = 2.0  # how far unused time may lengthen a stage
 
 @dataclass
 class Outcome:
-    """How one stage ended; ``ended`` is None while a background stage runs and for stages that were left out."""
+    """End of one stage; ``ended`` is None while a background stage runs and for stages that were left out."""
 
     stage: str
     ended: Ended | None

@@ -43,7 +43,7 @@ PACK_SECONDS = 5.0  # for the last summary and the archive of the logs
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line asks for."""
+    """Options of the command line."""
 
     out: Path
     seconds: float
@@ -55,7 +55,7 @@ class RunOptions:
 
 @dataclass
 class Request:
-    """What a stage is told, as JSON in a file that its command line names."""
+    """Request to a stage, as JSON in a file that its command line names."""
 
     stage: str
     out: Path
@@ -95,7 +95,7 @@ def read_request(path: Path) -> Request:
 
 
 def read_notes(work: Path) -> dict[str, Any]:
-    """What the stages so far have left, by stage; an unreadable note is left out."""
+    """Notes that the stages so far have left, by stage; an unreadable note is left out."""
     return dict(_notes(work))
 
 

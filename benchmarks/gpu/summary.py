@@ -1,4 +1,4 @@
-"""What a GPU run found, in under 100 lines of Markdown."""
+"""Summary of a GPU run, in under 100 lines of Markdown."""
 
 from __future__ import annotations
 

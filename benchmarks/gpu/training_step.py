@@ -16,6 +16,7 @@ FIELDS = (
     *("commit", "date", "note"),
 )
 TABLE_LINES = 40
+LEAST_SECONDS = 12.0  # nothing is begun with less
 
 
 def append(request: Request, row: Mapping[str, Any]) -> None:
@@ -44,7 +45,7 @@ def main(request: Request) -> int:
         ways += [("bf16, torch.compile", torch.bfloat16, True, 20), ("fp32, eager", None, False, 8)]
     failed, found = 0, []
     for name, dtype, compiled, steps in ways:
-        if request.left() < (1 if request.rehearse else 12):
+        if request.left() < (1 if request.rehearse else LEAST_SECONDS):
             found.append(f"{name}: no time")
             continue
         try:
@@ -63,7 +64,34 @@ def main(request: Request) -> int:
         del run
         if request.device == "cuda":
             torch.cuda.empty_cache()
+    if not request.rehearse:
+        _against_peers(request)
     return 1 if failed else 0
+
+
+def _against_peers(request: Request) -> None:
+    """Rows of ``benchmarks/run.py --ops step``, where there is such a benchmark, as long as time is left."""
+    from benchmarks import report
+    from benchmarks.common import load_operation
+    from benchmarks.groups import Group, Plan, run_isolated
+    from benchmarks.machine import Machine, describe_machine, environment
+    from benchmarks.measure import Budget
+    from benchmarks.run import available_ops
+
+    if "step" not in available_ops():
+        return
+    import torch
+
+    module = load_operation("step")
+    known = request.notes.get("facts", {}).get("machine")
+    machine = Machine(**known) if known else describe_machine(torch.device(request.device))
+    facts = environment("python benchmarks/gpu_run.py", request.commit)
+    plan = Plan(request.device, machine, facts, ("cold",), Budget(seconds=2.0, at_least=3, at_most=20), memory=False)
+    for shape in module.SHAPES["cuda"]:
+        if request.left() < LEAST_SECONDS:
+            return
+        plan.group_seconds = request.left() - 1
+        report.append_csv(request.out / "rows.csv", run_isolated(Group("step", shape, module.DTYPES["cuda"][0]), plan))
 
 
 class Step:

@@ -1,4 +1,4 @@
-"""What is timed on a GPU, the most valuable first: operation, shape, dtype. No import of torch."""
+"""Calls to time on a GPU, the most valuable first: operation, shape, dtype. No import of torch."""
 
 Workload = tuple[str, str, str]
 

@@ -1,5 +1,7 @@
 """``chunked_attention``: chunks with Transformer-XL positions, against the materialised forms and FlexAttention.
 
+Two rows without positions show what attention alone costs: a floor, not the same function.
+
 Shape labels: ``B<batch>H<heads>T<frames>d<head size>-c<chunk>l<left frames>r<right frames>``; without ``-c...`` the
 context is full. Every case has positions and both biases.
 """
@@ -41,7 +43,7 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 
 TUNING = {
     f"{kernel}/{key}": (shape, dtype)
-    for kernel in ("forward", "backward_query", "backward_key")
+    for kernel in ("forward", "backward_query", "backward_key", "band", "table_gradient")
     for key, shape, dtype in (
         ("64", "B16H8T1500d64-c64l256r0", "bfloat16"),
         ("128", "B16H4T1500d128-c64l256r0", "bfloat16"),
@@ -51,7 +53,8 @@ TUNING = {
 }
 
 _TENSORS = ("query", "key", "value", "position", "content_bias", "position_bias")
-_MOST_BYTES = 6 * 2**30  # the materialised forms keep about six (B, H, T, 2T) tensors between forward and backward
+_MOST_BYTES = 6 * 2**30  # on a CPU; the materialised forms keep about six (B, H, T, 2T) tensors for the backward
+_SHARE_OF_GPU = 0.6  # of its memory, on a GPU
 
 
 def _options(case: Case) -> dict[str, Any]:
@@ -87,8 +90,9 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
     for i, name in enumerate(_TENSORS[4:]):
         inputs[name] = make(heads, dim, seed=4 + i).requires_grad_()
     inputs |= {"chunk_size": chunk, "left_context": left, "right_context": right}
-    from bestrq2.ops import ChunkLayout, native
-    from bestrq2.ops.chunked_attention_cpu import multiplies_bf16
+    from bestrq2.ops import ChunkLayout
+    from bestrq2.ops._impl import native
+    from bestrq2.ops.chunked_attention.cpu import multiplies_bf16
 
     pairs = float(ChunkLayout(chunk, left, right).mask(frames).sum()) * batch * heads
     # Each visible pair: content, position and value forward; backward eight, position and content scores among them.
@@ -136,7 +140,7 @@ def _gold(case: Case) -> dict[str, Tensor]:
     return results
 
 
-def _ours(case: Case, backend: str | None) -> Tensor:
+def _ours(case: Case, backend: Any) -> Tensor:
     from bestrq2 import ops
 
     if backend == "reference":
@@ -158,8 +162,11 @@ def _bias(case: Case) -> Callable[..., Tensor]:
 
 def _fits(case: Case) -> None:
     batch, heads, frames, _ = case.inputs["query"].shape
-    if 12 * batch * heads * frames * frames * case.dtype.itemsize > _MOST_BYTES:
-        raise Skip(f"its T x T tensors would need more than {_MOST_BYTES / 2**30:.0f} GiB")
+    most = float(_MOST_BYTES)
+    if case.device.type == "cuda":
+        most = _SHARE_OF_GPU * torch.cuda.get_device_properties(case.device).total_memory
+    if 12 * batch * heads * frames * frames * case.dtype.itemsize > most:
+        raise Skip(f"its T x T tensors would need more than {most / 2**30:.0f} GiB")
 
 
 def _transformer_xl(case: Case) -> Callable[..., Tensor]:
@@ -188,26 +195,59 @@ def _sdpa(case: Case) -> Callable[..., Tensor]:
     return attention
 
 
-def _flex(case: Case) -> Callable[..., Tensor]:
-    """Block mask for the chunks; the band of position scores (B, H, T, 2T - 1) read by a score_mod."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    if case.device.type == "cpu":
-        raise Skip("FlexAttention has no backward on CPUs")
-    _fits(case)
+def _offsets(case: Case) -> tuple[int, int]:
+    """Bounds on query - key over the visible pairs."""
     frames = case.inputs["query"].shape[2]
+    chunk, left, right = (case.inputs[name] for name in ("chunk_size", "left_context", "right_context"))
+    if chunk is None:
+        return 1 - frames, frames - 1
+    return max(1 - chunk - right, 1 - frames), min(chunk - 1 + left, frames - 1)
+
+
+def _flex(positions: bool) -> Callable[[Case], Callable[..., Tensor]]:
+    """Block mask for the chunks; position scores of the window alone, (B, H, T, W), read by a score_mod."""
+
+    def build(case: Case) -> Callable[..., Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        if case.device.type == "cpu":
+            raise Skip("FlexAttention has no backward on CPUs")
+        if positions and case.inputs["chunk_size"] is None:
+            _fits(case)
+        frames, (lowest, highest) = case.inputs["query"].shape[2], _offsets(case)
+        visible = _visible(case)
+        blocks = create_block_mask(
+            lambda b, h, i, j: visible[i, j], None, None, frames, frames, device=str(case.device)
+        )
+        first, width = frames - 1 + lowest, highest - lowest + 1
+
+        def attention(query, key, value, position, content_bias, position_bias):
+            if not positions:
+                return flex_attention(query, key, value, block_mask=blocks)
+            table = position[:, first : first + width]
+            band = (query + position_bias[:, None]) @ table.transpose(-1, -2) * query.shape[-1] ** -0.5
+
+            def add_position(score, b, h, i, j):
+                return score + band[b, h, i, (i - j - lowest).clamp(0, width - 1)]
+
+            return flex_attention(query + content_bias[:, None], key, value, score_mod=add_position, block_mask=blocks)
+
+        return torch.compile(attention, fullgraph=True, dynamic=False)
+
+    return build
+
+
+def _sdpa_alone(case: Case) -> Callable[..., Tensor]:
+    """cuDNN's attention with the chunks as a mask and nothing else: less than the operation does."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     visible = _visible(case)
-    blocks = create_block_mask(lambda b, h, i, j: visible[i, j], None, None, frames, frames, device=str(case.device))
 
     def attention(query, key, value, position, content_bias, position_bias):
-        band = (query + position_bias[:, None]) @ position.transpose(-1, -2) * query.shape[-1] ** -0.5
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
 
-        def add_position(score, b, h, i, j):
-            return score + band[b, h, i, frames - 1 + i - j]
-
-        return flex_attention(query + content_bias[:, None], key, value, score_mod=add_position, block_mask=blocks)
-
-    return torch.compile(attention, fullgraph=True, dynamic=False)
+    return attention
 
 
 def _call(build: Callable[[Case], Callable[..., Tensor]]) -> Callable[[Case], Callable[[], Tensor]]:
@@ -223,5 +263,7 @@ PROVIDERS = [
     Provider(BASELINE, _call(_transformer_xl)),
     Provider("torch.compile", _call(lambda case: compiled(_transformer_xl(case))), note="of the materialised form"),
     Provider("SDPA + position mask", _call(_sdpa)),
-    Provider("FlexAttention", _call(_flex)),
+    Provider("FlexAttention", _call(_flex(True)), note="table limited to the window"),
+    Provider("FlexAttention, no positions", _call(_flex(False)), on=("cuda",), floor=True, note="without positions"),
+    Provider("cuDNN, no positions", _call(_sdpa_alone), on=("cuda",), floor=True, note="mask alone, no positions"),
 ]

@@ -112,7 +112,7 @@ def _mean_over_books(
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
-def _ours(case: Case, backend: str | None, recompute: bool | None = None) -> Tensor:
+def _ours(case: Case, backend: Any, recompute: bool | None = None) -> Tensor:
     return first(ops.masked_cross_entropy(**case.inputs, backend=backend, recompute=recompute))
 
 
@@ -148,10 +148,13 @@ def _linear_cross_entropy(chunked: bool) -> Callable[[Case], Callable[[], Any]]:
     return prepare
 
 
-def _liger(case: Case) -> Callable[[], Any]:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def _liger(accumulator: torch.dtype | None) -> Callable[[Case], Callable[[], Any]]:
+    def prepare(case: Case) -> Callable[[], Any]:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss
 
-    return _on_masked_rows(lambda h, w, t: liger_fused_linear_cross_entropy(h, w, t))(case)
+        return _on_masked_rows(lambda h, w, t: first(loss(h, w, t, accum_dtype=accumulator)))(case)
+
+    return prepare
 
 
 def _cut_cross_entropy(impl: str) -> Callable[[Case], Callable[[], Any]]:
@@ -176,7 +179,8 @@ PROVIDERS = [
     Provider("torch.compile", lambda case: _on_masked_rows(compiled(_eager))(case)),
     Provider("F.linear_cross_entropy", _linear_cross_entropy(False)),
     Provider("F.linear_cross_entropy chunked", _linear_cross_entropy(True)),
-    Provider("liger-kernel", _liger, needs="liger_kernel", on=("cuda",)),
+    Provider("liger-kernel", _liger(None), needs="liger_kernel", on=("cuda",), note="weight gradient in its own dtype"),
+    Provider("liger-kernel fp32", _liger(torch.float32), needs="liger_kernel", on=("cuda",), note="summed in fp32"),
     Provider("cut-cross-entropy exact", _cut_cross_entropy("cce_exact"), needs="cut_cross_entropy", on=("cuda",)),
     Provider("cut-cross-entropy", _cut_cross_entropy("cce"), needs="cut_cross_entropy", on=("cuda",)),
     Provider("quack-kernels", _quack, needs="quack", on=("cuda",)),

@@ -210,6 +210,20 @@ def _faiss(case: Case) -> Callable[[], Any]:
     return call
 
 
+def _flash_kmeans(case: Case) -> Callable[[], Any]:
+    """Its assignment step: the nearest unit code in L2 is that of the largest cosine. Projection by torch, in fp32."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    projection, codebook = _stacked(case)
+
+    def call() -> Tensor:
+        rows = case.inputs["x"].float() @ projection  # (G, N, d)
+        codes = euclid_assign_triton(rows, codebook, rows.square().sum(-1))
+        return codes[0].long() if case.inputs["projection"].dim() == 2 else codes.T.long()
+
+    return call
+
+
 PROVIDERS = [
     *bestrq2_providers(OP),
     Provider(BASELINE, lambda case: _call(_published, case)),
@@ -231,4 +245,5 @@ PROVIDERS = [
     ),
     Provider("vector-quantize-pytorch", _vector_quantize_pytorch, needs="vector_quantize_pytorch"),
     Provider("faiss IndexFlatIP", _faiss, needs="faiss"),
+    Provider("flash-kmeans", _flash_kmeans, needs="flash_kmeans", on=("cuda",), note="projection by torch, fp32"),
 ]

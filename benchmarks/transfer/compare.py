@@ -5,10 +5,10 @@
     python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --threads 1
     python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --table
 
-``--corpora`` is what ``benchmarks/transfer/corpora.py`` made. PLAN.yaml is described in ``plan.py``. Equal compute is
-equal matrix-product operations of training (forward and backward, as the training log counts them); the steps of each
-recipe follow from that and are printed. Every run is probed with the same readout, beside the same encoder before
-training and log-mel statistics.
+Plans of ours are in ``benchmarks/transfer/plans``. ``--corpora`` is what ``benchmarks/transfer/corpora.py`` made.
+PLAN.yaml is described in ``plan.py``. Equal compute is equal matrix-product operations of training (forward and
+backward, as the training log counts them); the steps of each recipe follow from that and are printed. Every run is
+probed with the same readout, beside the same encoder before training and log-mel statistics.
 
 Everything is kept in ``--out``: run folders, scores, scores.csv, table.md and table.png. A comparison that was killed
 at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far.
@@ -20,7 +20,7 @@ import argparse
 import os
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="two tiny recipes on the clips of the package")
     parser.add_argument("--corpora", type=Path, help="folder written by corpora.py (default: the clips of the package)")
     parser.add_argument("--out", type=Path, help="output folder (default: transfer/<plan>)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the plan's")
+    parser.add_argument("--steps", type=int, help="of every run, instead of the plan's steps or FLOPs")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--table", action="store_true", help="only write table and picture of what is done")
     options = parser.parse_args(arguments)
@@ -95,6 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         plan = quick_plan() if options.quick else read_plan(options.plan)
+        if options.seeds:
+            plan = replace(plan, seeds=tuple(options.seeds))
+        if options.steps:
+            plan = replace(plan, steps=options.steps, flops=None)
         out = options.out or Path("transfer") / plan.name
         if options.corpora is None:
             source, tasks = None, packaged_tasks(**plan.readout)

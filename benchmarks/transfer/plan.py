@@ -1,4 +1,4 @@
-"""What is compared: recipes with overrides, at equal compute, over seeds."""
+"""Plan of a comparison: recipes with overrides, at equal compute, over seeds."""
 
 import os
 from dataclasses import dataclass, field

@@ -36,7 +36,7 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Score:
-    """What one kind of features reaches in one task.
+    """Score of one kind of features in one task.
 
     Attributes:
         candidate, seed: of the run; ``candidate`` is "log-mel statistics" for the baseline without a run.

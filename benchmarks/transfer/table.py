@@ -37,7 +37,7 @@ class Cell:
 
     @property
     def sure(self) -> bool:
-        """Whether a difference is outside of both intervals; never with a single seed."""
+        """Return True if a difference is outside of both intervals; never with a single seed."""
         outside = self.low > 0 or self.high < 0
         return outside and not np.isnan(self.spread) and abs(self.value) > self.spread
 

@@ -15,7 +15,8 @@ def corpus_tasks(clips: Path, **readout: Any) -> dict[str, ProbeTask]:
     """Tasks on ``clips.csv`` of corpora.py, by name.
 
     - ``phrase-fr``, ``-it``, ``-es``: the same phrase by another voice, found among all phrases of the voice that
-      pretraining heard; no training.
+      pretraining heard; no training. The voices come from different codecs (G.722, GSM), so features are centred and
+      scaled on each side by itself.
     - ``instrument``: family of single notes; whole General MIDI programs are held out.
     - ``pitch``: pitch class of these notes, the same folds. Statistics of a spectrogram are hard to beat here.
     - ``sound``: class of environmental sounds, trained on packages of pretraining, tested on others.
@@ -34,6 +35,7 @@ def corpus_tasks(clips: Path, **readout: Any) -> dict[str, ProbeTask]:
             "label": "pair",
             "split": "voice",
             "where": (("lang", (lang,)),),
+            "scaling": "sides",
         }
         found[f"phrase-{lang}"] = ProbeTask(**common, **choices)
     notes: dict[str, Any] = {"group": "group", "folds": 8, "where": (("kind", ("note",)),)}

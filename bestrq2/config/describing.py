@@ -41,7 +41,7 @@ def _shown(value: Any) -> str:
 
 
 def _explanation(section: type, name: str) -> str:
-    """What the class that defines a field, or one that it inherits the field from, says about it."""
+    """Documentation of a field, from the class that defines it or one that it inherits the field from."""
     for kind in section.__mro__:
         if is_dataclass(kind) and (found := _sayings(kind).get(name)):
             return found

@@ -12,6 +12,19 @@ def check_values(c: Config) -> None:
     d = c.data
     sources = d.source if isinstance(d.source, list) and d.source else [d.source or ""]
     buckets, weights = d.batching == "buckets", d.domain_weights.values()
+    targets, mixing, masking = c.model.targets, c.model.mixing, c.model.masking
+    departures = [
+        key
+        for key, used in (
+            ("model.targets.projection", targets.projection != "random"),
+            ("model.targets.centroid_steps", targets.centroid_steps > 0),
+            ("model.targets.encoder", targets.encoder is not None),
+            ("model.mixing.share", mixing.share > 0),
+            ("model.clip_weight", c.model.clip_weight > 0),
+            ("model.masking.dispersion", masking.dispersion > 0),
+        )
+        if used
+    ]
     encoder = c.model.encoder
     plain, unused = EncoderConfig(), ("norm", "feed_forward", "qk_norm", "position", "patch_height", "patch_width")
     foreign = [name for name in unused if getattr(encoder, name) != getattr(plain, name)]
@@ -23,6 +36,29 @@ def check_values(c: Config) -> None:
             "the default: a Conformer has no such choice",
         ),
         ("model.masking.ratio", len(c.model.masking.ratio) == 2, c.model.masking.ratio, "two numbers [low, high]"),
+        (
+            "model.targets.layer",
+            targets.layer is None or targets.encoder is not None,
+            targets.layer,
+            "null without model.targets.encoder",
+        ),
+        ("model.targets.seed_candidates", targets.seed_candidates >= 1, targets.seed_candidates, "at least 1"),
+        ("model.targets.fit_clips", targets.fit_clips >= 1, targets.fit_clips, "at least 1"),
+        ("model.mixing.share", 0 <= mixing.share <= 1, mixing.share, "a share in [0, 1]"),
+        ("model.mixing.share", not (mixing.share and buckets), mixing.share, "0 with data.batching=buckets"),
+        (
+            "train.batch_size",
+            not mixing.share or c.train.batch_size % (2 * max(1, c.train.accumulate)) == 0,
+            c.train.batch_size,
+            f"pairs of clips in each of {c.train.accumulate} micro-batches, for model.mixing.share",
+        ),
+        (
+            "frozen.source",
+            not c.frozen.source or not departures,
+            c.frozen.source,
+            f"null with {(*departures, '')[0]}, which needs pretraining",
+        ),
+        ("train.health_every", c.train.health_every >= 0, c.train.health_every, "0 (none) or more"),
         ("data.crop_seconds", c.data.crop_seconds > 0, c.data.crop_seconds, "a positive number of seconds"),
         ("data.source", all(isinstance(name, str) for name in sources), d.source, "a name or a list of names"),
         ("data.join_short", not (d.join_short and buckets), d.join_short, "false with data.batching=buckets"),
@@ -40,6 +76,12 @@ def check_values(c: Config) -> None:
             not c.frozen.source or not (weights or buckets),
             c.frozen.source,
             "null with data.domain_weights or data.batching=buckets, which do not apply to cached embeddings",
+        ),
+        (
+            "frozen.source",
+            not c.frozen.source or not (c.validation.source or c.probe.every),
+            c.frozen.source,
+            "null with validation.source or probe.every, which measure an encoder in training",
         ),
         ("data.workers", c.data.workers >= 0, c.data.workers, "0 or more"),
         ("optimizer.learning_rate", c.optimizer.learning_rate > 0, c.optimizer.learning_rate, "a positive number"),

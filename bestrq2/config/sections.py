@@ -6,7 +6,7 @@ from typing import Any, Literal
 from bestrq2.layers.conformer import Activation
 from bestrq2.layers.conformer_convolution import ConvMode, ConvNorm
 from bestrq2.layers.positions import PositionKind
-from bestrq2.layers.quantizer import Normalize
+from bestrq2.layers.quantizer import Normalize, Projection
 from bestrq2.layers.transformer import TransformerSettings
 
 
@@ -72,14 +72,32 @@ class TargetsConfig:
     mean: float | None = None  # of "global"; None: measured on the first clips of the training data
     std: float | None = None  # as mean
     seed: int = 21072023  # of projections and codebooks
+    seed_candidates: int = 1  # more: of so many seeds, the one whose codes are used most evenly
+    projection: Projection = "random"  # random (published) | pca | whitened_pca: fitted to the first clips
+    centroid_steps: int = 0  # steps of k-means that move the codes to what falls on them; 0 (published): none
+    fit_clips: int = 256  # of the training data, for seed_candidates, projection and centroid_steps
+    encoder: str | None = None  # quantize features of this earlier run; None (published): log-mel patches
+    layer: int | None = None  # its block, from 0; None: its final output
+    digest: str | None = None  # of its weights: filled in when a run begins, which then goes on with no other
 
 
 @dataclass
 class MaskingConfig:
-    ratio: list[float] = field(default_factory=lambda: [0.4, 0.6])  # [low, high] masked share, drawn per clip
+    ratio: list[float] = field(default_factory=lambda: [0.4, 0.6])  # [low, high] masked share, drawn for every step
     shared_per_batch: bool = False  # one mask for all clips of a batch
     span_length: int = 1  # tokens per masked span
+    block_rows: int | None = 1  # frequency rows of a block; null: all of them (spans in time)
+    block_columns: int = 1  # time columns of a block
+    kept: bool = False  # true: spans or blocks are what the encoder sees
+    dispersion: float = 0.0  # above 0: the odds to be masked grow with a patch's mean absolute deviation to this power
     noise_std: float = 0.1  # of the noise that hides masked frames from a one-stage Conformer
+
+
+@dataclass
+class MixingConfig:
+    share: float = 0.0  # of the clips to which a part of their neighbour is added; 0 (published): none
+    level_db: list[float] = field(default_factory=lambda: [-5.0, 5.0])  # of the added clip against the clip
+    span: list[float] = field(default_factory=lambda: [0.3, 1.0])  # how much of the clip's time is mixed
 
 
 @dataclass
@@ -90,6 +108,8 @@ class ModelConfig:
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    clip_weight: float = 0.0  # of a loss for whole clips, from the mean of the context; 0 (published): none
 
 
 @dataclass
@@ -105,6 +125,7 @@ class DataConfig:
     )
     batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
     domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
+    cache: str | None = None  # folder for decoded 16-bit samples, filled at the start, read instead of the files
     workers: int = 2  # processes that decode audio, per rank; 0: none
 
 
@@ -137,7 +158,7 @@ class TrainConfig:
         "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
     )
     ema_decay: float = 0.0  # of a moving average of the weights, e.g. 0.999; 0: none
-    compile: bool = False  # torch.compile of the encoder and predictor blocks
+    compile: bool | None = None  # torch.compile of encoder and predictor blocks; None: on CUDA devices
     log_every: int = 50  # steps between rows of metrics.csv
     save_every: int = 5000  # steps between checkpoints
     save_minutes: float = 30.0  # also save when this long has passed since the last time; 0: never
@@ -146,6 +167,7 @@ class TrainConfig:
     keep_best: int = 0  # also keep this many of lowest validation loss (else mean training loss since the last save)
     max_bad_steps: int = 20  # consecutive non-finite steps before giving up
     pictures_every: int = 2000  # steps between pictures of mask and predictions; 0: none
+    health_every: int = 1000  # steps between measurements of the encoder's outputs (RMS, effective rank); 0: none
     wandb: str | None = None  # also log to this Weights & Biases project
 
 
@@ -177,7 +199,7 @@ class ProbeConfig:
 @dataclass
 class FrozenConfig:
     source: str | None = None  # train only a head on the embeddings of this encoder; None: pretrain
-    trust_remote_code: bool = False  # run Python code that a transformers folder brings along
+    trust_remote_code: bool = False  # run the Python code of a transformers folder
     every_frame: bool = False  # predict the code of every frame, without masking
     cache: str | None = None  # folder of cached embeddings; None: inside the run folder
 

@@ -1,4 +1,4 @@
-"""Where text becomes values and values become text: YAML, ``key=value`` arguments, and the paths among the values.
+"""Conversion between text and values: YAML, ``key=value`` arguments, and the paths among the values.
 
 A string is itself: ``${...}`` and ``???``, to which OmegaConf gives a meaning, have none here. So a folder may have any
 name, and ``configuration -> YAML -> configuration`` changes nothing.

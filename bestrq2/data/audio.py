@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd, isfinite
 from typing import BinaryIO
@@ -53,7 +53,7 @@ _UNKNOWN = 1 << 60  # libsndfile gives 2^63 - 1 frames for a stream that does no
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a header says: ``sampling_rate`` in Hz, ``num_samples`` per channel, ``duration`` in seconds."""
+    """Contents of a header: ``sampling_rate`` in Hz, ``num_samples`` per channel, ``duration`` in seconds."""
 
     sampling_rate: int
     num_samples: int
@@ -144,21 +144,28 @@ def load_audio(
 
 
 def load_clip(
-    item: AudioFile, sampling_rate: int = 16000, *, start: float = 0.0, duration: float | None = None
+    item: AudioFile,
+    sampling_rate: int = 16000,
+    *,
+    start: float = 0.0,
+    duration: float | None = None,
+    load: Callable[..., np.ndarray] = load_audio,
 ) -> np.ndarray:
     """As :func:`load_audio`, of a listed file or part of a file; ``start`` counts from the beginning of the part.
+
+    ``load`` gives the samples of a file, with the arguments of :func:`load_audio`.
 
     Raises:
         AudioError: as :func:`load_audio`; "truncated" also if the file ends over 1 % before the part does.
     """
     if not item.is_part:
-        return load_audio(item.path, sampling_rate, start=start, duration=duration)
+        return load(item.path, sampling_rate, start=start, duration=duration)
     if item.end is not None:
         left = item.end - item.start - start
         if left <= 0:
             raise AudioError(item.path, "no samples", f"nothing from {start:.3f} s of the part on")
         duration = left if duration is None else min(left, duration)
-    waveform = load_audio(item.path, sampling_rate, start=item.start + start, duration=duration)
+    waveform = load(item.path, sampling_rate, start=item.start + start, duration=duration)
     if duration is not None:
         missing = duration - len(waveform) / sampling_rate
         if missing > max(_TOLERANCE_SECONDS, TRUNCATED_ABOVE * duration):
@@ -185,7 +192,7 @@ def clip_duration(item: AudioFile, info: AudioInfo) -> float:
 
 @dataclass(frozen=True)
 class AudioDigest:
-    """What full decoding shows: real length, largest magnitude over time after the mono mix, hash of the samples."""
+    """Results of full decoding: real length, largest magnitude over time after the mono mix, hash of the samples."""
 
     info: AudioInfo
     peak: float
@@ -277,7 +284,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
 
 
 def _least_bytes(file: soundfile.SoundFile) -> float:
-    """What its stated length takes at least, but for silence: 0.1 byte per sample of FLAC, 7 kbit/s of MP3."""
+    """Smallest size of a file of this length, except for silence: 0.1 byte per sample of FLAC, 7 kbit/s of MP3."""
     if file.format == "FLAC":
         return 0.1 * file.frames * file.channels
     rate = 900 if file.subtype.startswith("MPEG") else 40 if file.subtype.startswith(_LOSSY) else 0
@@ -285,7 +292,7 @@ def _least_bytes(file: soundfile.SoundFile) -> float:
 
 
 def _has_end(file: soundfile.SoundFile) -> bool:
-    """Whether there are samples shortly before the stated end. Slow for an MP3, which is read from its beginning."""
+    """Return True if there are samples shortly before the stated end. Slow for an MP3, which is read from its start."""
     try:
         with _quiet_seek(file):
             file.seek(max(0, file.frames - file.samplerate))
@@ -298,7 +305,7 @@ def _has_end(file: soundfile.SoundFile) -> bool:
 
 def _check_regular(name: str) -> None:
     status = os.stat(name)
-    # Opening a pipe or a device could block for ever.
+    # Opening a pipe or a device could block forever.
     if not stat.S_ISREG(status.st_mode):
         raise AudioError(name, "not readable", "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
     if status.st_size == 0:

@@ -30,10 +30,10 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """End the workers of a stream that nobody closed.
+    """End the workers of a stream that was not closed.
 
     They ignore SIGTERM (see below), which is all that multiprocessing sends at the end of the main process before it
-    waits for them: without this it would wait for ever.
+    waits for them: without this it would wait forever.
     """
     for worker in list(_workers):
         if worker.is_alive():
@@ -43,6 +43,8 @@ def _end_workers() -> None:
 @dataclass(frozen=True)
 class Batch:
     """Samples padded with zeros to the longest: ``waveform`` (B, S) float32, ``lengths`` and ``index`` (B,) int64.
+
+    On its way from a cache the waveform is int16, half as many bytes; :meth:`as_float` makes it float32.
 
     ``lengths`` counts the samples before the padding and stays on the CPU; ``index`` is the global sample index (CPU);
     ``skips`` are the files that could not be read on the way; ``domains`` has the domain of every sample.
@@ -57,6 +59,30 @@ class Batch:
     def __len__(self) -> int:
         return self.waveform.shape[0]
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a pretraining model is called with, besides step and index: waveform and lengths."""
+        return self.waveform, self.lengths
+
+    def part(self, begin: int, end: int) -> "Batch":
+        """Samples ``begin`` ... ``end - 1``, padded to the longest of them, without the skips."""
+        lengths = self.lengths[begin:end]
+        waveform = self.waveform[begin:end, : int(lengths.max())]
+        return replace(
+            self,
+            waveform=waveform,
+            lengths=lengths,
+            index=self.index[begin:end],
+            skips=[],
+            domains=self.domains[begin:end],
+        )
+
+    def as_float(self) -> "Batch":
+        """The same batch with a float32 waveform: int16 over 32768, which is exact."""
+        if self.waveform.dtype != torch.int16:
+            return self
+        return replace(self, waveform=self.waveform.float().mul_(1 / 32768))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with its waveform on ``device``."""
         return replace(self, waveform=self.waveform.to(device, non_blocking=non_blocking))
@@ -67,7 +93,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples into one zero-padded batch, in the given order.
+    """Put samples into one zero-padded batch, in the given order; int16 if all of them are.
 
     Raises:
         ValueError: no samples.
@@ -75,7 +101,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if not samples:
         raise ValueError("a batch needs at least one sample")
     lengths = [len(sample.waveform) for sample in samples]
-    waveform = np.zeros((len(samples), max(lengths)), np.float32)
+    integers = all(sample.waveform.dtype == np.int16 for sample in samples)
+    waveform = np.zeros((len(samples), max(lengths)), np.int16 if integers else np.float32)
     for row, sample in zip(waveform, samples):
         row[: len(sample.waveform)] = sample.waveform
     return Batch(
@@ -99,6 +126,7 @@ def batches(
     pin_memory: bool = False,
     prefetch: int = 4,
     start_method: str | None = None,
+    as_float: bool = True,
 ) -> Generator[Batch, None, None]:
     """Deliver the batches of steps ``start_step`` ... ``start_step + num_steps - 1``.
 
@@ -120,6 +148,7 @@ def batches(
         start_method: of the workers: "forkserver" (default where it exists), "spawn" or "fork". The default never
             copies a process in which CUDA or threads are active. Only a script that defines its own ``dataset`` class
             must be guarded by ``if __name__ == "__main__":``.
+        as_float: deliver float32; False leaves int16 samples of a cache as they are, for a copy to a GPU.
 
     The workers end with the generator: exhaust it or ``close()`` it.
 
@@ -146,11 +175,17 @@ def batches(
         )
     steps = _Steps(plan, start_step, num_steps, rank, world_size)
     # Checked above at the call, not at the first batch: that is why the generator is another function.
-    return _deliver(dataset, steps, workers, pin_memory, prefetch, start_method)
+    return _deliver(dataset, steps, workers, pin_memory, prefetch, start_method, as_float)
 
 
 def _deliver(
-    dataset: Dataset, steps: "_Steps", workers: int, pin_memory: bool, prefetch: int, start_method: str | None
+    dataset: Dataset,
+    steps: "_Steps",
+    workers: int,
+    pin_memory: bool,
+    prefetch: int,
+    start_method: str | None,
+    as_float: bool,
 ) -> Generator[Batch, None, None]:
     options: dict[str, Any] = {}
     if workers:
@@ -176,7 +211,7 @@ def _deliver(
         for batch in stream:
             if isinstance(batch, _Failure):
                 raise batch.error
-            yield batch
+            yield batch.as_float() if as_float else batch
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             memory = "the machine ran out of memory, or " if "Killed" in str(error) or "Bus" in str(error) else ""
@@ -272,7 +307,7 @@ def _end_with_parent() -> None:
     """End this worker when the main process is gone, even if it was killed.
 
     The loader's own watch looks at the parent's process id, which for a forkserver is the server; and the server waits
-    for the workers, so without this all of them would stay for ever.
+    for the workers, so without this all of them would stay forever.
     """
     parent = parent_process()
     if parent is not None:

@@ -5,6 +5,7 @@ from math import floor
 
 import numpy as np
 
+from bestrq2.data.cache import SampleCache
 from bestrq2.data.dataset import CropDataset
 from bestrq2.data.domains import apportion
 from bestrq2.data.files import AudioFile
@@ -25,7 +26,7 @@ class BucketDataset(CropDataset):
     into batches. Which places of a bucket make up a batch is fixed; which clips stand in these places is permuted anew
     in every epoch, and so is the order of the batches: any sample is found in constant time, and resuming at step k
     costs as much as starting. Places left over in a bucket are the first of the next longer one; the last batch is
-    filled up with repeats (of other crops, where clips are longer than the crop) to as many rows as a batch of the
+    padded with repeats (other crops, if clips are longer than the crop) to as many rows as a batch of the
     longest clips has.
 
     A step of ``batch_size`` has as many rows as fit into ``batch_size * row_seconds`` seconds, at least one, where the
@@ -37,7 +38,8 @@ class BucketDataset(CropDataset):
     that is heard several times in an epoch comes in random order, not each clip once before any comes again.
 
     Args:
-        files, crop_seconds, sampling_rate, seed, min_seconds, max_attempts, domain_weights: as for ``CropDataset``.
+        files, crop_seconds, sampling_rate, seed, min_seconds, max_attempts, domain_weights, cache: as for
+            ``CropDataset``.
         row_seconds: padded seconds of a batch per unit of its ``batch_size``; None: ``crop_seconds``, so that a step
             holds as much as one of equal crops.
 
@@ -56,11 +58,14 @@ class BucketDataset(CropDataset):
         max_attempts: int = 16,
         domain_weights: Mapping[str, float] | None = None,
         row_seconds: float | None = None,
+        cache: SampleCache | None = None,
     ) -> None:
         self.row_seconds = crop_seconds if row_seconds is None else row_seconds
         if not self.row_seconds > 0:
             raise ValueError(f"row_seconds must be positive, got {row_seconds}")
-        super().__init__(files, crop_seconds, sampling_rate, seed, False, min_seconds, max_attempts, domain_weights)
+        super().__init__(
+            files, crop_seconds, sampling_rate, seed, False, min_seconds, max_attempts, domain_weights, cache
+        )
         self._count_places()
         self._plans: dict[int, BucketSteps] = {}
 
@@ -119,7 +124,7 @@ class BucketDataset(CropDataset):
         return sorted(others, key=lambda i: (abs(int(self._bucket_of[i]) - int(own)), i))
 
     def plan(self, batch_size: int) -> "BucketSteps":
-        """Which samples make up a step of ``batch_size * row_seconds`` padded seconds."""
+        """The samples of each step of ``batch_size * row_seconds`` padded seconds."""
         if batch_size not in self._plans:
             self._plans[batch_size] = BucketSteps(self, batch_size)
         return self._plans[batch_size]
@@ -146,7 +151,7 @@ class BucketSteps:
             counts.append((end - position) // rows[-1])
             position += rows[-1] * counts[-1]
         if position < dataset.samples_per_epoch:
-            counts[-1] += 1  # filled up with repeats
+            counts[-1] += 1  # padded with repeats
         self._starts, self._rows = starts, rows
         self._batches = np.cumsum(counts)  # up to the end of each bucket
         self.steps_per_epoch = int(self._batches[-1])

@@ -1,4 +1,4 @@
-"""What a file's container promises, where libsndfile does not tell: a cut WAV, AIFF or MP3 opens without complaint.
+"""Length stated by a file's container, where libsndfile hides it: a cut WAV, AIFF or MP3 opens without an error.
 
 libsndfile shortens a cut WAV or AIFF to the bytes that exist and keeps the count of an MP3's Xing header although the
 frames are gone, so the promise is read here from the container itself. FLAC's promise is in its header and libsndfile
@@ -35,7 +35,7 @@ def missing_fraction(file: BinaryIO) -> float:
 
 
 def mp3_counts_frames(file: BinaryIO) -> bool:
-    """Whether an MP3 says how many frames it has; without that its length is an estimate from the first frame.
+    """Return True if an MP3 states its number of frames; otherwise its length is estimated from the first frame.
 
     Raises:
         OSError: the file cannot be read.

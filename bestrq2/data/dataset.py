@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from bestrq2.data.audio import audio_info, clip_duration, load_clip
+from bestrq2.data.cache import SampleCache
 from bestrq2.data.domains import DomainSchedule, select_domains
 from bestrq2.data.files import AudioFile
 from bestrq2.data.order import SampleOrder, permute
@@ -25,6 +26,8 @@ _CROP, _REPLACEMENT, _JOIN, _STRATUM = 1, 2, 3, 4
 @dataclass(frozen=True)
 class Sample:
     """One training sample: ``waveform`` (S,) float32, its global ``index``, and the files skipped on the way to it.
+
+    From a cache the waveform is int16 and must not be written into.
 
     ``domain`` is that of its file or, of joined files, of the first.
     """
@@ -69,10 +72,11 @@ class CropDataset(Dataset):
         crop_seconds: longest sample.
         sampling_rate: of the waveforms, in Hz.
         seed: of the order and of every crop.
-        join_short: fill up short files as described; otherwise they are returned at their own length.
+        join_short: fill short files as described; otherwise they are returned at their own length.
         min_seconds: a file that turns out shorter when read is skipped as "too short".
         max_attempts: different unreadable files (or groups) drawn for one sample until a :class:`DataError`.
         domain_weights: weight of every domain, 0 to leave it out; None or empty: every second of audio counts alike.
+        cache: decoded audio of the files, read instead of them.
 
     ``num_slots`` is the length of an epoch in samples, ``seconds`` the audio in the files. With weights, ``num_slots``
     counts the epochs of all domains together. ``left_out`` may hold the skips of the scan that found the files.
@@ -92,6 +96,7 @@ class CropDataset(Dataset):
         min_seconds: float = 0.0,
         max_attempts: int = 16,
         domain_weights: Mapping[str, float] | None = None,
+        cache: SampleCache | None = None,
     ) -> None:
         if not files:
             raise DataError("no files to train on")
@@ -114,6 +119,7 @@ class CropDataset(Dataset):
         self.join_short = join_short
         self.min_seconds = min_seconds
         self.max_attempts = max_attempts
+        self.cache = cache
         self._durations = np.array([_duration(item) for item in self.files])
         self.seconds = float(self._durations.sum())
 
@@ -169,13 +175,15 @@ class CropDataset(Dataset):
         return self.crop_samples
 
     def plan(self, batch_size: int) -> StepPlan:
-        """Which samples make up a step of ``batch_size``."""
+        """The samples of each step of ``batch_size``."""
         return EqualSteps(batch_size)
 
     @property
     def identity(self) -> tuple:
         """The settings that decide which samples come when, beside the files: equal ones give an equal training."""
         settings: tuple = (self.crop_samples, self.sampling_rate, self.seed, self.join_short, self.min_seconds)
+        if self.cache is not None and not self.cache.exact:
+            settings += ("int16",)
         if self.schedule is not None:
             settings += ("domains", *zip(self.schedule.names, self.schedule.quotas))
         return settings
@@ -233,17 +241,21 @@ class CropDataset(Dataset):
             f"could not be read:\n  {listed}"
         )
 
+    def _load(self, item: AudioFile, sampling_rate: int, *, start: float = 0.0, duration: float) -> np.ndarray:
+        load = load_clip if self.cache is None else self.cache.load
+        return load(item, sampling_rate, start=start, duration=duration)
+
     def _crop(self, index: int, place: int, slots: int, global_index: int, longest: int) -> np.ndarray:
         """The sample of slot ``place`` of a file's ``slots``: a random crop, or all of a file that is not longer."""
         item = self.files[index]
         rate = self.sampling_rate
         spare = int(self._durations[index] * rate) - longest
         if spare <= 0:
-            waveform = load_clip(item, rate, duration=longest / rate)
+            waveform = self._load(item, rate, duration=longest / rate)
         else:
             draw = uniform(self.seed, _CROP, global_index, index)
             start = min(spare, int((place + draw) / slots * (spare + 1)))
-            waveform = load_clip(item, rate, start=start / rate, duration=longest / rate)
+            waveform = self._load(item, rate, start=start / rate, duration=longest / rate)
         return self._checked(waveform, item)
 
     def _join(
@@ -258,7 +270,7 @@ class CropDataset(Dataset):
             position = permute((first + step) % num_files, num_files, self.seed, _JOIN, epoch, unit)
             item = self.files[members[position]]
             try:
-                piece = load_clip(item, self.sampling_rate, duration=missing / self.sampling_rate)
+                piece = self._load(item, self.sampling_rate, duration=missing / self.sampling_rate)
                 # The last piece may be cut to any length; the file itself must not be too short.
                 pieces.append(piece if len(piece) == missing else self._checked(piece, item))
             except AudioError as error:

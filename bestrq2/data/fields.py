@@ -1,4 +1,4 @@
-"""What the columns of a manifest mean: the path of a clip, its place in a longer file, duration, rate, labels.
+"""Columns of a manifest: the path of a clip, its place in a longer file, duration, rate, labels.
 
 Names are those of NeMo, SpeechBrain, WeNet, Lhotse, Common Voice and Hugging Face's audio folders. A column that would
 change which audio a row stands for is used or refused; all others are labels.

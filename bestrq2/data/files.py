@@ -32,7 +32,7 @@ _ADDRESS = re.compile(rf"(.+?(?:{'|'.join(re.escape(suffix) for suffix in sorted
 
 
 def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether the extension is one of a file that holds clips: tar, HDF5, Arrow or Parquet."""
+    """Return True for the extension of an archive of clips: tar, HDF5, Arrow or Parquet."""
     return Path(path).suffix.lower() in ARCHIVES
 
 
@@ -93,7 +93,7 @@ class AudioFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or an archive holds: audio ``files``, how many other files by extension, what could not be read.
+    """Contents of a folder or an archive: audio ``files``, counts of other extensions, and unreadable entries.
 
     ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
     """
@@ -108,5 +108,5 @@ EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif
 
 
 def is_audio(path: str | os.PathLike[str]) -> bool:
-    """Whether the extension is one that :func:`load_audio` is meant for."""
+    """Return True for an extension that :func:`load_audio` reads."""
     return Path(path).suffix.lower() in EXTENSIONS

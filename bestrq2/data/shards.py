@@ -119,7 +119,7 @@ def pack(
 
 @dataclass(frozen=True)
 class _Clip:
-    """What is packed of a file: its ``name`` in the shard, its bytes, the text of its .json, and the file itself."""
+    """A file to pack: its ``name`` in the shard, its bytes, the text of its .json, and the file itself."""
 
     name: str
     content: bytes

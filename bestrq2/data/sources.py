@@ -1,4 +1,4 @@
-"""What a user names as data: folders, manifests, single files, and archives by name or pattern."""
+"""Data sources: folders, manifests, single files, and archives by name or pattern."""
 
 import glob
 import itertools
@@ -58,7 +58,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         source: one name or several.
         progress: show a progress bar while archives are listed.
         split: of a folder with files of several splits (train, validation, test by their names), the one that is used;
-            None: all. ``notes`` says so.
+            None: all, with a note in ``notes``.
 
     Raises:
         DataError: a name that does not exist or cannot be listed, or a package that is needed and not installed.

@@ -1,4 +1,4 @@
-"""Which split of a data set a file is of, by the names that Hugging Face's hub and most corpora use."""
+"""Split of a data set that a file belongs to, by the names of Hugging Face's hub and most corpora."""
 
 import os
 import re

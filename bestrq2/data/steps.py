@@ -1,4 +1,4 @@
-"""Which samples make up a step: the same for any number of workers and ranks."""
+"""The samples of each step, the same for any number of workers and ranks."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -33,7 +33,7 @@ def suffix_of(path: str | os.PathLike[str]) -> str:
 
 
 def is_manifest(path: str | os.PathLike[str]) -> bool:
-    """Whether the name is one of a manifest: a table, JSON lines, wav.scp; also gzipped."""
+    """Return True for the name of a manifest: a table, JSON lines, wav.scp; also gzipped."""
     return suffix_of(path) in _SUFFIXES or Path(path).name == "wav.scp"
 
 

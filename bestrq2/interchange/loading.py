@@ -45,7 +45,7 @@ def load(
     Args:
         source: see above.
         device: where to put it.
-        trust_remote_code: run Python code that a transformers folder brings along.
+        trust_remote_code: run the Python code of a transformers folder.
         published_positions: reproduce a fault of the published inference code; see :class:`~bestrq2.ViTEncoder`.
         heads, hop_length: only for published checkpoints whose heads or hop cannot be known from the file.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from bestrq2.config import Config, ConfigError, config_from_dict
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_model
 from bestrq2.models.build import load_weights
+from bestrq2.models.teacher import Teacher
 from bestrq2.runs.checkpoint import STATE, find_checkpoint
 
 from .published import from_published
@@ -129,6 +130,29 @@ def load_pretraining(path: str | Path, **hints: int | None) -> BestRQ2 | BestRQ:
     source = open_source(path, **hints)
     if not source.complete:
         raise ConfigError(f"{path}: holds an encoder alone, without predictor, quantizer and head")
-    model = build_model(source.config)
+    model = build_model(source.config, open_teacher(source.config))
     load_weights(model, source.weights, source.origin)
     return model
+
+
+def open_teacher(config: Config) -> Teacher | None:
+    """The frozen encoder that ``model.targets.encoder`` names, or None if the targets are log-mel patches.
+
+    Raises:
+        ConfigError: if it is not the one that ``model.targets.digest`` records, or has no such layer.
+        CheckpointError: as :func:`open_source`.
+    """
+    targets = config.model.targets
+    if targets.encoder is None:
+        return None
+    try:
+        teacher = Teacher(open_own(targets.encoder), targets.layer)
+    except ValueError as error:
+        raise ConfigError(f"model.targets.encoder={targets.encoder}: {error}") from error
+    found = teacher.digest()
+    if targets.digest not in (None, found):
+        raise ConfigError(
+            f"model.targets.encoder={targets.encoder}: not the encoder or layer that made the targets so far (digest "
+            f"{found[:16]} instead of {str(targets.digest)[:16]}). Give the path of the same weights."
+        )
+    return teacher

@@ -256,7 +256,10 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
     notes = ["front end's mean and deviation folded into the patch embedding"] if standardised else []
     if "head.weight" not in weights:
         return out, metadata, notes
-    if standardised or model.targets.normalize != "none" or model.targets.num_codebooks != 1:
+    targets = model.targets
+    other = targets.normalize != "none" or targets.num_codebooks != 1 or targets.encoder is not None
+    # Codes moved to centroids are still a projection and a codebook; a mean to subtract has no place there.
+    if standardised or other or targets.projection != "random":
         notes.append(
             "predictor, quantizer and head left out: published targets are one codebook of raw patches, these are not"
         )

@@ -14,7 +14,7 @@ from .tensors import assemble_encoder, write_encoder_file
 SAMPLING_RATE = 16000  # of all audio in s3prl
 WEIGHTS = "encoder.safetensors"
 
-EXPERT = '''"""s3prl upstream of {description}, written by `python -m bestrq2.export --s3prl`. Needs bestrq2."""
+EXPERT = '''"""s3prl upstream of {description}, written by `bestrq2 export --s3prl`. Needs bestrq2."""
 
 from pathlib import Path
 

@@ -27,7 +27,7 @@ Interface = Literal["xares", "xares-llm"]
 
 TEMPLATE = '''"""{interface} encoder {name}: {description}.
 
-Written by `python -m bestrq2.export`; needs bestrq2, and {weights} beside this file.
+Written by `bestrq2 export`; needs bestrq2, and {weights} beside this file.
 """
 
 from pathlib import Path

@@ -32,12 +32,12 @@ class CodeUsage(nn.Module):
         for a batch in parts. Returns this update's counts ``(G, V)``."""
         books, size = self.counts.shape
         flat = codes.reshape(-1, books)
-        weight = torch.ones(flat.shape[0], device=codes.device, dtype=torch.float64)
+        weight = torch.ones(flat.shape[0], device=codes.device, dtype=torch.int32)
         if valid is not None:
-            weight = valid.reshape(-1).to(torch.float64)
-        # Unlike bincount, this does not make the host wait for a GPU; sums of zeros and ones are exact in any order.
-        fresh = torch.zeros(books, size, device=codes.device, dtype=torch.float64)
-        fresh.scatter_add_(1, flat.T.clamp(min=0), weight.expand(books, -1))
+            weight = valid.reshape(-1).to(torch.int32)
+        # Unlike bincount, this does not make the host wait for a GPU, whose atomic additions are fast for integers.
+        counts = torch.zeros(books, size, device=codes.device, dtype=torch.int32)
+        fresh = counts.scatter_add_(1, flat.T.clamp(min=0), weight.expand(books, -1)).double()
         self.add(fresh, decay)
         return fresh
 
@@ -76,5 +76,5 @@ class CodeUsage(nn.Module):
         return (
             f"targets use few codes: perplexity {perplexity:.1f} of {size} codes over {float(self.total):.0f} targets "
             f"(below {LOW_PERPLEXITY_SHARE:.0%}). The common level of the patches dominates the projection: try "
-            "targets.normalize=patch, or targets.normalize=global with statistics from `python -m bestrq2.stats`."
+            "targets.normalize=patch, or targets.normalize=global with statistics from `bestrq2 stats`."
         )

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bestrq2.ops import ChunkLayout
 
+from .block_rows import residual_norm, stochastic_depth
 from .conformer_attention import AttentionCache, RelativeAttention, relative_sinusoids
 from .conformer_convolution import (
     ConvMode,
@@ -22,7 +23,6 @@ from .conformer_convolution import (
     past_frames,
 )
 from .frame_grid import FrameGrid
-from .transformer import DropPath
 
 Activation = Literal["silu", "gelu"]
 
@@ -102,7 +102,11 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(s.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.inner_dropout(self.act(self.fc1(self.norm(x))))))
+        return self.layers(self.norm(x))
+
+    def layers(self, normed: Tensor) -> Tensor:
+        """What follows the norm, which a block joins with the residual sum before it."""
+        return self.dropout(self.fc2(self.inner_dropout(self.act(self.fc1(normed)))))
 
 
 class ConvolutionModule(nn.Module):
@@ -121,7 +125,11 @@ class ConvolutionModule(nn.Module):
         self.dropout = nn.Dropout(s.dropout)
 
     def forward(self, x: Tensor, grid: FrameGrid, layout: ChunkLayout, cache: BlockCache | None) -> Tensor:
-        frames = grid.to_frames(nn.functional.glu(self.pointwise1(self.norm(x)), dim=-1))
+        return self.layers(self.norm(x), grid, layout, cache)
+
+    def layers(self, normed: Tensor, grid: FrameGrid, layout: ChunkLayout, cache: BlockCache | None) -> Tensor:
+        """What follows the first norm, which a block joins with the residual sum before it."""
+        frames = grid.to_frames(nn.functional.glu(self.pointwise1(normed), dim=-1))
         weight, bias = self.depthwise.weight.to(frames.dtype), self.depthwise.bias
         bias = None if bias is None else bias.to(frames.dtype)
         past = None if cache is None else cache.convolution
@@ -138,7 +146,9 @@ class ConvolutionModule(nn.Module):
 
 
 class ConformerBlock(nn.Module):
-    def __init__(self, s: ConformerSettings, drop_path: float) -> None:
+    """Half a feed-forward layer, attention, convolution, the other half, norm; ``scales (4, B)``: stochastic depth."""
+
+    def __init__(self, s: ConformerSettings) -> None:
         super().__init__()
         self.ff1 = FeedForward(s)
         self.attn_norm = nn.LayerNorm(s.width)
@@ -147,17 +157,23 @@ class ConformerBlock(nn.Module):
         self.conv = ConvolutionModule(s)
         self.ff2 = FeedForward(s)
         self.norm = nn.LayerNorm(s.width)
-        self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, grid: FrameGrid, table: Tensor, layout: ChunkLayout, cache: BlockCache | None = None
+        self,
+        x: Tensor,
+        grid: FrameGrid,
+        table: Tensor,
+        layout: ChunkLayout,
+        cache: BlockCache | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.drop_path(0.5 * self.ff1(x))
-        attended = self.attn(self.attn_norm(x), grid, table, layout, None if cache is None else cache.attention)
-        x = x + self.drop_path(self.attn_dropout(attended))
-        x = x + self.drop_path(self.conv(x, grid, layout, cache))
-        x = x + self.drop_path(0.5 * self.ff2(x))
-        return self.norm(x)
+        first, second, third, last = (None,) * 4 if scales is None else scales.unbind()
+        x, normed = residual_norm(x, None, self.ff1.norm)
+        x, normed = residual_norm(x, self.ff1.layers(normed), self.attn_norm, first, 0.5)
+        attended = self.attn(normed, grid, table, layout, None if cache is None else cache.attention)
+        x, normed = residual_norm(x, self.attn_dropout(attended), self.conv.norm, second)
+        x, normed = residual_norm(x, self.conv.layers(normed, grid, layout, cache), self.ff2.norm, third)
+        return residual_norm(x, self.ff2.layers(normed), self.norm, last, 0.5)[1]
 
 
 class Conformer(nn.Module):
@@ -170,10 +186,10 @@ class Conformer(nn.Module):
         super().__init__()
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
+        self.compiled = False  # whether the blocks are, see training/compilation.py
         steps = max(1, settings.depth - 1)
-        self.blocks = nn.ModuleList(
-            ConformerBlock(settings, settings.drop_path * i / steps) for i in range(settings.depth)
-        )
+        self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
+        self.blocks = nn.ModuleList(ConformerBlock(settings) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(settings.width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -209,14 +225,19 @@ class Conformer(nn.Module):
         offsets = layout.offsets(grid.num_frames, cached + grid.num_frames, query_offset=cached)
         table = relative_sinusoids(*offsets, self.settings.width, self.settings.symmetric_positions, x.device)
         table = table.to(x.dtype)
+        scales = stochastic_depth(self.drop_rates, 4, len(x), x.device) if self.training else None
+        if self.compiled:
+            for tensor, tokens in ((x, 1), (table, 0)):
+                torch._dynamo.maybe_mark_dynamic(tensor, tokens)
         for number, block in enumerate(self.blocks):
+            of_block = None if scales is None else scales[number]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, table, layout, use_reentrant=False)
+                x = checkpoint(block, x, grid, table, layout, None, of_block, use_reentrant=False)
             else:
-                x = block(x, grid, table, layout, None if caches is None else caches[number])
+                x = block(x, grid, table, layout, None if caches is None else caches[number], of_block)
             if layer_outputs is not None:
                 layer_outputs.append(x)
-        return self.norm(x)
+        return residual_norm(x, None, self.norm)[1]
 
     def flops(self, tokens: int, frames: int, keys: float) -> float:
         """Operations of one forward pass over one clip (matrix products and depthwise convolutions).

@@ -118,7 +118,7 @@ class LogMel(nn.Module):
         return self._fused(waveform, lengths, counts, self.num_frames(waveform.shape[1]), centred=True), counts
 
     def reference(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` computes, in plain PyTorch: differentiable, on every device."""
+        """The definition of :meth:`forward` in plain PyTorch: differentiable, on every device."""
         lengths = check_lengths(waveform, lengths)
         frame_lengths = 1 + lengths // self.hop_length
         num_clips, num_samples = waveform.shape
@@ -131,7 +131,10 @@ class LogMel(nn.Module):
         decibels = torch.cat(parts) if parts else waveform.new_zeros(0, num_frames, self.num_mels, dtype=torch.float32)
         frames = self._standardised(decibels)
         if num_clips and int(frame_lengths.min()) < num_frames:
-            inside = torch.arange(num_frames, device=frames.device) < frame_lengths.to(frames.device)[:, None]
+            inside = (
+                torch.arange(num_frames, device=frames.device)
+                < frame_lengths.to(frames.device, non_blocking=True)[:, None]
+            )
             frames = frames * inside[..., None]
         return frames, frame_lengths
 
@@ -210,7 +213,7 @@ def reflect_edges(waveform: Tensor, lengths: Tensor, pad: int) -> Tensor:
     if num_samples > pad and bool((lengths == num_samples).all()):
         return torch.nn.functional.pad(waveform, (pad, pad), mode="reflect")
     position = torch.arange(-pad, num_samples + pad, device=waveform.device)
-    length = lengths.to(waveform.device)[:, None]
+    length = lengths.to(waveform.device, non_blocking=True)[:, None]
     period = (2 * (length - 1)).clamp(min=1)
     folded = torch.remainder(position, period)
     source = torch.minimum(folded, period - folded).clamp(max=num_samples - 1)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bestrq2.ops import native
-from bestrq2.ops.dispatch import forced_backend
+from bestrq2.ops._impl import native
+from bestrq2.ops._impl.dispatch import forced_backend
 
 from .log_mel_tables import Tables, passes, tables
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # exact in float32
 
 
 class Settings(NamedTuple):
-    """What the tables of a front end depend on."""
+    """Parameters that the tables of a front end depend on."""
 
     n_fft: int
     win_length: int
@@ -30,7 +30,7 @@ class Settings(NamedTuple):
 
 
 def log_mel_obstacle(waveform: Tensor, device: torch.device, settings: Settings) -> str | None:
-    """Why the fused kernels cannot compute these frames on ``device``, the front end's, or None.
+    """Reason why the fused kernels cannot compute these frames on ``device``, the front end's, or None.
 
     The PyTorch form computes what they cannot.
     """

@@ -62,7 +62,10 @@ def stream_frames(
     """
     pad, hop = log_mel.n_fft // 2, log_mel.hop_length
     before = state.received
-    inside = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
+    inside = (
+        torch.arange(waveform.shape[1], device=waveform.device)
+        < lengths.to(waveform.device, non_blocking=True)[:, None]
+    )
     state.signal = torch.cat((state.signal, torch.where(inside, waveform, 0).to(state.signal.dtype)), dim=1)
     state.received += waveform.shape[1]
     fresh = ends & (state.totals == GOES_ON)

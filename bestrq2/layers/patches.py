@@ -27,6 +27,10 @@ class Patches:
     def columns(self) -> int:
         return self.values.shape[1] // self.rows
 
+    def dispersion(self) -> Tensor:
+        """Mean absolute deviation of the values of each patch from their mean: ``(B, N)`` float32."""
+        return (self.values - self.values.mean(-1, keepdim=True)).abs().mean(-1)
+
     def positions(self) -> Tensor:
         """Grid position of every token: ``(N, 2)`` int64, (frequency row, time column)."""
         token = torch.arange(self.values.shape[1], device=self.values.device)

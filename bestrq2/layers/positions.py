@@ -51,7 +51,12 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
     Shapes: x ``(B, H, N, d)``, angles ``(B or 1, N, d / 2)`` -> like x, in x's dtype (arithmetic in fp32).
     """
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return turn(x, angles.cos(), angles.sin())
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`rotate` with cosines and sines that are already there: they are the same in every block."""
+    cos, sin = cos[:, None], sin[:, None]
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

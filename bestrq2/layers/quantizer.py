@@ -7,17 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2 import ops
-from bestrq2.ops.arguments import integer
+from bestrq2.ops._impl.arguments import integer
+
+from .target_fitting import fit_axes, move_to_centroids
+
+CACHED_VALUES = 1 << 17  # values that are standardised together on a CPU: 1 MB of float64
 
 Normalize = Literal["none", "global", "patch", "utterance"]
+Projection = Literal["random", "pca", "whitened_pca"]
 
 
 class RandomProjectionQuantizer(nn.Module):
     """Nearest code of a randomly projected patch: ``argmax_v cos(norm(x) P, c_v)``, for one or several codebooks.
 
-    P is Xavier-uniform, the codes are normally distributed and scaled to unit length. Both are persistent buffers,
-    drawn on the CPU in fp32 from the quantizer's own seed: every rank, device and resumed run has the same ones, no
-    optimizer ever sees them, and no other random state is touched.
+    By default nothing is learned. P is Xavier-uniform, the codes are normally distributed and scaled to unit length.
+    Both are persistent buffers, drawn on the CPU in fp32 from the quantizer's own seed: every rank, device and resumed
+    run has the same ones, no optimizer ever sees them, and no other random state is touched.
+
+    P and the codes may instead be fitted to a sample of patches, once and before training: :meth:`fit`. They are frozen
+    and stored like random ones.
 
     Args:
         patch_dim: D, values per patch.
@@ -30,6 +38,11 @@ class RandomProjectionQuantizer(nn.Module):
             "patch": layer norm of each patch. "utterance": mean and deviation of all valid values of the clip.
         seed: of projection and codebook.
         mean, std: statistics for "global".
+        projection: "random"; "pca": the principal axes of the sample, after subtracting its mean; "whitened_pca": the
+            same with every axis scaled to unit deviation, so that the strongest does not decide alone. Several
+            codebooks share the strongest ``num_codebooks * codebook_dim`` axes: a random rotation mixes them, and each
+            codebook takes its share.
+        centroid_steps: steps of spherical k-means that move the codes to the middle of what falls on them; 0: none.
 
     Shapes:
         patches ``(B, N, D)``, lengths ``(B,)`` valid patches, rows ``(B, M)`` int64 indices into N (None: all)
@@ -44,6 +57,7 @@ class RandomProjectionQuantizer(nn.Module):
     codebook: Tensor
     mean: Tensor
     std: Tensor
+    center: Tensor | None
 
     def __init__(
         self,
@@ -55,6 +69,8 @@ class RandomProjectionQuantizer(nn.Module):
         seed: int = 0,
         mean: float = 0.0,
         std: float = 1.0,
+        projection: Projection = "random",
+        centroid_steps: int = 0,
     ) -> None:
         super().__init__()
         patch_dim, codebook_size = integer("patch_dim", patch_dim, 1), integer("codebook_size", codebook_size, 1)
@@ -66,17 +82,27 @@ class RandomProjectionQuantizer(nn.Module):
             raise ValueError(f"normalize must be one of {', '.join(get_args(Normalize))}; got {normalize!r}")
         if std <= 0:
             raise ValueError(f"std must be positive, got {std}")
-        self.normalize = normalize
+        if projection not in get_args(Projection):
+            raise ValueError(f"projection must be one of {', '.join(get_args(Projection))}; got {projection!r}")
+        if projection != "random" and num_codebooks * codebook_dim > patch_dim:
+            raise ValueError(
+                f"projection={projection}: expected num_codebooks * codebook_dim of at most patch_dim = {patch_dim} "
+                f"axes, got {num_codebooks} * {codebook_dim}"
+            )
+        self.normalize, self.projection_kind, self.seed = normalize, projection, seed
+        self.centroid_steps = integer("centroid_steps", centroid_steps, 0)
         generator = torch.Generator("cpu").manual_seed(seed)
         bound = math.sqrt(6.0 / (patch_dim + codebook_dim))
         shape = (num_codebooks, patch_dim, codebook_dim)
-        projection = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
         codebook = torch.empty(num_codebooks, codebook_size, codebook_dim, device="cpu").normal_(generator=generator)
         unit = nn.functional.normalize(codebook.double(), dim=-1).float()
-        self.register_buffer("projection", projection)
+        self.register_buffer("projection", drawn)
         self.register_buffer("codebook", unit)
         self.register_buffer("mean", torch.tensor(float(mean), device="cpu"))
         self.register_buffer("std", torch.tensor(float(std), device="cpu"))
+        # Only there if it is used, so that checkpoints of random projections stay what they were.
+        self.register_buffer("center", None if projection == "random" else torch.zeros(patch_dim, device="cpu"))
 
     @property
     def codebook_size(self) -> int:
@@ -96,30 +122,107 @@ class RandomProjectionQuantizer(nn.Module):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    @property
+    def patch_dim(self) -> int:
+        return self.projection.shape[1]
+
+    @property
+    def needs_fit(self) -> bool:
+        """True if :meth:`fit` has to be called before training."""
+        return self.projection_kind != "random" or self.centroid_steps > 0
+
+    @torch.no_grad()
+    def normalise(self, patches: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Patches ``(B, N, D)`` as the projection takes them, before the mean of the sample is subtracted: float32."""
+        if self.normalize == "utterance":
+            return self._standardise_clips(patches, lengths)
+        if self.normalize == "global":
+            return (patches.float() - self.mean) / self.std
+        if self.normalize == "patch":
+            return nn.functional.layer_norm(patches.float(), patches.shape[-1:])
+        return patches.float()
+
+    @torch.no_grad()
+    def fit(self, sample: Tensor) -> None:
+        """Fit what the arguments ask for; without any, do nothing.
+
+        The result depends on the seed and the sample alone, up to rounding.
+
+        Args:
+            sample: ``(S, D)`` float32 patches from :meth:`normalise`, without padding.
+
+        Raises:
+            ValueError: for a wrong width, fewer patches than axes or than two per code, or a sample that varies in
+                fewer directions than there are axes.
+        """
+        if sample.dim() != 2 or sample.shape[1] != self.patch_dim:
+            raise ValueError(f"expected a sample (S, {self.patch_dim}), got {tuple(sample.shape)}")
+        books, _, width = self.projection.shape
+        device, sample = self.projection.device, sample.cpu()
+        if self.center is not None:
+            whiten = self.projection_kind == "whitened_pca"
+            center, axes = fit_axes(sample, books * width, whiten, self.seed if books > 1 else None)
+            self.center.copy_(center)
+            self.projection.copy_(axes.unflatten(1, (books, width)).transpose(0, 1))
+        if not self.centroid_steps:
+            return
+        if len(sample) < 2 * self.codebook_size:
+            raise ValueError(
+                f"centroids of {self.codebook_size} codes need a sample of at least {2 * self.codebook_size} patches, "
+                f"got {len(sample)}"
+            )
+        if self.center is not None:
+            sample = sample - self.center.cpu()
+        for book, projection in enumerate(self.projection.cpu()):
+            codes = self.codebook[book].cpu()
+            fitted = move_to_centroids(sample @ projection, codes, self.centroid_steps, self.seed + book)
+            self.codebook[book].copy_(fitted.to(device))
+
     @torch.no_grad()
     def forward(self, patches: Tensor, lengths: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         if self.normalize == "utterance":
             patches = self._standardise_clips(patches, lengths)
         if rows is not None:
             patches = patches.gather(1, rows[..., None].expand(-1, -1, patches.shape[-1]))
+        if self.center is not None:
+            # The mean is subtracted after the normalisation, which therefore cannot happen inside of the operation.
+            return self.codes_of_normalised(patches if self.normalize == "utterance" else self.normalise(patches))
         if self.normalize == "global":
             patches = (patches.float() - self.mean) / self.std
-        inside_op = "layer_norm" if self.normalize == "patch" else "none"
+        inside_op: Literal["none", "layer_norm"] = "layer_norm" if self.normalize == "patch" else "none"
         return ops.quantize(patches, self.projection, self.codebook, normalize=inside_op)
+
+    @torch.no_grad()
+    def codes_of_normalised(self, values: Tensor) -> Tensor:
+        """Codes ``(..., G)`` of patches from :meth:`normalise`, ``(..., D)``."""
+        centred = values if self.center is None else values - self.center
+        return ops.quantize(centred, self.projection, self.codebook)
 
     @staticmethod
     def _standardise_clips(patches: Tensor, lengths: Tensor | None) -> Tensor:
         # float64 sums: the result, rounded to float32, does not depend on how much padding the sum runs over.
-        values = patches.double()
-        inside = torch.ones(values.shape[:2], device=values.device, dtype=torch.float64)
-        if lengths is not None:
-            inside = (torch.arange(values.shape[1]) < lengths.cpu()[:, None]).to(inside)
-        count = (inside.sum(1) * values.shape[2]).clamp(min=1)[:, None, None]
-        mean = (values * inside[..., None]).sum((1, 2), keepdim=True) / count
-        variance = ((values - mean).square() * inside[..., None]).sum((1, 2), keepdim=True) / count
-        # Patches of digital silence have no spread: they become zero rows, whose code is 0.
-        return ((values - mean) / (variance + 1e-10).sqrt()).float()
+        num_clips, num_patches, dim = patches.shape
+        if lengths is None:
+            lengths = torch.full((num_clips,), num_patches)
+        lengths = lengths.to(patches.device, non_blocking=True)
+        inside = torch.arange(num_patches, device=patches.device) < lengths[:, None]
+        counts = (lengths * dim).clamp(min=1).double()[:, None, None]
+        out = torch.empty(patches.shape, dtype=torch.float32, device=patches.device)
+        # On a CPU a few clips at a time: their float64 values stay in the cache.
+        group = (
+            max(1, CACHED_VALUES // max(1, num_patches * dim)) if patches.device.type == "cpu" else max(1, num_clips)
+        )
+        for clips in (slice(start, start + group) for start in range(0, num_clips, group)):
+            values, valid, count = patches[clips].double(), inside[clips, :, None], counts[clips]
+            values -= (values * valid).sum((1, 2), keepdim=True) / count
+            variance = (values.square() * valid).sum((1, 2), keepdim=True) / count
+            # Patches of digital silence have no spread: they become zero rows, whose code is 0.
+            out[clips] = values.div_((variance + 1e-10).sqrt_())
+        return out
 
     def extra_repr(self) -> str:
         books, dim, width = self.projection.shape
-        return f"{dim} -> {width}, {books} x {self.codebook_size} codes, normalize={self.normalize}"
+        fitted = (
+            "" if not self.needs_fit else f", {self.projection_kind} projection, {self.centroid_steps} centroid steps"
+        )
+        return f"{dim} -> {width}, {books} x {self.codebook_size} codes, normalize={self.normalize}{fitted}"

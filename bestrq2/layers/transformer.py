@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .masking import valid_mask
-from .positions import rotate
+from .attention import attend, self_attend
+from .block_rows import Rotation, gated, residual_norm, scaled, split_heads, stochastic_depth
 
 Norm = Literal["layer_norm", "rms_norm"]
 FeedForward = Literal["gelu", "swiglu"]
@@ -75,12 +75,12 @@ class TransformerSettings:
         return self.width // self.heads
 
 
-def make_norm(kind: Norm, width: int) -> nn.Module:
+def make_norm(kind: Norm, width: int) -> nn.LayerNorm | nn.RMSNorm:
     return nn.LayerNorm(width, eps=1e-5) if kind == "layer_norm" else nn.RMSNorm(width, eps=1e-5)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through ``scaled_dot_product_attention``."""
+    """Multi-head self-attention; ``lengths (B,)`` are valid tokens on the device, None: all."""
 
     def __init__(self, s: TransformerSettings) -> None:
         super().__init__()
@@ -90,13 +90,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(s.head_dim, eps=1e-5) if s.qk_norm else nn.Identity()
         self.proj = nn.Linear(s.width, s.width, bias=s.bias)
 
-    def forward(self, x_BND: Tensor, keys_B11N: Tensor | None, angles: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, lengths: Tensor | None, rotation: Rotation | None) -> Tensor:
         B, N, D = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys_B11N)
+        qkv = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads)
+        if rotation is None and isinstance(self.q_norm, nn.Identity):
+            mixed = self_attend(qkv, lengths)
+        else:
+            mixed = attend(*split_heads(qkv, self.q_norm, self.k_norm, rotation), lengths)
         return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
 
 
@@ -111,42 +111,34 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            gate, value = self.fc1(x).chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * value)
+            return self.fc2(gated(self.fc1(x)))
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): drop a residual branch for whole clips, rescaling the rest."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
-            return branch
-        keep = 1.0 - self.probability
-        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep
-        return branch * (kept / keep).to(branch.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.probability:.3f}"
-
-
 class Block(nn.Module):
-    def __init__(self, s: TransformerSettings, drop_path: float) -> None:
+    """Attention and feed-forward, each ``x + scale * dropout(branch(norm(x)))``.
+
+    Shapes:
+        x ``(B, N, D)``, lengths ``(B,)`` valid tokens on the device or None, rotation: cos and sin
+        ``(B or 1, N, d / 2)`` or None, scales ``(2, B)`` of stochastic depth or None -> ``(B, N, D)``.
+    """
+
+    def __init__(self, s: TransformerSettings) -> None:
         super().__init__()
         self.norm1 = make_norm(s.norm, s.width)
         self.attn = Attention(s)
         self.norm2 = make_norm(s.norm, s.width)
         self.mlp = Mlp(s)
-        self.dropout = nn.Dropout(s.dropout)
-        self.drop_path = DropPath(drop_path)
+        self.dropout = s.dropout
 
-    def forward(self, x: Tensor, keys: Tensor | None, angles: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self.dropout(self.attn(self.norm1(x), keys, angles)))
-        return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, rotation: Rotation | None = None, scales: Tensor | None = None
+    ) -> Tensor:
+        first, second = (None, None) if scales is None else scales.unbind()
+        x, normed = residual_norm(x, None, self.norm1)
+        branch = F.dropout(self.attn(normed, lengths, rotation), self.dropout, self.training)
+        x, normed = residual_norm(x, branch, self.norm2, first)
+        return x + scaled(F.dropout(self.mlp(normed), self.dropout, self.training), second)
 
 
 class Transformer(nn.Module):
@@ -162,8 +154,10 @@ class Transformer(nn.Module):
         settings.check()
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
+        self.compiled = False  # whether the blocks are, see training/compilation.py
         steps = max(1, settings.depth - 1)
-        self.blocks = nn.ModuleList(Block(settings, settings.drop_path * i / steps) for i in range(settings.depth))
+        self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.depth))
         self.norm = make_norm(settings.norm, settings.width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -178,16 +172,24 @@ class Transformer(nn.Module):
         angles: Tensor | None = None,
         layer_outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        keys = None if lengths is None else valid_mask(lengths, x.shape[1], x.device)
-        keys = None if keys is None else keys[:, None, None, :]
-        for block in self.blocks:
+        if lengths is not None:
+            padded = bool((lengths < x.shape[1]).any())
+            lengths = lengths.to(x.device, non_blocking=True) if padded else None
+        rotation = None if angles is None else (angles.cos(), angles.sin())
+        if self.compiled:
+            for tensor in (x, *(rotation or ())):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        # Drawn here, not in the blocks: their constants would make torch.compile compile each of them again.
+        scales = stochastic_depth(self.drop_rates, 2, len(x), x.device) if self.training else None
+        for number, block in enumerate(self.blocks):
+            arguments = (x, lengths, rotation, None if scales is None else scales[number])
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, keys, angles, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, keys, angles)
+                x = block(*arguments)
             if layer_outputs is not None:
                 layer_outputs.append(x)
-        return self.norm(x)
+        return residual_norm(x, None, self.norm)[1]
 
     def flops(self, tokens: int) -> float:
         """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only)."""

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.hashing import mix
+from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import normal
-from bestrq2.layers.masking import MaskPlan, RandomMasking, take
-from bestrq2.layers.patches import Patches
+from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
+from bestrq2.layers.mixing import PairMixing
+from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.transformer import TransformerSettings
 
+from .clip_head import ClipHead
 from .encoder import PretrainableEncoder, check_encoder
-from .predictor import CodeHead, Predictor
+from .predictor import Predictor
+from .teacher import Teacher
 
 
 @dataclass
@@ -25,8 +29,10 @@ class PretrainOutput:
         loss, accuracy: 0-d float32; mean cross-entropy and top-1 accuracy over the predicted patches.
         codes: ``(B, Np, G)`` int64 targets.
         plan: the mask.
-        patches: log-mel patches of the batch.
+        patches: log-mel patches of the batch, mixed where clips are mixed.
         hidden: ``(B, Np, D)`` what the head saw.
+        clip_loss: 0-d float32, of the target for whole clips; None without one.
+        clip_weight: its weight beside ``loss``.
     """
 
     loss: Tensor
@@ -35,15 +41,130 @@ class PretrainOutput:
     plan: MaskPlan
     patches: Patches
     hidden: Tensor
+    clip_loss: Tensor | None = None
+    clip_weight: float = 0.0
+
+    @property
+    def objective(self) -> Tensor:
+        """The loss to minimise, 0-d float32."""
+        return self.loss if self.clip_loss is None else self.loss + self.clip_weight * self.clip_loss
+
+    def touching_share(self) -> Tensor:
+        """Share of the masked patches with a visible one beside them in time or frequency, 0-d float32."""
+        return touching_share(self.plan, self.patches.values.shape[1], self.patches.rows)
 
 
-def num_predicted(encoder: PretrainableEncoder, masking: RandomMasking, lengths: Tensor, step: int) -> int:
-    """Targets in a batch of clips with these ``lengths (B,)`` in samples."""
-    tokens = torch.tensor([encoder.num_tokens(samples) for samples in lengths.tolist()], dtype=torch.int64)
-    return int(masking.num_predicted(tokens, step).sum())
+def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int]]:
+    """(seen tokens, predicted tokens, number of such clips) for every pair that occurs: clips of equal length agree."""
+    sizes, clips = torch.stack((plan.seen_lengths, plan.predicted_lengths), 1).unique(dim=0, return_counts=True)
+    return [(seen, predicted, count) for (seen, predicted), count in zip(sizes.tolist(), clips.tolist())]
 
 
-class BestRQ2(nn.Module):
+class _Pretraining(nn.Module):
+    """Base class of both ways of pretraining: patches, targets, masks, the optional target for whole clips.
+
+    Args:
+        encoder: what remains after pretraining.
+        quantizer: frozen targets.
+        masking: which patches are predicted.
+        teacher: quantize its features instead of the log-mel patches.
+        mixing: add parts of neighbouring clips in training.
+        clip_weight: of the loss of the target for whole clips; 0: none.
+
+    Raises:
+        TypeError: for an encoder that lacks members of :class:`PretrainableEncoder`, listing them.
+        ValueError: if the quantizer does not take what it gets, the teacher's frames are not the encoder's tokens, or
+            ``mixing`` with an encoder that has no ``front_end``.
+    """
+
+    one_stage = False
+    clip_head: ClipHead | None
+
+    def __init__(
+        self,
+        encoder: PretrainableEncoder,
+        quantizer: RandomProjectionQuantizer,
+        masking: RandomMasking,
+        teacher: Teacher | None,
+        mixing: PairMixing | None,
+        clip_weight: float,
+    ) -> None:
+        super().__init__()
+        check_encoder(encoder, one_stage=self.one_stage)
+        # Any: an encoder has more than the members that pretraining needs.
+        self.encoder = cast(Any, encoder)
+        self.quantizer, self.masking = quantizer, masking
+        self.teacher, self.mixing, self.clip_weight = teacher, mixing, clip_weight
+        if not 0 <= clip_weight < float("inf"):
+            raise ValueError(f"clip_weight must be a number of at least 0, got {clip_weight}")
+        if mixing is not None and not hasattr(encoder, "front_end"):
+            raise ValueError(f"mixing needs an encoder with a front_end (a LogMel); {type(encoder).__name__} has none")
+        if teacher is not None:
+            teacher.check(self.encoder)
+        width = encoder.patch_dim if teacher is None else teacher.width
+        if quantizer.patch_dim != width:
+            raise ValueError(f"expected a quantizer of {width} values, got one of {quantizer.patch_dim}")
+
+    def _add_clip_head(self) -> None:
+        """Last of all parts, so that the others start from the same random numbers with and without it."""
+        books, size = self.quantizer.num_codebooks, self.quantizer.codebook_size
+        self.clip_head = ClipHead(self.encoder.output_dim, size, books) if self.clip_weight else None
+
+    def target_values(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> Tensor:
+        """Input of the quantizer: log-mel patches, or the teacher's features of the same audio, ``(B, N, P)``."""
+        return patches.values if self.teacher is None else self.teacher.features(waveform, lengths, patches)
+
+    def target_codes(
+        self, waveform: Tensor, lengths: Tensor | None, patches: Patches, rows: Tensor | None = None
+    ) -> Tensor:
+        """Codes ``(B, M, G)`` int64 of the tokens ``rows (B, M)`` (None: all) of single clips."""
+        return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
+
+    @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
+    def _prepare(
+        self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor
+    ) -> tuple[Patches, MaskPlan, Tensor]:
+        """Patches (mixed, if clips are mixed), mask and codes at the predicted places."""
+        patches = single = self.encoder.patches(waveform, lengths)
+        mixture = None
+        if self.mixing is not None and self.training:
+            front = self.encoder.front_end
+            mean, std = (self._like_patches(values, single) for values in (front.mean, front.std))
+            mixture = self.mixing.mix(single, index, mean, std)
+            patches = mixture.patches
+        weights = patches.dispersion() if self.masking.dispersion else None
+        plan = self.masking.plan(patches.lengths, step, index, waveform.device, patches.rows, weights)
+        if mixture is None:
+            return patches, plan, self.target_codes(waveform, lengths, patches, plan.predicted)
+        codes = mixture.codes(self.target_codes(waveform, lengths, single))
+        return patches, plan, take(codes, plan.predicted)
+
+    def num_predicted(self, lengths: Tensor, step: int) -> int:
+        """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
+        mean, so this is the weight of the batch beside others of the same step."""
+        samples, clips = lengths.unique(return_counts=True)
+        tokens = torch.tensor([self.encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64)
+        return int((self.masking.num_predicted(tokens, step) * clips).sum())
+
+    def _like_patches(self, bands: Tensor, patches: Patches) -> Tensor:
+        """One value, or one per band, so that it meets the values of patches: ``()`` or ``(1, N, P)``."""
+        if bands.numel() == 1:
+            return bands.reshape(())
+        height = getattr(self.encoder, "patch_height", len(bands))  # a Conformer's tokens are whole frames
+        width = self.encoder.patch_dim // height
+        column = extract_patches(bands.expand(1, width, -1), torch.tensor([width]), height, width).values
+        return column.repeat(1, patches.columns, 1)
+
+    def _clip_loss(self, context: Tensor, codes: Tensor, plan: MaskPlan) -> Tensor | None:
+        if self.clip_head is None:
+            return None
+        return self.clip_head(context, plan.seen_lengths, codes, plan.predicted_valid())
+
+    def _clip_flops(self) -> float:
+        return 0.0 if self.clip_head is None else self.clip_head.flops()
+
+
+class BestRQ2(_Pretraining):
     """Two-step pretraining: the encoder sees only unmasked patches, a predictor infers the codes of the masked ones.
 
     Args:
@@ -51,6 +172,9 @@ class BestRQ2(nn.Module):
         quantizer: frozen targets.
         masking: which patches are predicted.
         predictor: shape of the predictor Transformer. Published: 4 blocks of width 768.
+        teacher, mixing, clip_weight: departures from the published method. A frozen encoder whose features are
+            quantized instead of the log-mel patches; mixing of clips in training; the weight of a target for whole
+            clips, which the mean of the context predicts (0: none).
 
     Shapes:
         waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU (None: all), step, index ``(B,)`` global clip index in
@@ -66,45 +190,41 @@ class BestRQ2(nn.Module):
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         predictor: TransformerSettings | None = None,
+        *,
+        teacher: Teacher | None = None,
+        mixing: PairMixing | None = None,
+        clip_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        check_encoder(encoder)
+        super().__init__(encoder, quantizer, masking, teacher, mixing, clip_weight)
         settings = predictor or TransformerSettings(depth=4)
-        # Any: an encoder has more than the members that pretraining needs.
-        self.encoder = cast(Any, encoder)
-        self.quantizer, self.masking = quantizer, masking
         self.predictor = Predictor(encoder.output_dim, settings, encoder.position, encoder.rows)
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
+        self._add_clip_head()
 
     def forward(
         self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
     ) -> PretrainOutput:
         index = torch.arange(len(waveform)) if index is None else index
-        patches = self.encoder.patches(waveform, lengths)
-        plan = self.masking.plan(patches.lengths, step, index, waveform.device)
-        codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
+        patches, plan, codes = self._prepare(waveform, lengths, step, index)
 
         context = self.encoder.context(patches, plan, step)
         hidden = self.predictor(context, patches.positions(), plan)
         loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
-        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
-
-    def num_predicted(self, lengths: Tensor, step: int) -> int:
-        """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
-        mean, so this is the weight of the batch beside others of the same step."""
-        return num_predicted(self.encoder, self.masking, lengths, step)
+        clip_loss = self._clip_loss(context, codes, plan)
+        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden, clip_loss, self.clip_weight)
 
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
         project = 2.0 * self.predictor.input_proj.weight.numel()
-        for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
-            total += self.encoder.flops(seen, seen + predicted) + seen * project
-            total += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted)
+        for seen, predicted, clips in clip_sizes(plan):
+            one = self.encoder.flops(seen, seen + predicted) + seen * project
+            one += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted) + self._clip_flops()
+            total += clips * one
         return 3.0 * total
 
 
-class BestRQ(nn.Module):
+class BestRQ(_Pretraining):
     """One-stage pretraining (BEST-RQ): masked patches are hidden from an encoder that sees all positions, and their
     codes are read from its output.
 
@@ -118,37 +238,42 @@ class BestRQ(nn.Module):
         noise_std: deviation of the noise around zero. Published: 0.1, on standardised log-mel values.
     """
 
+    one_stage = True
+
     def __init__(
         self,
         encoder: PretrainableEncoder,
         quantizer: RandomProjectionQuantizer,
         masking: RandomMasking,
         noise_std: float = 0.1,
+        *,
+        teacher: Teacher | None = None,
+        mixing: PairMixing | None = None,
+        clip_weight: float = 0.0,
     ) -> None:
-        super().__init__()
-        check_encoder(encoder, one_stage=True)
-        self.encoder = cast(Any, encoder)
-        self.quantizer, self.masking, self.noise_std = quantizer, masking, noise_std
+        super().__init__(encoder, quantizer, masking, teacher, mixing, clip_weight)
+        self.noise_std = noise_std
         self.mask_token: nn.Parameter | None = None
         if self.encoder.needs_mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.output_dim))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = CodeHead(encoder.output_dim, quantizer.codebook_size, quantizer.num_codebooks)
+        self._add_clip_head()
 
     def forward(
         self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
     ) -> PretrainOutput:
         index = torch.arange(len(waveform)) if index is None else index
-        patches = self.encoder.patches(waveform, lengths)
-        plan = self.masking.plan(patches.lengths, step, index, waveform.device)
-        codes = self.quantizer(patches.values, patches.lengths, rows=plan.predicted)
+        patches, plan, codes = self._prepare(waveform, lengths, step, index)
 
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
         hidden = take(output, plan.predicted)
         loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
-        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
+        clip_loss = None if self.clip_head is None else self._clip_loss(take(output, plan.seen), codes, plan)
+        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden, clip_loss, self.clip_weight)
 
+    @torch.compiler.disable  # as the masks
     def _noise(self, patches: Patches, step: int, index: Tensor) -> Tensor:
         num_clips, num_tokens, dim = patches.values.shape
         index = index.to(patches.values.device, torch.int64, non_blocking=True)
@@ -163,15 +288,11 @@ class BestRQ(nn.Module):
         marked = torch.zeros(num_clips, num_tokens + 1, dtype=torch.bool, device=target.device)
         return marked.scatter_(1, target, True)[:, :num_tokens]
 
-    def num_predicted(self, lengths: Tensor, step: int) -> int:
-        """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
-        mean, so this is the weight of the batch beside others of the same step."""
-        return num_predicted(self.encoder, self.masking, lengths, step)
-
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
+        for seen, predicted, clips in clip_sizes(plan):
             tokens = seen + predicted
-            total += self.encoder.flops(tokens, tokens) + self.head.flops(predicted)
+            one = self.encoder.flops(tokens, tokens) + self.head.flops(predicted) + self._clip_flops()
+            total += clips * one
         return 3.0 * total

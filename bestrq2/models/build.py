@@ -5,16 +5,19 @@ from typing import Any
 
 import torch
 
-from bestrq2.config import Config, ConfigError, EncoderConfig, ModelConfig
+from bestrq2.config import Config, ConfigError, EncoderConfig, MaskingConfig, ModelConfig, TargetsConfig
+from bestrq2.hashing import mix
 from bestrq2.layers.chunk_sampling import ChunkSampler, SpeechBrainChunks, WeNetChunks
 from bestrq2.layers.conformer import ConformerSettings
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.layers.masking import RandomMasking
+from bestrq2.layers.mixing import PairMixing
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.ops import ChunkLayout
 
 from .best_rq2 import BestRQ, BestRQ2
 from .conformer import ConformerEncoder
+from .teacher import Teacher
 from .vit import ViTEncoder
 
 
@@ -82,30 +85,62 @@ def _conformer(config: EncoderConfig, log_mel: LogMel, seed: int) -> ConformerEn
     )
 
 
-def build_model(config: Config) -> BestRQ2 | BestRQ:
+def build_quantizer(targets: TargetsConfig, width: int) -> RandomProjectionQuantizer:
+    """The quantizer of targets of ``width`` values; random until it is fitted, if it has to be."""
+    return RandomProjectionQuantizer(
+        width,
+        codebook_size=targets.codebook_size,
+        codebook_dim=targets.codebook_dim,
+        num_codebooks=targets.num_codebooks,
+        normalize=targets.normalize,
+        seed=targets.seed,
+        mean=targets.mean or 0.0,
+        std=1.0 if targets.std is None else targets.std,
+        projection=targets.projection,
+        centroid_steps=targets.centroid_steps,
+    )
+
+
+def build_masking(masks: MaskingConfig, seed: int) -> RandomMasking:
+    return RandomMasking(
+        masks.ratio,
+        seed=seed,
+        shared_per_batch=masks.shared_per_batch,
+        span_length=masks.span_length,
+        block_rows=masks.block_rows,
+        block_columns=masks.block_columns,
+        kept=masks.kept,
+        dispersion=masks.dispersion,
+    )
+
+
+def build_model(config: Config, teacher: Teacher | None = None) -> BestRQ2 | BestRQ:
     """The pretraining model that a configuration describes. Weights come from the global generator of torch.
 
+    Args:
+        config: the configuration.
+        teacher: the encoder that ``model.targets.encoder`` names, opened; see
+            :func:`bestrq2.interchange.opening.open_teacher`.
+
     Raises:
-        ConfigError: for sizes that do not fit together, naming them.
+        ConfigError: for sizes that do not fit together, naming them, or a missing teacher.
     """
-    model, targets = config.model, config.model.targets
-    try:
-        encoder = build_encoder(model, config.data.crop_seconds, seed=config.train.seed)
-        quantizer = RandomProjectionQuantizer(
-            encoder.patch_dim,
-            codebook_size=targets.codebook_size,
-            codebook_dim=targets.codebook_dim,
-            num_codebooks=targets.num_codebooks,
-            normalize=targets.normalize,
-            seed=targets.seed,
-            mean=targets.mean or 0.0,
-            std=1.0 if targets.std is None else targets.std,
+    model, targets, seed = config.model, config.model.targets, config.train.seed
+    if targets.encoder is not None and teacher is None:
+        raise ConfigError(
+            f"model.targets.encoder: the targets are made by {targets.encoder}, which has to be opened for this model"
         )
-        masks = model.masking
-        masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
+    try:
+        encoder = build_encoder(model, config.data.crop_seconds, seed=seed)
+        quantizer = build_quantizer(targets, encoder.patch_dim if teacher is None else teacher.width)
+        masking = build_masking(model.masking, seed)
+        mixing = None
+        if model.mixing.share:
+            mixing = PairMixing(model.mixing.share, model.mixing.level_db, model.mixing.span, mix(seed, 3))
+        options: dict[str, Any] = {"teacher": teacher, "mixing": mixing, "clip_weight": model.clip_weight}
         if model.name == "best_rq":
-            return BestRQ(encoder, quantizer, masking, masks.noise_std)
-        return BestRQ2(encoder, quantizer, masking, model.predictor)
+            return BestRQ(encoder, quantizer, masking, model.masking.noise_std, **options)
+        return BestRQ2(encoder, quantizer, masking, model.predictor, **options)
     except ConfigError:
         raise
     except ValueError as error:

@@ -185,7 +185,10 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         chunk = self.factor * self.front_end.hop_length * ((layout.chunk_size if streams else None) or 1)
         piece = chunk * max(1, round(PIECE_SECONDS * self.sampling_rate / chunk))
         if waveform.shape[1] <= piece or torch.is_grad_enabled():  # nothing is cut where gradients flow
-            audio = torch.arange(waveform.shape[1], device=waveform.device) < lengths.to(waveform.device)[:, None]
+            audio = (
+                torch.arange(waveform.shape[1], device=waveform.device)
+                < lengths.to(waveform.device, non_blocking=True)[:, None]
+            )
             waveform = nn.functional.pad(
                 torch.where(audio, waveform, 0), (0, max(0, self.min_samples - waveform.shape[1]))
             )

@@ -36,7 +36,7 @@ class PretrainableEncoder(Protocol):
 
     @property
     def position(self) -> PositionKind:
-        """How the predictor places context and mask tokens on that grid: "rope" or "sincos"."""
+        """Position encoding of the predictor on that grid: "rope" or "sincos"."""
         ...
 
     def patches(self, waveform: Tensor, lengths: Tensor | None = None) -> Patches:

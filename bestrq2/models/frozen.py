@@ -1,30 +1,16 @@
 """The frozen-encoder second stage: a head that predicts target codes from an encoder's embeddings."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from bestrq2.layers.masking import RandomMasking, take, valid_mask
+from bestrq2.layers.code_head import CodeHead
+from bestrq2.layers.masking import MaskPlan, RandomMasking, take
+from bestrq2.layers.patches import Patches
 from bestrq2.layers.positions import rotary_angles
 from bestrq2.layers.transformer import TransformerSettings
 
-from .predictor import CodeHead, Predictor
-
-
-@dataclass
-class HeadOutput:
-    """
-    Attributes:
-        loss, accuracy: 0-d float32, over the predicted columns.
-        codes: ``(B, Np, G)`` their targets.
-        valid: ``(B, Np)`` bool, or None when all count.
-    """
-
-    loss: Tensor
-    accuracy: Tensor
-    codes: Tensor
-    valid: Tensor | None
+from .best_rq2 import PretrainOutput
+from .predictor import Predictor
 
 
 class FrozenHead(nn.Module):
@@ -43,8 +29,10 @@ class FrozenHead(nn.Module):
 
     Shapes:
         context ``(B, T, input_dim)``, codes ``(B, T, G)``, lengths ``(B,)`` valid columns on the CPU, step, index
-        ``(B,)`` in the training order -> :class:`HeadOutput`.
+        ``(B,)`` in the training order -> :class:`PretrainOutput`.
     """
+
+    clip_weight = 0.0  # of a target for whole clips, which pretraining may have
 
     def __init__(
         self,
@@ -62,18 +50,38 @@ class FrozenHead(nn.Module):
             self.predictor.mask_token.requires_grad_(False)  # never used
         self.head = CodeHead(settings.width, codebook_size, num_codebooks)
 
-    def forward(self, context: Tensor, codes: Tensor, lengths: Tensor, step: int, index: Tensor) -> HeadOutput:
-        context = self.norm(context)
-        time = torch.arange(context.shape[1], device=context.device)
-        positions = torch.stack((torch.zeros_like(time), time), dim=-1)
+    def forward(self, context: Tensor, codes: Tensor, lengths: Tensor, *, step: int, index: Tensor) -> PretrainOutput:
+        patches = Patches(self.norm(context), lengths, rows=1)
+        plan = self._plan(lengths, step, index, context.device)
         if self.masking is None:
-            transformer = self.predictor.transformer
-            angles = rotary_angles(positions[None], transformer.settings.head_dim, 1)
-            hidden = transformer(self.predictor.input_proj(context), lengths, angles)
-            valid = valid_mask(lengths, context.shape[1], context.device)
+            hidden = self._every_frame(patches)
         else:
-            plan = self.masking.plan(lengths, step, index, context.device)
-            hidden = self.predictor(take(context, plan.seen), positions, plan)
-            codes, valid = take(codes, plan.predicted), plan.predicted_valid()
-        loss, accuracy = self.head(hidden, codes, valid)
-        return HeadOutput(loss, accuracy, codes, valid)
+            hidden = self.predictor(take(patches.values, plan.seen), patches.positions(), plan)
+            codes = take(codes, plan.predicted)
+        loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
+        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden)
+
+    def _plan(self, lengths: Tensor, step: int, index: Tensor, device: torch.device) -> MaskPlan:
+        """The mask; without masking every column is predicted, and seen, too."""
+        if self.masking is not None:
+            return self.masking.plan(lengths, step, index, device)
+        columns = torch.arange(int(lengths.max()), device=device).expand(len(lengths), -1)
+        return MaskPlan(columns[:, :0], columns, torch.zeros_like(lengths), lengths)
+
+    def _every_frame(self, patches: Patches) -> Tensor:
+        transformer = self.predictor.transformer
+        angles = rotary_angles(patches.positions()[None], transformer.settings.head_dim, 1)
+        return transformer(self.predictor.input_proj(patches.values), patches.lengths, angles)
+
+    def num_predicted(self, lengths: Tensor, step: int) -> int:
+        """Targets in a batch with these ``lengths (B,)`` in columns, as :meth:`BestRQ2.num_predicted`."""
+        return int((lengths if self.masking is None else self.masking.num_predicted(lengths, step)).sum())
+
+    def flops(self, plan: MaskPlan) -> float:
+        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
+        total = 0.0
+        project = 2.0 * self.predictor.input_proj.weight.numel()
+        for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
+            given = predicted if self.masking is None else seen
+            total += self.predictor.transformer.flops(seen + predicted) + given * project + self.head.flops(predicted)
+        return 3.0 * total

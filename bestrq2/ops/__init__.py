@@ -1,13 +1,13 @@
 """The three fused operations, importable into any model: ``from bestrq2 import ops``."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from . import interop, reference
-from .chunk_layouts import ChunkLayout
-from .chunked_attention import chunked_attention
-from .dispatch import BACKENDS, use_backend
+from ._impl.dispatch import BACKENDS, use_backend
+from ._impl.native import available_backends
+from .chunked_attention import ChunkLayout, chunked_attention
 from .masked_cross_entropy import masked_cross_entropy
-from .native import available_backends
 from .quantize import check_codes, quantize
 
 __all__ = [
@@ -23,12 +23,16 @@ __all__ = [
     "use_backend",
 ]
 
-if not TYPE_CHECKING:
+if not _TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _Any:
         if name == "chunked_attention_sinusoidal":
             raise AttributeError(
                 "bestrq2.ops.chunked_attention_sinusoidal was removed: project the sinusoids to a table and call "
                 "chunked_attention(..., position=table)"
             )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -228,7 +228,7 @@ def probe_retrieval(features: np.ndarray, clips: LabelledClips, task: ProbeTask)
 
 
 def chance(rows: Rows | None, outcome: Outcome) -> float:
-    """The main metric of scores that know nothing: one over the classes, the share of positives, of matches, or 0."""
+    """The main metric of uninformative scores: one over the classes, the share of positives, of matches, or 0."""
     if rows is None:
         return float(outcome.scores[:, -1].mean())
     if rows.targets.dtype.kind == "f":

@@ -149,7 +149,7 @@ def per_class(
     scores: np.ndarray, truth: np.ndarray, active: np.ndarray, classes: list[str]
 ) -> list[dict[str, float | str]]:
     """One row per class from scores, labels and decisions ``(N, C)``: count, recall, precision, F1, AP, and the AP of
-    scores that know nothing (the share of positives)."""
+    uninformative scores (the share of positives)."""
     groups, one = np.zeros(len(truth), dtype=np.int64), np.ones((1, 1))
     rows: list[dict[str, float | str]] = []
     for c, name in enumerate(classes):

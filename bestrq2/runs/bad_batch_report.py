@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-from .bad_batches import BadBatch, clip_statistics, load_bad_batch
+
 from bestrq2.config import read_text, read_yaml
 from bestrq2.errors import TrainingError
+
+from .bad_batches import BadBatch, clip_statistics, load_bad_batch
 
 DRAWN = 8  # clips
 SUSPECT = "#d1495b"

@@ -1,10 +1,8 @@
-"""Batches whose loss or gradient was not finite, kept for inspection: ``python -m bestrq2.report --bad-batch FILE``."""
-
-import logging
+"""Batches whose loss or gradient was not finite, kept for inspection: ``bestrq2 report --bad-batch FILE``."""
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bestrq2.data import Batch
-
 from bestrq2.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +55,7 @@ def save_bad_batch(
     """Write ``bad_batches/step-XXXXXXXX-rank-R.safetensors`` and a ``.json`` beside it, each complete or not at all.
 
     Returns:
-        the path; None when this rank has kept ``limit`` batches already, or when the disk does not take it (with a
+        the path; None when this rank has kept ``limit`` batches already, or if it cannot be written (with a
         warning: training must not stop for this).
     """
     folder = run_folder / FOLDER

@@ -30,8 +30,6 @@ BEST = "best.json"
 WRITING, DISCARDED = ".writing-", ".discarded-"
 
 
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint on disk.

@@ -1,8 +1,7 @@
 """The folder of a run: configuration, versions, logs, checkpoints and the report."""
 
-import logging
-
 import json
+import logging
 import os
 import platform
 import shutil
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.config import (
     Config,
     ConfigError,
@@ -29,9 +26,10 @@ from bestrq2.config import (
     read_yaml,
 )
 from bestrq2.data import Skip
+from bestrq2.errors import TrainingError
+from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
 
-from bestrq2.errors import TrainingError
 from .metrics import MetricsLog, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -188,18 +186,20 @@ class RunFolder:
         except OSError as error:
             logger.warning(f"the list of skipped files could not be written: {error}")
 
-    def summarise(self, report: Path | None) -> None:
-        """Print what the run came to."""
+    def summarise(self, report: Path | None, source: Path | str) -> None:
+        """Log the results of the run. ``source`` is the encoder to take features from."""
         rows = [row for row in read_metrics(self.path) if row["loss"]]
         tail = rows[-max(10, len(rows) // 10) :]
 
         def mean(name: str) -> float:
             return sum(float(row[name]) for row in tail) / len(tail)
 
-        logger.info(f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
+        logger.info(
+            f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
             f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
-            f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code")
-        logger.info(f"Features:  python -m bestrq2.embed {self.path} FILES_OR_FOLDER --out features")
+            f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
+        )
+        logger.info(f"Features:  bestrq2 embed {source} FILES_OR_FOLDER --out features")
         if report is not None:
             logger.info(f"Report:    {report}")
 

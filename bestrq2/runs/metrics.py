@@ -1,13 +1,11 @@
 """The log of a run: ``metrics.csv`` and TensorBoard, optionally Weights & Biases."""
 
-import logging
-
 import csv
 import io
 import json
+import logging
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bestrq2.config import ConfigError
-
 from bestrq2.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +39,7 @@ COLUMNS = (
     "skipped_files",
     "skipped_steps",
     "elapsed_seconds",
+    "touching_share",
 )
 WANDB_FILE = "wandb.json"
 
@@ -289,10 +286,6 @@ def series(rows: Iterable[Mapping[str, str]], name: str) -> tuple[np.ndarray, np
             found.append((float(row["step"]), float(row.get(name, ""))))
     steps, values = zip(*found) if found else ((), ())
     return np.array(steps, dtype=float), np.array(values, dtype=float)
-
-
-
-
 
 
 def skip_metrics(counts: Mapping[str, int]) -> dict[str, int]:

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bestrq2.runs.checkpoint import list_checkpoints
+
 from bestrq2.config import Config, ConfigError, config_to_dict, read_text, read_yaml
 from bestrq2.errors import REASONS
+from bestrq2.runs.checkpoint import list_checkpoints
 
-from . import bad_batches
-from . import pictures
-from .metrics import read_metrics, series
-from .folder import RunFolder
+from . import bad_batches, pictures
 from .checkpoint import read_best
+from .folder import RunFolder
+from .metrics import read_metrics, series
 
 _SKIP = re.compile(rf": ({'|'.join(map(re.escape, REASONS))})(?: \(.*\))?$")
 

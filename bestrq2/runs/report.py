@@ -1,14 +1,12 @@
 """The report of a run: ``report.html`` with everything in one file, and ``report.png`` with the curves alone."""
 
 import logging
-
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .record import RunRecord
 from .report_curves import draw_curves
 from .report_page import page
-from .record import RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +15,8 @@ def save_report(folder: Path, title: str | None = None) -> Path | None:
     """Write ``report.html`` and ``report.png`` into a run folder, from what lies there; the run may be going on.
 
     Returns:
-        path of the HTML; None when nothing was logged yet, or when the disk does not take the report (with a warning:
-        it can be made again at any time by ``python -m bestrq2.report RUN``).
+        path of the HTML; None when nothing was logged yet, or if it cannot be written (with a warning:
+        it can be made again at any time by ``bestrq2 report RUN``).
     """
     run = RunRecord(folder)
     if not run.rows:

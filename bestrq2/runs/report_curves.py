@@ -61,6 +61,9 @@ PANELS = (
     Panel("Commonest code of each codebook", "% of patches", ((r"unigram/(\d+)", "codebook {}"),), 100, from_zero=True),
     Panel("Probes", "score", ((r"probe/(.+)", "{}"),)),
     Panel("Validation, other", "", ((r"validation/(?!loss$|accuracy$)(.+)", "{}"),)),
+    Panel("Loss of whole clips", "cross-entropy (nats)", (("clip_loss", ""),), noisy=True),
+    Panel("Output of each block", "RMS", ((r"health/rms/(\d+)", "block {}"),), log=True),
+    Panel("Effective rank of the features", "directions", (("health/effective_rank", ""),), from_zero=True),
     Panel("Gradient norm", "before clipping", (("grad_norm", ""),), log=True, noisy=True),
     Panel("Learning rate", "", (("learning_rate", ""),), from_zero=True),
     Panel("Throughput", "seconds of audio per second", (("audio_seconds_per_second", ""),), from_zero=True, noisy=True),
@@ -72,7 +75,11 @@ PANELS = (
     Panel(
         "Mask and padding",
         "%",
-        (("mask_ratio", "masked patches"), ("padding_share", "padding")),
+        (
+            ("mask_ratio", "masked patches"),
+            ("touching_share", "of these beside a visible one"),
+            ("padding_share", "padding"),
+        ),
         scale=100,
         from_zero=True,
         noisy=True,

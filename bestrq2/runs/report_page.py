@@ -154,9 +154,7 @@ def _skips(run: RunRecord) -> str:
 
 
 def _bad_batches(run: RunRecord) -> str:
-    lines = "".join(
-        f"<li><code>python -m bestrq2.report --bad-batch {escape(str(path))}</code></li>" for path in run.bad_batches
-    )
+    lines = "".join(f"<li><code>bestrq2 report --bad-batch {escape(str(path))}</code></li>" for path in run.bad_batches)
     return _paragraph("Kept for inspection; each command prints what is in one:") + f"<ul>{lines}</ul>"
 
 

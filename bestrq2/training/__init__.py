@@ -1,1 +1,1 @@
-"""What the training loop of ``bestrq2.train`` is made of."""
+"""Parts of the training loop of ``bestrq2.train``."""

@@ -101,7 +101,7 @@ def measure(
             start = time.perf_counter()
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 output = model(waveform.to(device), lengths, step=len(times), index=index)
-            output.loss.backward()
+            output.objective.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             output.loss.item()
@@ -120,7 +120,7 @@ def measure(
 
 
 def _would_not_fit(trials: list[Trial], clips: int, device: torch.device) -> str | None:
-    """On a CPU nobody says "out of memory": the system ends the process. So stay below what is free."""
+    """On a CPU the kernel kills the process without an exception, so stay below the free memory."""
     if device.type != "cpu" or len(trials) < 2:
         return None
     available = available_memory()
@@ -132,7 +132,7 @@ def _would_not_fit(trials: list[Trial], clips: int, device: torch.device) -> str
 
 
 def available_memory() -> float | None:
-    """Free memory of the machine in MiB, where Linux says so."""
+    """Free memory of the machine in MiB, if Linux reports it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from bestrq2.config import ConfigError
+from bestrq2.errors import BestRQError
 from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.conformer_convolution import MaskedBatchNorm
 from bestrq2.layers.transformer import Block
@@ -69,7 +70,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the logs and the checkpoints."""
+        """True if this process writes the logs and the checkpoints."""
         return self.rank == 0
 
     def say(self, message: str) -> None:
@@ -105,7 +106,7 @@ class Ranks:
         return found
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make()`` gives on the first rank; an exception there is raised on every rank."""
+        """Return the result of ``make()`` on the first rank; an exception there is raised on every rank."""
         if self.size == 1:
             return make()
         packet: list[Any] = [None, None]
@@ -118,6 +119,26 @@ class Ranks:
         if packet[1] is not None:
             raise packet[1]
         return packet[0]
+
+    def all_agree(self, make: Callable[[], T]) -> T:
+        """``make()`` of every rank on its own; if one fails, all raise the same error (a collective call).
+
+        Raises:
+            ConfigError: where one of ours was raised by another rank.
+        """
+        if self.size == 1:
+            return make()
+        problem: BestRQError | None = None
+        try:
+            result = make()
+        except BestRQError as error:
+            problem = error
+        first = next(filter(None, self.texts("" if problem is None else str(problem))), None)
+        if problem is not None:
+            raise problem
+        if first is not None:
+            raise ConfigError(first)
+        return result
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -27,8 +27,8 @@ from bestrq2.data.fingerprint import file_list_digest
 from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.tensors import write_tensors
 from bestrq2.layers.patches import extract_patches
-from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.models import build_encoder
+from bestrq2.models.build import build_quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Targets:
     """
 
     def __init__(self, config: Config) -> None:
-        model, targets = config.model, config.model.targets
+        model = config.model
         if model.encoder.kind != "vit" or model.encoder.patch_height != model.front_end.num_mels:
             raise ConfigError(
                 "model.encoder.patch_height: a frozen encoder needs strips over all bands as targets (best_rq2_tiny, "
@@ -80,16 +80,7 @@ class Targets:
         self.front_end = build_encoder(model).front_end
         self.height, self.width = model.encoder.patch_height, model.encoder.patch_width
         self.seconds = self.width * model.front_end.hop_length / model.front_end.sampling_rate
-        self.quantizer = RandomProjectionQuantizer(
-            self.height * self.width,
-            targets.codebook_size,
-            targets.codebook_dim,
-            targets.num_codebooks,
-            targets.normalize,  # type: ignore[arg-type]
-            targets.seed,
-            mean=targets.mean or 0.0,
-            std=1.0 if targets.std is None else targets.std,
-        )
+        self.quantizer = build_quantizer(config.model.targets, self.height * self.width)
 
     def codes(self, waveform: Tensor) -> Tensor:
         """``(S,)`` -> ``(T, G)``."""

@@ -1,4 +1,4 @@
-"""What is measured beside training: the masked loss on audio that is not trained on, a probe, pictures."""
+"""Measurements during training: the masked loss on held-out audio, a probe, pictures."""
 
 import logging
 from contextlib import closing
@@ -15,7 +15,8 @@ from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
 from bestrq2.runs.metrics import MetricsLog
 
-from .distributed import Ranks, is_sharded, whole
+from .distributed import Ranks
+from .health import whole_encoder
 from .open_data import open_dataset
 from .snapshots import evaluating, fixed_batch, fixed_pictures
 
@@ -60,7 +61,7 @@ class Evaluation:
         self.task = probe_task(config.probe)
 
     def due(self, step: int, last: bool) -> bool:
-        """Whether something is to be measured after ``step`` steps."""
+        """Return True if something is to be measured after ``step`` steps."""
         return any(self._due(step, last).values())
 
     def _due(self, step: int, last: bool) -> dict[str, bool]:
@@ -97,12 +98,7 @@ class Evaluation:
 
     def _probe(self, step: int) -> dict[str, float]:
         """Of the encoder as it is, on the first rank; the others wait at their next common sum."""
-        encoder = self.model.encoder
-        if any(is_sharded(parameter) for parameter in encoder.parameters()):
-            weights = {name: whole(tensor).cpu() for name, tensor in encoder.state_dict().items()}
-            encoder = build_encoder(self.config.model, self.config.data.crop_seconds)
-            encoder.load_state_dict(weights)
-            encoder.to(self.device)
+        encoder = whole_encoder(self.model, self.config, self.device)
         if not self.ranks.is_first or self.task is None:
             return {}
         try:

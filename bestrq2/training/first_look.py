@@ -16,8 +16,9 @@ def first_look(model: BestRQ2 | BestRQ, dataset: CropDataset, config: Config, de
     usage = CodeUsage(model.quantizer.num_codebooks, model.quantizer.codebook_size, decay=1.0).to(device)
     batch_size = min(16, config.train.batch_size)
     for batch in batches(dataset, batch_size, num_steps=max(1, FIRST_LOOK_CLIPS // batch_size), workers=0):
-        patches = model.encoder.patches(batch.waveform.to(device), batch.lengths)
-        codes = model.quantizer(patches.values, patches.lengths)
+        waveform = batch.waveform.to(device)
+        patches = model.encoder.patches(waveform, batch.lengths)
+        codes = model.target_codes(waveform, batch.lengths, patches)
         inside = torch.arange(codes.shape[1]) < patches.lengths[:, None]
         usage.update(codes, inside.to(device))
     return usage

@@ -2,30 +2,32 @@
 
 import json
 import logging
-import time
+from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from bestrq2.config import Config, ConfigError, config_to_dict
-from bestrq2.data import CropDataset, SampleOrder
+from bestrq2.config import Config, ConfigError
+from bestrq2.data import Batch, CropDataset
 from bestrq2.data.fingerprint import data_fingerprint
-from bestrq2.hardware import choose_device, describe_device
+from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
-from bestrq2.interchange import open_encoder
-from bestrq2.layers.code_usage import CodeUsage
-from bestrq2.layers.masking import RandomMasking
-from bestrq2.models.build import load_weights
+from bestrq2.interchange import load
+from bestrq2.models.build import build_masking
 from bestrq2.models.frozen import FrozenHead
-from bestrq2.runs.checkpoint import Checkpoint, save_checkpoint
-from bestrq2.runs.folder import MetricsLog, RunFolder
-from bestrq2.runs.report import save_report
+from bestrq2.runs.checkpoint import Checkpoint
+from bestrq2.runs.folder import RunFolder
 
+from .distributed import Ranks
 from .embedding_cache import EmbeddingCache, build_cache, module_digest
+from .embedding_data import EmbeddingDataset
+from .evaluation import Evaluation
+from .health import HealthCheck
 from .interrupt import StopSignal
-from .optimizer import make_optimizer, optimizer_tensors, restore_optimizer, set_schedule
+from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,10 @@ logger = logging.getLogger(__name__)
 def build_head(config: Config, input_dim: int) -> FrozenHead:
     """The head that a configuration describes; its weights are a function of ``train.seed``."""
     torch.manual_seed(mix(config.train.seed, 1) >> 1)
-    masks, targets = config.model.masking, config.model.targets
-    masking = RandomMasking(masks.ratio, config.train.seed, masks.shared_per_batch, masks.span_length)
+    targets = config.model.targets
+    masking = build_masking(config.model.masking, config.train.seed)
+    if masking.dispersion and not config.frozen.every_frame:
+        raise ConfigError("model.masking.dispersion: expected 0 with --frozen-encoder, which has no log-mel patches")
     return FrozenHead(
         input_dim,
         config.model.predictor,
@@ -45,107 +49,86 @@ def build_head(config: Config, input_dim: int) -> FrozenHead:
 
 
 def open_frozen(config: Config) -> nn.Module:
-    """The encoder that ``--frozen-encoder`` names; see :func:`bestrq2.interchange.open_encoder`."""
-    frozen = config.frozen
-    return open_encoder(frozen.source or "", trust_remote_code=frozen.trust_remote_code)  # type: ignore[return-value]
+    """The encoder that ``--frozen-encoder`` names; see :func:`bestrq2.load`."""
+    return load(config.frozen.source or "", trust_remote_code=config.frozen.trust_remote_code)
 
 
-def collate(cache: EmbeddingCache, index: list[int], order: SampleOrder) -> tuple[torch.Tensor, ...]:
-    """Padded ``context (B, T, D)``, ``codes (B, T, G)`` and ``lengths (B,)`` of these places in the training order."""
-    windows = [cache[order.item(i)[1]] for i in index]
-    context = nn.utils.rnn.pad_sequence([window.context for window in windows], batch_first=True)
-    codes = nn.utils.rnn.pad_sequence([window.codes for window in windows], batch_first=True)
-    return context, codes, torch.tensor([len(window.codes) for window in windows])
+class HeadTrainer(Trainer):
+    """Trains a head on the cached embeddings of a frozen encoder, in the loop of pretraining.
 
+    At the end the encoder is opened again, to show that it is what it was.
+    """
 
-def train_head(config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Checkpoint | None) -> int:
-    """Cache, train, and show that the encoder is what it was. Returns the exit code, as :func:`bestrq2.train.train`."""
-    source, settings = config.frozen.source or "", config.train
-    device = choose_device(settings.device)
-    cache_root = Path(config.frozen.cache) if config.frozen.cache else run.path / "embeddings"
-    cache = build_cache(cache_root, config, dataset.files, open_frozen(config), device)
-    for skip in cache.skips:
-        logger.warning(f"skipped {skip}")
-    model = build_head(config, cache.width).to(device).train()
-    optimizer = make_optimizer(model, config.optimizer)
-    usage = CodeUsage(config.model.targets.num_codebooks, config.model.targets.codebook_size).to(device)
-    done, elapsed = 0, 0.0
-    if checkpoint is not None:
-        if checkpoint.extra.get("encoder_sha256") != cache.digest:
+    def __init__(
+        self,
+        config: Config,
+        dataset: EmbeddingDataset,
+        run: RunFolder,
+        ranks: Ranks,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.digest = dataset.cache.digest
+        if checkpoint is not None and checkpoint.extra.get("encoder_sha256") != self.digest:
+            source = config.frozen.source
             raise ConfigError(
                 f"frozen.source: {source} is not the encoder that this run began with (its weights differ)"
             )
-        tensors = checkpoint.training_state()
-        load_weights(model, checkpoint.weights(), checkpoint.folder)
-        restore_optimizer(model, optimizer, tensors)
-        usage.load_state_dict({name: tensors[f"usage.{name}"] for name in usage.state_dict()})
-        done, elapsed = checkpoint.step, checkpoint.extra["elapsed_seconds"]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(
-        f"Frozen encoder: {source}, sha256 {cache.digest[:16]}; {len(cache)} windows; head {trained:,} parameters"
-    )
-    run.write_versions(describe_device(device))
-    log = MetricsLog(run.path, done)
-    order = SampleOrder(len(cache), settings.seed)
-    started = time.perf_counter()
-    front = config.model.front_end
-    column_seconds = config.model.encoder.patch_width * front.hop_length / front.sampling_rate
-    audio_seconds = 0.0
+        super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint)
+        # Neither pictures nor health of an encoder: a head has none.
+        self.measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
+        self.health = HealthCheck(self.measured, self.model, dataset.source, ranks, self.device)
 
-    def save() -> None:
-        training = optimizer_tensors(model, optimizer)
-        training.update({f"usage.{name}": tensor for name, tensor in usage.state_dict().items()})
-        extra = {
-            "elapsed_seconds": elapsed + time.perf_counter() - started,
-            "data": data_fingerprint(dataset),
-            "encoder_sha256": cache.digest,
-        }
-        parent, values = run.checkpoints, config_to_dict(config)
-        save_checkpoint(parent, done, model.state_dict(), training, values, extra, settings.keep_last)
+    def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
+        return self.dataset.batches(self.settings.batch_size, start_step, num_steps, self.ranks.rank, self.ranks.size)
 
-    with (
-        tqdm(total=settings.steps, initial=done, unit="step", mininterval=1, dynamic_ncols=True) as bar,
-        StopSignal() as stop,
-    ):
-        while done < settings.steps and not stop.requested:
-            torch.manual_seed(mix(settings.seed, 2, done) >> 1)
-            rate = set_schedule(optimizer, done, settings.steps, config.optimizer)
-            index = list(range(done * settings.batch_size, (done + 1) * settings.batch_size))
-            context, codes, lengths = collate(cache, index, order)
-            output = model(context.to(device), codes.to(device), lengths, done, torch.tensor(index))
-            output.loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm or float("inf"))
-            loss, accuracy, grad_norm = torch.stack((output.loss.detach(), output.accuracy, norm)).tolist()
-            if loss - loss == 0.0 and grad_norm - grad_norm == 0.0:
-                optimizer.step()
-            else:
-                logger.warning(f"step {done + 1}: loss {loss}, gradient norm {grad_norm}: update skipped")
-            optimizer.zero_grad(set_to_none=True)
-            usage.update(output.codes, output.valid)
-            done += 1
-            bar.update()
-            audio_seconds += column_seconds * int(lengths.sum())
-            if done % settings.log_every == 0 or done == settings.steps:
-                found = usage.metrics()
-                row = {"step": done, "loss": loss, "accuracy": accuracy, **found, "grad_norm": grad_norm}
-                seconds = time.perf_counter() - started
-                row |= {"learning_rate": rate, "elapsed_seconds": elapsed + seconds}
-                row["audio_seconds_per_second"] = audio_seconds / seconds
-                log.write(row)
-                bar.set_postfix_str(
-                    f"loss {loss:.3f}, acc {accuracy:.3f} (unigram {found['unigram']:.3f})", refresh=False
-                )
-            if done % settings.save_every == 0 or done == settings.steps or stop.requested:
-                save()
-    log.close()
-    if stop.requested:
-        logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {run.path}")
-        return stop.exit_code
-    after = module_digest(open_frozen(config))
-    if after != cache.digest:
-        raise ConfigError(f"frozen.source: {source} changed on disk during the run (sha256 {after[:16]})")
-    proof = {"source": source, "sha256_before": cache.digest, "sha256_after": after}
-    (run.path / "frozen.json").write_text(json.dumps(proof, indent=1) + "\n")
-    save_report(run.path, f"head on {Path(source).name}, {done} steps")
-    logger.info(f"Done: {done} steps in {run.path}; the encoder is unchanged (sha256 {after[:16]})")
-    return 0
+    def _make_evaluation(self) -> Evaluation:
+        return Evaluation(
+            self.measured, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
+        )
+
+    def _fingerprint(self) -> str:
+        return data_fingerprint(self.dataset.source)
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "encoder_sha256": self.digest}
+
+    def _about(self) -> str:
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return (
+            f"Frozen encoder: {self.config.frozen.source}, sha256 {self.digest[:16]}; {len(self.dataset)} windows; "
+            f"head {trained:,} parameters"
+        )
+
+    def _first_look(self) -> None:
+        """Nothing to measure: the head has no encoder, and its targets are in the cache."""
+
+    def _finish(self, stop: StopSignal | None) -> int:
+        code = super()._finish(stop)
+        if stop is not None:
+            return code
+        source = self.config.frozen.source
+        after = module_digest(open_frozen(self.config))
+        if after != self.digest:
+            raise ConfigError(f"frozen.source: {source} changed on disk during the run (sha256 {after[:16]})")
+        proof = {"source": source, "sha256_before": self.digest, "sha256_after": after}
+        (self.run.path / "frozen.json").write_text(json.dumps(proof, indent=1) + "\n")
+        logger.info(f"The encoder is unchanged (sha256 {after[:16]})")
+        return code
+
+
+def train_head(
+    config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Checkpoint | None, ranks: Ranks
+) -> int:
+    """Cache the embeddings, train a head on them, and show that the encoder is what it was. Returns the exit code."""
+    device = choose_device(config.train.device, ranks.local_rank)
+    root = Path(config.frozen.cache) if config.frozen.cache else run.path / "embeddings"
+
+    def cache() -> EmbeddingCache:
+        return build_cache(root, config, dataset.files, open_frozen(config), device)
+
+    if ranks.size > 1:  # the first rank makes the cache, and all of them find it complete
+        ranks.from_first(lambda: len(cache()))
+    embeddings = cache()
+    for skip in embeddings.skips if ranks.is_first else ():
+        logger.warning(f"skipped {skip}")
+    return HeadTrainer(config, EmbeddingDataset(embeddings, dataset, config), run, ranks, checkpoint).train()

@@ -7,7 +7,7 @@ import time
 from types import FrameType
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-IMPATIENCE_SECONDS = 2.0  # a second signal within this time is an echo of the first
+DEBOUNCE_SECONDS = 2.0  # a second signal within this time is a duplicate of the first
 
 
 class StopSignal:
@@ -45,7 +45,7 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             # Schedulers signal every process of a job, and torchrun passes the signal on to its processes once more.
-            if time.monotonic() - self._since > IMPATIENCE_SECONDS:
+            if time.monotonic() - self._since > DEBOUNCE_SECONDS:
                 sys.exit(128 + number)
             return
         self._since = time.monotonic()

@@ -1,4 +1,4 @@
-"""From the configuration to the training data: find it, say what was found, measure what it needs."""
+"""From the configuration to the training data: find it, report it, measure its statistics."""
 
 import logging
 import sys
@@ -8,6 +8,7 @@ import torch
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import BucketDataset, CropDataset, Skip, batches, collect, tiny_dataset
+from bestrq2.data.cache_build import open_cache
 from bestrq2.data.files import ARCHIVES
 from bestrq2.errors import TrainingError
 from bestrq2.models import build_encoder
@@ -39,12 +40,16 @@ def open_dataset(config: Config, purpose: str = "Data", split: str = "train") ->
             logger.warning("\n  ".join([str(report), *report.examples()]))
         if unused := {suffix: report.ignored[suffix] for suffix in sorted(ARCHIVES) if report.ignored[suffix]}:
             counts = ", ".join(f"{number} {suffix}" for suffix, number in unused.items())
-            logger.info(f"note: not used, because there are audio files beside them: {counts}; name them to use them")
+            logger.info(f"note: ignored {counts} next to audio files; pass them explicitly to use them")
     common: dict[str, Any] = {
         "seed": config.train.seed,
         "min_seconds": min_seconds,
         "domain_weights": data.domain_weights,
     }
+    if data.cache is not None:
+        cache, found = open_cache(data.cache, files, front.sampling_rate, progress=sys.stderr.isatty())
+        logger.info(f"Cache: {found}")
+        common["cache"] = cache
     try:
         if data.batching == "buckets":
             # Per unit of batch size: a first look or a micro-step of fewer samples then has as much less audio.

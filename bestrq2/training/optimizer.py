@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,36 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
             (decayed if config.decay_all or is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
     low, high = config.betas
-    on_gpu = next(model.parameters()).device.type == "cuda"
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
     try:
         return torch.optim.AdamW(
-            [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=on_gpu or None
+            [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=fused or None
         )
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}") from error
+
+
+def clip_gradients(model: nn.Module, most: float | None, loss_scale: float = 1.0) -> Tensor:
+    """Divide the gradients by ``loss_scale``, then rescale them to a norm of ``most`` at most (None: as they are).
+
+    Returns:
+        the norm before rescaling, 0-d float32 on the device (a collective call when sharded).
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if loss_scale != 1.0:
+        torch._foreach_mul_(grads, 1.0 / loss_scale)
+    norm = nn.utils.get_total_norm(grads) if most is None else nn.utils.clip_grad_norm_(parameters, most)
+    return whole(norm).float()
+
+
+def step_if_finite(optimizer: Any, values: Tensor) -> None:
+    """Hand an update to the device, which leaves it out where one of ``values`` is not finite; nobody waits for them.
+
+    ``optimizer``: a fused AdamW, whose kernel reads this flag.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, (~values.isfinite().all()).float()
+    optimizer.step()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""How the ranks of one start find each other, also when torchrun starts them again after a failure.
+"""Rendezvous of the ranks of one start, also when torchrun restarts them after a failure.
 
 torchrun keeps one key-value store for all restarts, and the addresses that killed processes left there made restarted
-ones wait for them for ever (seen with torch 2.13 and gloo). So every start gets its own part of the store, agreed on as
+ones wait for them forever (seen with torch 2.13 and gloo). So every start gets its own part of the store, agreed on as
 follows. A restart count would not do: with several nodes each torchrun counts its own failures only.
 """
 
@@ -21,7 +21,7 @@ POLL_SECONDS = 0.05
 
 
 def joining_time() -> timedelta:
-    """How long the ranks wait for each other at the start: ten minutes, or ``BESTRQ2_JOIN_SECONDS``."""
+    """Time that the ranks wait for each other at the start: ten minutes, or ``BESTRQ2_JOIN_SECONDS``."""
     text = os.environ.get("BESTRQ2_JOIN_SECONDS", "600")
     try:
         seconds = float(text)

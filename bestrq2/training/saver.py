@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and that none is lost on the way."""
+"""Schedule of checkpoints: when to write them, which to keep, and retries after a failed write."""
 
 import logging
 import time
@@ -18,8 +18,8 @@ class Saver:
     """Writes snapshots, on the first rank, one at a time, beside training if ``train.async_save``.
 
     A checkpoint appears under its name only when it is whole and on the disk, however the process ends. A failure (a
-    full disk) is said at once; training goes on, because a later save may succeed. What decides about ``keep_best``
-    is in every checkpoint, so that a kill between a checkpoint and the note about it forgets nothing.
+    full disk) is reported at once; training continues, because a later save may succeed. The scores for
+    ``keep_best`` are in every checkpoint, so a kill between a checkpoint and the note about it loses nothing.
 
     Attributes:
         saved_step: of the last checkpoint that was begun, at first the step the run started from.
@@ -38,7 +38,7 @@ class Saver:
             self._note_best()
 
     def overdue(self) -> bool:
-        """Whether ``train.save_minutes`` have passed. A monotonic clock: setting the time changes nothing."""
+        """Return True if ``train.save_minutes`` have passed. The clock is monotonic: setting the time has no effect."""
         return 0 < self.settings.save_minutes * 60 <= time.monotonic() - self._last
 
     def save(self, snapshot: Snapshot, value: float | None, wait: bool) -> None:

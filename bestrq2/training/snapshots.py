@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bestrq2.data import Batch, CropDataset, collate
 from bestrq2.data.steps import plan_of
+from bestrq2.layers.patches import Patches
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
 from bestrq2.runs.code_colours import code_colours
@@ -59,7 +60,7 @@ def fixed_pictures(
         step: completed training steps, for the name and the title.
 
     Returns:
-        the path; None without a folder, or if the disk does not take the picture (with a warning).
+        the path; None without a folder, or if it cannot be written (with a warning).
     """
     device = next(model.parameters()).device
     # Compiled blocks would be compiled once more for this shape and mode.
@@ -98,7 +99,7 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput, limit: int = 2) -> list[ClipPicture]:
-    """What there is to draw of the first ``limit`` clips of a batch and of the model's output for it.
+    """Pictures of the first ``limit`` clips of a batch and of the model's output for it.
 
     Only the logits of these clips are computed.
     """
@@ -108,7 +109,8 @@ def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput,
     waveform = batch.waveform[:clips].to(patches.values.device)
     frames, frame_lengths = front(waveform, batch.lengths[:clips])
     frames = frames * front.std + front.mean
-    true = quantizer(patches.values[:clips], patches.lengths[:clips])
+    first = Patches(patches.values[:clips], patches.lengths[:clips], rows)
+    true = model.target_codes(waveform, batch.lengths[:clips], first)
     predicted, probability = predict(model, output.hidden[:clips], output.codes[:clips])
     tokens = patches.lengths[:clips].tolist()
     seen_codes = torch.cat([codes[:count] for codes, count in zip(true, tokens)])

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from bestrq2.errors import REASONS
 from bestrq2.layers.code_usage import CodeUsage
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.build import load_weights
+from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.checkpoint import Checkpoint
 
 from .averaging import PREFIX, WeightAverage
@@ -56,7 +57,7 @@ class TrainingState:
     def __init__(
         self,
         config: Config,
-        model: BestRQ2 | BestRQ,
+        model: BestRQ2 | BestRQ | FrozenHead,
         ranks: Ranks,
         device: torch.device,
         autocast: torch.dtype | None,
@@ -66,13 +67,13 @@ class TrainingState:
         self.ranks = ranks
         if checkpoint is not None:
             load_weights(model, checkpoint.weights(), checkpoint.folder)
-        self.model = model.to(device).train()
+        self.model = cast(Any, model.to(device).train())  # one of several classes with the same methods
         self.parallel: nn.Module = wrap_model(self.model, settings.strategy, ranks, device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.average = WeightAverage(self.model, settings.ema_decay) if settings.ema_decay else None
         self.scale = LossScale(enabled=autocast == torch.float16)
-        quantizer = self.model.quantizer
-        self.usage = CodeUsage(quantizer.num_codebooks, quantizer.codebook_size).to(device)
+        num_codebooks, codebook_size, _ = self.model.head.weight.shape
+        self.usage = CodeUsage(num_codebooks, codebook_size).to(device)
         self.progress = Progress()
         self.skips: Counter[str] = Counter()  # files by reason, of this rank
         if checkpoint is not None:

@@ -1,4 +1,4 @@
-"""What one step (or an interval of steps) was, as sums that add up over micro-batches, ranks and steps."""
+"""Totals of a step or of several steps, as sums that add up over micro-batches, ranks and steps."""
 
 from dataclasses import astuple, dataclass, fields
 
@@ -13,6 +13,8 @@ class StepTotals:
     """
     Attributes:
         loss, accuracy: sums over targets.
+        clip_loss: likewise, of the target for whole clips.
+        touching: targets with a seen token beside them; counted on steps that are logged.
         targets: predicted tokens.
         tokens: predicted and seen ones.
         audio_seconds, padded_seconds: of the batch, without and with its padding.
@@ -36,12 +38,14 @@ class StepTotals:
     stops: float = 0.0
     overdue: float = 0.0
     failures: float = 0.0
+    clip_loss: float = 0.0
+    touching: float = 0.0
 
     @classmethod
-    def of(cls, batch: Batch, sampling_rate: int, waited: float, stop: bool, overdue: bool) -> "StepTotals":
+    def of(cls, batch: Batch, sampling_rate: float, waited: float, stop: bool, overdue: bool) -> "StepTotals":
         return cls(
             audio_seconds=float(batch.lengths.sum()) / sampling_rate,
-            padded_seconds=batch.waveform.numel() / sampling_rate,
+            padded_seconds=batch.waveform.shape[0] * batch.waveform.shape[1] / sampling_rate,
             waited=waited,
             skipped_files=len(batch.skips),
             stops=float(stop),
@@ -69,6 +73,14 @@ class StepTotals:
         return self.accuracy / max(1.0, self.targets)
 
     @property
+    def mean_clip_loss(self) -> float:
+        return self.clip_loss / max(1.0, self.targets)
+
+    @property
+    def touching_share(self) -> float:
+        return self.touching / max(1.0, self.targets)
+
+    @property
     def realised_ratio(self) -> float:
         return self.targets / max(1.0, self.tokens)
 
@@ -86,8 +98,6 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     result = []
     for number in range(parts):
         end = begin + size // parts + (number < size % parts)
-        lengths, index, domains = batch.lengths[begin:end], batch.index[begin:end], batch.domains[begin:end]
-        waveform = batch.waveform[begin:end, : int(lengths.max())]
-        result.append(Batch(waveform, lengths, index, [], domains))
+        result.append(batch.part(begin, end))
         begin = end
     return result

@@ -3,44 +3,46 @@
 import logging
 import sys
 import time
+from collections.abc import Generator
 from contextlib import closing
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from bestrq2 import ops
 from bestrq2.config import Config, config_to_dict
-from bestrq2.data import Batch, CropDataset, DataError, batches
+from bestrq2.data import Batch, DataError, batches
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import REASONS, TrainingError
 from bestrq2.hardware import (
     choose_device,
     choose_precision,
-    describe_device,
     is_out_of_memory,
+    keep_freed_memory,
     memory_metrics,
     out_of_memory,
     peak_flops,
 )
 from bestrq2.hashing import mix
-from bestrq2.layers.conformer import ConformerBlock
-from bestrq2.layers.transformer import Block
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.models.best_rq2 import PretrainOutput
-from bestrq2.ops.native import extension_obstacle
+from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.bad_batches import save_bad_batch
 from bestrq2.runs.checkpoint import Checkpoint
 from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import MetricsLog, skip_metrics
 from bestrq2.runs.report import save_report
 
-from .distributed import Ranks, only_accumulate, whole
+from .compilation import compile_blocks, compiles
+from .describe import about_model, describe_run, is_finite, postfix
+from .distributed import Ranks, only_accumulate
 from .evaluation import Evaluation
 from .feeder import Feeder
 from .first_look import first_look
+from .health import HealthCheck
 from .interrupt import StopSignal
-from .optimizer import set_schedule
+from .optimizer import clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, micro_batches
@@ -51,6 +53,8 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Trains ``model`` on ``dataset`` into the folder ``run``, from ``checkpoint`` on if there is one.
 
+    The data set is a ``CropDataset``, or the ``EmbeddingDataset`` of a head on a frozen encoder.
+
     A step of all ranks together is the same for any number of them and any ``train.accumulate``: the audio of a step,
     its masks and the weight of every target depend on the step alone (sums are rounded in another order; dropout draws
     differ between ranks).
@@ -59,8 +63,8 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: BestRQ2 | BestRQ,
-        dataset: CropDataset,
+        model: BestRQ2 | BestRQ | FrozenHead,
+        dataset: Any,
         run: RunFolder,
         ranks: Ranks,
         checkpoint: Checkpoint | None = None,
@@ -73,7 +77,12 @@ class Trainer:
                 f"train.batch_size: expected a multiple of {ranks.size} ranks, and at least {share} for "
                 f"train.accumulate={settings.accumulate}, got {settings.batch_size}"
             )
-        # Ranks that cut a step into different numbers of micro-batches would wait for each other for ever.
+        if config.model.mixing.share and settings.batch_size % (2 * share):
+            raise TrainingError(
+                f"train.batch_size: expected pairs of clips for model.mixing.share, a multiple of {2 * share} with "
+                f"{ranks.size} ranks and train.accumulate={settings.accumulate}, got {settings.batch_size}"
+            )
+        # Ranks that cut a step into different numbers of micro-batches would wait for each other forever.
         if (rows := dataset.plan(settings.batch_size).min_rows) < share:
             raise TrainingError(
                 f"data.batch_seconds: expected room for {share} clips of full length ({ranks.size} ranks times "
@@ -84,13 +93,14 @@ class Trainer:
         self.resumed = checkpoint is not None
         self.state = TrainingState(config, model, ranks, self.device, self.autocast, checkpoint)
         self.model = self.state.model
-        if settings.compile:
-            for module in self.model.modules():
-                if isinstance(module, (Block, ConformerBlock)):
-                    module.compile(dynamic=True)
-        self.fingerprint = ranks.from_first(lambda: data_fingerprint(dataset))
+        if compiles(settings.compile, self.device):
+            compile_blocks(self.model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.fingerprint = ranks.from_first(self._fingerprint)
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
+        self.health = HealthCheck(config, self.model, dataset, ranks, self.device)
 
     def train(self) -> int:
         """Returns the exit code: 0, or 128 + signal number after a requested stop.
@@ -101,29 +111,20 @@ class Trainer:
             DataError: if too many files cannot be read, on any rank; what was trained is saved before.
         """
         settings, progress = self.settings, self.state.progress
-        self._describe()
+        self.peak, source = peak_flops(self.device, self.autocast)
+        peak = (self.peak, source)
+        describe_run(self.config, self._about(), self.run, self.ranks, self.device, self.autocast, peak)
         self.log: MetricsLog | None = None
         self.ranks.from_first(self._open_log)
         if not self.resumed:
             self._first_look()
         self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
-        self.evaluation = Evaluation(
-            self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
-        )
+        self.evaluation = self._make_evaluation()
         self.since_log, self.since_save = StepTotals(), StepTotals()
         self.interval_start = time.perf_counter()
         if progress.evaluated_step != progress.step:
             self._evaluate()  # before the first step, or left out when the run was asked to stop
-        stream = batches(
-            self.dataset,
-            settings.batch_size,
-            start_step=progress.step,
-            num_steps=settings.steps - progress.step,
-            workers=self.config.data.workers,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-            pin_memory=self.device.type == "cuda",
-        )
+        stream = self._stream(progress.step, settings.steps - progress.step)
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
             total=settings.steps,
@@ -150,6 +151,33 @@ class Trainer:
             self.log.close()
         # The others wait: torchrun ends all processes as soon as one of them has stopped.
         return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
+
+    def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
+        """The batches of this rank, on the CPU."""
+        return batches(
+            self.dataset,
+            self.settings.batch_size,
+            start_step=start_step,
+            num_steps=num_steps,
+            workers=self.config.data.workers,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            pin_memory=self.device.type == "cuda",
+            as_float=False,  # the feeder converts on the device
+        )
+
+    def _make_evaluation(self) -> Evaluation:
+        return Evaluation(self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path)
+
+    def _about(self) -> str:
+        return about_model(self.config, self.model)
+
+    def _fingerprint(self) -> str:
+        return data_fingerprint(self.dataset)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data, so that a run goes on with the same."""
+        return {"data": self.fingerprint}
 
     def _open_log(self) -> None:
         # A run that was killed before its first checkpoint begins again, and so does its log.
@@ -184,7 +212,7 @@ class Trainer:
                 output = self._forward_backward(
                     part, step, number, count / max(1, total_count), number == len(parts) - 1
                 )
-                losses.append(torch.stack((output.loss.detach(), output.accuracy)) * count)
+                losses.append(self._measures(output, step + 1) * count)
                 found.append((output.codes, output.plan.predicted_valid()))
                 totals.add_plan(output.plan, self.model.flops(output.plan))
         except (RuntimeError, MemoryError) as error:
@@ -197,18 +225,32 @@ class Trainer:
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
             state.usage.update(codes, valid, decay=number == 0)
-        norm = self._clip()
+        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value)
+        values = torch.cat((torch.stack(losses).sum(0), norm[None]))
+        queued = self.device.type == "cuda" and self.ranks.size == 1
+        if queued:  # handed over before anybody has seen whether loss and norm are finite
+            step_if_finite(state.optimizer, torch.stack((values[0], values[-1])))
         feeder.prefetch()
         totals.failures = float(feeder.error is not None)
-        # The only wait for the device in a step.
-        loss, accuracy, self.grad_norm = torch.cat((torch.stack(losses).sum(0), norm[None])).tolist()
-        own_loss = loss
-        totals.loss, totals.accuracy, totals.targets = loss, accuracy, sum(counts)
+        # The only wait for the device in a step; where the update is queued, at its end.
+        *sums, self.grad_norm = values.tolist()
+        totals.loss, totals.accuracy, totals.clip_loss, totals.touching = sums
+        own_loss, totals.targets = totals.loss, sum(counts)
         totals = totals.summed(self.ranks)
-        self._update(batch, totals, own_loss)
+        self._update(batch, totals, own_loss, queued)
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch, totals)
         return totals
+
+    def _measures(self, output: PretrainOutput, number: int) -> Tensor:
+        """Loss, accuracy, loss of whole clips, and on steps that are logged the touching share: ``(4,)``."""
+        loss = output.loss.detach()
+        clip = torch.zeros_like(loss) if output.clip_loss is None else output.clip_loss.detach()
+        touching = output.touching_share() if self._is_logged(number) else torch.zeros_like(loss)
+        return torch.stack((loss, output.accuracy, clip, touching))
+
+    def _is_logged(self, number: int) -> bool:
+        return number % self.settings.log_every == 0 or number == self.settings.steps
 
     def _forward_backward(self, part: Batch, step: int, number: int, weight: float, last: bool) -> PretrainOutput:
         # Dropout and stochastic depth: a pure function of (seed, step, place), so that a resumed run repeats them.
@@ -216,27 +258,20 @@ class Trainer:
         torch.manual_seed(mix(self.settings.seed, 2, step, *([place] if place else [])) >> 1)
         with only_accumulate(self.state.parallel, last):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                output = self.state.parallel(part.waveform, part.lengths, step=step, index=part.index)
+                output = self.state.parallel(*part.inputs, step=step, index=part.index)
             # Ranks are averaged, micro-batches are added: so every target of the step weighs the same.
             factor = weight * self.ranks.size * self.state.scale.value
-            (output.loss if factor == 1.0 else output.loss * factor).backward()
+            objective = output.objective
+            (objective if factor == 1.0 else objective * factor).backward()
         return output
 
-    def _clip(self) -> Tensor:
-        """Undo the loss scale, clip, and give the gradient norm."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        scale = self.state.scale.value
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
-        return whole(norm).float()
-
-    def _update(self, batch: Batch, totals: StepTotals, own_loss: float) -> None:
+    def _update(self, batch: Batch, totals: StepTotals, own_loss: float, queued: bool) -> None:
         state = self.state
         finite = is_finite(totals.loss) and is_finite(self.grad_norm)
         explained = state.scale.update(finite)
         if finite:
-            state.optimizer.step()
+            if not queued:
+                state.optimizer.step()
             if state.average is not None:
                 state.average.update()
             self.bad_in_a_row = 0
@@ -248,10 +283,10 @@ class Trainer:
             return
         self.bad_in_a_row += 1
         own = [is_finite(value) for value in self.ranks.gathered(own_loss)]
-        if not own[self.ranks.rank] or all(own):  # the batch of the rank whose loss it was, or nobody knows whose
+        if not own[self.ranks.rank] or all(own):  # the rank whose loss it was, or an unknown rank
             path = save_bad_batch(self.run.path, number, self.ranks.rank, batch, own_loss, self.grad_norm)
             if path is not None:
-                logger.info(f"note: the batch is kept in {path} (python -m bestrq2.report --bad-batch {path})")
+                logger.info(f"note: the batch is kept in {path} (bestrq2 report --bad-batch {path})")
         self._warn(f"step {number}: loss {totals.mean_loss}, gradient norm {self.grad_norm}: update skipped")
 
     def _count(self, batch: Batch, totals: StepTotals) -> None:
@@ -269,7 +304,7 @@ class Trainer:
         self.since_log.add(totals)
         self.since_save.add(totals)
         self.bar.update()
-        if done % settings.log_every == 0 or last:
+        if self._is_logged(done):
             self._log(totals)
         if not stopping:
             self._evaluate()
@@ -300,7 +335,7 @@ class Trainer:
         """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""
         if self.log is not None:
             self.log.flush()
-        snapshot = self.state.snapshot(data=self.fingerprint)
+        snapshot = self.state.snapshot(**self._identity())
         value = self.state.progress.validation_loss if self.evaluation.validates else self.since_save.mean_loss
         if snapshot is not None:
             self.saver.save(snapshot, value, wait)
@@ -311,6 +346,9 @@ class Trainer:
         skips = self.ranks.sum([self.state.skips.get(reason, 0) for reason in REASONS])
         memory = memory_metrics(self.device)
         memory = {name: max(self.ranks.gathered(value)) for name, value in memory.items()}
+        began = time.perf_counter()
+        health = self.health.measure(self.state.progress.step)
+        self.interval_start += time.perf_counter() - began  # throughput is that of training
         if self.log is None:
             return
         progress, interval = self.state.progress, self.since_log
@@ -333,33 +371,18 @@ class Trainer:
             "skipped_files": progress.skipped_files,
             "skipped_steps": progress.skipped_steps,
             "elapsed_seconds": self.state.elapsed,
+            "touching_share": totals.touching_share,
+            **({"clip_loss": totals.mean_clip_loss} if self.model.clip_weight else {}),
+            **health,
             **skip_metrics({reason: round(count) for reason, count in zip(REASONS, skips)}),
         }
         self.log.write(row)
         self.bar.set_postfix_str(postfix(row), refresh=False)
         self.interval_start, self.since_log = now, StepTotals()
 
-    def _describe(self) -> None:
-        config, model, device = self.config, self.model, self.device
-        say = self.ranks.say
-        encoder = sum(p.numel() for p in model.encoder.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        precision = "fp32" if self.autocast is None else f"{str(self.autocast).removeprefix('torch.')} autocast"
-        say(f"Model: {config.recipe} ({config.model.name}), encoder {encoder:,} parameters, {trained:,} trained")
-        say(f"Device: {describe_device(device)}, {precision}; operations: {', '.join(ops.available_backends())}")
-        if self.ranks.size > 1:
-            kind = "sharded over (FSDP2)" if self.settings.strategy == "fsdp" else "replicated on (DDP)"
-            share = self.settings.batch_size // self.ranks.size
-            say(f"Ranks: {kind} {self.ranks.size} processes, {share} clips of every step each")
-        if (missing := extension_obstacle()) is not None:
-            say(f"note: the slower PyTorch path runs: {missing}")
-        self.peak, source = peak_flops(device, self.autocast)
-        say(f"Run: {self.run.path} (utilisation against {self.peak / 1e12:.2f} TFLOP/s, {source})")
-        if self.ranks.is_first:
-            self.run.write_versions(describe_device(device), self.ranks.size)
-
     def _first_look(self) -> None:
-        """Code usage of the targets before any training."""
+        """Code usage of the targets and health of the encoder before any training."""
+        health = self.health.measure(0)
         if self.log is None:
             return
         look = first_look(self.model, self.dataset, self.config, self.device)
@@ -371,7 +394,7 @@ class Trainer:
         )
         if (advice := look.advice()) is not None:
             logger.warning("%s", advice)
-        self.log.write({"step": 0, **found, "learning_rate": 0.0})
+        self.log.write({"step": 0, **found, "learning_rate": 0.0, **health})
 
     def _finish(self, stop: StopSignal | None) -> int:
         done = self.state.progress.step
@@ -386,21 +409,9 @@ class Trainer:
         if stop is not None:
             logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
             return stop.exit_code
-        self.run.summarise(report)
+        self.run.summarise(report, self.config.frozen.source or self.run.path)
         return 0
 
     def _warn(self, message: str) -> None:
         if self.ranks.is_first:
             logger.warning("%s", message)
-
-
-def is_finite(value: float) -> bool:
-    return value - value == 0.0
-
-
-def postfix(row: dict[str, float]) -> str:
-    return (
-        f"loss {row['loss']:.3f}, acc {row['accuracy']:.3f} (unigram {row['unigram']:.3f}), "
-        f"ppl {row['perplexity']:.0f}, grad {row['grad_norm']:.2f}, lr {row['learning_rate']:.1e}, "
-        f"{row['audio_seconds_per_second']:.0f} s/s, wait {row['data_wait']:.0%}, mfu {row['mfu']:.1%}"
-    )

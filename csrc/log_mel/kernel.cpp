@@ -12,6 +12,7 @@
 
 #include "common/arena.h"
 #include "log_mel/fft.h"
+#include "log_mel/transpose.h"
 
 // No standard library templates here: their inline functions, compiled for AVX-512, could be the copies that the linker
 // keeps for every other file.
@@ -27,6 +28,7 @@ struct Scratch {
   float* edges;     // (kLanes, window_length)
   Complex* points;  // (size / 2)
   Doubles* powers;  // (size / 2 + 1)
+  Doubles* mels;    // (bands)
   float* bands;     // (bands, kLanes)
 };
 
@@ -36,6 +38,7 @@ int64_t lay_out(const LogMel& job, void* memory, Scratch* scratch) {
   scratch->edges = arena.take<float>(job.window_length * kLanes);
   scratch->points = arena.take<Complex>(job.size / 2);
   scratch->powers = arena.take<Doubles>(job.size / 2 + 1);
+  scratch->mels = arena.take<Doubles>(job.bands);
   scratch->bands = arena.take<float>(job.bands * kLanes);
   return arena.bytes();
 }
@@ -154,39 +157,48 @@ inline Doubles decibels(Doubles v) {
   return n * kPerOctave + s * series * (2.0 * kPerNeper);
 }
 
-inline Floats band(const LogMel& job, const Doubles* power, int64_t m) {
-  const double* weight = job.weights + job.offsets[m];
-  const int64_t count = job.offsets[m + 1] - job.offsets[m];
-  power += job.bins[m];
-  Doubles sum = {}, other = {};
-  int64_t j = 0;
-  for (; j + 1 < count; j += 2) sum += power[j] * weight[j], other += power[j + 1] * weight[j + 1];
-  if (j < count) sum += power[j] * weight[j];
-  const Doubles mel = sum + other;
-  // NaN and infinity stay what they are: they are not below the floor, and not what decibels() takes.
+void filter(const LogMel& job, const Doubles* powers, Doubles* mels) {
+  for (int64_t m = 0; m < job.bands; ++m) {
+    const double* weight = job.weights + job.offsets[m];
+    const Doubles* power = powers + job.bins[m];
+    const int64_t count = job.offsets[m + 1] - job.offsets[m];
+    Doubles sum = {}, other = {};
+    int64_t j = 0;
+    for (; j + 1 < count; j += 2) sum += power[j] * weight[j], other += power[j + 1] * weight[j + 1];
+    if (j < count) sum += power[j] * weight[j];
+    mels[m] = sum + other;
+  }
+}
+
+// A loop of its own: behind the inner loop of filter(), whose end is hard to foresee, no band would overlap the next.
+void standardised_decibels(const LogMel& job, const Doubles* mels, float* bands) {
   const Doubles floor = Doubles{} + kFloor, largest = Doubles{} + __DBL_MAX__;
-  const Doubles level = decibels(mel < floor ? floor : mel);
-  const Floats rounded = __builtin_convertvector(mel <= largest ? level : mel, Floats);
-  return (rounded - job.mean[m]) / job.std[m];
+  for (int64_t m = 0; m < job.bands; ++m) {
+    // NaN and infinity stay what they are: they are not below the floor, and not what decibels() takes.
+    const Doubles level = decibels(mels[m] < floor ? floor : mels[m]);
+    const Floats rounded = __builtin_convertvector(mels[m] <= largest ? level : mels[m], Floats);
+    *reinterpret_cast<Floats*>(bands + m * kLanes) = (rounded - job.mean[m]) / job.std[m];
+  }
 }
 
 void run(const LogMel& job, const int64_t* clips, const int64_t* times, void* memory) {
   Scratch s;
   lay_out(job, memory, &s);
   const int64_t length = job.window_length, half = job.size / 2;
+  const float* frames[kLanes];
+  float* rows[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    const float* frame = frame_samples(job, clips[lane], times[lane], s.edges + lane * length);
-    for (int64_t n = 0; n < length; ++n) s.samples[n * kLanes + lane] = frame[n];
+    frames[lane] = frame_samples(job, clips[lane], times[lane], s.edges + lane * length);
+    rows[lane] = job.out + (clips[lane] * job.frames + times[lane]) * job.bands;
   }
+  rows_to_lanes(frames, length, s.samples);
   const int64_t radix = job.radices[0], m = half / radix;
   first_pass(job, s.samples, s.points, m);
   finish(job.radices + 1, job.passes - 1, job.twiddles + 2 * m * (radix - 1), s.points, m, radix);
   powers(job, s.points, s.powers);
-  for (int64_t b = 0; b < job.bands; ++b) *reinterpret_cast<Floats*>(s.bands + b * kLanes) = band(job, s.powers, b);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    float* row = job.out + (clips[lane] * job.frames + times[lane]) * job.bands;
-    for (int64_t b = 0; b < job.bands; ++b) row[b] = s.bands[b * kLanes + lane];
-  }
+  filter(job, s.powers, s.mels);
+  standardised_decibels(job, s.mels, s.bands);
+  lanes_to_rows(s.bands, job.bands, rows);
 }
 
 }  // namespace

@@ -14,8 +14,9 @@ constexpr int kThreads = 128;
 constexpr int kRows = 16;
 
 // kDims: dims rounded up to 8, 16, 32 or 64; the padding is zero.
+// Blocks a multiprocessor should hold: left alone, the compiler takes 80 registers and spills some at 32 dims.
 template <int kDims>
-__global__ void __launch_bounds__(kThreads) search(const QuantizeCuda q) {
+__global__ void __launch_bounds__(kThreads, kDims >= 32 ? 3 : 4) search(const QuantizeCuda q) {
   __shared__ __align__(16) float y[kRows][kDims];
   __shared__ float tile[kDims][kThreads + 1];  // one more: the transposed writes fall into different banks
   __shared__ int64_t row_of[kRows];

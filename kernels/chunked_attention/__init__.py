@@ -1,6 +1,16 @@
-"""Chunked attention with relative positions on GPUs; ``launch`` imports triton, this package does not."""
+"""Chunked attention with relative positions on GPUs; ``launch`` imports triton, this package does not.
+
+| file | kernels |
+|---|---|
+| ``position.py`` | the band of position scores; the gradient of the table |
+| ``forward.py`` | output and log-sum-exp |
+| ``backward.py`` | query gradient with score gradients; key and value gradients |
+| ``launch.py`` | segment by segment, so that the band has a bound |
+"""
 
 from typing import Any
+
+_KERNELS = ("forward", "backward_query", "backward_key", "band", "table_gradient")
 
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     key: [
@@ -8,10 +18,10 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         for rows in (16, 32, 64, 128)
         for columns in (32, 64)
         for warps in (4, 8)
-        for stages in ((1, 2) if kernel == "forward" else (1,))
+        for stages in (1, 2)
         if rows <= (64 if key.endswith("fp32") else 128)
     ]
-    for kernel in ("forward", "backward_query", "backward_key")
+    for kernel in _KERNELS
     for key in (f"{kernel}/64", f"{kernel}/128", f"{kernel}/64/fp32")
 }
 CANDIDATES |= {
@@ -22,6 +32,6 @@ CANDIDATES |= {
         for columns in (16, 32, 64)
         for warps in (4, 8)
     ]
-    for kernel in ("forward", "backward_query", "backward_key")
+    for kernel in _KERNELS
 }
-"""What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""
+"""Candidates of benchmarks/tune.py; one that does not fit a GPU fails there and is skipped."""

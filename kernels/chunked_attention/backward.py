@@ -1,12 +1,29 @@
-"""Backward kernels: one over query tiles for the query gradient and the score gradients of the band, one over key tiles
-for the key and value gradients. Each output element has one writer that adds in a fixed order: no atomics.
+"""Backward kernels: one over query tiles for the query gradient and the score gradients, one over key tiles for the key
+and value gradients. Each output element has one writer that adds in a fixed order: no atomics.
 """
 
 import triton
 import triton.language as tl
 
-from .forward import RUNTIME
-from .window import add_bias, band_pointers, load_rows, tile_scores, valid_range, visible_keys, window
+from .position import load_score_gradients, load_table, score_gradient_pointers
+from .window import (
+    add_bias,
+    band_start,
+    item_pointer,
+    load_rows,
+    row_pointers,
+    store_rows,
+    tile_scores,
+    valid_range,
+    visible_keys,
+    window,
+)
+
+# Sizes that change from call to call: no variant of a kernel for each.
+RUNTIME = [
+    *("H", "Tq", "Tk", "chunk", "left", "right", "offset", "row_begin", "row_end", "band_row", "band_shift"),
+    *("width", "highest"),
+]
 
 
 @triton.jit
@@ -17,37 +34,47 @@ def _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION: tl.
     return p, p * (dp - delta[:, None])
 
 
+@triton.jit
+def _store_sum(sums_ptr, rows, i_bh, scale, D: tl.constexpr, BD: tl.constexpr):
+    """The sum over a tile's rows, for the gradient of a bias: sums (B * H, tiles, D) fp32."""
+    o_d = tl.arange(0, BD)
+    place = i_bh * tl.num_programs(0) + tl.program_id(0)
+    tl.store(sums_ptr + place * D + o_d, tl.sum(rows, axis=0) * scale, mask=o_d < D)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_backward_query_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr,
-    dq_ptr, delta_ptr,  # dq (B, H, rows, d) fp32 contiguous, unscaled; delta (B, H, Tq) fp32
-    band_ptr, dband_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, do_b, do_h, do_t, band_bh,
-    B, H, Tq, Tk, d, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
-    HAS_BAND: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dq_ptr, delta_ptr,  # dq (B, H, Tq, D); delta (B, H, Tq) fp32
+    band_ptr, dscores_ptr, table_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,  # None where absent
+    content_sums_ptr, position_sums_ptr,  # (B * H, tiles, D) fp32, None where there is no such bias
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    out_b, out_h, out_t, table_h,  # out, do and dq are laid out alike
+    H, Tq, Tk, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, width, highest, scale,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     i_row = tl.program_id(0) * BM + tl.arange(0, BM)
     o_m = row_begin + i_row
     position = o_m + offset
-    begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk, HAS_LENGTHS, HAS_STARTS)
+    begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
     low, high = window(position, begin, key_end, chunk, left, right)
     m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
 
-    q = load_rows(q_ptr + i_b * q_b + i_h * q_h, o_m, q_t, m_row, d, BD)
-    if HAS_CONTENT:
-        q = add_bias(q, content_ptr + i_h * d, d, BD)
-    do = load_rows(do_ptr + i_b * do_b + i_h * do_h, o_m, do_t, m_row, d, BD)
-    out = load_rows(out_ptr + i_b * out_b + i_h * out_h, o_m, out_t, m_row, d, BD)
+    q = load_rows(item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT), o_m, q_t, m_row, UNIT, D, BD)
+    q = add_bias(q, content_ptr, i_h, D, BD)
+    do = load_rows(item_pointer(do_ptr, i_b, i_h, out_b, out_h, UNIT), o_m, out_t, m_row, UNIT, D, BD)
+    out = load_rows(item_pointer(out_ptr, i_b, i_h, out_b, out_h, UNIT), o_m, out_t, m_row, UNIT, D, BD)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + i_bh * Tq + o_m, delta, mask=o_m < row_end)
     lse = tl.load(lse_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
-    band_ptr += (i_h * B + i_b) * band_bh
-    dband_ptr += (i_h * B + i_b) * band_bh
-    k_ptr += i_b * k_b + i_h * k_h
-    v_ptr += i_b * v_b + i_h * v_h
+    if band_ptr is not None:
+        band_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row)
+        dscores_ptr += i_bh * (row_end - row_begin) * (tl.cdiv(width, 16) * 16)
+    k_ptr = item_pointer(k_ptr, i_b, i_h, k_b, k_h, UNIT)
+    v_ptr = item_pointer(v_ptr, i_b, i_h, v_b, v_h, UNIT)
     to_log2 = scale * 1.4426950408889634
     dq = tl.zeros((BM, BD), tl.float32)
     first = tl.min(tl.where(m_row, low, key_end), axis=0)
@@ -56,33 +83,50 @@ def chunked_attention_backward_query_kernel(
         j_0 = i_n * BN
         o_n = tl.arange(0, BN)
         j = j_0 + o_n
-        m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK)
-        k = load_rows(k_ptr, j, k_t, m_n, d, BD)
-        v = load_rows(v_ptr, j, v_t, m_n, d, BD)
-        s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, HAS_BAND, PRECISION)
-        visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-        if HAS_KEY_MASK:
+        m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk)
+        k = load_rows(k_ptr, j, k_t, m_n, UNIT, D, BD)
+        v = load_rows(v_ptr, j, v_t, m_n, UNIT, D, BD)
+        s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, PRECISION)
+        in_window = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
+        visible = in_window
+        if key_mask_ptr is not None:
             visible &= m_n[None, :]
         _, ds = _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION)
         ds = ds.to(k.dtype)
         dq += tl.dot(ds, k, input_precision=PRECISION)
-        if HAS_BAND:
-            tl.store(band_pointers(dband_ptr, i_row, j_0, o_n, band_row, band_shift), ds, mask=visible)
+        if band_ptr is not None:
+            x = j[None, :] - (position - highest)[:, None]
+            tl.store(score_gradient_pointers(dscores_ptr, i_row, x, width), ds, mask=in_window)
 
-    o_d = tl.arange(0, BD)
-    p_dq = dq_ptr + (i_bh * (row_end - row_begin) + i_row)[:, None] * d + o_d[None, :]
-    tl.store(p_dq, dq, mask=(o_m < row_end)[:, None] & (o_d < d)[None, :])
+    if content_sums_ptr is not None:
+        _store_sum(content_sums_ptr, dq, i_bh, scale, D, BD)
+    if band_ptr is not None:
+        tl.debug_barrier()  # the score gradients of these rows, written above by other threads, are read again
+        by_position = tl.zeros((BM, BD), tl.float32)
+        table_ptr += i_h * table_h
+        nearest = row_begin + offset + tl.program_id(0) * BM - highest  # position of the first row, less highest
+        x_first = tl.maximum(first - nearest - (BM - 1), 0)
+        for i_x in range(x_first // BN, tl.cdiv(tl.minimum(last - nearest, width), BN)):
+            x = i_x * BN + tl.arange(0, BN)
+            ds = load_score_gradients(dscores_ptr, i_row, m_row, position, low, high, x, width, highest)
+            table = load_table(table_ptr, x, width, D, BD)
+            by_position += tl.dot(ds, table, input_precision=PRECISION)
+        if position_sums_ptr is not None:
+            _store_sum(position_sums_ptr, by_position, i_bh, scale, D, BD)
+        dq += by_position
+    dq_ptr = item_pointer(dq_ptr, i_b, i_h, out_b, out_h, UNIT)
+    store_rows(dq_ptr, o_m, out_t, dq * scale, o_m < row_end, UNIT, D, BD)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_backward_key_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr,  # (B, H, Tk, d) contiguous; fp32 when ACCUMULATE
+    dk_ptr, dv_ptr,  # (B, H, Tk, D); fp32 when ACCUMULATE
     band_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, band_bh,
-    B, H, Tq, Tk, d, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
-    HAS_BAND: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
+    dk_b, dk_h, dk_t,  # dk and dv are laid out alike
+    H, Tq, Tk, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
@@ -90,7 +134,7 @@ def chunked_attention_backward_key_kernel(
     j_0 = tl.program_id(0) * BN
     o_n = tl.arange(0, BN)
     j = j_0 + o_n
-    begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk, HAS_LENGTHS, HAS_STARTS)
+    begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
     # The inverse window: key j is seen from the chunks floor((j - right) / chunk) ... floor((j + left) / chunk).
     first = tl.maximum(j_0 - right, 0) // chunk * chunk
     last = (tl.minimum(j_0 + BN, Tk) - 1 + left) // chunk * chunk + chunk
@@ -99,12 +143,13 @@ def chunked_attention_backward_key_kernel(
     last = tl.where((j_0 >= key_end) | (j_0 + BN <= begin), 0, last)
     first = tl.maximum(first, 0)
 
-    m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK)
-    k = load_rows(k_ptr + i_b * k_b + i_h * k_h, j, k_t, m_n, d, BD)
-    v = load_rows(v_ptr + i_b * v_b + i_h * v_h, j, v_t, m_n, d, BD)
-    q_ptr += i_b * q_b + i_h * q_h
-    do_ptr += i_b * do_b + i_h * do_h
-    band_ptr += (i_h * B + i_b) * band_bh
+    m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk)
+    k = load_rows(item_pointer(k_ptr, i_b, i_h, k_b, k_h, UNIT), j, k_t, m_n, UNIT, D, BD)
+    v = load_rows(item_pointer(v_ptr, i_b, i_h, v_b, v_h, UNIT), j, v_t, m_n, UNIT, D, BD)
+    q_ptr = item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT)
+    do_ptr = item_pointer(do_ptr, i_b, i_h, out_b, out_h, UNIT)
+    if band_ptr is not None:
+        band_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row)
     to_log2 = scale * 1.4426950408889634
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
@@ -114,27 +159,27 @@ def chunked_attention_backward_key_kernel(
         position = o_m + offset
         low, high = window(position, begin, key_end, chunk, left, right)
         m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
-        q = load_rows(q_ptr, o_m, q_t, m_row, d, BD)
-        if HAS_CONTENT:
-            q = add_bias(q, content_ptr + i_h * d, d, BD)
-        do = load_rows(do_ptr, o_m, do_t, m_row, d, BD)
+        q = load_rows(q_ptr, o_m, q_t, m_row, UNIT, D, BD)
+        q = add_bias(q, content_ptr, i_h, D, BD)
+        do = load_rows(do_ptr, o_m, out_t, m_row, UNIT, D, BD)
         lse = tl.load(lse_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
         delta = tl.load(delta_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-        if HAS_KEY_MASK:
+        if key_mask_ptr is not None:
             visible &= m_n[None, :]
         m_band = m_row & (high > j_0) & (low < j_0 + BN)  # rows whose band reaches this tile
-        s = tile_scores(q, k, band_ptr, i_row, m_band, j_0, o_n, band_row, band_shift, HAS_BAND, PRECISION)
+        s = tile_scores(q, k, band_ptr, i_row, m_band, j_0, o_n, band_row, band_shift, PRECISION)
         p, ds = _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION)
         dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
         dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
     dk *= scale
 
-    o_d = tl.arange(0, BD)
-    at = (i_bh * Tk + j)[:, None] * d + o_d[None, :]
-    inside = (j < Tk)[:, None] & (o_d < d)[None, :]
+    in_range = j < Tk
+    dk_ptr = item_pointer(dk_ptr, i_b, i_h, dk_b, dk_h, UNIT)
+    dv_ptr = item_pointer(dv_ptr, i_b, i_h, dk_b, dk_h, UNIT)
     if ACCUMULATE:
-        dk += tl.load(dk_ptr + at, mask=inside, other=0.0)
-        dv += tl.load(dv_ptr + at, mask=inside, other=0.0)
-    tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+        inside = in_range[:, None] & (tl.arange(0, BD) < D)[None, :]
+        dk += tl.load(row_pointers(dk_ptr, j, dk_t, UNIT, BD), mask=inside, other=0.0)
+        dv += tl.load(row_pointers(dv_ptr, j, dk_t, UNIT, BD), mask=inside, other=0.0)
+    store_rows(dk_ptr, j, dk_t, dk, in_range, UNIT, D, BD)
+    store_rows(dv_ptr, j, dk_t, dv, in_range, UNIT, D, BD)

@@ -1,6 +1,14 @@
-"""Launches the kernels segment by segment, so that the band of position scores never exceeds a fixed budget."""
+"""Launches the kernels segment by segment, so that the band of position scores never exceeds a fixed budget.
+
+    forward    band (position.py), then one kernel
+    backward   band, query kernel (dq, score gradients, sums for the biases), key kernel (dk, dv), gradient of the table
+
+Every gradient is written once, in its own dtype and in the memory order of its input; only several segments add up.
+``options`` is the record of bestrq2/ops/chunked_attention/operator.py.
+"""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +18,13 @@ from torch import Tensor
 from ..tuning import load_configs
 from .backward import chunked_attention_backward_key_kernel, chunked_attention_backward_query_kernel
 from .forward import chunked_attention_forward_kernel
-from .position import Band, make_band, row_stride
+from .position import SLACK, chunked_attention_band_kernel, chunked_attention_table_gradient_kernel, row_stride
 from .window import UNLIMITED
 
 BAND_BYTES = 256 * 2**20
 SEGMENT_ROWS = 128  # segments are multiples of it
+PROGRAMS = 264  # of the gradient of the table: two for every multiprocessor of an H100; more only add partial sums
+MOST_PAIRS = 65535  # items x heads: the second dimension of a grid
 
 
 def padded_dim(head_dim: int) -> int:
@@ -27,98 +37,140 @@ def config_key(kernel: str, head_dim: int, dtype: torch.dtype) -> str:
 
 
 def choose_config(configs: Mapping[str, Any], key: str, key_mask: bool) -> dict[str, Any]:
-    """The tile of ``key``; with a key mask, which takes registers, that of ``<key>/key_mask`` where there is one."""
-    return configs.get(f"{key}/key_mask", configs[key]) if key_mask else configs[key]
+    """The tile of ``key``; with a key mask, which takes registers, that of ``<key>/key_mask`` where there is one.
+
+    Raises:
+        ValueError: if the corners of a tile would touch memory outside the band.
+    """
+    config = configs.get(f"{key}/key_mask", configs[key]) if key_mask else configs[key]
+    if config["BM"] + config["BN"] > SLACK:
+        raise ValueError(f"{key}: expected BM + BN of at most {SLACK}, got {config['BM']} + {config['BN']}")
+    return config
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [begin, end) of the queries and the offsets query - key that they see."""
+
+    begin: int
+    end: int
+    lowest: int
+    highest: int
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def width(self) -> int:
+        return self.highest - self.lowest + 1
+
+    @property
+    def band_row(self) -> int:
+        return (row_stride(self.width) - 1) // 16
+
+    def band_column(self, offset: int) -> int:
+        """Of x = 0, so that the boxes of tiles begin at multiples of 16."""
+        return (offset + self.begin - self.highest) % 16
+
+    def band_shift(self, offset: int) -> int:
+        return (self.band_column(offset) + self.highest - offset - self.begin) // 16
 
 
 class _Call:
-    """What every launch of a call has in common."""
+    """Arguments that all launches of a call share."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, options: Any) -> None:
         self.options = options
         self.query, self.key, self.value = (unit_stride(x) for x in (query, key, value))
         self.batch, self.heads, self.frames, self.head_dim = query.shape
+        if self.batch * self.heads > MOST_PAIRS:
+            raise ValueError(
+                f"query: expected at most {MOST_PAIRS} items x heads in a Triton call, got {self.batch} x {self.heads}"
+            )
         self.keys = key.shape[2]
-        self.content_bias, self.lengths, self.starts, self.key_mask = (
-            as_read(options[name]) for name in ("content_bias", "lengths", "starts", "key_mask")
+        self.content_bias, self.position_bias, self.lengths, self.starts, self.key_mask = (
+            as_read(getattr(options, name))
+            for name in ("content_bias", "position_bias", "lengths", "starts", "key_mask")
         )
+        table = options.position
+        self.table = None if table is None else table.contiguous()
         self.window = window_sizes(options)
-        self.offset = options["query_offset"]
+        self.offset, self.zero, self.scale = options.query_offset, options.position_zero, options.scale
 
     def constants(self, kernel: str) -> dict[str, Any]:
         configs = load_configs("chunked_attention", self.query.device)
         key = config_key(kernel, self.head_dim, self.query.dtype)
-        config = choose_config(configs, key, self.key_mask is not None)
         return {
-            "HAS_BAND": self.options["position"] is not None,
-            "HAS_CONTENT": self.content_bias is not None,
-            "HAS_LENGTHS": self.lengths is not None,
-            "HAS_STARTS": self.starts is not None,
-            "HAS_KEY_MASK": self.key_mask is not None,
             # Read for fp32 only. Configurations of large heads replace it by "ieee": fewer registers, no matrix unit.
             "PRECISION": "tf32x3" if self.query.dtype == torch.float32 else "tf32",
+            "D": self.head_dim,
             "BD": padded_dim(self.head_dim),
-            **config,
+            **choose_config(configs, key, self.key_mask is not None),
         }
 
-    def given(self) -> tuple[Tensor, ...]:
-        """Content bias, lengths, starts, key mask; absent ones as any pointer, which their kernels never read."""
-        absent, given = self.query, (self.content_bias, self.lengths, self.starts, self.key_mask)
-        return tuple(absent if x is None else x for x in given)
+    @property
+    def optional(self) -> tuple[Tensor | None, ...]:
+        return self.content_bias, self.lengths, self.starts, self.key_mask
 
-    def offsets(self, begin: int, end: int) -> tuple[int, int]:
+    def segments(self) -> Iterator[Segment]:
+        """Row ranges whose band fits the budget; one range when there are no positions."""
+        rows = self.frames
+        if self.table is not None:
+            lowest, highest = self._offsets(0, self.frames)
+            width = row_stride(highest - lowest + 1) * self.query.element_size()
+            rows = BAND_BYTES // (width * self.batch * self.heads) // SEGMENT_ROWS * SEGMENT_ROWS
+        rows = max(rows, SEGMENT_ROWS)
+        for begin in range(0, self.frames, rows):
+            end = min(begin + rows, self.frames)
+            lowest, highest = self._offsets(begin, end)
+            if self.table is not None:  # only where nothing is visible does the table not hold them all
+                lowest, highest = max(lowest, -self.zero), min(highest, self.table.shape[1] - 1 - self.zero)
+            yield Segment(begin, end, lowest, highest)
+
+    def _offsets(self, begin: int, end: int) -> tuple[int, int]:
         """Bounds on query position - key over the visible pairs of rows [begin, end)."""
         chunk, left, right = self.window
         lowest = max(self.offset + begin - self.keys + 1, 1 - chunk - right)
         return lowest, max(min(self.offset + end - 1, chunk - 1 + left), lowest)
 
-    def segments(self) -> Iterator[tuple[int, int]]:
-        """Row ranges whose band fits the budget; one range when there are no positions."""
-        rows = self.frames
-        if self.options["position"] is not None:
-            lowest, highest = self.offsets(0, self.frames)
-            width = row_stride(highest - lowest + 1) * self.query.element_size()
-            rows = BAND_BYTES // (width * self.batch * self.heads) // SEGMENT_ROWS * SEGMENT_ROWS
-        rows = max(rows, SEGMENT_ROWS)
-        for begin in range(0, self.frames, rows):
-            yield begin, min(begin + rows, self.frames)
+    def rows_of_table(self, segment: Segment) -> Tensor:
+        """The table from the lowest offset of the segment on: (H, ..., d), as a pointer with the table's strides."""
+        assert self.table is not None
+        return self.table[:, self.zero + segment.lowest :]
 
-    def band(self, begin: int, end: int) -> Band | None:
-        if self.options["position"] is None:
+    def band(self, segment: Segment) -> Tensor | None:
+        """Position scores of a segment, from the column where its rows begin; None without positions."""
+        if self.table is None:
             return None
-        query = self.query[:, :, begin:end]
-        place = torch.arange(begin, end, device=query.device)[None] + self.offset
-        padded = None
-        if self.lengths is not None:
-            padded = place >= self.lengths[:, None]
-        if self.starts is not None:
-            early = place < self.starts[:, None]
-            padded = early if padded is None else padded | early
-        bias, zero = self.options["position_bias"], self.options["position_zero"]
-        offsets = self.offsets(begin, end)
-        rows = self.options["position"].shape[1]
-        offsets = (max(offsets[0], -zero), min(offsets[1], rows - 1 - zero))  # only where nothing is visible
-        return make_band(query, self.options["position"], bias, zero, offsets, self.offset + begin, padded)
+        rows = (segment.rows + 15) // 16 * 16
+        size = self.batch * self.heads * rows * row_stride(segment.width)
+        band = self.query.new_empty(2 * SLACK + size)[SLACK:]
+        constants, table = self.constants("band"), self.rows_of_table(segment)
+        unit, strides = in_units(self.query)
+        chunked_attention_band_kernel[(triton.cdiv(segment.rows, constants["BM"]), self.batch * self.heads)](
+            self.query, table, band, self.position_bias, self.lengths, self.starts, *strides, table.stride(0),
+            self.heads, self.keys, self.offset, segment.begin, segment.end,
+            segment.band_row, segment.band_column(self.offset), segment.width, UNIT=unit, **constants,
+        )  # fmt: skip
+        return band
 
-    def sizes(self, begin: int, end: int, band: Band | None) -> tuple[Any, ...]:
-        """The integer arguments from B to scale."""
-        row, shift = 0, 0
-        if band is not None:
-            row = (band.row_stride - 1) // 16
-            highest = band.table.shape[1] - 1 + self._lowest(begin, end)
-            shift = (band.column + highest - self.offset - begin) // 16
-        chunk, left, right = self.window
-        shape = (self.batch, self.heads, self.frames, self.keys, self.head_dim)
-        return (*shape, chunk, left, right, self.offset, begin, end, row, shift, self.options["scale"])
-
-    def _lowest(self, begin: int, end: int) -> int:
-        return max(self.offsets(begin, end)[0], -self.options["position_zero"])
+    def sizes(self, segment: Segment) -> tuple[int, ...]:
+        """The integer arguments from H to band_shift."""
+        place = (segment.begin, segment.end, segment.band_row, segment.band_shift(self.offset))
+        return self.heads, self.frames, self.keys, *self.window, self.offset, *place
 
 
-def window_sizes(options: Mapping[str, Any]) -> tuple[int, int, int]:
+def in_units(*tensors: Tensor) -> tuple[int, list[int]]:
+    """(UNIT, the strides of batch, head and frame of every tensor divided by it): see window.py."""
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    unit = 8 if any(stride % 16 for stride in strides) and not any(stride % 8 for stride in strides) else 1
+    return unit, [stride // unit for stride in strides]
+
+
+def window_sizes(options: Any) -> tuple[int, int, int]:
     """Chunk size, left and right context as the kernels take them."""
-    chunk, left, right = (options[name] for name in ("chunk_size", "left_context", "right_context"))
-    return _limited(chunk), _limited(left), _limited(right)
+    return _limited(options.chunk_size), _limited(options.left_context), _limited(options.right_context)
 
 
 def _limited(size: int | None) -> int:
@@ -141,98 +193,134 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _written_like(x: Tensor) -> Tensor:
+    """Memory for what is written frame by frame: in the order of ``x`` if its last stride is 1."""
+    result = torch.empty_like(x)
+    return result if result.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _in_order_of(x: Tensor, result: Tensor) -> Tensor:
+    """``result`` with the strides that ``empty_like(x)`` has."""
+    order = torch.empty_like(x)
+    return result.to(x.dtype) if order.stride() == result.stride() else order.copy_(result)
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
-    result = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if not query.numel():
-        return result, lse
-    call = _Call(query, key, value, options)
-    out = result if result.stride(-1) == 1 else torch.empty_like(query, memory_format=torch.contiguous_format)
+        return torch.empty_like(query), lse
+    call, out = _Call(query, key, value, options), _written_like(query)
     constants = call.constants("forward")
-    with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
-        for begin, end in call.segments():
-            band = call.band(begin, end)
-            scores = call.query if band is None else band.start(band.fill().buffer)
-            chunked_attention_forward_kernel[(triton.cdiv(end - begin, constants["BM"]), call.batch * call.heads)](
-                call.query, call.key, call.value, out, lse, scores, *call.given(),
-                *call.query.stride()[:3], *call.key.stride()[:3], *call.value.stride()[:3], *out.stride()[:3],
-                0 if band is None else band.bh_stride, *call.sizes(begin, end, band), **constants,
+    unit, strides = in_units(call.query, call.key, call.value, out)
+    with _on(query.device):
+        for segment in call.segments():
+            chunked_attention_forward_kernel[(triton.cdiv(segment.rows, constants["BM"]), call.batch * call.heads)](
+                call.query, call.key, call.value, out, lse, call.band(segment), *call.optional,
+                *strides, *call.sizes(segment), call.scale, UNIT=unit, **constants,
             )  # fmt: skip
-    return result if out is result else result.copy_(out), lse
+    return _in_order_of(query, out), lse
 
 
 def backward(
-    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, options: Any
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, position, content_bias and position_bias (None where absent)."""
-    tables = {name: options[name] for name in ("position", "content_bias", "position_bias")}
+    tables = {name: getattr(options, name) for name in ("position", "content_bias", "position_bias")}
     sums = {
         name: torch.zeros(x.shape, dtype=torch.float32, device=query.device)
         for name, x in tables.items()
         if x is not None
     }
-    dq = torch.zeros_like(query)
-    call = _Call(query, key, value, options)
-    segments = list(call.segments())
-    several = len(segments) > 1
-    dk, dv = (torch.zeros(key.shape, dtype=torch.float32 if several else key.dtype, device=key.device) for _ in "kv")
     if query.numel() and key.numel():
-        grad, out = unit_stride(grad.to(query.dtype)), unit_stride(out)
+        call, dq = _Call(query, key, value, options), _written_like(query)
+        # The kernels read the output and its gradient, and write dq, with one set of strides.
+        out, grad = (x if x.stride() == dq.stride() else torch.empty_like(dq).copy_(x) for x in (out, grad))
+        grad = grad.to(query.dtype)
+        segments = list(call.segments())
+        dk, dv = _key_gradients(call.key, len(segments) > 1)
         delta = torch.empty_like(lse)
-        with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
-            for begin, end in segments:
-                segment = _backward_segment(call, begin, end, grad, out, lse, delta, dk, dv, sums, several)
-                dq[:, :, begin:end] = segment
-    frames = [dq, *(torch.empty_like(x).copy_(gradient) for x, gradient in ((key, dk), (value, dv)))]
+        with _on(query.device):
+            for segment in segments:
+                _backward_segment(call, segment, grad, out, lse, delta, dq, dk, dv, sums)
+    else:
+        dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+    frames = [_in_order_of(x, gradient) for x, gradient in ((query, dq), (key, dk), (value, dv))]
     return (*frames, *(None if x is None else sums[name].to(x.dtype) for name, x in tables.items()))
+
+
+def _key_gradients(key: Tensor, several: bool) -> tuple[Tensor, Tensor]:
+    """Memory for dk and dv, laid out alike; zeroed sums in fp32 where several segments add to them."""
+    dk = _written_like(key)
+    if several:
+        dk = torch.zeros_like(dk, dtype=torch.float32)
+    return dk, torch.zeros_like(dk) if several else torch.empty_like(dk)
 
 
 def _backward_segment(
     call: _Call,
-    begin: int,
-    end: int,
+    segment: Segment,
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
     delta: Tensor,
+    dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     sums: dict[str, Tensor],
-    accumulate: bool,
-) -> Tensor:
-    """Add one segment to dk, dv and the sums of the tables; return its query gradient (B, H, rows, d)."""
-    band = call.band(begin, end)
-    scores = call.query if band is None else band.start(band.fill().buffer)
-    dband = call.query if band is None else torch.zeros_like(band.buffer)
-    content = torch.empty(
-        call.batch, call.heads, end - begin, call.head_dim, dtype=torch.float32, device=call.query.device
-    )
-    inputs = (call.query, call.key, call.value)
-    strides = [size for x in inputs for size in x.stride()[:3]]
-    bh_stride = 0 if band is None else band.bh_stride
-    sizes, pairs, constants = call.sizes(begin, end, band), call.batch * call.heads, call.constants("backward_query")
-    chunked_attention_backward_query_kernel[(triton.cdiv(end - begin, constants["BM"]), pairs)](
-        *inputs, out, grad, lse, content, delta, scores, dband if band is None else band.start(dband), *call.given(),
-        *strides, *out.stride()[:3], *grad.stride()[:3], bh_stride, *sizes, **constants,
+) -> None:
+    """Fill the segment's rows of dq and, if it is the only one, dk and dv; else add to those. Add to the sums."""
+    inputs, pairs, sizes = (call.query, call.key, call.value), call.batch * call.heads, call.sizes(segment)
+    band = call.band(segment)
+    constants = call.constants("backward_query")
+    tiles = triton.cdiv(segment.rows, constants["BM"])
+    dscores = table = None
+    if band is not None:
+        dscores = call.query.new_empty(pairs * segment.rows * ((segment.width + 15) // 16 * 16))
+        table = call.rows_of_table(segment)
+    partial = {
+        name: torch.empty(call.batch, call.heads, tiles, call.head_dim, dtype=torch.float32, device=grad.device)
+        for name in ("content_bias", "position_bias")
+        if name in sums
+    }
+    unit, strides = in_units(*inputs, out)
+    chunked_attention_backward_query_kernel[(tiles, pairs)](
+        *inputs, out, grad, lse, dq, delta, band, dscores, table, *call.optional,
+        partial.get("content_bias"), partial.get("position_bias"),
+        *strides, 0 if table is None else table.stride(0), *sizes, segment.width, segment.highest, call.scale,
+        UNIT=unit, **constants,
     )  # fmt: skip
-    constants = call.constants("backward_key")
-    chunked_attention_backward_key_kernel[(triton.cdiv(call.keys, constants["BN"]), pairs)](
-        *inputs, grad, lse, delta, dk, dv, scores, *call.given(),
-        *strides, *grad.stride()[:3], bh_stride, *sizes, ACCUMULATE=accumulate, **constants,
-    )  # fmt: skip
+    for name, sum_of_tiles in partial.items():
+        sums[name] += sum_of_tiles.sum((0, 2))
 
-    scale = call.options["scale"]
-    if call.content_bias is not None:
-        sums["content_bias"] += content.sum((0, 2)) * scale
-    if band is None:
-        return content.mul_(scale)
-    dscores = band.view(dband)  # (H, B * rows, W)
-    by_position = torch.bmm(dscores, band.table).view(call.heads, call.batch, band.rows, call.head_dim)
-    by_position = by_position[:, :, : end - begin].transpose(0, 1).float()
-    if "position_bias" in sums:
-        sums["position_bias"] += by_position.sum((0, 2)) * scale
-    first = call.options["position_zero"] + call._lowest(begin, end)
-    table = torch.bmm(dscores.transpose(1, 2), band.with_position).flip(1).float() * scale
-    sums["position"][:, first : first + table.shape[1]] += table
-    return content.add_(by_position).mul_(scale)
+    constants = call.constants("backward_key")
+    unit, strides = in_units(*inputs, out, dk)
+    chunked_attention_backward_key_kernel[(triton.cdiv(call.keys, constants["BN"]), pairs)](
+        *inputs, grad, lse, delta, dk, dv, band, *call.optional, *strides, *sizes, call.scale,
+        ACCUMULATE=segment.rows < call.frames, UNIT=unit, **constants,
+    )  # fmt: skip
+    if dscores is not None:
+        _add_table_gradient(call, segment, dscores, sums["position"])
+
+
+def _add_table_gradient(call: _Call, segment: Segment, dscores: Tensor, total: Tensor) -> None:
+    """Add the product of score gradients and queries to the sum of the table: partial sums in fp32, then one sum."""
+    constants = call.constants("table_gradient")
+    row_tiles, columns = triton.cdiv(segment.rows, constants["BM"]), triton.cdiv(segment.width, constants["BN"])
+    splits = max(1, min(PROGRAMS // (columns * call.heads), call.batch * row_tiles))
+    tiles_per_split = triton.cdiv(call.batch * row_tiles, splits)
+    splits = triton.cdiv(call.batch * row_tiles, tiles_per_split)
+    shape = (splits, call.heads, segment.width, call.head_dim)
+    partial = torch.empty(shape, dtype=torch.float32, device=dscores.device)
+    unit, strides = in_units(call.query)
+    chunked_attention_table_gradient_kernel[(columns, call.heads, splits)](
+        call.query, dscores, partial, call.position_bias, call.lengths, call.starts, *strides,
+        call.heads, call.keys, *call.window, call.offset, segment.begin, segment.end, segment.width, segment.highest,
+        call.batch, row_tiles, tiles_per_split, call.scale, UNIT=unit, **constants,
+    )  # fmt: skip
+    first = call.zero + segment.lowest
+    total[:, first : first + segment.width] += partial.sum(0)

@@ -1,4 +1,4 @@
-"""Scores of queries against relative positions as one matrix product, laid out so that tiles read them unsheared.
+"""Scores of queries against relative positions, and the gradient of the table: kernels and the layout of both.
 
 Row i of the band holds (q_i + position_bias) . position for every offset of the window, column x for key - query =
 x - highest: W columns instead of the 2T - 1 of Transformer-XL. Key j of query i lies at i * (R - 1) + j + constant, so
@@ -9,41 +9,23 @@ a suitable first column make every row of that box start at a multiple of 16 ele
     i = 0     . . . a b c d . .   row stride R    a b c d
     i = 1     . . e f g h . . .   ------------>   e f g h      row stride R - 1
     i = 2     . i j k l . . . .                   i j k l
+
+The band is read three times by key and written once, so its rows are aligned for the reader. Score gradients are
+written once by key and read twice by x (for the query's and the table's gradient): rows of W rounded up to 16.
+Neither is filled before: what no pair of a window reaches is never read, or selected away.
 """
 
-from dataclasses import dataclass
+import triton
+import triton.language as tl
 
-import torch
-from torch import Tensor
+from .window import add_bias, band_start, item_pointer, load_rows, valid_range, window
 
-SLACK = 512  # elements around the band that the corners of edge tiles touch: more than any BM + BN
-
-
-@dataclass
-class Band:
-    with_position: Tensor  # (H, B * rows, d): q + position_bias, zero in padded rows
-    table: Tensor  # (H, W, d): the rows of the position table, in the direction of the keys
-    buffer: Tensor
-    rows: int  # per item, rounded up to 16
-    row_stride: int
-    column: int  # of x = 0
-
-    @property
-    def bh_stride(self) -> int:
-        return self.rows * self.row_stride
-
-    def start(self, buffer: Tensor) -> Tensor:
-        return buffer[SLACK:]
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """(H, B * rows, W) of a buffer of this layout."""
-        heads, rows, _ = self.with_position.shape
-        strides = (rows * self.row_stride, self.row_stride, 1)
-        return buffer.as_strided((heads, rows, self.table.shape[1]), strides, SLACK + self.column)
-
-    def fill(self) -> "Band":
-        torch.bmm(self.with_position, self.table.transpose(1, 2), out=self.view(self.buffer))
-        return self
+SLACK = 512  # elements around the band that the corners of edge tiles touch: at least BM + BN
+# Sizes that change from call to call: no variant of a kernel for each.
+RUNTIME = [
+    *("H", "Tk", "chunk", "left", "right", "offset", "row_begin", "row_end", "band_row", "band_column"),
+    *("width", "highest", "tiles_per_split", "row_tiles", "batch"),
+]
 
 
 def row_stride(width: int) -> int:
@@ -51,29 +33,87 @@ def row_stride(width: int) -> int:
     return (width + 14 + 15) // 16 * 16 + 1
 
 
-def make_band(
-    query: Tensor,  # (B, H, rows, d), a segment
-    position: Tensor,  # (H, R, d)
-    position_bias: Tensor | None,  # (H, d)
-    position_zero: int,
-    offsets: tuple[int, int],
-    first_position: int,
-    padded: Tensor | None,  # (B, rows) bool
-) -> Band:
-    """Lay out the band of a segment of queries; :meth:`Band.fill` computes it."""
-    batch, heads, count, head_dim = query.shape
-    lowest, highest = offsets
-    rows = (count + 15) // 16 * 16
-    with_position = query.new_zeros(heads, batch, rows, head_dim)
-    target = with_position[:, :, :count]
-    target.copy_(query.transpose(0, 1))
-    if position_bias is not None:
-        target += position_bias[:, None, None]
-    if padded is not None:
-        target.masked_fill_(padded[None, :, :, None], 0)  # padding may hold NaN, and the table's gradient sums over it
-    table = position[:, position_zero + lowest : position_zero + highest + 1].flip(1)
-    stride = row_stride(table.shape[1])
-    buffer = query.new_zeros(2 * SLACK + heads * batch * rows * stride)
-    return Band(
-        with_position.view(heads, batch * rows, head_dim), table, buffer, rows, stride, (first_position - highest) % 16
-    )
+@triton.jit
+def load_table(table_ptr, x, width, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of the table for columns x: the table (width, D) begins at the lowest offset query - key: [x, BD]."""
+    o_d = tl.arange(0, BD)
+    inside = ((x >= 0) & (x < width))[:, None] & (o_d < D)[None, :]
+    return tl.load(table_ptr + (width - 1 - x)[:, None] * D + o_d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def score_gradient_pointers(dscores_ptr, i_row, x, width):
+    """Addresses in the score gradients of an item and head: rows of ``width`` rounded up to 16."""
+    return dscores_ptr + (i_row.to(tl.int64) * (tl.cdiv(width, 16) * 16))[:, None] + x
+
+
+@triton.jit
+def load_score_gradients(dscores_ptr, i_row, m_row, position, low, high, x, width, highest):
+    """Score gradients of rows and columns x, zero outside the windows: [rows, x]."""
+    j = (position - highest)[:, None] + x[None, :]
+    inside = m_row[:, None] & (j >= low[:, None]) & (j < high[:, None]) & (x < width)[None, :]
+    return tl.load(score_gradient_pointers(dscores_ptr, i_row, x[None, :], width), mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def chunked_attention_band_kernel(
+    q_ptr, table_ptr, band_ptr, bias_ptr, lengths_ptr, starts_ptr,
+    q_b, q_h, q_t, table_h,  # strides: of q in UNIT elements
+    H, Tk, offset, row_begin, row_end, band_row, band_column, width,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The band of BM rows: one product with the table; rows of padding are zero."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    i_row = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_m = row_begin + i_row
+    begin, end, _ = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
+    in_range = o_m < row_end
+    m_row = in_range & (o_m + offset >= begin) & (o_m + offset < end)
+    q = load_rows(item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT), o_m, q_t, m_row, UNIT, D, BD)
+    q = add_bias(q, bias_ptr, i_h, D, BD)
+    table_ptr += i_h * table_h
+    rows_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row) + band_column
+    rows_ptr = rows_ptr + (i_row.to(tl.int64) * (band_row * 16 + 1))[:, None]
+    for x_0 in range(0, width, BN):
+        x = x_0 + tl.arange(0, BN)
+        scores = tl.dot(q, tl.trans(load_table(table_ptr, x, width, D, BD)), input_precision=PRECISION)
+        tl.store(
+            rows_ptr + x[None, :], scores.to(band_ptr.dtype.element_ty), mask=in_range[:, None] & (x < width)[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def chunked_attention_table_gradient_kernel(
+    q_ptr, dscores_ptr, partial_ptr,  # partial (splits, H, width, D) fp32, in the order of the table
+    bias_ptr, lengths_ptr, starts_ptr,
+    q_b, q_h, q_t,
+    H, Tk, chunk, left, right, offset, row_begin, row_end, width, highest, batch, row_tiles, tiles_per_split, scale,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """BN rows of the table's gradient from a share of the rows of all items: added in a fixed order."""
+    x = tl.program_id(0) * BN + tl.arange(0, BN)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_split = tl.program_id(2).to(tl.int64)
+    total = tl.zeros((BN, BD), tl.float32)
+    row_elements = (row_end - row_begin).to(tl.int64) * (tl.cdiv(width, 16) * 16)
+    first = i_split * tiles_per_split
+    for tile in range(first, tl.minimum(first + tiles_per_split, batch * row_tiles)):
+        i_b = tile // row_tiles
+        i_row = (tile % row_tiles * BM).to(tl.int32) + tl.arange(0, BM)
+        o_m = row_begin + i_row
+        position = o_m + offset
+        begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
+        low, high = window(position, begin, key_end, chunk, left, right)
+        m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
+        rows_ptr = dscores_ptr + (i_b * H + i_h) * row_elements
+        ds = load_score_gradients(rows_ptr, i_row, m_row, position, low, high, x, width, highest)
+        q = load_rows(item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT), o_m, q_t, m_row, UNIT, D, BD)
+        q = add_bias(q, bias_ptr, i_h, D, BD)
+        total += tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+    o_d = tl.arange(0, BD)
+    partial_ptr += (i_split * H + i_h) * width * D
+    inside = (x < width)[:, None] & (o_d < D)[None, :]
+    tl.store(partial_ptr + (width - 1 - x)[:, None] * D + o_d[None, :], total * scale, mask=inside)

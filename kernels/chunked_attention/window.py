@@ -1,7 +1,10 @@
-"""What the forward and backward kernels share: windows, tiles of scores and the band of position scores.
+"""Parts that the kernels share: windows, tiles of frames and of scores.
 
 Positions are int32 and stay below 2^29, offsets into tensors are int64. UNLIMITED stands for a context or chunk size of
-None: three of them still fit an int32.
+None: three of them still fit an int32. An absent optional input is None, which Triton compiles away.
+
+Strides come divided by UNIT: 8 where they are multiples of 8 but not all of 16, which Triton would not know and would
+load two bytes at a time (head size 72), else 1.
 """
 
 import triton
@@ -11,13 +14,13 @@ UNLIMITED = 1 << 29
 
 
 @triton.jit
-def valid_range(lengths_ptr, starts_ptr, i_b, Tk, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr):
+def valid_range(lengths_ptr, starts_ptr, i_b, Tk):
     """[begin, end) of the positions of item ``i_b`` that hold frames, for queries and for keys."""
     begin = 0
     end = 1 << 30
-    if HAS_STARTS:
+    if starts_ptr is not None:
         begin = tl.maximum(tl.load(starts_ptr + i_b), 0).to(tl.int32)
-    if HAS_LENGTHS:
+    if lengths_ptr is not None:
         end = tl.maximum(tl.load(lengths_ptr + i_b), 0).to(tl.int32)
     return begin, end, tl.minimum(end, Tk)
 
@@ -30,44 +33,63 @@ def window(position, begin, key_end, chunk, left, right):
 
 
 @triton.jit
-def load_rows(ptr, rows, stride, mask, d, BD: tl.constexpr):
-    """Frames ``rows`` of a (T, d) matrix with unit stride in d, zero where masked: [rows, BD]."""
-    o_d = tl.arange(0, BD)
-    p_rows = ptr + rows.to(tl.int64)[:, None] * stride + o_d[None, :]
-    return tl.load(p_rows, mask=mask[:, None] & (o_d < d)[None, :], other=0.0)
+def item_pointer(ptr, i_b, i_h, stride_b, stride_h, UNIT: tl.constexpr):
+    """Frames of one item and head: (T, D)."""
+    return ptr + (i_b * stride_b + i_h * stride_h) * UNIT
 
 
 @triton.jit
-def add_bias(rows, bias_ptr, d, BD: tl.constexpr):
-    """Rows plus one bias vector, in the rows' dtype: [rows, BD]."""
-    o_d = tl.arange(0, BD)
-    bias = tl.load(bias_ptr + o_d, mask=o_d < d, other=0.0)
-    return (rows.to(tl.float32) + bias.to(tl.float32)[None, :]).to(rows.dtype)
+def row_pointers(ptr, rows, stride, UNIT: tl.constexpr, BD: tl.constexpr):
+    """Addresses of frames of a (T, D) matrix with unit stride in D: [rows, BD]."""
+    return ptr + (rows.to(tl.int64) * stride * UNIT)[:, None] + tl.arange(0, BD)[None, :]
 
 
 @triton.jit
-def visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk, HAS_KEY_MASK: tl.constexpr):
-    """Which keys of a tile hold a frame that the key mask (B, Tk) does not hide: [BN]."""
+def load_rows(ptr, rows, stride, mask, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Frames ``rows``, zero where masked: [rows, BD]."""
+    inside = mask[:, None] & (tl.arange(0, BD) < D)[None, :]
+    return tl.load(row_pointers(ptr, rows, stride, UNIT, BD), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride, values, mask, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    inside = mask[:, None] & (tl.arange(0, BD) < D)[None, :]
+    tl.store(row_pointers(ptr, rows, stride, UNIT, BD), values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_bias(rows, bias_ptr, i_h, D: tl.constexpr, BD: tl.constexpr):
+    """Rows plus the bias of a head, in the rows' dtype: [rows, BD]. Unchanged without a bias."""
+    if bias_ptr is not None:
+        o_d = tl.arange(0, BD)
+        bias = tl.load(bias_ptr + i_h * D + o_d, mask=o_d < D, other=0.0)
+        rows = (rows.to(tl.float32) + bias.to(tl.float32)[None, :]).to(rows.dtype)
+    return rows
+
+
+@triton.jit
+def visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk):
+    """Keys of a tile whose frames the key mask (B, Tk) does not hide: [BN]."""
     m_n = (j >= begin) & (j < key_end)
-    if HAS_KEY_MASK:
+    if key_mask_ptr is not None:
         m_n &= tl.load(key_mask_ptr + i_b * Tk + j, mask=m_n, other=0) != 0
     return m_n
 
 
 @triton.jit
-def band_pointers(band_ptr, i_row, j_0, o_n, band_row, band_shift):
-    """Addresses of the position scores of rows x keys: a box of row stride 16 * band_row. See position.py."""
-    aligned = (i_row.to(tl.int64) * band_row)[:, None] * 16 + (band_shift * 16 + j_0)
-    return band_ptr + aligned + o_n[None, :]
+def band_start(band_ptr, i_bh, rows, band_row):
+    """The band of one item and head; see position.py."""
+    return band_ptr + i_bh * (tl.cdiv(rows, 16) * 16) * (band_row * 16 + 1)
 
 
 @triton.jit
-def tile_scores(
-    q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, HAS_BAND: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Unscaled scores of a tile: [BM, BN]. Those of hidden pairs are arbitrary, even NaN: select, do not multiply."""
+def tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, PRECISION: tl.constexpr):
+    """Unscaled scores of a tile: [BM, BN]. Those of hidden pairs are arbitrary, even NaN: select, do not multiply.
+
+    ``band_ptr``: of the item and head, or None. The box of a tile has the row stride 16 * band_row in the band.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if HAS_BAND:
-        p_band = band_pointers(band_ptr, i_row, j_0, o_n, band_row, band_shift)
-        scores += tl.load(p_band, mask=m_row[:, None], other=0.0).to(tl.float32)
+    if band_ptr is not None:
+        aligned = (i_row.to(tl.int64) * band_row)[:, None] * 16 + (band_shift * 16 + j_0)
+        scores += tl.load(band_ptr + aligned + o_n[None, :], mask=m_row[:, None], other=0.0).to(tl.float32)
     return scores

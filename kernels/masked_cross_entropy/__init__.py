@@ -3,7 +3,7 @@
 | file | kernels |
 |---|---|
 | ``softmax_gradient.py`` | logits -> gradient, loss and accuracy, in place |
-| ``products.py`` | the three matrix products over a number of rows that only the device knows |
+| ``products.py`` | the three matrix products over a number of rows that is read on the device |
 | ``loss.py`` | losses and accuracy without logits, where no gradient is wanted |
 | ``launch.py`` | which of them runs, chunk by chunk |
 """
@@ -35,8 +35,9 @@ CANDIDATES = {
         {"BLOCK_V": block, "num_warps": warps, "num_stages": 1}
         for block, warps in ((8192, 8), (8192, 16), (4096, 4), (4096, 8), (16384, 16))
     ],
-    # Logits held at once: more than 48 MiB would no longer stay in the L2 cache of any GPU of today.
-    "chunk": [{"bytes": mebibytes * 2**20, "rows_multiple": 128} for mebibytes in (8, 12, 16, 24, 32, 48)],
+    # Logits held at once. Small chunks stay in the L2 cache; large ones fill whole waves of multiprocessors: the
+    # gradient of 2816 rows of 768 features (48 MiB of 8192 classes) is 132 tiles of 128 x 128, one for each of an H100.
+    "chunk": [{"bytes": mebibytes * 2**20, "rows_multiple": 128} for mebibytes in (12, 24, 32, 48, 64, 96, 128)],
     **{
         kernel: [
             {"BM": rows, "BN": columns, "BK": depth, "num_warps": warps, "num_stages": stages}
@@ -45,4 +46,4 @@ CANDIDATES = {
         for kernel, tiles in _TILES.items()
     },
 }
-"""What benchmarks/tune.py tries; a choice that does not fit a GPU fails there and is passed over."""
+"""Candidates of benchmarks/tune.py; one that does not fit a GPU fails there and is skipped."""

@@ -1,4 +1,4 @@
-"""Which kernels and products run, over chunks of logits that stay in the L2.
+"""Run the kernels and products over chunks of logits that stay in the L2.
 
     for each codebook, for each chunk of rows           (rows, V), about 1536 x 8192 in bf16: 24 MiB
         logits = h @ weight.T + bias
@@ -74,7 +74,7 @@ def precision(bits: int) -> str:
 
 
 def hidden_gradient_tile(add: bool) -> str:
-    """Whose tile the gradient of the rows takes: adding in fp32 needs the registers that the weight gradient needs."""
+    """Name of the tile for the gradient of the rows: adding in fp32 needs as many registers as the weight gradient."""
     return "weight_gradient" if add else "hidden_gradient"
 
 
@@ -170,7 +170,7 @@ def _bounded_gradients(
 
 @cache
 def _fp32_products(device: torch.device, dtype: torch.dtype) -> str:
-    """How this torch adds a product of ``dtype`` matrices in fp32: "addmm", "mm" (then add) or "" (not at all)."""
+    """Way in which this torch adds a product of ``dtype`` matrices in fp32: "addmm", "mm" (then add) or "" (none)."""
     a, total = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
@@ -184,12 +184,17 @@ def _fp32_products(device: torch.device, dtype: torch.dtype) -> str:
         return ""
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in fp32."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b`` in fp32; with ``first``, ``total = a @ b``."""
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
         return
     way = _fp32_products(a.device, a.dtype)
+    if first and way:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+        return
+    if first:
+        total.zero_()
     if way == "addmm":
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # where neither call exists the operands are converted: rounding each product would lose the fp32 sum
@@ -213,13 +218,13 @@ def _library_gradients(
             torch.addmm(r.bias, h, r.weight.T, out=logits)
         _softmax_gradient(r, logits, start)
         if grad_hidden is not None and add:
-            _add_product(grad_hidden[part], logits, r.weight)
+            _add_product(grad_hidden[part], logits, r.weight, first=False)
         elif grad_hidden is not None and dtype == grad_hidden.dtype:
             torch.mm(logits, r.weight, out=grad_hidden[part])
         elif grad_hidden is not None:
             grad_hidden[part] = torch.mm(logits, r.weight)
         if grad_weight is not None:
-            _add_product(grad_weight, logits.T, h)
+            _add_product(grad_weight, logits.T, h, first=start == 0)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=torch.float32)
 
@@ -237,7 +242,7 @@ def masked_cross_entropy(
     wanted: tuple[bool, bool, bool],
     max_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """What the operator ``bestrq2::masked_cross_entropy`` returns."""
+    """Result of the operator ``bestrq2::masked_cross_entropy``."""
     rows, codebooks, device = hidden.shape[0], weight.shape[0], hidden.device
     on_gpu = device.type == "cuda"
     losses, correct = torch.zeros(2, codebooks, rows, dtype=torch.float32, device=device).unbind()
@@ -247,8 +252,9 @@ def masked_cross_entropy(
     if row_weights is not None:
         weights = row_weights.float()
         index, count = rows_that_count(row_weights)
-        total = weights.sum()
-    total = torch.where(total == 0, 1, total)
+        total = weights.sum(-1)  # () or (G,)
+    divisor = total * codebooks if total.dim() == 0 else total.sum()
+    divisor, total = (torch.where(x == 0, 1, x) for x in (divisor, total))
     coefficients = weights
     half = dtype == torch.float16
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
@@ -256,9 +262,9 @@ def masked_cross_entropy(
         largest = factor if weights is None or rows == 0 else weights.nan_to_num(0, 0, 0).abs().max()
         largest = torch.where(largest == 0, 1, largest)
         coefficients = None if weights is None else weights / largest
-        factor = largest / (total * codebooks) if normalize else largest
+        factor = largest / divisor if normalize else largest
     elif normalize and weights is not None:
-        coefficients = weights / (total * codebooks)
+        coefficients = weights / divisor
     elif normalize:
         scale = 1 / max(rows * codebooks, 1)
 
@@ -311,7 +317,7 @@ def _gathered_gradients(books: list[_Rows], most: int, grads: list[Tensor | None
     every = books[0]
     assert every.index is not None
     index = every.index[:most]
-    # Rows behind the count fill up to the bound. They may hold NaN, and 0 * NaN would reach the weight's gradient.
+    # Rows behind the count pad to the bound. They may hold NaN, and 0 * NaN would reach the weight's gradient.
     assert every.count is not None
     counts = (torch.arange(len(index), device=index.device) < every.count).unsqueeze(1)
     rows = torch.where(counts, every.hidden[index], 0)

@@ -1,4 +1,4 @@
-"""The three matrix products over the rows that count, however many those are: the count is read on the device.
+"""The three matrix products over the masked rows, whose number is read on the device.
 
 A library product needs its sizes on the host. These take every row number from ``p_index`` (the rows that count first)
 and leave tiles behind ``p_count`` alone, so that the work follows the number of masked rows without the host ever

@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def seconds(files):
-    """Which seconds of long.wav the clips hold, as they are decoded."""
+    """The seconds of long.wav that the decoded clips hold."""
     heard = []
     for clip in iterate_clips(files, RATE):
         assert isinstance(clip, tuple), clip

@@ -8,18 +8,22 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from bestrq2.kernels.aot import ARCHITECTURES, SHARED_LIMIT, compile_for, spill_limit
+from bestrq2.kernels.aot import SHARED_LIMIT, compile_for, spill_limit
 from bestrq2.kernels.chunked_attention.compile_cases import compile_cases
 
 QUICK = ("/64",)  # endings of the configurations that every run compiles
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda n: f"sm_{n}")
 @pytest.mark.parametrize(
-    "case",
+    ("case", "architecture"),
     [
-        pytest.param(case, id=case.name, marks=() if case.name.split("-")[1].endswith(QUICK) else pytest.mark.slow)
+        pytest.param(
+            *(case, sm),
+            id=f"{case.name}-sm_{sm}",
+            marks=() if case.name.split("-")[1].endswith(QUICK) else pytest.mark.slow,
+        )
         for case in compile_cases()
+        for sm in case.architectures
     ],
 )
 def test_compiles_without_spills(case, architecture):

@@ -51,6 +51,11 @@ CASES = {
 }
 
 
+CASES |= {
+    "bf16": ((1, 2, 70, 70, 32), torch.bfloat16, {"chunk_size": 25, "left_context": 25}),
+    "bf16, head size 72": ((2, 1, 40, 70, 72), torch.bfloat16, {"chunk_size": 16, "left_context": 20, **PADDED}),
+    "bf16, head size 128": ((1, 1, 70, 70, 128), torch.bfloat16, {"chunk_size": 32, "left_context": 32}),
+}
 CASES["key mask"] = ((2, 1, 70, 70, 16), torch.float32, {"chunk_size": 7, "left_context": 10, "key_mask": HOLES})
 CASES["key mask, padding, fp16"] = (
     (2, 2, 40, 70, 16),

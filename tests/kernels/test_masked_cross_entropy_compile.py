@@ -8,12 +8,14 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from bestrq2.kernels.aot import ARCHITECTURES, SHARED_LIMIT, compile_for  # noqa: E402
+from bestrq2.kernels.aot import SHARED_LIMIT, compile_for  # noqa: E402
 from bestrq2.kernels.masked_cross_entropy.compile_cases import candidate_cases, compile_cases  # noqa: E402
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
-@pytest.mark.parametrize("case", compile_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "architecture"),
+    [pytest.param(case, sm, id=f"{case.name}-sm_{sm}") for case in compile_cases() for sm in case.architectures],
+)
 def test_compiles_without_spills(case, architecture):
     report = compile_for(case, architecture)
     print(f"{case.name} sm_{architecture}: {report.registers} registers, {report.shared_bytes} B shared")

@@ -159,7 +159,7 @@ def test_several_codebooks():
 def test_shared_masks_as_published():
     model = tiny("best_rq2_tiny", "model.masking.shared_per_batch=true")
     assert isinstance(model.masking, RandomMasking)
-    output = model(torch.randn(3, 16000) * 0.1, torch.full((3,), 16000), 0, torch.arange(3))
+    output = model(torch.randn(3, 16000) * 0.1, torch.full((3,), 16000), step=0, index=torch.arange(3))
     assert (output.plan.predicted == output.plan.predicted[0]).all()
 
 

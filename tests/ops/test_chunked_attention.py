@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bestrq2 import ops
-from bestrq2.ops import chunked_attention_cpu
+from bestrq2.ops.chunked_attention import cpu as chunked_attention_cpu
 
 BACKENDS = ["cpu", "reference"]
 
@@ -125,7 +125,7 @@ def test_masked_keys_are_never_read(backend: str):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa: str):
-    from bestrq2.ops.native import extension, extension_obstacle
+    from bestrq2.ops._impl.native import extension, extension_obstacle
 
     if extension_obstacle() or not extension().force_isa(isa):
         pytest.skip(f"no {isa} here")

@@ -7,7 +7,9 @@ from cross_entropy_cases import BACKENDS, FULL, grads_of, plain, usable
 from torch.library import opcheck
 
 from bestrq2 import ops
-from bestrq2.ops import masked_cross_entropy_cpu, masked_cross_entropy_fused, reference
+from bestrq2.ops import reference
+from bestrq2.ops.masked_cross_entropy import cpu as masked_cross_entropy_cpu
+from bestrq2.ops.masked_cross_entropy import cpu_bf16
 
 G = 3
 
@@ -19,8 +21,8 @@ def backend(request, device):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(masked_cross_entropy_fused, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(masked_cross_entropy_fused, "SINGLE_CHUNK_ROWS", 32)
+    monkeypatch.setattr(cpu_bf16, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(cpu_bf16, "SINGLE_CHUNK_ROWS", 32)
     monkeypatch.setattr(masked_cross_entropy_cpu, "CHUNK_BYTES", 1)
     monkeypatch.setattr(masked_cross_entropy_cpu, "MIN_CHUNK_ROWS", 16)
 
@@ -180,8 +182,8 @@ def test_hidden_gradient_is_summed_in_fp32(device):
 def test_opcheck(backend, device, mask):
     hidden, weight, targets, bias, _, row_weights = make((37,), device=device)
     arguments = (
-        hidden, weight, targets.T, row_weights if mask else None, bias, True, torch.float32,
-        0.1, 1e-3, True, True, True, None, backend,
+        hidden, weight, targets.T, row_weights if mask else None, bias, True, True, True, True, torch.float32,
+        0.1, 1e-3, -100, None, backend,
     )  # fmt: skip
     opcheck(torch.ops.bestrq2.masked_cross_entropy.default, arguments)
 
@@ -204,13 +206,13 @@ def test_compiles(backend, device, reduction):
 def test_errors(device):
     hidden, weight, targets, bias, *_ = make(device=device)
     call = ops.masked_cross_entropy
-    with pytest.raises(ValueError, match=r"expected targets \(3, 13, 3\) with weight \(3, 37, 16\), got \(3, 13\)"):
+    with pytest.raises(ValueError, match=r"targets must be \(..., G\) = \(3, 13, 3\), got \(3, 13\)"):
         call(hidden, weight, targets[..., 0])
-    with pytest.raises(ValueError, match=r"expected targets \(3, 13\) with weight \(37, 16\), got \(3, 13, 3\)"):
+    with pytest.raises(ValueError, match=r"targets must be \(\.\.\.\) = \(3, 13\), got \(3, 13, 3\)"):
         call(hidden, weight[0], targets)
-    with pytest.raises(ValueError, match=r"expected bias \(3, 37\), got \(37,\)"):
+    with pytest.raises(ValueError, match=r"bias must be \(G, V\) = \(3, 37\), got \(37,\)"):
         call(hidden, weight, targets, bias=bias[0])
-    with pytest.raises(ValueError, match=r"expected mask \(3, 13\), got \(3, 13, 3\)"):
+    with pytest.raises(ValueError, match=r"mask must be \(\.\.\.\) = \(3, 13\), got \(3, 13, 3\)"):
         call(hidden, weight, targets, mask=targets > 0)
     with pytest.raises(ValueError, match="at least one class"):
         call(hidden, weight[:0], targets[..., :0])

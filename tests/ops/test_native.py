@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bestrq2.ops import native
+from bestrq2.ops._impl import native
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = (ROOT / "csrc" / "bindings.cpp").exists() and native.extension_obstacle() is None
@@ -20,7 +20,7 @@ def test_extension_of_other_sources_is_refused(tmp_path):
     for folder in ("bestrq2", "csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
     shutil.copy(native.extension().__file__, tmp_path / "bestrq2")
-    code = "from bestrq2.ops import native; print(native.__file__); print(native.extension_obstacle())"
+    code = "from bestrq2.ops._impl import native; print(native.__file__); print(native.extension_obstacle())"
 
     def obstacle():
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -6,8 +6,8 @@ from quantize_cases import backends, count_wrong, forced, problem, rows_of_extre
 from torch.nn.functional import normalize as unit
 
 from bestrq2 import ops
-from bestrq2.ops import native
-from bestrq2.ops.quantize import run_cuda
+from bestrq2.ops._impl import native
+from bestrq2.ops.quantize.cuda import run_kernel
 
 DIMENSIONS = [80, 128, 256, 320, 512, 768, 1024, 1280, 1, 7, 250]
 
@@ -235,16 +235,16 @@ def test_arithmetic_of_the_cuda_kernel(dtype, normalize):
     for features, dims, offset, scale in cases:
         x, projection, codebook = problem(500, features, dims, 700, offset=offset, scale=scale)
         x = x.to(dtype)
-        codes = run_cuda(emulated, x, projection, codebook, None, normalize, 0)
+        codes = run_kernel(emulated, x, projection, codebook, None, normalize, 0)
         assert count_wrong(codes, x, projection, codebook, normalize == "layer_norm")[0] == 0
-    assert torch.equal(run_cuda(emulated, x, projection, codebook.repeat(3, 1), None, normalize, 0), codes)
+    assert torch.equal(run_kernel(emulated, x, projection, codebook.repeat(3, 1), None, normalize, 0), codes)
     for extreme, ordinary in rows_of_extreme_size(40, features):
         if extreme.dtype != torch.float64:
-            some = run_cuda(emulated, extreme, projection, codebook, None, normalize, 0)
+            some = run_kernel(emulated, extreme, projection, codebook, None, normalize, 0)
             assert count_wrong(some, ordinary, projection, codebook, normalize == "layer_norm")[0] == 0
     mask = torch.rand(500) < 0.5
     x[3], x[4, 5], x[5, 6], mask[3:6] = 0.0, float("nan"), float("inf"), True
-    some = run_cuda(emulated, x, projection.expand(2, -1, -1), codebook, mask, normalize, 0)
+    some = run_kernel(emulated, x, projection.expand(2, -1, -1), codebook, mask, normalize, 0)
     codes[3], codes[4], codes[5], codes[~mask] = 0, -1, -1, -1
     assert torch.equal(some, codes[:, None].expand(-1, 2))
 

@@ -76,15 +76,24 @@ def test_inductor_keeps_the_codes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(3, 9)}, "x has 9 features but projection takes 8"),
-        ({"codebook": torch.zeros(5, 3)}, "projection gives 4 dimensions but a code has 3"),
-        ({"projection": torch.zeros(2, 8, 4), "codebook": torch.zeros(3, 5, 4)}, "2 projections but 3 codebooks"),
+        (
+            {"x": torch.zeros(3, 9)},
+            r"projection must be \(D, d\) = \(9, d\) or \(G, D, d\) = \(G, 9, d\), got \(8, 4\)",
+        ),
+        (
+            {"codebook": torch.zeros(5, 3)},
+            r"codebook must be \(V, d\) = \(V, 4\) or \(G, V, d\) = \(G, V, 4\), got \(5, 3\)",
+        ),
+        (
+            {"projection": torch.zeros(2, 8, 4), "codebook": torch.zeros(3, 5, 4)},
+            r"codebook must be .* or \(G, V, d\) = \(2, V, 4\), got \(3, 5, 4\)",
+        ),
         ({"codebook": torch.zeros(0, 4)}, "must not be empty"),
-        ({"codebook": torch.zeros(4)}, "expected x"),
+        ({"codebook": torch.zeros(4)}, r"codebook must be \(V, d\) .*, got \(4,\)"),
         ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "x must be fp32"),
         ({"normalize": "batch"}, "normalize must be one of"),
-        ({"mask": torch.zeros(3)}, "mask must be a bool tensor"),
-        ({"mask": torch.zeros(2, dtype=torch.bool)}, r"mask must be a bool tensor of shape \(3,\)"),
+        ({"mask": torch.zeros(3)}, "mask must be bool, got torch.float32"),
+        ({"mask": torch.zeros(2, dtype=torch.bool)}, r"mask must be \(\.\.\.\) = \(3,\), got \(2,\)"),
         ({"backend": "gpu"}, "unknown backend"),
         ({"x": torch.zeros(3, 8, device="meta")}, "is on cpu but x is on meta"),
     ],

@@ -67,7 +67,7 @@ SIGNAL_IN_SAVE = """
 import os, signal, time
 from bestrq2 import checkpoint
 from bestrq2.training import interrupt
-interrupt.IMPATIENCE_SECONDS = 0.0
+interrupt.DEBOUNCE_SECONDS = 0.0
 real, calls = checkpoint._flush, []
 def flush(path):
     calls.append(1)

@@ -144,3 +144,24 @@ def test_refusals(source, overrides, message, encoder_file, tmp_path, capsys):
     source = str(encoder_file) if source == "FILE" else source
     assert train.main(["--runs", str(tmp_path), "--frozen-encoder", source, *QUICK, *overrides]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_head_is_trained_by_the_loop_of_pretraining(encoder_file, tmp_path):
+    """Micro-batches, averaged weights and the columns of the log are those of every run."""
+    options = [*QUICK, "train.precision=fp32", "train.ema_decay=0.9", f"frozen.cache={tmp_path / 'cache'}"]
+    whole = run(tmp_path, "whole", encoder_file, *options)
+    halves = run(tmp_path, "halves", encoder_file, *options, "train.accumulate=2")
+    rows = [[float(row["loss"]) for row in read_metrics(folder)] for folder in (whole, halves)]
+    assert rows[0] == pytest.approx(rows[1], abs=2e-5)
+    averaged, last = (
+        newest_intact(folder / "checkpoints")[0].folder / name
+        for folder, name in ((whole, "ema.safetensors"), (whole, "model.safetensors"))
+    )
+    assert averaged.read_bytes() != last.read_bytes()
+    assert 0 < float(read_metrics(whole)[-1]["mask_ratio"]) < 1
+
+
+def test_options_of_an_encoder_in_training_are_refused(encoder_file, tmp_path, capsys):
+    for option in ("probe.every=5", "validation.source=x", "model.mixing.share=0.5"):
+        assert train.main(["--runs", str(tmp_path), "--frozen-encoder", str(encoder_file), *QUICK, option]) == 2
+        assert "frozen.source: expected null with" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_damaged_last_checkpoint_is_passed_over_and_said(tmp_path, uninterrupted
         file.write_bytes(content[:middle] + flip + content[middle + len(flip) :])
     assert main(["--resume", str(run)]) == 0
     captured = capsys.readouterr()
-    assert "passed over a damaged checkpoint" in captured.err
+    assert "skipped a damaged checkpoint" in captured.err
     assert "from step 8" in captured.out
     assert curve(run) == curve(uninterrupted)
     assert_same_weights(run, uninterrupted)
@@ -263,6 +263,6 @@ def test_bf16_autocast_and_compile(tmp_path):
 
 
 def test_workers_end_with_the_run(tmp_path):
-    # The process must end too: workers ignore SIGTERM, so one that was left running would keep it waiting for ever.
+    # The process must end too: workers ignore SIGTERM, so one that was left running would keep it waiting forever.
     command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), *QUICK, "train.steps=2"]
     subprocess.run([*command, "data.workers=1"], check=True, capture_output=True, timeout=120)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bestrq2.config import load_config
+from bestrq2.console import console_log
 from bestrq2.data import collect, tiny_dataset, write_manifest
 from bestrq2.data.shards import pack
 from bestrq2.runs.folder import read_metrics
@@ -98,10 +99,11 @@ def test_buckets_and_domain_weights(sources, tmp_path):
 def test_shards_beside_audio_are_not_used_silently(sources, tmp_path, capsys):
     shutil.copytree(sources / "audio", tmp_path / "both")
     shutil.copy(sources / "shards" / "shards-000000.tar", tmp_path / "both")
-    open_dataset(load_config("best_rq2_tiny", [f"data.source={tmp_path / 'both'}"]))
+    with console_log():
+        open_dataset(load_config("best_rq2_tiny", [f"data.source={tmp_path / 'both'}"]))
     printed = capsys.readouterr().out
     assert "Data: 24 files" in printed
-    assert "not used, because there are audio files beside them: 1 .tar" in printed
+    assert "ignored 1 .tar next to audio files" in printed
 
 
 def test_several_sources(sources, tmp_path, capsys):

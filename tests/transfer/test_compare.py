@@ -1,6 +1,7 @@
 """The comparison of recipes: from a plan to a table, again after an interruption, and its arithmetic."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,3 +118,14 @@ def test_plan_files(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_plan(path)
+
+
+def test_our_plans():
+    """They name configurations that exist and keys that are known; one-stage gets fewer steps for the same compute."""
+    folder = Path(command.__file__).parent / "plans"
+    for name in ("learning_rate", "masks", "stages"):
+        plan = read_plan(folder / f"{name}.yaml")
+        budget = [steps_of(plan, candidate) for candidate in plan.candidates]
+        assert budget[1][1] == pytest.approx(budget[0][1], rel=1e-3)
+        assert budget[0][0] == pytest.approx(3000, abs=1)
+        assert (budget[1][0] < budget[0][0]) == (name == "stages")

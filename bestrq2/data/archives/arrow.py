@@ -4,7 +4,7 @@ They are read with pyarrow, without the ``datasets`` package. The audio column i
 calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one.
 Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there. The address of row i is
 ``file.arrow::i``. A row of an .arrow file is found in constant time; of a .parquet file a whole row group is read, so
-for training many rows pack it into tar shards first (``python -m bestrq2.data.shards``).
+for training many rows pack it into tar shards first (``bestrq2 shards``).
 """
 
 import bisect
@@ -115,13 +115,13 @@ class _Table:
 
 
 def _is_closed(source: Any) -> bool:
-    """Whether an Arrow stream ends in the mark that its writer set when it was closed."""
+    """Return True if an Arrow stream ends with the end-of-stream mark of a closed writer."""
     source.seek(max(0, source.size() - 8))
     return source.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What ``datasets`` wrote about the columns."""
+    """Metadata that ``datasets`` wrote about the columns."""
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -147,7 +147,7 @@ def _audio_column(schema: Any) -> str:
 
 
 def _faults() -> tuple[type[BaseException], ...]:
-    """What reading a damaged file may raise; looked up when something was raised, so pyarrow may be missing."""
+    """Exceptions of reading a damaged file; looked up when something was raised, so pyarrow may be missing."""
     try:
         import pyarrow
     except ImportError:
@@ -258,7 +258,7 @@ def saved_dataset_files(folder: str) -> list[str]:
         if os.path.isfile(splits):
             with open(splits, encoding="utf-8") as file:
                 names = json.load(file)["splits"]
-            if len(names) != 1:  # a test set must not be trained on because nobody thought of it
+            if len(names) != 1:  # a test set must not be trained on by accident
                 raise DataError(
                     f"{folder} has the splits {', '.join(names)}: name those to use, as {folder}/{names[0]}"
                 )

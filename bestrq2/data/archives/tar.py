@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's naming, read at random: where every member lies is looked up, not searched.
+"""Tar shards in webdataset's naming, with random access through an index.
 
 Members of one sample share their name up to the first dot: ``000017.flac`` with ``000017.json`` (duration,
 sampling_rate, domain, label) or ``000017.txt`` / ``.cls`` (the label). The index of a shard is built once, from its
@@ -161,7 +161,7 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
 
 
 def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, Any]:
-    """What sidecars state of a clip; values of a wrong kind are as if not there."""
+    """Fields of a clip from its sidecar files; values of a wrong kind are ignored."""
     row: Any = {}
     if "json" in texts:
         try:
@@ -190,7 +190,7 @@ def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, An
 
 
 def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
-    """Every regular member of a tar archive; what cannot be understood is noted in ``damage`` and passed over."""
+    """Every regular member of a tar archive; unreadable parts are noted in ``damage`` and skipped."""
     at, found, ended = 0, 0, False
     long_name: str | None = None
     long_size: int | None = None

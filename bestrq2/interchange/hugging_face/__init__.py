@@ -1,1 +1,1 @@
-"""The remote code that ``python -m bestrq2.export --hf`` puts beside the weights. Needs transformers."""
+"""The remote code that ``bestrq2 export --hf`` puts beside the weights. Needs transformers."""

@@ -1,0 +1,137 @@
+"""Softmax attention of a plain Transformer: which implementation runs when.
+
+On CPUs, in this order (docs/benchmarks.md has the measurements):
+
+- bf16 on a processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD) and at most 384 keys: our kernel that holds
+  the scores of a head in the cache (csrc/short_attention.h). The backward pass of PyTorch's CPU kernel is several times
+  slower than its forward pass in bf16.
+- clips of different lengths, or bf16 and more keys: ``ops.chunked_attention`` with one chunk, which skips padding.
+- fp32 without padding: ``scaled_dot_product_attention``.
+
+On GPUs ``scaled_dot_product_attention`` chooses among its kernels; with padding, which it takes as a mask and not with
+its fastest kernel, ``ops.chunked_attention``. Under torch.compile and in other dtypes it is always the former.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bestrq2 import ops
+from bestrq2.ops._impl import native
+from bestrq2.ops._impl.dispatch import forced_backend
+
+MOST_KEYS = 384
+"""Keys of the cached kernel. Its scratch memory, 20 bytes a score, leaves the second cache level not far above."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` over the first ``lengths[b]`` keys of every clip.
+
+    Args:
+        query: ``(B, H, Nq, d)``.
+        key, value: ``(B, H, Nk, d)``.
+        lengths: ``(B,)`` int64 valid keys on the device, at least 1; None: all. Where Nq = Nk, what padded queries give
+            is of no meaning.
+
+    Returns:
+        ``(B, H, Nq, d)``; on CPUs in the memory order ``(B, Nq, H, d)``.
+    """
+    if _is_eager(query) and _is_short(query, key):
+        return _ShortAttention.apply(lengths, query, key, value)
+    if _is_eager(query) and _prefers_chunks(query, lengths):
+        return ops.chunked_attention(query, key, value, right_context=None, lengths=lengths)
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(key.shape[2], device=key.device) < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def self_attend(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """:func:`attend` for queries, keys and values of one linear layer, ``(B, N, 3, H, d)`` -> ``(B, H, N, d)``.
+
+    Their gradients are written side by side, as the layer needs them.
+    """
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    if _is_eager(qkv) and _is_short(query, key):
+        return _ShortAttention.apply(lengths, qkv)
+    return attend(query, key, value, lengths)
+
+
+def _is_eager(x: Tensor) -> bool:
+    transforms = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not transforms and x.numel() > 0
+
+
+def _is_short(query: Tensor, key: Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and key.shape[2] <= MOST_KEYS
+        and query.shape[2] <= MOST_KEYS
+        and forced_backend() in (None, "cpu")
+        and native.extension_obstacle() is None
+        and native.extension().bf16_dot_beats_fma()
+    )
+
+
+def _prefers_chunks(query: Tensor, lengths: Tensor | None) -> bool:
+    if forced_backend() == "reference" or query.shape[-1] > 256 or query.dtype == torch.float64:
+        return False
+    if query.device.type == "cpu":
+        wanted = lengths is not None or query.dtype == torch.bfloat16
+        return wanted and native.extension_obstacle() is None
+    return lengths is not None and query.device.type == "cuda" and native.triton_obstacle(query.device) is None
+
+
+def _place(x: Tensor) -> tuple[int, ...]:
+    """Address and strides of batch, head and token."""
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Of query, key and value ``(B, H, N, d)``, or of qkv ``(B, N, 3, H, d)``."""
+
+    @staticmethod
+    def forward(ctx: Any, lengths: Tensor | None, *frames: Tensor) -> Tensor:
+        frames = tuple(map(_rows, frames))
+        query, key, value = _split(frames)
+        batch, heads, num_queries, dim = query.shape
+        out = query.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
+        logsumexp = torch.empty(batch, heads, num_queries, dtype=torch.float32)
+        ctx.sizes, ctx.scale = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5
+        rows = [*map(_place, (query, key, value, out))]
+        native.extension().short_attention_forward(
+            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(lengths, logsumexp, *frames)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lengths, logsumexp, *frames = ctx.saved_tensors
+        if len(frames) == 1:
+            grads = [torch.empty(frames[0].shape, dtype=frames[0].dtype)]
+        else:
+            grads = [torch.empty(x.transpose(1, 2).shape, dtype=x.dtype).transpose(1, 2) for x in frames]
+        query, key, value = _split(frames)
+        grad = _rows(grad.to(query.dtype))
+        rows = [*map(_place, (query, key, value, grad, grad, *_split(grads)))]  # the fourth, the output, is not read
+        native.extension().short_attention_backward(
+            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return None, *grads
+
+
+def _split(frames: Sequence[Tensor]) -> Sequence[Tensor]:
+    return frames if len(frames) == 3 else frames[0].permute(2, 0, 3, 1, 4).unbind()

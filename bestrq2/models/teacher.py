@@ -1,0 +1,86 @@
+"""Targets from a layer of an earlier encoder: the second iteration of BEST-RQ-2."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from bestrq2.layers.patches import Patches
+
+from .conformer import ConformerEncoder
+from .vit import ViTEncoder
+
+Encoder = ViTEncoder | ConformerEncoder
+
+
+class Teacher:
+    """A frozen encoder whose features are quantized in place of log-mel patches.
+
+    It hears the whole clip, without masks, in fp32 and evaluation mode. It is no module: its weights belong to no
+    checkpoint of the model that learns from it.
+
+    Frame t of the teacher is the target of time column t. Both begin at sample ``t * hop`` and the hops are equal, so
+    they cover the same time up to their windows. Where the teacher has fewer frames, because its first stage needs more
+    audio, its last frame stands for the columns behind it. Features have no frequency, so the student's tokens must be
+    one per time step: strips, or a Conformer.
+
+    Args:
+        encoder: any encoder of ours; it is frozen.
+        layer: 0..depth-1 for the output of a block, None for the final, normalised output. A middle one is usual.
+
+    Attributes:
+        width: values of a frame.
+
+    Raises:
+        ValueError: for a layer that the encoder does not have.
+    """
+
+    def __init__(self, encoder: Encoder, layer: int | None) -> None:
+        if layer is not None and not 0 <= layer < encoder.depth:
+            raise ValueError(f"targets.layer: expected a block of the teacher, 0..{encoder.depth - 1}, got {layer}")
+        self.encoder, self.layer = encoder.eval().requires_grad_(False), layer
+        self.width = encoder.output_dim
+
+    def check(self, student: Encoder) -> None:
+        """
+        Raises:
+            ValueError: if frames of the teacher and tokens of ``student`` do not fall together, naming both.
+        """
+        teacher = self.encoder
+        if teacher.sampling_rate != student.sampling_rate:
+            raise ValueError(
+                f"targets.encoder: expected a teacher for {student.sampling_rate} Hz, the sampling rate of the model, "
+                f"got one for {teacher.sampling_rate} Hz"
+            )
+        if teacher.hop_size_in_ms != student.hop_size_in_ms:
+            raise ValueError(
+                f"targets.encoder: expected a teacher with a frame every {student.hop_size_in_ms:g} ms, like the "
+                f"tokens of the model, got one with a frame every {teacher.hop_size_in_ms:g} ms"
+            )
+        if student.rows != 1:
+            raise ValueError(
+                "targets.encoder: frames of a teacher have no frequency, so the model needs patches over all bands, "
+                f"got {student.rows} rows of patches"
+            )
+
+    @torch.no_grad()
+    def features(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> Tensor:
+        """``(B, N, width)`` float32, a frame for every token of ``patches``; zeros behind a clip's end."""
+        if next(self.encoder.parameters()).device != waveform.device:
+            self.encoder.to(waveform.device)
+        with torch.autocast(waveform.device.type, enabled=False):
+            frames, counts = self.encoder.encode(waveform.float(), lengths, self.layer)
+        column = torch.arange(patches.values.shape[1])
+        last = (counts - 1).clamp(min=0)[:, None]
+        index = torch.minimum(column, last).to(waveform.device, non_blocking=True)
+        aligned = frames.gather(1, index[..., None].expand(-1, -1, self.width))
+        inside = (column < patches.lengths[:, None]).to(waveform.device, non_blocking=True)
+        return torch.where(inside[..., None], aligned, 0)
+
+    def digest(self) -> str:
+        """SHA-256 of the weights by name, and of the layer."""
+        sha = hashlib.sha256(str(self.layer).encode())
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()

@@ -1,0 +1,131 @@
+// Bindings of what Transformer blocks call dozens of times a step: positional arguments, because reading a dict takes
+// as long as a short pass. Tensors are addresses and sizes that bestrq2.layers has validated; absent ones have address
+// 0.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <iterator>
+#include <vector>
+
+#include "block_rows/block_rows.h"
+#include "short_attention/short_attention.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+void define_blocks(py::module_& m) {
+  m.def("norm_rows_forward",
+        [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width, std::int64_t rows_per_clip,
+           std::uintptr_t x, std::uintptr_t branch, std::uintptr_t scale, float factor, float epsilon,
+           std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t sum, std::uintptr_t out, int threads) {
+          bestrq2::NormRows a{};
+          a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
+          a.x = at<void>(x), a.branch = at<void>(branch), a.scale = at<float>(scale), a.factor = factor;
+          a.epsilon = epsilon, a.weight = at<float>(weight), a.bias = at<float>(bias);
+          a.sum = at<void>(sum), a.out = at<void>(out), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::norm_rows_forward(a);
+        });
+  m.def("norm_rows_backward",
+        [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width, std::int64_t rows_per_clip,
+           std::uintptr_t scale, float factor, float epsilon, std::uintptr_t weight, std::uintptr_t sum,
+           std::uintptr_t grad_sum, std::uintptr_t grad_out, std::uintptr_t grad_x, std::uintptr_t grad_branch,
+           std::uintptr_t grad_weight, std::uintptr_t grad_bias, int threads) {
+          bestrq2::NormRows a{};
+          a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
+          a.scale = at<float>(scale), a.factor = factor, a.epsilon = epsilon, a.weight = at<float>(weight);
+          a.sum = at<void>(sum), a.grad_sum = at<void>(grad_sum), a.grad_out = at<void>(grad_out);
+          a.grad_x = at<void>(grad_x), a.grad_branch = at<void>(grad_branch);
+          a.grad_weight = at<float>(grad_weight), a.grad_bias = at<float>(grad_bias), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::norm_rows_backward(a);
+        });
+  m.def("rotary_rows_forward",
+        [](bool bf16, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int64_t angle_rows, float epsilon,
+           std::uintptr_t qkv, std::uintptr_t query_weight, std::uintptr_t key_weight, std::uintptr_t cos,
+           std::uintptr_t sin, std::uintptr_t out, int threads) {
+          bestrq2::RotaryRows a{};
+          a.bf16 = bf16, a.rows = rows, a.heads = heads, a.dim = dim, a.angle_rows = angle_rows, a.epsilon = epsilon;
+          a.qkv = at<void>(qkv), a.query_weight = at<float>(query_weight), a.key_weight = at<float>(key_weight);
+          a.cos = at<float>(cos), a.sin = at<float>(sin), a.out = at<void>(out), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::rotary_rows_forward(a);
+        });
+  m.def("rotary_rows_backward",
+        [](bool bf16, std::int64_t rows, std::int64_t heads, std::int64_t dim, std::int64_t angle_rows, float epsilon,
+           std::uintptr_t qkv, std::uintptr_t query_weight, std::uintptr_t key_weight, std::uintptr_t cos,
+           std::uintptr_t sin, std::int64_t rows_per_clip, const std::array<std::int64_t, 4>& grad_query,
+           const std::array<std::int64_t, 4>& grad_key, const std::array<std::int64_t, 4>& grad_value,
+           std::uintptr_t grad_qkv, std::uintptr_t grad_query_weight, std::uintptr_t grad_key_weight, int threads) {
+          bestrq2::RotaryRows a{};
+          a.bf16 = bf16, a.rows = rows, a.heads = heads, a.dim = dim, a.angle_rows = angle_rows, a.epsilon = epsilon;
+          a.qkv = at<void>(qkv), a.query_weight = at<float>(query_weight), a.key_weight = at<float>(key_weight);
+          a.cos = at<float>(cos), a.sin = at<float>(sin), a.rows_per_clip = rows_per_clip;
+          const auto strided = [](const std::array<std::int64_t, 4>& from, const void*& address,
+                                  std::int64_t* strides) {
+            address = at<void>(static_cast<std::uintptr_t>(from[0]));
+            std::copy(from.begin() + 1, from.end(), strides);
+          };
+          strided(grad_query, a.grad_query, a.query_strides);
+          strided(grad_key, a.grad_key, a.key_strides);
+          strided(grad_value, a.grad_value, a.value_strides);
+          a.grad_qkv = at<void>(grad_qkv), a.grad_query_weight = at<float>(grad_query_weight);
+          a.grad_key_weight = at<float>(grad_key_weight), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::rotary_rows_backward(a);
+        });
+  m.def("gated_rows_forward",
+        [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x, std::uintptr_t out, int threads) {
+          bestrq2::GatedRows a{};
+          a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.out = at<void>(out), a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::gated_rows_forward(a);
+        });
+  m.def("gated_rows_backward", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x,
+                                  std::uintptr_t grad, std::uintptr_t grad_x, int threads) {
+    bestrq2::GatedRows a{};
+    a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.grad = at<void>(grad);
+    a.grad_x = at<void>(grad_x), a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::gated_rows_backward(a);
+  });
+  // sizes: batch, heads, queries, keys, dim. Rows: address, then strides of batch, head and token.
+  const auto short_attention = [](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+                                  const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp,
+                                  int threads) {
+    bestrq2::ShortAttention a{};
+    a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.keys = sizes[3], a.dim = sizes[4];
+    a.lengths = at<const std::int64_t>(lengths), a.scale = scale, a.logsumexp = at<float>(logsumexp);
+    a.threads = threads;
+    bestrq2::TokenRows* const fields[] = {&a.query, &a.key,        &a.value,    &a.out,
+                                          &a.grad,  &a.grad_query, &a.grad_key, &a.grad_value};
+    for (std::size_t i = 0; i < std::min(rows.size(), std::size(fields)); ++i)
+      *fields[i] = {at<std::uint16_t>(static_cast<std::uintptr_t>(rows[i][0])), rows[i][1], rows[i][2], rows[i][3]};
+    return a;
+  };
+  m.def("short_attention_forward",
+        [short_attention](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+                          const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
+          const auto a = short_attention(sizes, lengths, scale, rows, logsumexp, threads);
+          const py::gil_scoped_release release;
+          bestrq2::short_attention_forward(a);
+        });
+  m.def("short_attention_backward",
+        [short_attention](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+                          const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
+          const auto a = short_attention(sizes, lengths, scale, rows, logsumexp, threads);
+          const py::gil_scoped_release release;
+          bestrq2::short_attention_backward(a);
+        });
+}

@@ -1,0 +1,39 @@
+// softmax(q k^T scale) v for clips of at most some hundred tokens, whose scores stay in the second cache level:
+// products of bf16 with fp32 sums (AVX-512 BF16 or AMX), fp32 softmax. Only the log-sum-exp of every row is kept for
+// backward.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace bestrq2 {
+
+struct TokenRows {  // bf16, any strides of batch, head and token; channels side by side
+  uint16_t* data;
+  int64_t batch, head, token;
+
+  uint16_t* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
+
+struct ShortAttention {
+  int64_t batch, heads, queries, keys, dim;
+  const int64_t* lengths;  // (batch) valid keys, and valid queries where there are as many, or null
+  float scale;
+  TokenRows query, key, value, out;
+  float* logsumexp;  // (batch, heads, queries), of the scaled scores in powers of two
+  int threads;
+  TokenRows grad, grad_query, grad_key, grad_value;  // backward only
+};
+
+void short_attention_forward(const ShortAttention& a);
+void short_attention_backward(const ShortAttention& a);
+
+namespace short_attention {  // compiled for AVX-512 BF16 and AMX
+
+int64_t scratch_bytes(const ShortAttention& a, bool backward);
+void forward(const ShortAttention& a, Dot dot, int64_t batch, int64_t head, void* scratch);
+void backward(const ShortAttention& a, Dot dot, int64_t batch, int64_t head, void* scratch);
+
+}  // namespace short_attention
+}  // namespace bestrq2

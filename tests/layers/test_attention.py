@@ -1,0 +1,93 @@
+"""Attention of plain encoders: every way that the rule can choose, against the formula in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bestrq2.layers import attention
+from bestrq2.layers.attention import attend, self_attend
+from bestrq2.ops._impl import native
+
+
+def frames(*shape, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+
+
+def exact(query, key, value, lengths):
+    mask = None if lengths is None else (torch.arange(key.shape[2]) < lengths[:, None])[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def error(found, true):
+    return float((found.detach().double() - true.detach()).abs().max() / true.detach().abs().max().clamp(min=1e-3))
+
+
+def compare(function, inputs, lengths, dtype):
+    """Output and gradients of ``function`` within twice the error of PyTorch's own attention in this dtype."""
+    query = inputs[0]
+    upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(9))
+    if lengths is not None and query.shape[2] == inputs[1].shape[2]:
+        upstream = upstream * (torch.arange(query.shape[2]) < lengths[:, None])[:, None, :, None]
+        valid = (torch.arange(query.shape[2]) < lengths[:, None])[:, None, :, None]
+    else:
+        valid = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    mine = function(*inputs, lengths)
+    theirs, true = exact(*inputs, lengths), exact(*double, lengths)
+    grads = (
+        torch.autograd.grad(out, x, upstream.to(out.dtype))
+        for out, x in ((mine, inputs), (theirs, inputs), (true, double))
+    )
+    pairs = [(mine * valid, theirs * valid, true * valid), *zip(*grads)]
+    for of_mine, of_theirs, of_true in pairs:
+        assert of_mine.dtype == dtype
+        assert error(of_mine, of_true) <= 2 * error(of_theirs, of_true) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim"), [(20, 20, 64), (100, 100, 24), (37, 130, 40), (1, 1, 16), (400, 400, 32)]
+)
+def test_attend(queries, keys, dim, padded, dtype):
+    lengths = torch.tensor([keys, max(1, keys // 2), max(1, keys // 3)]) if padded else None
+    inputs = [frames(3, n, 2, dim, seed=i, dtype=dtype) for i, n in enumerate((queries, keys, keys))]
+    compare(attend, inputs, lengths, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_self_attend_is_attend(dtype):
+    qkv = torch.randn(2, 50, 3, 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    lengths = torch.tensor([50, 20])
+    parts = qkv.detach().permute(2, 0, 3, 1, 4).unbind()
+    parts = [x.clone().requires_grad_() for x in parts]
+    joined, apart = self_attend(qkv, lengths), attend(*parts, lengths)
+    assert torch.equal(joined, apart)
+    joined.float().square().sum().backward()
+    apart.float().square().sum().backward()
+    assert torch.equal(qkv.grad, torch.stack([x.grad for x in parts]).permute(1, 3, 0, 2, 4))
+
+
+@pytest.mark.skipif(
+    native.extension_obstacle() is not None or native.extension().bf16_dot() == "none", reason="no bf16 products here"
+)
+@pytest.mark.parametrize("most", ["avx512_bf16", "amx"])
+def test_cached_kernel_on_either_instruction_set(most, monkeypatch):
+    monkeypatch.setattr(attention, "_is_short", lambda query, key: True)
+    native.extension().limit_bf16_dot(most)
+    try:
+        inputs = [frames(2, n, 2, 48, seed=i, dtype=torch.bfloat16) for i, n in enumerate((33, 65, 65))]
+        compare(attend, inputs, torch.tensor([65, 7]), torch.bfloat16)
+    finally:
+        native.extension().limit_bf16_dot("amx")
+
+
+def test_padding_is_never_read():
+    qkv = torch.randn(2, 30, 3, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    lengths = torch.tensor([30, 11])
+    poisoned = qkv.clone()
+    poisoned[1, 11:] = torch.nan
+    clean = self_attend(qkv, lengths)
+    if native.extension_obstacle() is None:  # scaled_dot_product_attention lets NaN values through a mask
+        assert torch.equal(self_attend(poisoned, lengths)[1, :, :11], clean[1, :, :11])

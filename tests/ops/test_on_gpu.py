@@ -1,0 +1,163 @@
+"""What only a GPU can show of the operations: every GPU backend and dtype, rows of every size, graphs, compilation."""
+
+import pytest
+import torch
+from cross_entropy_cases import grads_of
+from cross_entropy_cases import make as make_cross_entropy
+from quantize_cases import cosines, count_wrong, problem, rows_of_extreme_size
+
+from bestrq2 import ops
+
+pytestmark = pytest.mark.gpu
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    if request.param not in ops.available_backends():
+        pytest.skip(f"backend {request.param} is not available")
+    return request.param
+
+
+def on_gpu(*tensors):
+    return [tensor.cuda() for tensor in tensors]
+
+
+@by_dtype
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+@pytest.mark.parametrize(
+    ("rows", "features", "dims", "codes", "books"), [(1000, 80, 16, 1000, 3), (333, 37, 13, 131, 1)]
+)
+def test_codes_are_exact(backend, dtype, normalize, rows, features, dims, codes, books):
+    x, projection, codebook = on_gpu(*problem(rows, features, dims, codes, books, offset=-5.0, scale=3.0))
+    x = x.to(dtype)
+    found = ops.quantize(x, projection, codebook, normalize=normalize, backend=backend)
+    for book in range(books):
+        wrong, _ = count_wrong(found[:, book], x, projection[book], codebook[book], normalize == "layer_norm")
+        assert wrong == 0
+
+
+@by_dtype
+def test_rows_at_the_ends_of_the_range(backend, dtype):
+    _, projection, codebook = problem(2, 64)
+    for extreme, ordinary in rows_of_extreme_size(70):
+        if extreme.dtype == dtype:
+            codes = ops.quantize(*on_gpu(extreme, projection, codebook), backend=backend)
+            assert count_wrong(codes.cpu(), ordinary, projection, codebook)[0] == 0
+
+
+def test_rows_do_not_depend_on_the_batch(backend):
+    """Also across the number of rows at which other tiles are used, where another matrix instruction may be."""
+    x, projection, codebook = on_gpu(*problem(70_001, 64, 16, 1024))
+    whole = ops.quantize(x, projection, codebook, backend=backend)
+    for part in (x[:1], x[5:300], x[60_000:]):
+        begin = (part.data_ptr() - x.data_ptr()) // (4 * 64)
+        found = ops.quantize(part, projection, codebook, backend=backend)
+        assert torch.equal(found, whole[begin : begin + len(part)])
+    assert count_wrong(whole.cpu(), x.cpu(), projection.cpu(), codebook.cpu())[0] == 0
+
+
+def test_rows_that_are_not_finite_get_no_code(backend):
+    x, projection, codebook = on_gpu(*problem(9))
+    x[3, 5], x[4, 6] = float("nan"), float("inf")
+    codes = ops.quantize(x, projection, codebook, backend=backend)
+    assert (codes < 0).nonzero().flatten().tolist() == [3, 4]
+    mask = torch.ones(9, dtype=torch.bool, device="cuda")
+    mask[3:5] = False
+    ops.check_codes(ops.quantize(x, projection, codebook, mask=mask, backend=backend), mask)
+
+
+def test_ties_go_to_the_lowest_index(backend):
+    x, projection, codebook = problem(500)
+    doubled = codebook.repeat_interleave(3, 0)
+    once = ops.quantize(*on_gpu(x, projection, codebook), backend=backend)
+    assert torch.equal(ops.quantize(*on_gpu(x, projection, doubled), backend=backend), 3 * once)
+    assert cosines(x, projection, codebook).argmax(1).eq(once.cpu()).float().mean() > 0.99
+
+
+@by_dtype
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_cross_entropy_at_sizes_of_several_chunks(dtype, masked, recompute):
+    from accuracy import assert_no_worse_than_torch
+    from cross_entropy_cases import plain
+
+    hidden, weight, targets, bias, mask, _ = make_cross_entropy((3000,), 72, 10_000, dtype, "cuda")
+    mask = mask if masked else torch.ones_like(mask)
+
+    def ours(h, w, b):
+        return ops.masked_cross_entropy(
+            h, w, targets, bias=b, mask=mask if masked else None, recompute=recompute, backend="triton"
+        )
+
+    def eager(h, w, b):
+        return plain(h, w, targets, b, mask.to(h.dtype), "mean")
+
+    value, gradients = grads_of(ours, (hidden, weight, bias))
+    base, base_gradients = grads_of(eager, (hidden, weight, bias))
+    gold, gold_gradients = grads_of(eager, (hidden.double(), weight.double(), bias.double()))
+    assert_no_worse_than_torch("loss", value, base, gold)
+    for name, a, b, c in zip(("hidden", "weight", "bias"), gradients, base_gradients, gold_gradients):
+        assert_no_worse_than_torch(name, a, b, c)
+
+
+def attention_inputs(dtype, frames=150, dim=64):
+    shapes = [(2, frames, 3, dim)] * 3 + [(3, 2 * frames - 1, dim), (3, dim), (3, dim)]
+    tensors = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    return [(x.transpose(1, 2) if x.dim() == 4 else x).requires_grad_() for x in tensors]
+
+
+def attend(query, key, value, position, content_bias, position_bias):
+    biases = {"position": position, "content_bias": content_bias, "position_bias": position_bias}
+    return ops.chunked_attention(query, key, value, chunk_size=16, left_context=48, backend="triton", **biases)
+
+
+def test_attention_replays_in_a_cuda_graph():
+    inputs = attention_inputs(torch.bfloat16)
+    upstream = torch.randn_like(attend(*inputs))
+
+    def step():
+        out = attend(*inputs)
+        return out, *torch.autograd.grad(out, inputs, upstream)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            expected = [x.clone() for x in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for result in results:
+        result.detach().fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+@by_dtype
+def test_attention_under_torch_compile(dtype):
+    inputs = attention_inputs(dtype)
+    plain, compiled = attend(*inputs), torch.compile(attend, fullgraph=True)(*inputs)
+    assert torch.equal(plain, compiled)
+    upstream = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(plain, inputs, upstream), torch.autograd.grad(compiled, inputs, upstream)):
+        assert torch.equal(a, b)
+
+
+@by_dtype
+def test_attention_and_quantize_are_deterministic(dtype):
+    inputs = attention_inputs(dtype, frames=700)
+    upstream = torch.randn_like(attend(*inputs))
+    first, second = (torch.autograd.grad(attend(*inputs), inputs, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_another_device_than_the_current_one(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, projection, codebook = problem(100)
+    first = ops.quantize(*on_gpu(x, projection, codebook), backend=backend)
+    second = ops.quantize(*(tensor.to("cuda:1") for tensor in (x, projection, codebook)), backend=backend)
+    assert torch.equal(first.cpu(), second.cpu())
