@@ -16,6 +16,8 @@ def main(request: Request) -> int:
     if request.rehearse or importlib.util.find_spec("xdist") is None:
         parallel = []
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=30", "-p", "no:cacheprovider"]
+    # A file whose packages are missing here may not keep the others from running, nor may a missing plugin.
+    command += ["--continue-on-collection-errors", "-o", "addopts=-ra --import-mode=importlib"]
     command += [*chosen, *parallel, f"--device={request.device}"]
     target, last = request.out / "tests.txt", ""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

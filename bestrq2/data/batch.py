@@ -61,7 +61,7 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What a pretraining model is called with, besides step and index: waveform and lengths."""
+        """Arguments of a pretraining model, besides step and index: waveform and lengths."""
         return self.waveform, self.lengths
 
     def part(self, begin: int, end: int) -> "Batch":

@@ -84,7 +84,7 @@ def clip_gradients(model: nn.Module, most: float | None, loss_scale: float = 1.0
 
 
 def step_if_finite(optimizer: Any, values: Tensor) -> None:
-    """Hand an update to the device, which leaves it out where one of ``values`` is not finite; nobody waits for them.
+    """Hand an update to the device, which leaves it out where one of ``values`` is not finite, without a wait.
 
     ``optimizer``: a fused AdamW, whose kernel reads this flag.
     """

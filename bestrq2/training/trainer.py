@@ -176,7 +176,7 @@ class Trainer:
         return data_fingerprint(self.dataset)
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint notes of the data, so that a run goes on with the same."""
+        """Data identity in a checkpoint, so that a run continues with the same data."""
         return {"data": self.fingerprint}
 
     def _open_log(self) -> None:
