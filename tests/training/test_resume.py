@@ -40,7 +40,7 @@ def run(tmp_path_factory):
         ("model.encoder.width=64", "model.encoder.width: expected 128, with which this run began, got 64"),
         ("model.targets.seed=9", "model.targets.seed: expected .* it cannot change on resume"),
         ("model.front_end.hop_length=320", "model.front_end.hop_length: expected"),
-        ("train.seed=3", "train.seed: expected 0, with which this run began"),
+        ("train.seed=3", "train.seed: expected .*, with which this run began, got 3"),
         ("train.steps=1", "train.steps: expected at least 2, which this run has done, got 1"),
         ("train.device=cuda:9", "train.device: 'cuda:9' cannot be used"),
         ("train.accumulate=99", "train.batch_size: expected .* train.accumulate=99"),
