@@ -26,9 +26,10 @@ from tqdm import tqdm
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
-from bestrq2.data.audio import audio_info, load_clip
+from bestrq2.data.audio import audio_info
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
+from bestrq2.data.parts import load_clip
 from bestrq2.durability import flush_file
 from bestrq2.errors import AudioError, DataError, Skip
 

@@ -6,8 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from bestrq2.data.audio import load_clip
 from bestrq2.data.files import AudioFile
+from bestrq2.data.parts import load_clip
 from bestrq2.errors import AudioError, Skip
 
 __all__ = ["iterate_clips"]
