@@ -225,7 +225,7 @@ def plain_sizes(config: Any, seconds: float, fused_attention: bool = False) -> S
 
 PROVIDERS = [
     Provider("bestrq2", _ours(compiled=False)),
-    Provider("bestrq2, blocks compiled", _ours(compiled=True), note="train.compile=true"),
+    Provider("ours, blocks compiled", _ours(compiled=True), note="train.compile=true"),
     Provider(BASELINE, _plain(), note="stored scores, torch.optim.AdamW by default"),
     Provider("published, SDPA", _plain(fused_attention=True), note="scaled_dot_product_attention"),
     Provider("published, torch.compile", _plain(compiled=True), note="the whole forward pass compiled"),

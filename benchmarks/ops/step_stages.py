@@ -1,4 +1,4 @@
-"""How long each stage of a training step takes, for the note of its row."""
+"""Time of each stage of a training step, for the note of its row."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from bestrq2.layers.conformer import Activation
 from bestrq2.layers.conformer_convolution import ConvMode, ConvNorm
+from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.positions import PositionKind
 from bestrq2.layers.quantizer import Normalize, Projection
 from bestrq2.layers.transformer import TransformerSettings
@@ -56,7 +57,7 @@ class EncoderConfig(TransformerSettings):
 
 
 @dataclass(frozen=True)
-class PredictorConfig(TransformerSettings):
+class PredictorConfig(PredictorSettings):
     depth: int = 4  # number of blocks
 
     def __post_init__(self) -> None:

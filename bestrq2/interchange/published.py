@@ -257,11 +257,13 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
     if "head.weight" not in weights:
         return out, metadata, notes
     targets = model.targets
+    cross = model.name == "best_rq2" and model.predictor.attention == "cross"
     other = targets.normalize != "none" or targets.num_codebooks != 1 or targets.encoder is not None
     # Codes moved to centroids are still a projection and a codebook; a mean to subtract has no place there.
-    if standardised or other or targets.projection != "random":
+    if standardised or other or targets.projection != "random" or cross:
         notes.append(
-            "predictor, quantizer and head left out: published targets are one codebook of raw patches, these are not"
+            "predictor, quantizer and head left out: published targets are one codebook of raw patches and "
+            "published predictors attend to all tokens, this model's do not"
         )
         return out, metadata, notes
     head = "output_proj" if model.name == "best_rq" else "rq_proj"

@@ -35,7 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
         query: ``(B, H, Nq, d)``.
         key, value: ``(B, H, Nk, d)``.
         lengths: ``(B,)`` int64 valid keys on the device, at least 1; None: all. Where Nq = Nk, what padded queries give
-            is of no meaning.
+            is undefined.
 
     Returns:
         ``(B, H, Nq, d)``; on CPUs in the memory order ``(B, Nq, H, d)``.

@@ -1,4 +1,4 @@
-"""What a block does between its matrix products: residual sum and norm, rotary positions with query and key norms,
+"""The row-wise work of a block between its products: residual sum and norm, rotary positions, query and key norms,
 SwiGLU. Each is one pass over memory on CPUs (csrc/block_rows.h), with fp32 arithmetic on fp32 or bf16 activations.
 
 The plain PyTorch formulas below are the specification. They run on GPUs (where torch.compile fuses them), under
@@ -45,7 +45,29 @@ def residual_norm(
         bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
         return _ResidualNorm.apply(x, branch, scale, norm.weight, bias, isinstance(norm, nn.LayerNorm), factor, eps)
     total = x if branch is None else x + scaled(branch, scale, factor)
-    return total, norm(total)
+    return total, plain_norm(total, norm)
+
+
+def plain_norm(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
+    """What ``norm`` gives for x, in PyTorch's own operators."""
+    shape = [*norm.normalized_shape]
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, shape, norm.weight, norm.bias, norm.eps)
+    return F.rms_norm(x, shape, norm.weight, norm.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last dimension, in one pass on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_norm(x, None, self)[1]
+
+
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last dimension, in one pass on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return residual_norm(x, None, self)[1]
 
 
 def scaled(branch: Tensor, scale: Tensor | None, factor: float = 1.0) -> Tensor:
@@ -99,7 +121,7 @@ def split_heads(
 
 
 def _is_fused(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether the C++ kernels take these activations and weights."""
+    """Return True if the C++ kernels take these activations and weights."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)

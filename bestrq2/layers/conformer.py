@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bestrq2.ops import ChunkLayout
 
-from .block_rows import residual_norm, stochastic_depth
+from .block_rows import LayerNorm, residual_norm, stochastic_depth
 from .conformer_attention import AttentionCache, RelativeAttention, relative_sinusoids
 from .conformer_convolution import (
     ConvMode,
@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
         return self.layers(self.norm(x))
 
     def layers(self, normed: Tensor) -> Tensor:
-        """What follows the norm, which a block joins with the residual sum before it."""
+        """The module after the norm, which a block joins with the residual sum before it."""
         return self.dropout(self.fc2(self.inner_dropout(self.act(self.fc1(normed)))))
 
 
@@ -128,7 +128,7 @@ class ConvolutionModule(nn.Module):
         return self.layers(self.norm(x), grid, layout, cache)
 
     def layers(self, normed: Tensor, grid: FrameGrid, layout: ChunkLayout, cache: BlockCache | None) -> Tensor:
-        """What follows the first norm, which a block joins with the residual sum before it."""
+        """The module after the first norm, which a block joins with the residual sum before it."""
         frames = grid.to_frames(nn.functional.glu(self.pointwise1(normed), dim=-1))
         weight, bias = self.depthwise.weight.to(frames.dtype), self.depthwise.bias
         bias = None if bias is None else bias.to(frames.dtype)
@@ -190,7 +190,7 @@ class Conformer(nn.Module):
         steps = max(1, settings.depth - 1)
         self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
         self.blocks = nn.ModuleList(ConformerBlock(settings) for _ in range(settings.depth))
-        self.norm = nn.LayerNorm(settings.width)
+        self.norm = LayerNorm(settings.width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -237,7 +237,7 @@ class Conformer(nn.Module):
                 x = block(x, grid, table, layout, None if caches is None else caches[number], of_block)
             if layer_outputs is not None:
                 layer_outputs.append(x)
-        return residual_norm(x, None, self.norm)[1]
+        return self.norm(x)
 
     def flops(self, tokens: int, frames: int, keys: float) -> float:
         """Operations of one forward pass over one clip (matrix products and depthwise convolutions).

@@ -45,7 +45,7 @@ class FrameGrid:
         index = plan.seen if token_valid is None else torch.where(token_valid, plan.seen, num_frames)
         frame_valid = torch.zeros(len(index), num_frames + 1, dtype=torch.bool, device=device)
         frame_valid = frame_valid.scatter_(1, index, True)[:, :num_frames]
-        lengths = (plan.seen_lengths + plan.predicted_lengths).to(device, non_blocking=True)
+        lengths = (plan.seen_lengths + plan.masked_lengths).to(device, non_blocking=True)
         return cls(num_frames, lengths, frame_valid, plan.seen, token_valid)
 
     def to_frames(self, x: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ class MaskPlan:
     predicted_lengths: Tensor
 
     @property
+    def masked_lengths(self) -> Tensor:
+        """``(B,)`` int64 on the CPU: masked tokens of each clip, predicted or not; see :func:`.thinning.thin`."""
+        return self.predicted_lengths
+
+    @property
     def realised_ratio(self) -> float:
         """Predicted share of all valid tokens."""
         predicted, seen = int(self.predicted_lengths.sum()), int(self.seen_lengths.sum())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, self_attend
-from .block_rows import Rotation, gated, residual_norm, scaled, split_heads, stochastic_depth
+from .block_rows import LayerNorm, RMSNorm, Rotation, gated, residual_norm, scaled, split_heads, stochastic_depth
 
 Norm = Literal["layer_norm", "rms_norm"]
 FeedForward = Literal["gelu", "swiglu"]
@@ -76,7 +76,7 @@ class TransformerSettings:
 
 
 def make_norm(kind: Norm, width: int) -> nn.LayerNorm | nn.RMSNorm:
-    return nn.LayerNorm(width, eps=1e-5) if kind == "layer_norm" else nn.RMSNorm(width, eps=1e-5)
+    return LayerNorm(width, eps=1e-5) if kind == "layer_norm" else RMSNorm(width, eps=1e-5)
 
 
 class Attention(nn.Module):
@@ -189,7 +189,7 @@ class Transformer(nn.Module):
                 x = block(*arguments)
             if layer_outputs is not None:
                 layer_outputs.append(x)
-        return residual_norm(x, None, self.norm)[1]
+        return self.norm(x)
 
     def flops(self, tokens: int) -> float:
         """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only)."""

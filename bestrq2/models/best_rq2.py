@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from bestrq2.hashing import mix
 from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import normal
+from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import PairMixing
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
+from bestrq2.layers.thinning import num_kept, thin
 from bestrq2.layers.transformer import TransformerSettings
 
 from .clip_head import ClipHead
@@ -54,10 +56,11 @@ class PretrainOutput:
         return touching_share(self.plan, self.patches.values.shape[1], self.patches.rows)
 
 
-def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int]]:
-    """(seen tokens, predicted tokens, number of such clips) for every pair that occurs: clips of equal length agree."""
-    sizes, clips = torch.stack((plan.seen_lengths, plan.predicted_lengths), 1).unique(dim=0, return_counts=True)
-    return [(seen, predicted, count) for (seen, predicted), count in zip(sizes.tolist(), clips.tolist())]
+def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int, int]]:
+    """(seen, predicted and all tokens, number of such clips) for what occurs: clips of equal length agree."""
+    tokens = plan.seen_lengths + plan.masked_lengths
+    sizes, clips = torch.stack((plan.seen_lengths, plan.predicted_lengths, tokens), 1).unique(dim=0, return_counts=True)
+    return [(*size, count) for size, count in zip(sizes.tolist(), clips.tolist())]
 
 
 class _Pretraining(nn.Module):
@@ -78,6 +81,7 @@ class _Pretraining(nn.Module):
     """
 
     one_stage = False
+    share = 1.0  # of the masked tokens, predicted
     clip_head: ClipHead | None
 
     def __init__(
@@ -134,6 +138,7 @@ class _Pretraining(nn.Module):
             patches = mixture.patches
         weights = patches.dispersion() if self.masking.dispersion else None
         plan = self.masking.plan(patches.lengths, step, index, waveform.device, patches.rows, weights)
+        plan = thin(plan, self.share, self.masking.seed, step, index)
         if mixture is None:
             return patches, plan, self.target_codes(waveform, lengths, patches, plan.predicted)
         codes = mixture.codes(self.target_codes(waveform, lengths, single))
@@ -144,7 +149,7 @@ class _Pretraining(nn.Module):
         mean, so this is the weight of the batch beside others of the same step."""
         samples, clips = lengths.unique(return_counts=True)
         tokens = torch.tensor([self.encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64)
-        return int((self.masking.num_predicted(tokens, step) * clips).sum())
+        return int((num_kept(self.masking.num_predicted(tokens, step), self.share) * clips).sum())
 
     def _like_patches(self, bands: Tensor, patches: Patches) -> Tensor:
         """One value, or one per band, so that it meets the values of patches: ``()`` or ``(1, N, P)``."""
@@ -171,7 +176,8 @@ class BestRQ2(_Pretraining):
         encoder: context encoder; what remains after pretraining.
         quantizer: frozen targets.
         masking: which patches are predicted.
-        predictor: shape of the predictor Transformer. Published: 4 blocks of width 768.
+        predictor: shape of the predictor Transformer. Published: 4 blocks of width 768. :class:`PredictorSettings` may
+            also ask for attention to the context alone and for a share of the masked patches to predict.
         teacher, mixing, clip_weight: departures from the published method. A frozen encoder whose features are
             quantized instead of the log-mel patches; mixing of clips in training; the weight of a target for whole
             clips, which the mean of the context predicts (0: none).
@@ -197,6 +203,7 @@ class BestRQ2(_Pretraining):
     ) -> None:
         super().__init__(encoder, quantizer, masking, teacher, mixing, clip_weight)
         settings = predictor or TransformerSettings(depth=4)
+        self.share = settings.share if isinstance(settings, PredictorSettings) else 1.0
         self.predictor = Predictor(encoder.output_dim, settings, encoder.position, encoder.rows)
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
         self._add_clip_head()
@@ -216,11 +223,9 @@ class BestRQ2(_Pretraining):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        project = 2.0 * self.predictor.input_proj.weight.numel()
-        for seen, predicted, clips in clip_sizes(plan):
-            one = self.encoder.flops(seen, seen + predicted) + seen * project
-            one += self.predictor.transformer.flops(seen + predicted) + self.head.flops(predicted) + self._clip_flops()
-            total += clips * one
+        for seen, predicted, tokens, clips in clip_sizes(plan):
+            one = self.encoder.flops(seen, tokens) + self.predictor.flops(seen, predicted)
+            total += clips * (one + self.head.flops(predicted) + self._clip_flops())
         return 3.0 * total
 
 
@@ -291,8 +296,7 @@ class BestRQ(_Pretraining):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        for seen, predicted, clips in clip_sizes(plan):
-            tokens = seen + predicted
+        for _, predicted, tokens, clips in clip_sizes(plan):
             one = self.encoder.flops(tokens, tokens) + self.head.flops(predicted) + self._clip_flops()
             total += clips * one
         return 3.0 * total

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.layers.code_head import CodeHead
+from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take
 from bestrq2.layers.patches import Patches
 from bestrq2.layers.positions import rotary_angles
@@ -45,6 +46,8 @@ class FrozenHead(nn.Module):
         super().__init__()
         self.masking = masking
         self.norm = nn.LayerNorm(input_dim, elementwise_affine=False)
+        if isinstance(settings, PredictorSettings) and (settings.attention != "full" or settings.share != 1.0):
+            raise ValueError('a head on a frozen encoder needs a predictor of attention "full" and share 1')
         self.predictor = Predictor(input_dim, settings, "rope", 1)
         if masking is None:
             self.predictor.mask_token.requires_grad_(False)  # never used
@@ -80,8 +83,7 @@ class FrozenHead(nn.Module):
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
         total = 0.0
-        project = 2.0 * self.predictor.input_proj.weight.numel()
         for seen, predicted in zip(plan.seen_lengths.tolist(), plan.predicted_lengths.tolist()):
-            given = predicted if self.masking is None else seen
-            total += self.predictor.transformer.flops(seen + predicted) + given * project + self.head.flops(predicted)
+            given, asked = (predicted, 0) if self.masking is None else (seen, predicted)
+            total += self.predictor.flops(given, asked) + self.head.flops(predicted)
         return 3.0 * total

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from bestrq2.layers.cross_attention import CrossTransformer, PredictorSettings
 from bestrq2.layers.masking import MaskPlan
 from bestrq2.layers.positions import rotary_angles, sincos_2d
 from bestrq2.layers.transformer import Transformer, TransformerSettings
@@ -16,7 +17,8 @@ class Predictor(nn.Module):
 
     Args:
         input_dim: width of the context.
-        settings: shape of the Transformer.
+        settings: shape of the Transformer; with :class:`PredictorSettings` its attention may be "cross": mask tokens
+            attend to the context alone.
         position: "sincos" or "rope".
         rows: frequency rows of the patch grid.
 
@@ -29,7 +31,8 @@ class Predictor(nn.Module):
         self.position, self.rows = position, rows
         self.input_proj = nn.Linear(input_dim, settings.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))
-        self.transformer = Transformer(settings)
+        self.cross = isinstance(settings, PredictorSettings) and settings.attention == "cross"
+        self.transformer = CrossTransformer(settings) if self.cross else Transformer(settings)
         nn.init.trunc_normal_(self.input_proj.weight, std=0.02)
         nn.init.zeros_(self.input_proj.bias)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -40,6 +43,13 @@ class Predictor(nn.Module):
         masked_positions = positions[plan.predicted]
         if self.position == "sincos":
             masks = masks + sincos_2d(masked_positions, masks.shape[-1]).to(masks.dtype)
+        if isinstance(self.transformer, CrossTransformer):
+            head_dim = self.transformer.settings.head_dim
+            angles, of_context = (
+                rotary_angles(places, head_dim, self.rows) if self.position == "rope" else None
+                for places in (masked_positions, positions[plan.seen])
+            )
+            return self.transformer(masks, context, plan.seen_lengths, angles, of_context)
         # The order of tokens means nothing to attention. With ragged clips each part has fillers at its own end, so the
         # valid tokens of a clip are moved to the front before the Transformer and its masked ones found again after.
         tokens = torch.cat((context, masks), dim=1)
@@ -59,6 +69,13 @@ class Predictor(nn.Module):
         start = plan.seen_lengths[:, None] + torch.arange(plan.predicted.shape[1])
         index = start.clamp(max=tokens.shape[1] - 1).to(hidden.device, non_blocking=True)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def flops(self, seen: int, predicted: int) -> float:
+        """Matrix-product operations of one forward pass over one clip."""
+        project = 2.0 * seen * self.input_proj.weight.numel()
+        if isinstance(self.transformer, CrossTransformer):
+            return project + self.transformer.flops(predicted, seen)
+        return project + self.transformer.flops(seen + predicted)
 
     @staticmethod
     def _compact_order(plan: MaskPlan, total: int) -> Tensor:

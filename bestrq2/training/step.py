@@ -53,7 +53,7 @@ class StepTotals:
         )
 
     def add_plan(self, plan: MaskPlan, flops: float) -> None:
-        self.tokens += int(plan.predicted_lengths.sum()) + int(plan.seen_lengths.sum())
+        self.tokens += int(plan.masked_lengths.sum()) + int(plan.seen_lengths.sum())
         self.flops += flops
 
     def add(self, other: "StepTotals") -> None:

@@ -141,6 +141,8 @@ class Trainer:
             for fed in feeder:
                 totals = self._step(fed.batch, feeder, fed.waited, stop.requested)
                 stopping = totals.stops > 0
+                if stopping and self.ranks.is_first:
+                    logger.info(f"{stop.name}: the step is finished; saving (again to leave at once)")
                 self._after(totals, stopping)
                 if stopping:
                     break
@@ -174,7 +176,7 @@ class Trainer:
         return data_fingerprint(self.dataset)
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint notes of the data, so that a run goes on with the same."""
+        """Data identity in a checkpoint, so that a run continues with the same data."""
         return {"data": self.fingerprint}
 
     def _open_log(self) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the operations: every GPU backend and dtype, rows of every size, graphs, compilation."""
+"""Tests of the operations that need a GPU: every GPU backend and dtype, rows of every size, graphs, compilation."""
 
 import pytest
 import torch

@@ -40,12 +40,25 @@ def _match(shape: tuple[Any, ...], names: list[str], sizes: dict[str, Any]) -> b
     """Return True if ``shape`` fits; adds the sizes of new names."""
     if names[0] == "...":
         names, leading = names[1:], len(shape) - len(names) + 1
-        if leading < 0 or sizes.setdefault("...", shape[:leading]) != shape[:leading]:
+        if leading < 0 or not _bind("...", shape[:leading], sizes):
             return False
         shape = shape[leading:]
     elif names[0].endswith("?"):
         names = names[1:] if len(shape) < len(names) else [names[0][:-1], *names[1:]]
-    return len(shape) == len(names) and all(sizes.setdefault(name, size) == size for name, size in zip(names, shape))
+    if len(shape) != len(names):
+        return False
+    for name, size in zip(names, shape):  # noqa: SIM110 (a loop, which torch.compile of 2.4 traces)
+        if not _bind(name, size, sizes):
+            return False
+    return True
+
+
+def _bind(name: str, size: Any, sizes: dict[str, Any]) -> bool:
+    """Whether ``name`` is new or has this size. No ``dict.setdefault``: torch.compile of 2.4 cannot trace it."""
+    if name in sizes:
+        return sizes[name] == size
+    sizes[name] = size
+    return True
 
 
 def _expected(dimensions: str, known: dict[str, Any]) -> str:
