@@ -18,6 +18,8 @@ are processed in windows; a file gives the same features alone and in any batch.
 
 import argparse
 import csv
+import errno
+import hashlib
 import os
 import sys
 from collections import Counter
@@ -34,9 +36,13 @@ from tqdm import tqdm
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
+from bestrq2.errors import printable
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, parse_layers, pool_frames
+
+_LONGEST_NAME = 200  # bytes
+_BATCH_SECONDS = 60.0  # on average, of the clips encoded together
 
 
 class Writer(Protocol):
@@ -63,7 +69,7 @@ class NpyWriter:
     def close(self) -> list[Path]:
         _write_array(self.folder / "clips.npy", np.stack(self.clips))
         partial = self.folder / ".index.csv.partial"
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
@@ -113,6 +119,19 @@ def _write_array(path: Path, array: np.ndarray) -> None:
         raise
 
 
+def _fitting(name: str) -> str:
+    """A name with every part short enough for a file system, with ``.npy`` and what a file is called while it is
+    written; a part that is cut ends with a hash of the whole."""
+    parts = []
+    for part in name.split(os.sep):
+        encoded = part.encode("utf-8")
+        if len(encoded) > _LONGEST_NAME:
+            digest = hashlib.sha256(encoded).hexdigest()[:12]
+            part = f"{encoded[: _LONGEST_NAME - 13].decode('utf-8', 'ignore')}-{digest}"
+        parts.append(part)
+    return os.sep.join(parts)
+
+
 def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list[str]]:
     """Audio files of folders, manifests and single files, each with a unique output name, and messages on skips.
 
@@ -132,7 +151,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
             base = Path(source) if Path(source).is_dir() else Path(file.path).parent
             relative = os.path.relpath(file.path, base)
             name = relative if not relative.startswith("..") else Path(file.path).name
-            name += file.place[len(file.path) :]
+            name = _fitting(printable(name + file.place[len(file.path) :]))
             unique = name
             while unique in used:
                 repeats[name] += 1
@@ -159,7 +178,7 @@ def embed(
     Args:
         encoder: from :func:`bestrq2.load` or :func:`bestrq2.interchange.open_encoder`.
         files: what to encode.
-        batch_size: files at a time.
+        batch_size: files at a time, at most; fewer where they are long (a minute on average).
         layer: block whose output is taken; None: the final output.
         layers: several of them at once, instead of ``layer``.
         combine, rows, pooling: see :class:`~bestrq2.models.readout.ReadoutMixin`.
@@ -171,11 +190,14 @@ def embed(
     device = next(encoder.parameters()).device  # type: ignore[attr-defined]
     wanted = [layer] if layers is None else list(layers)
     joined = "average" if layers is None else combine
+    limit = batch_size * _BATCH_SECONDS * encoder.sampling_rate
     waiting: list[tuple[AudioFile, np.ndarray] | Skip] = []
 
     def encode(waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
+        rows_of = [torch.from_numpy(waveform) for waveform in waveforms]
+        alone = len(rows_of) == 1  # then without a copy, which may be large
+        padded = rows_of[0][None] if alone else torch.nn.utils.rnn.pad_sequence(rows_of, batch_first=True)
         features, frames = encoder.encode(padded.to(device), lengths, layers=wanted, combine=joined, rows=rows)
         clips = pool_frames(features, frames, pooling).cpu().numpy()
         for row, count in enumerate(frames.tolist()):
@@ -192,6 +214,10 @@ def embed(
         waiting.clear()
 
     for item in iterate_clips(files, encoder.sampling_rate):
+        size = 0 if isinstance(item, Skip) else len(item[1])
+        longest = max([size, *(len(kept[1]) for kept in waiting if not isinstance(kept, Skip))])
+        if waiting and longest * (len(waiting) + 1) > limit:  # padded: a long file is encoded alone
+            yield from flush()
         waiting.append(item)
         if len(waiting) == batch_size:
             yield from flush()
@@ -260,7 +286,7 @@ def run(
             _, features, clip, seconds = result
             record = {
                 "name": name,
-                "path": str(file.path),
+                "path": printable(file.path),
                 "seconds": seconds,
                 "frames": features.shape[-2],
                 "width": features.shape[-1],
@@ -268,7 +294,13 @@ def run(
                 "layers": " ".join("final" if n is None else str(n) for n in layers),
                 "pooling": pooling,
             }
-            writer.add(record, features, clip)
+            try:
+                writer.add(record, features, clip)
+            except OSError as error:
+                if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ):
+                    raise
+                skips.append(Skip(file.path, "not readable", f"no file of its name can be written: {error.strerror}"))
+                continue
             written += 1
     for skip in skips:
         print(f"warning: skipped {skip}", file=sys.stderr)

@@ -25,7 +25,7 @@ from bestrq2.command import command, leave
 # isort: split
 import torch
 
-from bestrq2.config import Config, ConfigError, load_config, recipe_names, with_overrides
+from bestrq2.config import Config, ConfigError, config_from_dict, load_config, recipe_names, with_overrides
 from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.fingerprint import data_fingerprint
@@ -34,12 +34,14 @@ from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
 from bestrq2.interchange.opening import open_teacher
 from bestrq2.models import BestRQ, BestRQ2, build_model
+from bestrq2.runs.changes import check_resume
 from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoints, newest_intact
 from bestrq2.runs.folder import RunFolder
 from bestrq2.training.batch_finder import find_batch
 from bestrq2.training.distributed import Ranks
 from bestrq2.training.frozen import train_head
 from bestrq2.training.open_data import fill_statistics, open_dataset
+from bestrq2.training.optimizer import learning_rate
 from bestrq2.training.target_setup import fit_targets, settle_targets
 from bestrq2.training.trainer import Trainer
 
@@ -114,7 +116,12 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     with alone_in(new, ranks):
         if ranks.is_first:
             new.note_skips(dataset.left_out)
-        return start(config, dataset, new, None, ranks)
+        try:
+            return start(config, dataset, new, None, ranks)
+        except BaseException:
+            if ranks.is_first:
+                new.remove_unused()
+            raise
 
 
 def chosen_values(options: argparse.Namespace) -> dict[str, Any]:
@@ -160,18 +167,28 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
         ranks.say(f"{run.path} ended before its first checkpoint: it begins again")
     else:
         ranks.say(f"Resuming {run.path} from step {checkpoint.step} ({checkpoint.folder.name})")
+    changes = []
+    if checkpoint is not None:
+        before = config_from_dict(checkpoint.config)
+        changes = check_resume(before, config, checkpoint.step)
+        old_rate, rate = (learning_rate(checkpoint.step, c.train.steps, c.optimizer) for c in (before, config))
+        if abs(rate - old_rate) > 1e-6 * old_rate and checkpoint.step < config.train.steps:
+            changes.append(f"the learning rate of the next step: {old_rate:.3g} -> {rate:.3g}")
     dataset = ranks.from_first(lambda: open_dataset(config))
     found = ranks.from_first(lambda: data_fingerprint(dataset))
     expected = found if checkpoint is None else checkpoint.extra.get("data")
     if found != expected:
+        named = [change for change in changes if change.startswith("data.")]
         raise TrainingError(
             f"the training data changed since the checkpoint was written (fingerprint {found} instead of {expected}): "
-            "files, durations or crop settings differ. Restore them, or start a new run."
+            f"{'; '.join(named) or 'files, durations or crop settings differ'}. Restore them, or start a new run."
         )
-    if overrides or values:
+    for change in changes:
+        ranks.say(f"Changed on resume: {change}")
+    write = bool(overrides or values or changes)
+    if write:
         ranks.all_agree(lambda: open_teacher(config))  # one that is refused must not be left in the run's configuration
-        ranks.from_first(lambda: run.write_config(config))
-    return start(config, dataset, run, checkpoint, ranks)
+    return start(config, dataset, run, checkpoint, ranks, write)
 
 
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
@@ -184,12 +201,25 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
     return checkpoint
 
 
-def start(config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Checkpoint | None, ranks: Ranks) -> int:
+def start(
+    config: Config,
+    dataset: CropDataset,
+    run: RunFolder,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+    write: bool = False,
+) -> int:
+    """Train; with ``write`` the configuration goes to the run folder, once all that can be checked before is."""
     if not config.frozen.source:
         model = seeded_model(config, ranks)
         if checkpoint is None:
             fit_targets(model, config, dataset, device_of(config, ranks), ranks)
-        return Trainer(config, model, dataset, run, ranks, checkpoint).train()
+        trainer = Trainer(config, model, dataset, run, ranks, checkpoint)
+        if write:
+            ranks.from_first(lambda: run.write_config(config))
+        return trainer.train()
+    if write:
+        ranks.from_first(lambda: run.write_config(config))
     return train_head(config, dataset, run, checkpoint, ranks)
 
 

@@ -13,7 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each layer may import itself and those before it.
 LAYERS = [
-    ("bestrq2.version", "bestrq2.hashing", "bestrq2.errors", "bestrq2.console", "bestrq2.command"),
+    (
+        "bestrq2.version",
+        "bestrq2.hashing",
+        "bestrq2.errors",
+        "bestrq2.durability",
+        "bestrq2.console",
+        "bestrq2.command",
+    ),
     ("bestrq2.kernels", "kernels"),
     ("bestrq2.ops",),
     ("bestrq2.layers",),

@@ -140,7 +140,7 @@ def _model(request: Request, recipe: str) -> Iterator[Check]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         found = []
         for step in range(3 if device == request.device else 1):
-            out = model(waveform, lengths, step, torch.arange(2))
+            out = model(waveform, lengths, step=step, index=torch.arange(2))
             out.loss.backward()
             optimizer.step()
             optimizer.zero_grad()

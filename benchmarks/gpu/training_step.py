@@ -123,7 +123,7 @@ class Step:
 
         waveform = self.waveform.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            out = self.call(waveform, self.lengths, self.step, self.index)
+            out = self.call(waveform, self.lengths, step=self.step, index=self.index)
         out.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

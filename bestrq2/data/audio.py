@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd, isfinite
 from typing import BinaryIO
@@ -17,23 +18,25 @@ import soxr
 
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
-from bestrq2.data.containers import missing_fraction, mp3_counts_frames
-from bestrq2.data.files import AudioFile
-from bestrq2.errors import AudioError
+from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end
+from bestrq2.data.hidden_audio import audio_behind_end
+from bestrq2.errors import AudioError, printable
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "AudioDigest",
     "AudioInfo",
     "audio_digest",
     "audio_info",
-    "clip_duration",
     "load_audio",
-    "load_clip",
 ]
 
 SILENCE = 1e-4  # -80 dB of full scale, three steps of a 16-bit file
 TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a real cut is larger
-_TOLERANCE_SECONDS = 0.05  # lists round their times
+_LOUD = 64.0  # 36 dB above full scale
+_MOST_WARNINGS = 20
+_loud: set[str] = set()  # files that were spoken of, in this process
 LARGEST_SAMPLE = 2.0**31
 SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 _LOSSY = ("VORBIS", "OPUS", "MPEG")
@@ -117,7 +120,7 @@ def load_audio(
     if duration is not None and not (isfinite(duration) and duration > 0):
         raise ValueError(f"duration must be positive seconds or None, got {duration}")
     name = os.fspath(path)
-    with _open(name) as file:
+    with _open(name, check_end=start == 0 and duration is None) as file:
         # Blocks of p input samples are blocks of q output samples, so whole blocks keep the resampling grid.
         common = gcd(file.samplerate, sampling_rate)
         p, q = file.samplerate // common, sampling_rate // common
@@ -136,53 +139,6 @@ def load_audio(
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
-def load_clip(
-    item: AudioFile,
-    sampling_rate: int = 16000,
-    *,
-    start: float = 0.0,
-    duration: float | None = None,
-    load: Callable[..., np.ndarray] = load_audio,
-) -> np.ndarray:
-    """As :func:`load_audio`, of a listed file or part of a file; ``start`` counts from the beginning of the part.
-
-    ``load`` gives the samples of a file, with the arguments of :func:`load_audio`.
-
-    Raises:
-        AudioError: as :func:`load_audio`; "truncated" also if the file ends over 1 % before the part does.
-    """
-    if not item.is_part:
-        return load(item.path, sampling_rate, start=start, duration=duration)
-    if item.end is not None:
-        left = item.end - item.start - start
-        if left <= 0:
-            raise AudioError(item.path, "no samples", f"nothing from {start:.3f} s of the part on")
-        duration = left if duration is None else min(left, duration)
-    waveform = load(item.path, sampling_rate, start=item.start + start, duration=duration)
-    if duration is not None:
-        missing = duration - len(waveform) / sampling_rate
-        if missing > max(_TOLERANCE_SECONDS, TRUNCATED_ABOVE * duration):
-            raise AudioError(item.path, "truncated", f"the file ends {missing:.3f} s before {item.place} does")
-    return waveform
-
-
-def clip_duration(item: AudioFile, info: AudioInfo) -> float:
-    """Seconds of a listed file or part, from the header of the file.
-
-    Raises:
-        AudioError: the part begins after the end of the file, or ends over 1 % after it.
-    """
-    if not item.is_part:
-        return info.duration
-    end = info.duration if item.end is None else min(item.end, info.duration)
-    if item.start >= info.duration:
-        raise AudioError(item.path, "no samples", f"{item.place}: the file has {info.duration:.3f} s")
-    missing = 0.0 if item.end is None else item.end - end
-    if missing > max(_TOLERANCE_SECONDS, TRUNCATED_ABOVE * (end - item.start)):
-        raise AudioError(item.path, "truncated", f"{item.place}: the file has {info.duration:.3f} s")
-    return end - item.start
-
-
 @dataclass(frozen=True)
 class AudioDigest:
     """Results of full decoding: real length, largest magnitude over time after the mono mix, hash of the samples."""
@@ -192,26 +148,13 @@ class AudioDigest:
     sha256: str
 
 
-def part_digest(item: AudioFile) -> AudioDigest:
-    """As :func:`audio_digest`, of a listed file or part of a file (which is held in memory as a whole)."""
-    if not item.is_part:
-        return audio_digest(item.path)
-    info = audio_info(item.path)
-    clip_duration(item, info)
-    samples = load_clip(item, info.sampling_rate)
-    digest = hashlib.sha256(str(info.sampling_rate).encode())
-    digest.update(samples.tobytes())
-    found = AudioInfo(info.sampling_rate, len(samples), info.channels)
-    return AudioDigest(found, float(np.abs(samples).max()), digest.hexdigest())
-
-
 def audio_digest(path: str | os.PathLike[str]) -> AudioDigest:
     """Decode a whole file in bounded memory. Equal hashes mean equal mono samples at an equal rate in any container.
 
     Raises:
         AudioError: as :func:`load_audio`.
     """
-    with _open(path) as file:
+    with _open(path, check_end=True) as file:
         digest = hashlib.sha256(str(file.samplerate).encode())
         num_samples, peak = 0, 0.0
         for block in _blocks(file, os.fspath(path), None):
@@ -235,14 +178,16 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 _check_regular(name)
                 with open(name, "rb") as opened:
                     missing = missing_fraction(opened)
+                    hidden = audio_behind_end(opened, mp3_end(opened)) if check_end else None
                     size = opened.seek(0, os.SEEK_END)
                 # As bytes, because soundfile cannot encode file names that are not UTF-8.
                 file = stack.enter_context(soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name))
             elif isinstance(member, SampleReader):
-                missing, file, check_end = 0.0, member, False
+                missing, file, check_end, hidden = 0.0, member, False, None
             else:
                 content = stack.enter_context(member)
                 missing = missing_fraction(content)
+                hidden = audio_behind_end(content, mp3_end(content)) if check_end else None
                 size = content.seek(0, os.SEEK_END)
                 content.seek(0)
                 stack.callback(_raise_failure, content)
@@ -250,6 +195,8 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
             low, high = SAMPLING_RATES
             if not low <= file.samplerate <= high:
                 raise AudioError(name, "not decodable", f"sampling rate {file.samplerate} Hz")
+            if hidden is not None:
+                raise AudioError(name, "not decodable", f"{hidden}; only the first part would be read: write it anew")
             if missing > TRUNCATED_ABOVE:
                 raise AudioError(name, "truncated", f"{100 * missing:.1f} % of the audio bytes are missing")
             if check_end and file.frames < _UNKNOWN and size < _least_bytes(file) and not _has_end(file):
@@ -313,7 +260,9 @@ def _read(file: soundfile.SoundFile | SampleReader, path: str, start: int, stop:
     at = 0
     if start:
         lossy = file.subtype.startswith(_LOSSY)
-        if not lossy and file.frames < _UNKNOWN:
+        if not file.seekable():
+            pass  # GSM 6.10, G.721, NMS ADPCM: decoded from the beginning
+        elif not lossy and file.frames < _UNKNOWN:
             at = min(start, file.frames)
             file.seek(at)
         elif lossy and start > _EXACT_SECONDS * file.samplerate and file.frames < _UNKNOWN:
@@ -323,16 +272,29 @@ def _read(file: soundfile.SoundFile | SampleReader, path: str, start: int, stop:
                 file.read(min(start - at, 8192), dtype="float32")
                 at = file.tell()
     skip = start - at
-    blocks = []
-    for block in _blocks(file, path, None if stop is None else stop - at):
-        blocks.append(block[skip:])
+    wanted = _UNKNOWN if stop is None else stop - start
+    if file.frames < _UNKNOWN:
+        wanted = min(wanted, max(0, file.frames - start))
+    # In place where the size is known and can be believed: a list of blocks and their sum would need twice the memory.
+    samples = np.empty(wanted if wanted <= _BLOCK * 4096 else 0, np.float32)
+    blocks: list[np.ndarray] = []
+    filled = 0
+    for block in _blocks(file, path, None if stop is None else stop - at, at):
+        rest = block[skip:]
         skip = max(0, skip - len(block))
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+        if blocks or filled + len(rest) > len(samples):
+            blocks.append(rest)
+        else:
+            samples[filled : filled + len(rest)] = rest
+            filled += len(rest)
+    return np.concatenate([samples[:filled], *blocks]) if blocks else samples[:filled]
 
 
-def _blocks(file: soundfile.SoundFile | SampleReader, path: str, count: int | None) -> Iterator[np.ndarray]:
-    """Decode up to ``count`` samples from the present position in bounded blocks, checked and mixed to mono."""
-    position = file.tell()
+def _blocks(
+    file: soundfile.SoundFile | SampleReader, path: str, count: int | None, position: int = 0
+) -> Iterator[np.ndarray]:
+    """Decode up to ``count`` samples from ``position``, where the file stands, in bounded blocks, checked and mixed to
+    mono. (Some formats cannot tell where they stand.)"""
     promised = file.frames if file.frames < _UNKNOWN else None
     wanted = promised if count is None else (position + count if promised is None else min(position + count, promised))
     size = max(1, _BLOCK // file.channels)
@@ -380,6 +342,12 @@ def _mono(block: np.ndarray, path: str) -> np.ndarray:
         if bad:
             raise AudioError(path, "not finite", f"{bad} NaN or infinite of {block.size} samples decoded together")
         raise AudioError(path, "out of range", f"a sample of magnitude {peak:.3g}")
+    if peak > _LOUD and path not in _loud and len(_loud) < _MOST_WARNINGS:
+        _loud.add(path)
+        logger.warning(
+            f"{printable(path)}: floating samples up to {peak:.0f}, where full scale is 1: integers that were not "
+            "divided? It is used as it is"
+        )
     mono = block[:, 0]
     for channel in range(1, block.shape[1]):  # ten times faster than mean(axis=1) over two columns
         mono = mono + block[:, channel]

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count
 from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
@@ -145,8 +146,8 @@ def batches(
         pin_memory: deliver waveforms in page-locked memory (only useful with a GPU).
         prefetch: batches each worker prepares ahead.
         start_method: of the workers: "forkserver" (default where it exists), "spawn" or "fork". The default never
-            copies a process in which CUDA or threads are active; a script that calls this must be guarded by
-            ``if __name__ == "__main__":``.
+            copies a process in which CUDA or threads are active. Only a script that defines its own ``dataset`` class
+            must be guarded by ``if __name__ == "__main__":``.
         as_float: deliver float32; False leaves int16 samples of a cache as they are, for a copy to a GPU.
 
     The workers end with the generator: exhaust it or ``close()`` it.
@@ -204,7 +205,8 @@ def _deliver(
     )
     try:
         before = set(active_children())
-        stream = iter(loader)
+        with _without_main(dataset) if workers else nullcontext():
+            stream = iter(loader)
         _workers.update(set(active_children()) - before)
         for batch in stream:
             if isinstance(batch, _Failure):
@@ -212,11 +214,34 @@ def _deliver(
             yield batch.as_float() if as_float else batch
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
+            memory = "the machine ran out of memory, or " if "Killed" in str(error) or "Bus" in str(error) else ""
             raise DataError(
-                "a data worker died: most often the machine ran out of memory or shared memory (/dev/shm), or the "
-                f"decoder crashed on a file; workers=0 decodes in the main process and shows which. ({error})"
+                f"a data worker died: {memory}shared memory (/dev/shm) is full, the decoder crashed on a file, or the "
+                "worker could not start (then its error is above); workers=0 decodes in the main process and shows "
+                f"which. ({error})"
             ) from error
         raise
+
+
+@contextmanager
+def _without_main(dataset: Dataset) -> Iterator[None]:
+    """Start workers that do not import the main script.
+
+    They need nothing of it, unless the data set is defined there. Importing it runs a script without a guard
+    ``if __name__ == "__main__":`` again in every worker, and fails for one from standard input.
+    """
+    main = sys.modules["__main__"]
+    if type(dataset).__module__ == "__main__":
+        yield
+        return
+    hidden: dict[str, Any] = {
+        name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__
+    }
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(hidden)
 
 
 class _Steps:

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from bestrq2.data.audio import load_audio, load_clip
+from bestrq2.data.audio import load_audio
 from bestrq2.data.files import AudioFile, split_address
+from bestrq2.data.parts import load_clip
 from bestrq2.errors import AudioError, printable
 
 __all__ = ["BLOCK", "SampleCache", "cache_key", "checksums", "decode_clip", "to_int16"]

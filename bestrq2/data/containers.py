@@ -9,7 +9,7 @@ import os
 import struct
 from typing import BinaryIO
 
-__all__ = ["missing_fraction", "mp3_counts_frames"]
+__all__ = ["missing_fraction", "mp3_counts_frames", "mp3_end"]
 
 _STREAMED = 0x7FF00000  # sizes from here on are placeholders of programs that wrote to a pipe
 
@@ -41,6 +41,12 @@ def mp3_counts_frames(file: BinaryIO) -> bool:
         OSError: the file cannot be read.
     """
     return _xing(file) is not None
+
+
+def mp3_end(file: BinaryIO) -> int | None:
+    """Where the frames end that the tag of an MP3 counts, in bytes; None if it says nothing of it."""
+    tag = _xing(file)
+    return None if tag is None or not tag[1] else tag[0] + tag[1]
 
 
 def _missing_in_chunk(file: BinaryIO, size: int, name: bytes, number: str) -> float:

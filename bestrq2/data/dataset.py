@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from bestrq2.data.audio import audio_info, clip_duration, load_clip
+from bestrq2.data.audio import audio_info
 from bestrq2.data.cache import SampleCache
 from bestrq2.data.domains import DomainSchedule, select_domains
 from bestrq2.data.files import AudioFile
 from bestrq2.data.order import SampleOrder, permute
+from bestrq2.data.parts import clip_duration, load_clip
 from bestrq2.data.steps import EqualSteps, StepPlan
 from bestrq2.errors import AudioError, DataError, Skip
 from bestrq2.hashing import mix, uniform

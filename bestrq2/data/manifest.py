@@ -15,6 +15,7 @@ from bestrq2.data.fields import audio_file
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
+from bestrq2.durability import flush_file
 from bestrq2.errors import ManifestError
 
 __all__ = [
@@ -132,7 +133,7 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
                     row += [repr(item.start), "" if item.end is None else repr(item.end)] if item.is_part else ["", ""]
                 writer.writerow(row)
             file.flush()
-            os.fsync(file.fileno())
+            flush_file(file.fileno())
         os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)

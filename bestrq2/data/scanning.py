@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bestrq2.data.audio import SILENCE, audio_info, clip_duration, part_digest
+from bestrq2.data.audio import SILENCE, audio_info
 from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile
+from bestrq2.data.parts import clip_duration, part_digest
 from bestrq2.data.sources import Source, find_audio
 from bestrq2.errors import AudioError, DataError, Skip
 

@@ -26,9 +26,11 @@ from tqdm import tqdm
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
-from bestrq2.data.audio import audio_info, load_clip
+from bestrq2.data.audio import audio_info
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
+from bestrq2.data.parts import load_clip
+from bestrq2.durability import flush_file
 from bestrq2.errors import AudioError, DataError, Skip
 
 __all__ = ["Packed", "pack"]
@@ -104,7 +106,7 @@ def pack(
             for written in packed.shards:
                 file.write(f"{_sha256(partial / written.name)}  {written.name}\n")
             file.flush()
-            os.fsync(file.fileno())
+            flush_file(file.fileno())
         if target.exists():
             target.rmdir()  # empty, or this fails
         os.replace(partial, target)
@@ -253,7 +255,7 @@ class _Shard:
         with self._file:
             self._tar.close()
             self._file.flush()
-            os.fsync(self._file.fileno())
+            flush_file(self._file.fileno())
         listing = list_tar(str(self.path))
         expected = [
             replace(item, path=address(str(self.path), name), start=0.0, end=None) for item, name, _ in self._written

@@ -6,12 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from bestrq2.data.audio import load_clip
 from bestrq2.data.files import AudioFile
+from bestrq2.data.parts import load_clip
 from bestrq2.errors import AudioError, Skip
 
 __all__ = ["iterate_clips"]
 
+_SECONDS_AHEAD = 600.0
+_UNKNOWN_SECONDS = 30.0
 Clip = tuple[AudioFile, np.ndarray]
 
 
@@ -20,7 +22,7 @@ def iterate_clips(
 ) -> Iterator[Clip | Skip]:
     """Decode every file completely, in order: (file, waveform (S,) float32), or a :class:`Skip` for one that fails.
 
-    At most ``2 * threads`` clips are held at once.
+    At most ``2 * threads`` clips are decoded ahead, and of long ones no more than ten minutes together.
     """
 
     def decode(item: AudioFile) -> Clip | Skip:
@@ -35,12 +37,15 @@ def iterate_clips(
 
     pool = ThreadPoolExecutor(threads)
     try:
-        waiting: deque[Future[Clip | Skip]] = deque()
+        waiting: deque[tuple[Future[Clip | Skip], float]] = deque()
         for item in files:
-            waiting.append(pool.submit(decode, item))
-            if len(waiting) == 2 * threads:
-                yield waiting.popleft().result()
+            seconds = _UNKNOWN_SECONDS if item.duration is None else item.duration
+            while waiting and (
+                len(waiting) == 2 * threads or seconds + sum(ahead for _, ahead in waiting) > _SECONDS_AHEAD
+            ):
+                yield waiting.popleft()[0].result()
+            waiting.append((pool.submit(decode, item), seconds))
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -199,13 +199,12 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
         wanted = check_layers(layers, self.depth)
-        inside = (
-            torch.arange(waveform.shape[1], device=waveform.device)
-            < lengths.to(waveform.device, non_blocking=True)[:, None]
-        )
-        waveform = torch.where(inside, waveform, 0)
-        if waveform.shape[1] < self.min_samples:
-            waveform = nn.functional.pad(waveform, (0, self.min_samples - waveform.shape[1]))
+        least = self.min_samples
+        if waveform.shape[1] < least:
+            waveform = nn.functional.pad(waveform, (0, least - waveform.shape[1]))
+        if bool((lengths < least).any()):  # of no other clip is anything read behind its end
+            inside = torch.arange(least, device=waveform.device) < lengths.to(waveform.device)[:, None]
+            waveform = torch.cat((torch.where(inside, waveform[:, :least], 0), waveform[:, least:]), 1)
         lengths = lengths.clamp(min=self.min_samples)
         totals = [self.output_length(int(samples)) for samples in lengths]
         width = self.output_dim * (self.rows if rows == "concatenate" else 1)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bestrq2.durability import flush_file, flush_folder
 from bestrq2.errors import CheckpointError
 
 WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors", "ema.safetensors", "state.json"
@@ -90,16 +91,16 @@ def save_checkpoint(
         checksums = {}
         for name, group in tensors.items():
             save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, partial / name)
-            _flush(partial / name)
+            flush_file(partial / name)
             checksums[name] = _sha256(partial / name)
         state = {"format": FORMAT, "step": step, "files": checksums, "config": config, "extra": extra}
         (partial / STATE).write_text(json.dumps({"sha256": _digest(state), "state": state}, indent=1))
-        _flush(partial / STATE)
-        _flush(partial)
+        flush_file(partial / STATE)
+        flush_folder(partial)
         if final.exists():  # a resumed run reaches a step again: same content, but possibly the damaged copy
             _discard(final)
         partial.rename(final)
-        _flush(parent)
+        flush_folder(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(parent).free if parent.exists() else 0
@@ -239,14 +240,6 @@ def _sha256(path: Path) -> str:
 
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def folder_name(step: int) -> str:

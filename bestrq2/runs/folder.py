@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -81,6 +82,17 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"cannot make a run folder in {runs}: {error}") from error
         return run
+
+    def remove_unused(self) -> None:
+        """Remove the folder of a run that failed before anything was logged."""
+        try:
+            if any(self.checkpoints.iterdir()):
+                return
+            kept = {path.name for path in self.path.iterdir()} - {".lock", "checkpoints", "config.yaml", "skipped.txt"}
+            if not kept:
+                shutil.rmtree(self.path)
+        except OSError:
+            pass
 
     @classmethod
     def existing(cls, runs: Path, path: str | None) -> "RunFolder":

@@ -1,16 +1,21 @@
-"""SIGINT and SIGTERM: finish the step, save, leave. A later second signal ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP: finish the step, save, leave. A later second signal ends the process at once."""
 
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+HANDLED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 DEBOUNCE_SECONDS = 2.0  # a second signal within this time is a duplicate of the first
 
 
 class StopSignal:
-    """Context manager that turns the first SIGINT or SIGTERM into ``requested``.
+    """Context manager that turns the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into ``requested``.
+
+    The handler only notes it: output there could meet a closed pipe, or the lock of the output it interrupted. A signal
+    that was ignored (``nohup``) stays ignored. Outside of the main thread, where Python takes no handlers, nothing is
+    caught.
 
     Attributes:
         requested: whether a signal arrived.
@@ -27,8 +32,10 @@ class StopSignal:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in HANDLED:
-            self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in HANDLED:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,4 +50,3 @@ class StopSignal:
             return
         self._since = time.monotonic()
         self.requested, self.exit_code, self.name = True, 128 + number, signal.Signals(number).name
-        print(f"\n{self.name}: finishing the step and saving (again to leave at once)", file=sys.stderr)

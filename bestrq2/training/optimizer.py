@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.config import OptimizerConfig
-from bestrq2.errors import CheckpointError
+from bestrq2.errors import CheckpointError, ConfigError
 from bestrq2.training.distributed import placed_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,7 +47,11 @@ def set_schedule(optimizer: torch.optim.Optimizer, step: int, steps: int, config
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; ``decay_all=False`` spares vectors (norms, biases) and tokens the decay."""
+    """AdamW over all trainable parameters; ``decay_all=False`` spares vectors (norms, biases) and tokens the decay.
+
+    Raises:
+        ConfigError: for betas, epsilon or decay that AdamW cannot take.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -57,9 +61,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
     low, high = config.betas
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=fused or None
-    )
+    try:
+        return torch.optim.AdamW(
+            [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=fused or None
+        )
+    except ValueError as error:
+        raise ConfigError(f"optimizer: {error}") from error
 
 
 def clip_gradients(model: nn.Module, most: float | None, loss_scale: float = 1.0) -> Tensor:

@@ -141,6 +141,8 @@ class Trainer:
             for fed in feeder:
                 totals = self._step(fed.batch, feeder, fed.waited, stop.requested)
                 stopping = totals.stops > 0
+                if stopping and self.ranks.is_first:
+                    logger.info(f"{stop.name}: the step is finished; saving (again to leave at once)")
                 self._after(totals, stopping)
                 if stopping:
                     break

@@ -24,6 +24,9 @@ class SampleReader:
         """(N,) as stored."""
         return self._samples[:]
 
+    def seekable(self) -> bool:
+        return True
+
     def seek(self, position: int) -> int:
         self._position = position
         return position

@@ -1,0 +1,41 @@
+"""Ask the system to bring what was written to the disk, where the file system can."""
+
+import errno
+import os
+from pathlib import Path
+
+__all__ = ["flush_file", "flush_folder"]
+
+_CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
+
+
+def flush_file(file: int | str | os.PathLike[str]) -> None:
+    """Flush a file, by descriptor or name. File systems that cannot do it (some of FUSE) are taken as they are.
+
+    Raises:
+        OSError: the data could not be written: a full or failing disk.
+    """
+    descriptor = file if isinstance(file, int) else os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    finally:
+        if not isinstance(file, int):
+            os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder. Network and FUSE file systems often refuse it (CIFS: EINVAL, or not even open
+    folders); the files are whole without it, so that no refusal is an error."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,100 @@
+"""Files whose header states less than they hold are reported; formats that cannot be entered by seeking are read."""
+
+import io
+import logging
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+
+from bestrq2.data import AudioError, audio_info, load_audio
+from bestrq2.data.audio import audio_digest
+from bestrq2.data.hidden_audio import audio_behind_end
+
+RATE = 16000
+NOISE = np.random.default_rng(0).standard_normal(5 * RATE).astype(np.float32) * 0.1
+
+
+def encoded(form, samples=NOISE, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, RATE, format=form, **options)
+    return bytearray(buffer.getvalue())
+
+
+def wav(stated):
+    data = encoded("WAV", subtype="PCM_16")
+    data[40:44] = struct.pack("<I", stated)
+    return data
+
+
+def flac(stated):
+    data = encoded("FLAC", subtype="PCM_16")
+    data[21:26] = (int.from_bytes(data[21:26], "big") >> 36 << 36 | stated).to_bytes(5, "big")
+    return data
+
+
+HIDDEN = {
+    "short.wav": lambda: wav(RATE),
+    "short.flac": lambda: flac(RATE // 2),
+    "chain.ogg": lambda: encoded("OGG", subtype="VORBIS") * 2,
+    "chain.opus": lambda: encoded("OGG", subtype="OPUS") + encoded("OGG", NOISE[::-1], subtype="OPUS"),
+    "joined.mp3": lambda: encoded("MP3") * 3,
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_more_than_the_header_states_is_reported(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(HIDDEN[name]())
+    for read in (audio_info, load_audio, audio_digest):
+        with pytest.raises(AudioError, match="only the first part would be read"):
+            read(path)
+
+
+WHOLE = {
+    "plain.wav": lambda: encoded("WAV", subtype="PCM_16"),
+    "tags.wav": lambda: encoded("WAV", subtype="PCM_16") + b"LIST" + struct.pack("<I", 60000) + bytes(60000),
+    "padded.wav": lambda: encoded("WAV", subtype="PCM_16") + bytes(50000),
+    "piped.wav": lambda: wav(0xFFFFFFFF),
+    "plain.aiff": lambda: encoded("AIFF", subtype="PCM_24"),
+    "plain.flac": lambda: encoded("FLAC", subtype="PCM_16"),
+    "24.flac": lambda: encoded("FLAC", np.stack((NOISE, -NOISE), 1), subtype="PCM_24"),
+    "unstated.flac": lambda: flac(0),
+    "plain.ogg": lambda: encoded("OGG", subtype="VORBIS"),
+    "plain.opus": lambda: encoded("OGG", subtype="OPUS"),
+    "plain.mp3": lambda: encoded("MP3"),
+    "tagged.mp3": lambda: encoded("MP3") + b"TAG" + bytes(125),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_files_are_read(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(WHOLE[name]())
+    assert audio_behind_end(io.BytesIO(path.read_bytes())) is None
+    assert len(load_audio(path)) == pytest.approx(len(NOISE), abs=3000)
+
+
+@pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16", "NMS_ADPCM_32", "IMA_ADPCM", "MS_ADPCM"])
+def test_formats_without_seeking(tmp_path, subtype):
+    path = tmp_path / "a.wav"
+    if not soundfile.check_format("WAV", subtype):
+        pytest.skip(f"this libsndfile has no {subtype}")
+    try:
+        soundfile.write(path, NOISE[:RATE], 8000, subtype=subtype)
+    except soundfile.LibsndfileError as error:
+        pytest.skip(str(error))
+    whole, _ = soundfile.read(path, dtype="float32")
+    assert audio_info(path).num_samples == len(whole)
+    np.testing.assert_array_equal(load_audio(path, 8000), whole)
+    part = load_audio(path, 8000, start=0.5, duration=0.25)
+    np.testing.assert_array_equal(part, whole[4000:6000])
+
+
+def test_undivided_integers_are_named(tmp_path, caplog):
+    soundfile.write(tmp_path / "loud.wav", NOISE * 32768, RATE, subtype="FLOAT")
+    with caplog.at_level(logging.WARNING, "bestrq2"):
+        for _ in range(3):
+            load_audio(tmp_path / "loud.wav")
+    assert [record.message.split(":")[0] for record in caplog.records] == [str(tmp_path / "loud.wav")]

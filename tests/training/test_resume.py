@@ -1,0 +1,160 @@
+"""Resuming compares, says what changes, refuses what cannot change, and only then writes."""
+
+import dataclasses
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bestrq2.config import ConfigError, config_from_dict, load_config, with_overrides
+from bestrq2.durability import flush_file, flush_folder
+from bestrq2.runs.changes import changed_keys, check_resume
+from bestrq2.runs.checkpoint import list_checkpoints
+from bestrq2.train import main
+from bestrq2.training.interrupt import StopSignal
+
+QUICK = [
+    "train.batch_size=2",
+    "data.workers=0",
+    "train.pictures_every=0",
+    "data.crop_seconds=1",
+    "train.save_every=1",
+    "train.log_every=1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["--runs", str(runs), "--name", "run", "train.steps=2", *QUICK]) == 0
+    return runs / "run"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder.width=64", "model.encoder.width: expected 128, with which this run began, got 64"),
+        ("model.targets.seed=9", "model.targets.seed: expected .* it cannot change on resume"),
+        ("model.front_end.hop_length=320", "model.front_end.hop_length: expected"),
+        ("train.seed=3", "train.seed: expected .*, with which this run began, got 3"),
+        ("train.steps=1", "train.steps: expected at least 2, which this run has done, got 1"),
+        ("train.device=cuda:9", "train.device: 'cuda:9' cannot be used"),
+        ("train.accumulate=99", "train.batch_size: expected .* train.accumulate=99"),
+        ("optimizer.betas=[2,3]", "optimizer: Invalid beta"),
+        ("optimizer.epsilon=-1", "optimizer: Invalid epsilon"),
+        ("data.crop_seconds=2", "the training data changed .* data.crop_seconds: 1.0 -> 2.0"),
+        ("frozen.source=elsewhere", "frozen.source: expected None"),
+    ],
+)
+def test_what_cannot_change_is_refused_and_nothing_written(run, capsys, override, message):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    steps = [] if override.startswith("train.steps") else ["train.steps=3"]
+    assert main(["--resume", str(run), *steps, override]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert "Traceback" not in error
+    assert re.search(message, error), error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_changes_is_listed(run, capsys):
+    assert main(["--resume", str(run), "train.steps=3", "optimizer.learning_rate=0.005", "train.keep_last=2"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Changed on resume: ")]
+    names = [line.removeprefix("Changed on resume: ").split(":")[0] for line in lines]
+    assert names == [
+        "optimizer.learning_rate",
+        "train.steps",
+        "train.keep_last",
+        "the learning rate of the next step",
+    ]
+    assert "train.steps: 2 -> 3" in lines[1]
+    assert "learning_rate: 0.005" in (run / "config.yaml").read_text()
+
+
+def test_changes_by_key():
+    before = load_config("best_rq2_tiny", ["model.front_end.mean=0", "model.front_end.std=1"])
+    after = with_overrides(before, ["train.batch_size=4", "model.masking.ratio=[0.2,0.3]"])
+    assert changed_keys(before, after) == {
+        "model.masking.ratio": (before.model.masking.ratio, [0.2, 0.3]),
+        "train.batch_size": (before.train.batch_size, 4),
+    }
+    assert any("other clips make up a step" in line for line in check_resume(before, after, 10))
+    assert check_resume(before, config_from_dict(dataclasses.asdict(before)), 10) == []
+    with pytest.raises(ConfigError, match=r"model\.predictor\.depth"):
+        check_resume(before, with_overrides(before, ["model.predictor.depth=7"]), 10)
+
+
+@pytest.mark.parametrize("override", ["train.device=cuda:9", "train.accumulate=99", "optimizer.betas=[2,3]"])
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, override, capsys):
+    assert main(["--runs", str(tmp_path), "train.steps=2", *QUICK, override]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_handler_only_notes_the_signal(name, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # any output would fail
+    monkeypatch.setattr("sys.stdout", None)
+    number = signal.Signals[name]
+    with StopSignal() as stop:
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # an echo
+    assert (stop.requested, stop.name, stop.exit_code) == (True, name, 128 + number)
+
+
+def test_signals_that_were_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_training_in_another_thread(tmp_path):
+    codes = []
+    worker = threading.Thread(
+        target=lambda: codes.append(main(["--runs", str(tmp_path), "--name", "t", "train.steps=1", *QUICK]))
+    )
+    worker.start()
+    worker.join()
+    assert codes == [0]
+
+
+def test_ctrl_c_into_a_closed_pipe_saves(tmp_path):
+    command = [sys.executable, "-m", "bestrq2", "train", "--runs", str(tmp_path), "--name", "r", "train.steps=5000"]
+    command += [setting for setting in QUICK if "save_every" not in setting]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=root) as process:
+        while b"Targets:" not in process.stdout.readline():
+            pass
+        process.stdout.close()  # `| tee log` is gone
+        while not (tmp_path / "r" / "metrics.csv").read_bytes().count(b"\n") > 2:
+            assert process.poll() is None
+            threading.Event().wait(0.1)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 129
+    assert len(list_checkpoints(tmp_path / "r" / "checkpoints")) == 1
+
+
+def test_file_systems_that_cannot_flush(monkeypatch, tmp_path):
+    (tmp_path / "a").write_text("a")
+
+    def refuse(_):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    flush_file(tmp_path / "a")
+    flush_folder(tmp_path)
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    flush_folder(tmp_path)
+    with pytest.raises(OSError, match="No space"):
+        flush_file(tmp_path / "a")
