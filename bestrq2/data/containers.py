@@ -44,7 +44,7 @@ def mp3_counts_frames(file: BinaryIO) -> bool:
 
 
 def mp3_end(file: BinaryIO) -> int | None:
-    """Where the frames end that the tag of an MP3 counts, in bytes; None if it says nothing of it."""
+    """End of the frames that the tag of an MP3 counts, in bytes; None if the tag does not state it."""
     tag = _xing(file)
     return None if tag is None or not tag[1] else tag[0] + tag[1]
 

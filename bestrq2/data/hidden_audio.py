@@ -17,7 +17,7 @@ _FLAC_TAIL = 1 << 17
 
 
 def audio_behind_end(file: BinaryIO, mp3_end: int | None = None) -> str | None:
-    """What an open file holds behind its stated end, as a clause for an error; None if nothing.
+    """Content of an open file behind its stated end, as a clause for an error; None if there is none.
 
     Args:
         file: in binary, at any position.
@@ -78,7 +78,7 @@ def _long_chunk(file: BinaryIO, size: int, name: bytes, number: str) -> str | No
 
 
 def _are_chunks(file: BinaryIO, size: int, position: int, number: str) -> bool:
-    """Whether what follows the audio is a row of further chunks (pictures, cue points), or padding."""
+    """Return True if the audio is followed by further chunks (pictures, cue points) or padding only."""
     file.seek(position)
     if not any(file.read(1 << 16)):
         return True

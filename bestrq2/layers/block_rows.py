@@ -49,7 +49,7 @@ def residual_norm(
 
 
 def plain_norm(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
-    """What ``norm`` gives for x, in PyTorch's own operators."""
+    """Result of ``norm`` for x, in PyTorch's own operators."""
     shape = [*norm.normalized_shape]
     if isinstance(norm, nn.LayerNorm):
         return F.layer_norm(x, shape, norm.weight, norm.bias, norm.eps)

@@ -1,4 +1,4 @@
-"""What a resumed run would do otherwise than before: refused where the checkpoint cannot go on with it, else listed."""
+"""Changes of a resumed run: refused if the checkpoint cannot continue with them, else listed."""
 
 from dataclasses import asdict
 from typing import Any

@@ -54,7 +54,7 @@ def _match(shape: tuple[Any, ...], names: list[str], sizes: dict[str, Any]) -> b
 
 
 def _bind(name: str, size: Any, sizes: dict[str, Any]) -> bool:
-    """Whether ``name`` is new or has this size. No ``dict.setdefault``: torch.compile of 2.4 cannot trace it."""
+    """Return True if ``name`` is new or has this size. No ``dict.setdefault``: torch.compile of 2.4 cannot trace it."""
     if name in sizes:
         return sizes[name] == size
     sizes[name] = size
