@@ -135,10 +135,11 @@ class ExportableViT(ExportableEncoder):
         token = torch.arange(columns * rows, device=waveform.device)
         positions = torch.stack((token % rows, token // rows), dim=-1)[None]
         x = encoder.embed(values, positions)
-        keys = _inside(self.columns(lengths) * rows, columns * rows)[:, None, None]
+        tokens = self.columns(lengths) * rows
         angles = encoder.angles(positions)
+        rotation = None if angles is None else (angles.cos(), angles.sin())
         for block in encoder.encoder.blocks:
-            x = block(x, keys, angles)
+            x = block(x, tokens, rotation)
         x = encoder.encoder.norm(x).float()
         return x.unflatten(1, (columns, rows)).mean(2)
 
