@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 
 # Before torch loads OpenMP, here and in every process that a test starts: threads that wait sleep. Where others compute
 # on the same cores, spinning doubles the processor time of a training test.
@@ -10,6 +11,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import interpreter_arithmetic  # noqa: F401  (products and bf16 of Triton's interpreter)
+
+# A job in the background, or one under nohup, starts with these signals ignored, and so would every process of a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 import pytest
 import torch
 

@@ -21,6 +21,8 @@ _FREE_IN_MODEL = (
     "span_length",
     "noise_std",
 )
+# The place of a teacher may change: its weights are compared by their digest.
+_FREE = ("model.targets.encoder",)
 _FIXED = ("model.", "train.seed", "frozen.every_frame")
 _REASONS = {
     "train.batch_size": "from this step on, other clips make up a step",
@@ -72,6 +74,8 @@ def check_resume(before: Config, after: Config, done: int) -> list[str]:
 
 
 def _is_fixed(key: str) -> bool:
+    if key in _FREE:
+        return False
     if key.startswith("model.") and key.rpartition(".")[2] in _FREE_IN_MODEL:
         return False
     return key.startswith(_FIXED)

@@ -36,7 +36,7 @@ def fixed_batch(dataset: CropDataset, clips: int = 2, candidates: int = 8) -> Ba
     plan = plan_of(dataset, 1)  # the first of a step, so that buckets show clips of all lengths
     samples = [dataset[plan.samples(step)[0]] for step in range(max(clips, candidates))]
     order = sorted(samples, key=lambda sample: _audible_blocks(sample.waveform), reverse=True)
-    return collate(sorted(order[:clips], key=lambda sample: sample.index))
+    return collate(sorted(order[:clips], key=lambda sample: sample.index)).as_float()
 
 
 def _audible_blocks(waveform: np.ndarray, block: int = 400) -> int:

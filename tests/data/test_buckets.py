@@ -25,12 +25,12 @@ def _files(durations, domains=("",)) -> list[AudioFile]:
 def numbered(monkeypatch):
     """Reading file n gives its stated length, or the part asked for, filled with n: any number of files."""
 
-    def load(path, rate, *, start=0.0, duration=None):
-        number = int(path.split("/")[1].split(".")[0])
+    def load(item, rate, *, start=0.0, duration=None):
+        number = int(item.path.split("/")[1].split(".")[0])
         have = round(float(DURATIONS[number]) * rate) - round(start * rate)
         return np.full(max(1, min(have, round((duration or 1e9) * rate))), number, np.float32)
 
-    monkeypatch.setattr("bestrq2.data.dataset.load_audio", load)
+    monkeypatch.setattr("bestrq2.data.dataset.load_clip", load)
 
 
 DURATIONS = _durations(1500)

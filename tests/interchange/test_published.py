@@ -81,7 +81,7 @@ def test_pretraining_model_predicts_the_same(kind, tmp_path):
     seen = everything[~torch.isin(everything, predicted[0])][None].expand(2, -1)
     plan = MaskPlan(seen, predicted, torch.tensor([68, 68]), torch.tensor([60, 60]))
     ours.masking.plan = lambda *arguments: plan
-    output = ours(waveform, torch.tensor([160000, 160000]), 0, torch.arange(2))
+    output = ours(waveform, torch.tensor([160000, 160000]), step=0)
     assert_same(output.hidden @ ours.head.weight[0].T + ours.head.bias[0], model.logits(waveform, masked))
     agreement = (output.codes[..., 0] == model.codes(waveform)[:, masked]).float().mean()
     assert agreement > 0.98  # float32 in another order may tip a tie

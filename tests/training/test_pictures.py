@@ -158,10 +158,10 @@ def test_file_is_a_legible_picture_and_reaches_the_log(tmp_path, dataset, name):
     assert not (tmp_path / "pictures" / "step-00000041.png").exists()
 
 
-def test_full_disk_is_a_warning(tmp_path, dataset, capsys):
+def test_full_disk_is_a_warning(tmp_path, dataset, caplog):
     (tmp_path / "pictures").write_text("a file where the folder should be")
     assert fixed_pictures(tmp_path, make("strips"), fixed_batch(dataset), 40) is None
-    assert "could not be written" in capsys.readouterr().err
+    assert "could not be written" in caplog.text
 
 
 def test_same_clips_and_mask_at_every_step(dataset):

@@ -139,7 +139,7 @@ def test_second_iteration_records_its_teacher_and_refuses_another(tmp_path, plai
     assert curve(half) == curve(run)
     # Another layer, another run, no run at all.
     for override, message in (
-        ("model.targets.layer=1", "not the encoder or layer that made the targets so far"),
+        ("model.targets.layer=1", "model.targets.layer: expected 0, with which this run began"),
         (f"model.targets.encoder={run}", "not the encoder or layer that made the targets so far"),
         (f"model.targets.encoder={tmp_path / 'none'}", "none"),
     ):

@@ -222,10 +222,10 @@ def test_batch_finder_stops_where_memory_ends(capsys, monkeypatch):
     model = seeded_model(config)
     forward = type(model).forward
 
-    def limited(self, waveform, *rest):
+    def limited(self, waveform, *rest, **options):
         if len(waveform) > 2:
             raise torch.OutOfMemoryError("simulated: out of memory")
-        return forward(self, waveform, *rest)
+        return forward(self, waveform, *rest, **options)
 
     monkeypatch.setattr(type(model), "forward", limited)
     monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.05)
@@ -233,6 +233,6 @@ def test_batch_finder_stops_where_memory_ends(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "4   out of memory" in output
     assert "Largest tried: 2 clips (4 clips do not fit)" in output
-    monkeypatch.setattr(type(model), "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     assert main(["--find-batch", *QUICK]) == 2
     assert "not one clip of 1.8 s fits" in capsys.readouterr().err
