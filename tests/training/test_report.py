@@ -213,11 +213,11 @@ def test_nothing_logged_is_no_report(tmp_path, capsys):
         main([])
 
 
-def test_unwritable_report_is_a_warning(tmp_path, capsys):
+def test_unwritable_report_is_a_warning(tmp_path, caplog):
     run = make_run(tmp_path, "run", steps=3)
     (run.path / "report.html.partial").mkdir()
     assert save_report(run.path) is None
-    assert "the report could not be written" in capsys.readouterr().err
+    assert "the report could not be written" in caplog.text
 
 
 def test_running_mean_leaves_out_what_is_not_finite():

@@ -19,7 +19,7 @@ KILLS = """
 import os, shutil, signal
 from pathlib import Path
 import torch
-from bestrq2 import checkpoint
+from bestrq2.runs import checkpoint
 from bestrq2.runs.checkpoint import clear_leftovers, newest_intact
 from bestrq2.config import load_config
 from bestrq2.runs.folder import RunFolder
