@@ -21,7 +21,7 @@ def audio_behind_end(file: BinaryIO, mp3_end: int | None = None) -> str | None:
 
     Args:
         file: in binary, at any position.
-        mp3_end: where the frames that the tag of an MP3 counts end, in bytes, if it has one that says so.
+        mp3_end: where the frames that the tag of an MP3 counts end, in bytes, if it has one that counts them.
 
     Raises:
         OSError: the file cannot be read.

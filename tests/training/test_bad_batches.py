@@ -40,10 +40,10 @@ def test_limit_counts_each_rank(tmp_path, batch):
     assert save_bad_batch(tmp_path, 1, 0, batch, 1.0, 1.0, limit=2) == paths[1]  # a resumed run comes by again
 
 
-def test_unwritable_place_is_a_warning(tmp_path, batch, capsys):
+def test_unwritable_place_is_a_warning(tmp_path, batch, caplog):
     (tmp_path / "bad_batches").write_text("a file where the folder should be")
     assert save_bad_batch(tmp_path, 3, 0, batch, 1.0, 1.0) is None
-    assert "the batch of step 3 could not be kept" in capsys.readouterr().err
+    assert "the batch of step 3 could not be kept" in caplog.text
 
 
 def test_other_files_are_refused(tmp_path, batch):

@@ -49,13 +49,22 @@ class BestRQ2Model(PreTrainedModel):
             module.restore_constants()
 
     def forward(
-        self, input_values: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **_: Any
+        self, input_values: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **others: Any
     ) -> BestRQ2Output | tuple[Tensor, ...]:
         """
         Args:
             input_values: ``(B, S)`` mono waveforms at ``config.sampling_rate``, padded at the end.
             attention_mask: ``(B, S)``, 1 for samples of the clip. None: all.
+
+        Raises:
+            TypeError: for another argument, unless it is None or False. A misspelt mask would encode padding as audio.
         """
+        unknown = sorted(name for name, value in others.items() if value is not None and value is not False)
+        if unknown:
+            raise TypeError(
+                f"expected input_values, attention_mask and return_dict, got {', '.join(unknown)}; outputs of blocks "
+                "are those of bestrq2.load(FOLDER).encode_layers(waveform, lengths)"
+            )
         lengths = None if attention_mask is None else (attention_mask != 0).sum(1).clamp(min=1)
         features, frames = self.encoder.encode(input_values.float(), lengths)
         mask = torch.arange(features.shape[1], device=features.device) < frames.to(features.device)[:, None]
