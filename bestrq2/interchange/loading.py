@@ -77,7 +77,10 @@ def load(
         encoder = TransformersEncoder(text, trust_remote_code)
     else:
         encoder = open_own(text, published_positions=published_positions, heads=heads, hop_length=hop_length)
-    return encoder.to(device)
+    try:
+        return encoder.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or its memory is full
+        raise ConfigError(f"device={str(device)!r}: {str(error).strip() or type(error).__name__}") from error
 
 
 open_encoder = load  # its former name

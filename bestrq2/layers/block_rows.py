@@ -86,8 +86,8 @@ def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: 
     """
     if not any(rates):
         return None
-    keep = 1.0 - torch.tensor(rates, dtype=torch.float32).to(device, non_blocking=True)[:, None, None]
-    return (torch.rand(len(rates), branches, num_clips, device=device) < keep) / keep
+    keep = 1.0 - torch.tensor(rates, dtype=torch.float32, device="cpu").to(device, non_blocking=True)[:, None, None]
+    return (torch.rand(len(rates), branches, num_clips, device=device, dtype=torch.float32) < keep) / keep
 
 
 def gated(x: Tensor) -> Tensor:
