@@ -27,9 +27,12 @@ T* at(std::uintptr_t address) {
 void define_blocks(py::module_& m) {
   m.def("norm_rows_forward",
         [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width, std::int64_t rows_per_clip,
-           std::uintptr_t x, std::uintptr_t branch, std::uintptr_t scale, float factor, float epsilon,
-           std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t sum, std::uintptr_t out, int threads) {
+           std::uintptr_t x, std::uintptr_t branch, std::uintptr_t branch_bias, std::uintptr_t branch_place,
+           std::uintptr_t out_place, std::uintptr_t scale, float factor, float epsilon, std::uintptr_t weight,
+           std::uintptr_t bias, std::uintptr_t sum, std::uintptr_t out, int threads) {
           bestrq2::NormRows a{};
+          a.branch_bias = at<float>(branch_bias), a.branch_place = at<std::int64_t>(branch_place);
+          a.out_place = at<std::int64_t>(out_place);
           a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
           a.x = at<void>(x), a.branch = at<void>(branch), a.scale = at<float>(scale), a.factor = factor;
           a.epsilon = epsilon, a.weight = at<float>(weight), a.bias = at<float>(bias);
@@ -39,10 +42,13 @@ void define_blocks(py::module_& m) {
         });
   m.def("norm_rows_backward",
         [](bool bf16, bool layer_norm, std::int64_t rows, std::int64_t width, std::int64_t rows_per_clip,
-           std::uintptr_t scale, float factor, float epsilon, std::uintptr_t weight, std::uintptr_t sum,
-           std::uintptr_t grad_sum, std::uintptr_t grad_out, std::uintptr_t grad_x, std::uintptr_t grad_branch,
-           std::uintptr_t grad_weight, std::uintptr_t grad_bias, int threads) {
+           std::uintptr_t branch_place, std::uintptr_t out_place, std::uintptr_t scale, float factor, float epsilon,
+           std::uintptr_t weight, std::uintptr_t sum, std::uintptr_t grad_sum, std::uintptr_t grad_out,
+           std::uintptr_t grad_x, std::uintptr_t grad_branch, std::uintptr_t grad_weight, std::uintptr_t grad_bias,
+           std::uintptr_t grad_branch_bias, int threads) {
           bestrq2::NormRows a{};
+          a.branch_place = at<std::int64_t>(branch_place), a.out_place = at<std::int64_t>(out_place);
+          a.grad_branch_bias = at<float>(grad_branch_bias);
           a.bf16 = bf16, a.layer_norm = layer_norm, a.rows = rows, a.width = width, a.rows_per_clip = rows_per_clip;
           a.scale = at<float>(scale), a.factor = factor, a.epsilon = epsilon, a.weight = at<float>(weight);
           a.sum = at<void>(sum), a.grad_sum = at<void>(grad_sum), a.grad_out = at<void>(grad_out);
@@ -99,6 +105,38 @@ void define_blocks(py::module_& m) {
     a.grad_x = at<void>(grad_x), a.threads = threads;
     const py::gil_scoped_release release;
     bestrq2::gated_rows_backward(a);
+  });
+  m.def("gelu_rows_forward", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x, std::uintptr_t bias,
+                                std::uintptr_t out, int threads) {
+    bestrq2::GeluRows a{};
+    a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.bias = at<float>(bias), a.out = at<void>(out);
+    a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::gelu_rows_forward(a);
+  });
+  m.def("gelu_rows_backward",
+        [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x, std::uintptr_t bias, std::uintptr_t grad,
+           std::uintptr_t grad_x, std::uintptr_t grad_bias, int threads) {
+          bestrq2::GeluRows a{};
+          a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.bias = at<float>(bias);
+          a.grad = at<void>(grad), a.grad_x = at<void>(grad_x), a.grad_bias = at<float>(grad_bias);
+          a.threads = threads;
+          const py::gil_scoped_release release;
+          bestrq2::gelu_rows_backward(a);
+        });
+  m.def("add_bias_rows", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x, std::uintptr_t bias,
+                            int threads) {
+    bestrq2::BiasRows a{};
+    a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.bias = at<float>(bias), a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::add_bias_rows(a);
+  });
+  m.def("sum_rows", [](bool bf16, std::int64_t rows, std::int64_t width, std::uintptr_t x, std::uintptr_t sums,
+                       int threads) {
+    bestrq2::BiasRows a{};
+    a.bf16 = bf16, a.rows = rows, a.width = width, a.x = at<void>(x), a.sums = at<float>(sums), a.threads = threads;
+    const py::gil_scoped_release release;
+    bestrq2::sum_rows(a);
   });
   // sizes: batch, heads, queries, keys, dim. Rows: address, then strides of batch, head and token.
   const auto short_attention = [](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,

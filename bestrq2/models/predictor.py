@@ -63,9 +63,9 @@ class Predictor(nn.Module):
         angles = None
         if self.position == "rope":
             angles = rotary_angles(places, self.transformer.settings.head_dim, self.rows)
-        hidden = self.transformer(tokens, lengths, angles)
         if not ragged:
-            return hidden[:, plan.seen.shape[1] :]
+            return self.transformer(tokens, lengths, angles, first=plan.seen.shape[1])
+        hidden = self.transformer(tokens, lengths, angles)
         start = plan.seen_lengths[:, None] + torch.arange(plan.predicted.shape[1])
         index = start.clamp(max=tokens.shape[1] - 1).to(hidden.device, non_blocking=True)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
