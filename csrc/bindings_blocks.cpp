@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "block_rows/block_rows.h"
+#include "optimizer/optimizer.h"
 #include "short_attention/short_attention.h"
 
 namespace py = pybind11;
@@ -139,31 +140,55 @@ void define_blocks(py::module_& m) {
     bestrq2::sum_rows(a);
   });
   // sizes: batch, heads, queries, keys, dim. Rows: address, then strides of batch, head and token.
-  const auto short_attention = [](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
-                                  const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp,
-                                  int threads) {
+  const auto short_attention = [](bool bf16, const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths,
+                                  float scale, const std::vector<std::array<std::int64_t, 4>>& rows,
+                                  std::uintptr_t logsumexp, int threads) {
     bestrq2::ShortAttention a{};
-    a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.keys = sizes[3], a.dim = sizes[4];
+    a.bf16 = bf16, a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.keys = sizes[3], a.dim = sizes[4];
     a.lengths = at<const std::int64_t>(lengths), a.scale = scale, a.logsumexp = at<float>(logsumexp);
     a.threads = threads;
     bestrq2::TokenRows* const fields[] = {&a.query, &a.key,        &a.value,    &a.out,
                                           &a.grad,  &a.grad_query, &a.grad_key, &a.grad_value};
     for (std::size_t i = 0; i < std::min(rows.size(), std::size(fields)); ++i)
-      *fields[i] = {at<std::uint16_t>(static_cast<std::uintptr_t>(rows[i][0])), rows[i][1], rows[i][2], rows[i][3]};
+      *fields[i] = {at<void>(static_cast<std::uintptr_t>(rows[i][0])), rows[i][1], rows[i][2], rows[i][3]};
     return a;
   };
   m.def("short_attention_forward",
-        [short_attention](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+        [short_attention](bool bf16, const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
                           const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
-          const auto a = short_attention(sizes, lengths, scale, rows, logsumexp, threads);
+          const auto a = short_attention(bf16, sizes, lengths, scale, rows, logsumexp, threads);
           const py::gil_scoped_release release;
           bestrq2::short_attention_forward(a);
         });
   m.def("short_attention_backward",
-        [short_attention](const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
+        [short_attention](bool bf16, const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
                           const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
-          const auto a = short_attention(sizes, lengths, scale, rows, logsumexp, threads);
+          const auto a = short_attention(bf16, sizes, lengths, scale, rows, logsumexp, threads);
           const py::gil_scoped_release release;
           bestrq2::short_attention_backward(a);
         });
+  // Tensors: parameter, both moments, gradient, whether it is bf16, size; and their numbers of this step.
+  m.def("adamw",
+        [](const std::vector<std::array<std::uintptr_t, 6>>& tensors, const std::vector<std::array<double, 3>>& numbers,
+           double beta1, double beta2, double epsilon, double factor, int threads) {
+          std::vector<bestrq2::AdamTensor> all;
+          for (std::size_t i = 0; i < tensors.size(); ++i) {
+            const auto& [parameter, mean, square, grad, bf16, size] = tensors[i];
+            const auto& [decay, step_size, root] = numbers.at(i);
+            all.push_back({at<float>(parameter), at<float>(mean), at<float>(square), at<void>(grad), bf16 != 0,
+                           static_cast<std::int64_t>(size), static_cast<float>(decay), static_cast<float>(step_size),
+                           static_cast<float>(root)});
+          }
+          const py::gil_scoped_release release;
+          bestrq2::adamw(all, {static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(epsilon),
+                               static_cast<float>(factor), threads});
+        });
+  // Tensors: address, whether it is bf16, size.
+  m.def("norm_of", [](const std::vector<std::array<std::uintptr_t, 3>>& tensors, int threads) {
+    std::vector<bestrq2::GradTensor> all;
+    for (const auto& [grad, bf16, size] : tensors)
+      all.push_back({at<void>(grad), bf16 != 0, static_cast<std::int64_t>(size)});
+    const py::gil_scoped_release release;
+    return bestrq2::norm_of(all, threads);
+  });
 }

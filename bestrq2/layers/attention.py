@@ -2,11 +2,11 @@
 
 On CPUs, in this order (docs/benchmarks.md has the measurements):
 
-- bf16 on a processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD) and at most 384 keys: our kernel that holds
-  the scores of a head in the cache (csrc/short_attention.h). The backward pass of PyTorch's CPU kernel is several times
-  slower than its forward pass in bf16.
+- at most 384 keys: our kernel that holds the scores of a head in the cache (csrc/short_attention). In bf16 only on a
+  processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD), where the backward pass of PyTorch's kernel is several
+  times slower than its forward pass; in fp32 only with AVX2 or AVX-512.
 - clips of different lengths, or bf16 and more keys: ``ops.chunked_attention`` with one chunk, which skips padding.
-- fp32 without padding: ``scaled_dot_product_attention``.
+- fp32 without padding and with more keys: ``scaled_dot_product_attention``.
 
 On GPUs ``scaled_dot_product_attention`` chooses among its kernels; with padding, which it takes as a mask and not with
 its fastest kernel, ``ops.chunked_attention``. Under torch.compile and in other dtypes it is always the former.
@@ -70,13 +70,19 @@ def _is_eager(x: Tensor) -> bool:
 def _is_short(query: Tensor, key: Tensor) -> bool:
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and query.dtype in (torch.bfloat16, torch.float32)
+        and query.dtype == key.dtype
         and key.shape[2] <= MOST_KEYS
         and query.shape[2] <= MOST_KEYS
         and forced_backend() in (None, "cpu")
         and native.extension_obstacle() is None
-        and native.extension().bf16_dot_beats_fma()
+        and _is_fast(query.dtype)
     )
+
+
+def _is_fast(dtype: torch.dtype) -> bool:
+    extension = native.extension()
+    return extension.bf16_dot_beats_fma() if dtype == torch.bfloat16 else extension.isa() != "portable"
 
 
 def _prefers_chunks(query: Tensor, lengths: Tensor | None) -> bool:
@@ -110,7 +116,7 @@ class _ShortAttention(torch.autograd.Function):
         ctx.sizes, ctx.scale, ctx.first = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5, first
         rows = [*map(_place, (query, key, value, out))]
         native.extension().short_attention_forward(
-            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
+            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(lengths, logsumexp, *frames)
@@ -131,7 +137,7 @@ class _ShortAttention(torch.autograd.Function):
             *map(_place, (query, key, value, grad, grad, *_split(grads, ctx.first)))
         ]  # the fourth, the output, is not read
         native.extension().short_attention_backward(
-            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
+            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return None, None, *grads
