@@ -2,9 +2,9 @@
 
 On CPUs, in this order (docs/benchmarks.md has the measurements):
 
-- at most 384 keys: our kernel that holds the scores of a head in the cache (csrc/short_attention). In bf16 only on a
-  processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD), where the backward pass of PyTorch's kernel is several
-  times slower than its forward pass; in fp32 only with AVX2 or AVX-512.
+- at most 384 keys: our kernel that holds the scores of a head in the cache (csrc/short_attention). In fp32 with AVX2 or
+  AVX-512; in bf16 on a processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD), where the backward pass of
+  PyTorch's kernel is several times slower than its forward pass.
 - clips of different lengths, or bf16 and more keys: ``ops.chunked_attention`` with one chunk, which skips padding.
 - fp32 without padding and with more keys: ``scaled_dot_product_attention``.
 
@@ -116,8 +116,8 @@ class _ShortAttention(torch.autograd.Function):
         ctx.sizes, ctx.scale, ctx.first = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5, first
         rows = [*map(_place, (query, key, value, out))]
         native.extension().short_attention_forward(
-            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
-            torch.get_num_threads(),
+            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
+            logsumexp.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(lengths, logsumexp, *frames)
         return out
@@ -137,8 +137,8 @@ class _ShortAttention(torch.autograd.Function):
             *map(_place, (query, key, value, grad, grad, *_split(grads, ctx.first)))
         ]  # the fourth, the output, is not read
         native.extension().short_attention_backward(
-            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
-            torch.get_num_threads(),
+            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
+            logsumexp.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return None, None, *grads
 

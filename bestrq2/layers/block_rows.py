@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .positions import turn
-from .row_functions import Bias, Gated, Gelu, ResidualNorm, ResidualSum, SplitHeads, is_fused
+from .row_functions import Bf16Product, Bias, Gated, Gelu, ResidualNorm, ResidualSum, SplitHeads, is_fused
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -169,11 +169,18 @@ def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     Left to the next pass, the bias costs no memory traffic of its own: PyTorch copies it to every row before a product
     on a CPU and reads the whole gradient once more for its sum.
     """
-    bias = layer.bias
+    weight, bias = layer.weight, layer.bias
     hooked = type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks
-    if hooked or bias is None or not is_fused(x, bias) or type(layer.weight) is not nn.Parameter:
+    if hooked or type(weight) is not nn.Parameter or not is_fused(x, weight, bias):
         return layer(x), None
-    return F.linear(x.flatten(0, -2), layer.weight).view(*x.shape[:-1], -1), bias
+    rows = x.flatten(0, -2)
+    if torch.is_autocast_enabled("cpu"):
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return layer(x), None
+        values = Bf16Product.apply(rows.to(torch.bfloat16), weight)
+    else:
+        values = F.linear(rows, weight)
+    return values.view(*x.shape[:-1], -1), bias
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

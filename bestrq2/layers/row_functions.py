@@ -130,6 +130,28 @@ class ResidualSum(torch.autograd.Function):
         return grad_x, grad_x if grad_branch is None else grad_branch, of_bias, None, None, None
 
 
+class Bf16Product(torch.autograd.Function):
+    """``x W^T`` of ``x (M, K)`` bf16 and ``W (N, K)`` float32 rounded to bf16, as under autocast.
+
+    The gradient of W is handed on in bf16, as it was computed. Autograd converts it, unless W accepts it as it is
+    (``Tensor.grad_dtype``).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rounded = weight.to(torch.bfloat16)
+        ctx.save_for_backward(x, rounded)
+        return torch.mm(x, rounded.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(torch.bfloat16)
+        grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
+        return grad_x, torch.mm(grad.t(), x) if ctx.needs_input_grad[1] else None
+
+
 class Bias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:

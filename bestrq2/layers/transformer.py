@@ -5,7 +5,7 @@ Shape letters: B clips, N tokens, D width, H heads, d = D / H. Parameter names f
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -247,11 +247,13 @@ class Transformer(nn.Module):
         scales = stochastic_depth(self.drop_rates, 2, len(x), x.device) if self.training else None
         of_block = (None,) * len(self.blocks) if scales is None else scales.unbind()
         if layer_outputs is None and self._advances():
-            branch = None
+            branch: Branch | None = None
             start = first if lengths is None else 0  # padding is that of keys and queries alike
             for number, (block, scale) in enumerate(zip(self.blocks, of_block), 1):
                 # Nobody reads what the last block makes of the tokens before `first`.
-                x, branch = block.advance(x, branch, lengths, rotation, scale, start if number == len(of_block) else 0)
+                x, branch = cast(Block, block).advance(
+                    x, branch, lengths, rotation, scale, start if number == len(of_block) else 0
+                )
             return residual_norm(x, branch, self.norm)[1][:, first - start :]
         for block, scale in zip(self.blocks, of_block):
             arguments = (x, lengths, rotation, scale)

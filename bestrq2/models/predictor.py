@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from bestrq2.layers.block_rows import linear
 from bestrq2.layers.cross_attention import CrossTransformer, PredictorSettings
 from bestrq2.layers.masking import MaskPlan
 from bestrq2.layers.positions import rotary_angles, sincos_2d
@@ -38,7 +39,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, positions: Tensor, plan: MaskPlan) -> Tensor:
-        context = self.input_proj(context)
+        context = linear(self.input_proj, context)
         masks = self.mask_token.to(context.dtype).expand(*plan.predicted.shape, -1)
         masked_positions = positions[plan.predicted]
         if self.position == "sincos":
