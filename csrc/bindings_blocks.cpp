@@ -180,8 +180,8 @@ void define_blocks(py::module_& m) {
                            static_cast<float>(root)});
           }
           const py::gil_scoped_release release;
-          bestrq2::adamw(all, {static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(epsilon),
-                               static_cast<float>(factor), threads});
+          bestrq2::adamw(all, {static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
+                               static_cast<float>(epsilon), static_cast<float>(factor), threads});
         });
   // Tensors: address, whether it is bf16, size.
   m.def("norm_of", [](const std::vector<std::array<std::uintptr_t, 3>>& tensors, int threads) {

@@ -272,9 +272,14 @@ class Transformer(nn.Module):
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (*self.blocks, self.norm))
         return not (self.compiled or checkpointing or hooked)
 
-    def flops(self, tokens: int) -> float:
-        """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only)."""
+    def flops(self, tokens: int, wanted: int | None = None) -> float:
+        """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only), of
+        which ``wanted`` are read from the last block (None: all)."""
         s = self.settings
-        gated = 3 if s.feed_forward == "swiglu" else 2
-        linear = 2.0 * tokens * s.width * (4 * s.width + gated * s.hidden_width)
-        return s.depth * (linear + 4.0 * tokens * tokens * s.width)
+        wanted = tokens if wanted is None else wanted
+        of_token = 2.0 * s.width * (s.width + (3 if s.feed_forward == "swiglu" else 2) * s.hidden_width)
+
+        def block(queries: int) -> float:
+            return tokens * 6.0 * s.width * s.width + queries * of_token + 4.0 * queries * tokens * s.width
+
+        return (s.depth - 1) * block(tokens) + block(wanted)

@@ -76,7 +76,7 @@ class Predictor(nn.Module):
         project = 2.0 * seen * self.input_proj.weight.numel()
         if isinstance(self.transformer, CrossTransformer):
             return project + self.transformer.flops(predicted, seen)
-        return project + self.transformer.flops(seen + predicted)
+        return project + self.transformer.flops(seen + predicted, predicted)
 
     @staticmethod
     def _compact_order(plan: MaskPlan, total: int) -> Tensor:

@@ -16,12 +16,11 @@ template <class G>
 void update(const AdamTensor& a, const AdamSettings& s, int64_t first, int64_t last) {
   float *parameter = a.parameter, *mean = a.mean, *square = a.square;
   const G* grad = static_cast<const G*>(a.grad);
-  const float rest1 = 1.0f - s.beta1, rest2 = 1.0f - s.beta2;
 #pragma omp simd
   for (int64_t i = first; i < last; ++i) {
     const float g = widen(grad[i]) * s.factor;
-    const float m = mean[i] + (g - mean[i]) * rest1;
-    const float v = square[i] * s.beta2 + g * g * rest2;
+    const float m = mean[i] + (g - mean[i]) * s.rest1;
+    const float v = square[i] * s.beta2 + g * g * s.rest2;
     mean[i] = m;
     square[i] = v;
     parameter[i] = parameter[i] * a.decay - a.step_size * m / (sqrtf(v) * a.root + s.epsilon);

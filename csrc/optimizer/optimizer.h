@@ -17,8 +17,8 @@ struct AdamTensor {
 };
 
 struct AdamSettings {
-  float beta1, beta2, epsilon;
-  float factor;  // of the gradients
+  float rest1, beta2, rest2, epsilon;  // 1 - beta1, beta2, 1 - beta2: each rounded by itself
+  float factor;                        // of the gradients
   int threads;
 };
 
