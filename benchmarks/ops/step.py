@@ -107,7 +107,6 @@ def _ours(compiled: bool) -> Callable[[Case], Callable[[], Tensor]]:
             clip_gradients,
             make_optimizer,
             set_schedule,
-            takes_bf16_gradients,
         )
 
         config, waveform = case.inputs["config"], case.inputs["waveform"]
@@ -116,8 +115,7 @@ def _ours(compiled: bool) -> Callable[[Case], Callable[[], Tensor]]:
             compile_blocks(model)
         optimizer = make_optimizer(model, config.optimizer)
         autocast = torch.bfloat16 if case.dtype == torch.bfloat16 else None
-        if case.device.type == "cpu" and takes_bf16_gradients(config, autocast, ranks=1):
-            accept_bf16_gradients(model)
+        accept_bf16_gradients(model, config, autocast, ranks=1)
         usage = CodeUsage(model.quantizer.num_codebooks, model.quantizer.codebook_size).to(case.device)
         lengths, index = torch.full((len(waveform),), waveform.shape[1]), torch.arange(len(waveform))
         done = 0

@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         rotation: Rotation | None,
         context_rotation: Rotation | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the queries get from the context, and the bias that is still to be added or None."""
+        """Results for the queries, and the bias that is still to be added or None."""
         q = linear(self.q, x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = linear(self.kv, context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)

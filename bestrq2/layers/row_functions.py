@@ -155,8 +155,8 @@ class Bf16Product(torch.autograd.Function):
 class Bias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        # The product is nobody else's, and its backward pass does not read it; a view, so that autograd does not see a
-        # change in place of a view.
+        # The product has no other reader, and its own backward pass does not need it. Detached, because autograd would
+        # take a change in place of a view for one of its base.
         out = x.detach()
         width = x.shape[-1]
         ctx.sizes = (x.dtype == torch.bfloat16, x.numel() // width, width)

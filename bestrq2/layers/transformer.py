@@ -111,8 +111,8 @@ class Attention(nn.Module):
     def product(
         self, x_BND: Tensor, lengths: Tensor | None, rotation: Rotation | None, first: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """What the tokens from ``first`` on get from all of them, ``(B, N - first, D)``, and the bias that is still to
-        be added or None."""
+        """Results for the tokens from ``first`` on, ``(B, N - first, D)``, and the bias that is still to be added or
+        None."""
         B, N, D = x_BND.shape
         qkv = linear(self.qkv, x_BND).view(B, N, 3, self.heads, D // self.heads)
         if rotation is None and isinstance(self.q_norm, nn.Identity):
@@ -250,7 +250,7 @@ class Transformer(nn.Module):
             branch: Branch | None = None
             start = first if lengths is None else 0  # padding is that of keys and queries alike
             for number, (block, scale) in enumerate(zip(self.blocks, of_block), 1):
-                # Nobody reads what the last block makes of the tokens before `first`.
+                # What the last block would make of the tokens before `first` is not read.
                 x, branch = cast(Block, block).advance(
                     x, branch, lengths, rotation, scale, start if number == len(of_block) else 0
                 )
@@ -266,8 +266,7 @@ class Transformer(nn.Module):
         return self.norm(x)[:, first:]
 
     def _advances(self) -> bool:
-        """Return True if blocks may hand on their last branch: nobody compiles them, hooks into them or recomputes
-        them."""
+        """Return True if blocks may hand on their last branch: they are not compiled, hooked or recomputed."""
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (*self.blocks, self.norm))
         return not (self.compiled or checkpointing or hooked)

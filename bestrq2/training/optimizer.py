@@ -95,24 +95,25 @@ class AdamW(torch.optim.AdamW):
         return None
 
 
-def accept_bf16_gradients(model: nn.Module) -> None:
+def accept_bf16_gradients(model: nn.Module, config: Config, autocast: torch.dtype | None, ranks: int) -> bool:
     """Let the weights of Transformer blocks have the bf16 gradients that autocast computes, on a CPU.
 
-    They are not copied to float32 then; their values are the same. Only for a single backward pass per step in a
-    single process and without clipping: sums of gradients, and rescaled ones, would be rounded to bf16.
+    They are not copied to float32 then; their values are the same. Not done where it would change a result: sums of
+    gradients (accumulation, several ranks) and rescaled ones (clipping) would be rounded to bf16.
+
+    Returns:
+        whether it was done.
     """
-    if not hasattr(Tensor, "grad_dtype"):  # torch before 2.10
-        return
+    clipped = config.optimizer.max_grad_norm is not None
+    summed = ranks > 1 or config.train.accumulate > 1
+    # torch before 2.10 has one dtype for a tensor and its gradient.
+    if autocast != torch.bfloat16 or summed or clipped or not hasattr(Tensor, "grad_dtype"):
+        return False
     blocks = (module for module in model.modules() if isinstance(module, (Block, CrossBlock)))
     for layer in (layer for block in blocks for layer in block.modules()):
         if type(layer) is nn.Linear and layer.weight.requires_grad and is_plain(layer.weight, torch.float32):
             layer.weight.grad_dtype = torch.bfloat16
-
-
-def takes_bf16_gradients(config: Config, autocast: torch.dtype | None, ranks: int) -> bool:
-    """Return True where :func:`accept_bf16_gradients` changes no result."""
-    clipped = config.optimizer.max_grad_norm is not None
-    return autocast == torch.bfloat16 and ranks == 1 and config.train.accumulate == 1 and not clipped
+    return True
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:

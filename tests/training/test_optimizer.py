@@ -13,7 +13,6 @@ from bestrq2.training.optimizer import (
     clip_gradients,
     make_optimizer,
     set_schedule,
-    takes_bf16_gradients,
 )
 
 pytestmark = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
@@ -104,7 +103,9 @@ def test_bf16_gradients_change_no_result():
         torch.manual_seed(0)
         block = Block(TransformerSettings(width=64, depth=1, heads=2))
         if accept:
-            accept_bf16_gradients(block)
+            accept_bf16_gradients(
+                block, load_config("best_rq2_tiny", ["optimizer.max_grad_norm=null"]), torch.bfloat16, 1
+            )
         optimizer = make_optimizer(block, CONFIG)
         x = torch.randn(2, 20, 64)
         for step in range(3):
@@ -123,9 +124,10 @@ def test_bf16_gradients_change_no_result():
 
 def test_where_bf16_gradients_change_no_result():
     def taken(*overrides, autocast=torch.bfloat16, ranks=1):
-        return takes_bf16_gradients(load_config("best_rq2_tiny", overrides), autocast, ranks)
+        config = load_config("best_rq2_tiny", overrides)
+        return accept_bf16_gradients(Block(TransformerSettings(width=8, depth=1, heads=2)), config, autocast, ranks)
 
-    assert taken("optimizer.max_grad_norm=null")
+    assert taken("optimizer.max_grad_norm=null") == hasattr(torch.Tensor, "grad_dtype")
     assert not taken("optimizer.max_grad_norm=1")
     assert not taken("optimizer.max_grad_norm=null", "train.accumulate=2")
     assert not taken("optimizer.max_grad_norm=null", autocast=None)
