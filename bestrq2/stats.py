@@ -19,7 +19,7 @@ from bestrq2.config import ConfigError, load_config, recipe_names, write_yaml
 from bestrq2.data import batches
 from bestrq2.errors import printable
 from bestrq2.models import build_encoder
-from bestrq2.train import DEFAULT_RECIPE
+from bestrq2.train import default_recipe
 from bestrq2.training.open_data import open_dataset
 from bestrq2.training.statistics import measure_statistics
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bestrq2 stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"YAML file or one of {', '.join(recipe_names())}")
+    parser.add_argument("--config", help=f"YAML file or one of {', '.join(recipe_names())} (default: that of train)")
     parser.add_argument(
         "--data", help="folder, manifest, tar shards, .h5 or saved dataset (default: the packaged clips)"
     )
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         values = {"model.front_end.normalize": "none"}
         if options.data is not None:
             values["data.source"] = options.data
-        config = load_config(options.config, options.overrides, values)
+        config = load_config(default_recipe(options), options.overrides, values)
         dataset = open_dataset(config)
         if options.clips < 1:
             raise ConfigError(f"--clips: expected at least 1, got {options.clips}")

@@ -20,6 +20,7 @@ class FrontEndConfig:
     num_mels: int = 128  # mel filters, the height of the spectrogram
     f_min: float = 0.0  # Hz, lower edge of the filters
     f_max: float | None = None  # Hz, upper edge; None: half the sampling rate
+    floor_db: float = -100.0  # dB, quieter cells take this level (published: -100)
     normalize: Literal["none", "global"] = "none"  # none (published) | global: (dB - mean) / std
     mean: float | None = None  # of "global"; None: measured on the first clips of the training data
     std: float | None = None  # as mean

@@ -65,7 +65,7 @@ def data(tmp_path_factory) -> Path:
 
 def options(data: Path, runs: Path, name: str, *more: str) -> list[str]:
     small = [value.replace("DATA", str(data)) for value in SMALL]
-    return ["--runs", str(runs), "--name", name, "--data", str(data), *small, *more]
+    return ["--runs", str(runs), "--name", name, "--config", "best_rq2_tiny", "--data", str(data), *small, *more]
 
 
 @pytest.fixture(scope="module")
