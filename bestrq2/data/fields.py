@@ -54,12 +54,13 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
         raise ManifestError(f"{where}: {what}")
     if not isinstance(path, str) or "\0" in path:
         raise ManifestError(f"{where}: path must be text, got {path!r}")
-    if "{data_root}" in path or "$data_root" in path or "{root}" in path:
+    located = _located(source, row, path)
+    if any(name in path for name in ("{data_root}", "$data_root", "{root}")) and not os.path.lexists(located):
         raise ManifestError(f"{where}: put the folder in place of the placeholder in {path!r}")
     start, end, duration, segment = _span(where, row)
     rate = _number(where, row, _RATE, 1)
     return AudioFile(
-        path=_located(source, row, path),
+        path=located,
         duration=duration,
         sampling_rate=None if rate is None else int(rate),
         domain=str(_first(row, ("domain",)) or ""),

@@ -51,6 +51,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._listed: dict[int, set[str]] = {}  # lines of the lists of skipped files, by rank
 
     @classmethod
     def create(cls, runs: Path, name: str | None, config: Config, reuse: bool = False) -> "RunFolder":
@@ -178,12 +179,18 @@ class RunFolder:
             logger.warning(f"skipped {skip}")
 
     def note_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
-        """Append to ``skipped.txt`` alone, for files that were spoken of already."""
-        if not skips:
-            return
+        """Append to ``skipped.txt`` alone, for files that were spoken of already; each file and reason once."""
+        path = self.path / ("skipped.txt" if rank == 0 else f"skipped-rank{rank}.txt")
         try:
-            with (self.path / ("skipped.txt" if rank == 0 else f"skipped-rank{rank}.txt")).open("a") as file:
-                file.writelines(f"{skip}\n" for skip in skips)
+            if skips and rank not in self._listed:  # also what an earlier start of the run has listed
+                there = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+                self._listed[rank] = set(there)
+            listed = self._listed.get(rank, set())
+            new = [line for line in dict.fromkeys(map(str, skips)) if line not in listed]
+            if new:
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in new)
+                listed.update(new)
         except OSError as error:
             logger.warning(f"the list of skipped files could not be written: {error}")
 

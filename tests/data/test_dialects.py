@@ -238,3 +238,14 @@ def test_splits_of_archives(folder):
     found, report = collect(folder / "hub")
     assert [file.path.split("::")[0] for file in found] == [str(folder / "hub/data/train-00000-of-00001.tar")]
     assert "only train is used" in report.notes[0]
+
+
+def test_a_name_like_a_placeholder(tmp_path):
+    """SpeechBrain's placeholder is refused, but for a file that has this name."""
+    manifest = tmp_path / "clips.csv"
+    manifest.write_text("path\n{root}/a.wav\n")
+    with pytest.raises(ManifestError, match="put the folder in place of the placeholder"):
+        read_manifest(manifest)
+    (tmp_path / "{root}").mkdir()
+    (tmp_path / "{root}" / "a.wav").touch()
+    assert [item.path for item in read_manifest(manifest)] == [str(tmp_path / "{root}" / "a.wav")]
