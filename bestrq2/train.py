@@ -195,8 +195,11 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     if found != expected:
         named = [change for change in changes if change.startswith("data.")]
         raise TrainingError(
-            f"the training data changed since the checkpoint was written (fingerprint {found} instead of {expected}): "
-            f"{'; '.join(named) or 'files, durations or crop settings differ'}. Restore them, or start a new run."
+            f"the clips of every step would be others (fingerprint {found} instead of {expected}): "
+            f"{'; '.join(named)}. This cannot change on resume: leave it out, or start a new run."
+            if named
+            else f"the training data changed since the checkpoint was written (fingerprint {found} instead of "
+            f"{expected}): files or durations differ. Restore them, or start a new run."
         )
     for change in changes:
         ranks.say(f"Changed on resume: {change}")

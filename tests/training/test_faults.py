@@ -92,7 +92,7 @@ def test_signals_during_an_asynchronous_save(nursery, tmp_path, whole, signals):
     assert not problems
     assert checkpoint.step >= 6
     if len(signals) == 1:
-        assert f"after step {checkpoint.step}; continue with --resume" in output
+        assert f"after step {checkpoint.step}; continue with: bestrq2 train --resume" in output
     code, output = nursery.run(tmp_path, ["--resume", str(tmp_path / "run")], PLAIN)
     assert code == 0, output
     assert curve(tmp_path / "run") == curve(whole)

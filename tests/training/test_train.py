@@ -113,7 +113,7 @@ def test_sigterm_saves_and_says_how_to_continue(tmp_path, uninterrupted):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "continue with --resume" in output
+    assert "continue with: bestrq2 train --resume" in output
     assert main(["--resume", str(tmp_path / "stopped")]) == 0
     assert curve(tmp_path / "stopped") == curve(uninterrupted)
     assert_same_weights(tmp_path / "stopped", uninterrupted)
