@@ -233,7 +233,9 @@ def probe_run(suite: Suite, candidate: Candidate, seed: int, run: Path, out: Pat
     facts = {**facts, "initial": digest_of(fresh)}
     stem = f"{candidate.name}-seed{seed}"
     # Candidates that differ in targets or masks alone begin with the same encoder: it is scored once.
-    same = [score for score in all_scores(out) if score.features == RANDOM and score.run.get("initial") == facts["initial"]]
+    same = [
+        score for score in all_scores(out) if score.features == RANDOM and score.run.get("initial") == facts["initial"]
+    ]
     before = {score.task: score for score in same}
     for task in missing:
         began = time.perf_counter()

@@ -195,7 +195,9 @@ def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
         if number == 1:
             samples[16000] = np.nan
         soundfile.write(data / f"{number}.wav", samples, rate, subtype="FLOAT")
-    assert main(["--runs", str(tmp_path), "--name", "nan", "--config", "best_rq2_tiny", "--data", str(data), *QUICK]) == 0
+    assert (
+        main(["--runs", str(tmp_path), "--name", "nan", "--config", "best_rq2_tiny", "--data", str(data), *QUICK]) == 0
+    )
     assert int(read_metrics(tmp_path / "nan")[-1]["skipped_files"]) > 0
     assert "not finite" in (tmp_path / "nan" / "skipped.txt").read_text()
 
@@ -239,7 +241,9 @@ def test_changed_data_is_refused(tmp_path, capsys):
     for number in range(3):
         samples, rate = soundfile.read(tiny_dataset()[number].path)
         soundfile.write(data / f"{number}.wav", samples, rate)
-    assert main(["--runs", str(tmp_path), "--name", "run", "--config", "best_rq2_tiny", "--data", str(data), *QUICK]) == 0
+    assert (
+        main(["--runs", str(tmp_path), "--name", "run", "--config", "best_rq2_tiny", "--data", str(data), *QUICK]) == 0
+    )
     (data / "2.wav").unlink()
     assert main(["--resume", str(tmp_path / "run"), "train.steps=14"]) == 2
     assert "training data changed" in capsys.readouterr().err

@@ -36,7 +36,12 @@ def _curve(run: Path) -> list[tuple[str, ...]]:
 
 
 def _train(runs: Path, name: str, source: Path | str, *options: str) -> list[tuple[str, ...]]:
-    assert main(["--runs", str(runs), "--name", name, "--config", "best_rq2_tiny", "--data", str(source), *QUICK, *options]) == 0
+    assert (
+        main(
+            ["--runs", str(runs), "--name", name, "--config", "best_rq2_tiny", "--data", str(source), *QUICK, *options]
+        )
+        == 0
+    )
     return _curve(runs / name)
 
 
@@ -108,7 +113,22 @@ def test_shards_beside_audio_are_not_used_silently(sources, tmp_path, capsys):
 
 def test_several_sources(sources, tmp_path, capsys):
     names = f"[{sources / 'audio' / 'speech'},{sources / 'shards' / 'shards-000000.tar'}]"
-    assert main(["--runs", str(tmp_path), "--name", "two", "--config", "best_rq2_tiny", f"data.source={names}", *QUICK, "train.steps=1"]) == 0
+    assert (
+        main(
+            [
+                "--runs",
+                str(tmp_path),
+                "--name",
+                "two",
+                "--config",
+                "best_rq2_tiny",
+                f"data.source={names}",
+                *QUICK,
+                "train.steps=1",
+            ]
+        )
+        == 0
+    )
     assert "shards-000000.tar" in capsys.readouterr().out
 
 
