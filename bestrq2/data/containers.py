@@ -36,7 +36,7 @@ def missing_fraction(file: BinaryIO) -> float:
 
 
 def ogg_without_end(file: BinaryIO) -> str | None:
-    """How an open Ogg ends early, as a clause for an error; None for one that is whole, and for other formats.
+    """Early end of an open Ogg, as a clause for an error; None for one that is whole, and for other formats.
 
     The last page of a stream carries a mark (RFC 3533). It is looked for in the last two pages' length of the file, so
     that tags and padding behind it do not matter.

@@ -400,15 +400,11 @@ class Trainer:
     def _finish(self, stop: StopSignal | None) -> int:
         done = self.state.progress.step
         title = f"{self.config.recipe}, {done} steps"
-        try:
-            report = save_report(self.run.path, title)
-        except OSError as error:
-            report = None
-            logger.warning(f"the picture of the run could not be written: {error}")
+        report = save_report(self.run.path, title)
         if self.saver.problem is not None:
             raise self.saver.problem
         if stop is not None:
-            logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
+            logger.info(f"Stopped by {stop.name} after step {done}; continue with: {self.run.resume_command()}")
             return stop.exit_code
         self.run.summarise(report, self.config.frozen.source or self.run.path)
         return 0
