@@ -111,7 +111,7 @@ def poison_empty(monkeypatch):
             tensor = allocate(*args, **kwargs)
             if tensor.device.type != "meta" and not torch.compiler.is_compiling():
                 if tensor.is_floating_point() or tensor.is_complex():
-                    tensor.fill_(float("nan"))
+                    tensor.detach().fill_(float("nan"))
                 elif tensor.dtype in (torch.int32, torch.int64):
                     tensor.fill_(torch.iinfo(tensor.dtype).max)
             return tensor

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,10 @@ class RunFolder:
         except OSError as error:
             logger.warning(f"the list of skipped files could not be written: {error}")
 
+    def resume_command(self) -> str:
+        """The command line that continues this run."""
+        return f"bestrq2 train --resume {shlex.quote(str(self.path))}"
+
     def summarise(self, report: Path | None, source: Path | str) -> None:
         """Log the results of the run. ``source`` is the encoder to take features from."""
         rows = [row for row in read_metrics(self.path) if row["loss"]]
@@ -206,7 +211,7 @@ class RunFolder:
             f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
             f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
         )
-        logger.info(f"Features:  bestrq2 embed {source} FILES_OR_FOLDER --out features")
+        logger.info(f"Features:  bestrq2 embed {shlex.quote(str(source))} FILES_OR_FOLDER --out features")
         if report is not None:
             logger.info(f"Report:    {report}")
 

@@ -404,7 +404,7 @@ class Trainer:
         if self.saver.problem is not None:
             raise self.saver.problem
         if stop is not None:
-            logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
+            logger.info(f"Stopped by {stop.name} after step {done}; continue with: {self.run.resume_command()}")
             return stop.exit_code
         self.run.summarise(report, self.config.frozen.source or self.run.path)
         return 0

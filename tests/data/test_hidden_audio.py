@@ -61,6 +61,8 @@ WHOLE = {
     "plain.flac": lambda: encoded("FLAC", subtype="PCM_16"),
     "24.flac": lambda: encoded("FLAC", np.stack((NOISE, -NOISE), 1), subtype="PCM_24"),
     "unstated.flac": lambda: flac(0),
+    # Looks like the header of a block of 192 samples, but for its checksum, as compressed audio sometimes does.
+    "like a header.flac": lambda: encoded("FLAC", subtype="PCM_16") + b"\xff\xf8\x19\x18" + bytes(12),
     "plain.ogg": lambda: encoded("OGG", subtype="VORBIS"),
     "plain.opus": lambda: encoded("OGG", subtype="OPUS"),
     "tagged.ogg": lambda: encoded("OGG", subtype="VORBIS") + b"TAG" + bytes(125),
