@@ -7,13 +7,13 @@
 ENCODER is a run or anything else that ``bestrq2.load`` opens, a local folder of a transformers audio model, an X-ARES
 encoder file, or FILE.py:NAME or PACKAGE.MODULE:NAME of a module with our ``encode``.
 
-``--format npy`` writes ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width) with the
-frames of each file pooled over time, and ``index.csv``. ``--format parquet`` writes one ``features.parquet`` with a row
-per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every block and then the final output) or
-``middle`` (the two blocks in the middle). ``--combine each`` gives features (layers, frames, width) and clips (files,
-layers, width), in the order given; ``average`` and ``concatenate`` join the layers of a frame. ``--rows concatenate``
-keeps the frequency axis of 2-D patches. Pooling: ``mean``, ``max``, or ``mean+std``, twice as wide. Files of any length
-are processed in windows; a file gives the same features alone and in any batch.
+``--format npy`` writes into OUT: ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width)
+with the frames of each file pooled over time, and ``index.csv``. ``--format parquet`` writes one ``features.parquet``
+with a row per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every block and then the final
+output) or ``middle`` (the two blocks in the middle). ``--combine each`` gives features (layers, frames, width) and
+clips (files, layers, width), in the order given; ``average`` and ``concatenate`` join the layers of a frame. ``--rows
+concatenate`` keeps the frequency axis of 2-D patches. Pooling: ``mean``, ``max``, or ``mean+std``, twice as wide.
+Files of any length are processed in windows; a file gives the same features alone and in any batch.
 """
 
 import argparse

@@ -72,7 +72,11 @@ def printable(name: str) -> str:
 
     Such a name must not turn a report into a UnicodeEncodeError, into two lines, or into a coloured terminal.
     """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    try:
+        # Not os.fsencode, whose encoding is the locale's.
+        text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, out of JSON
+        text = name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

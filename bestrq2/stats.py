@@ -3,10 +3,13 @@
     bestrq2 stats --data FOLDER --config best_rq2_1_base --out stats.yaml
     bestrq2 train --data FOLDER --config my.yaml        # with the numbers under model.front_end
 
-Writes a YAML snippet for a recipe. (With ``normalize: global`` and no numbers, training measures them itself.)
+Writes a YAML snippet for a recipe, to standard output without ``--out``; messages then go to standard error. (With
+``normalize: global`` and no numbers, training measures them itself.)
 """
 
 import argparse
+import contextlib
+import sys
 from pathlib import Path
 
 from bestrq2.command import command, leave
@@ -19,7 +22,7 @@ from bestrq2.config import ConfigError, load_config, recipe_names, write_yaml
 from bestrq2.data import batches
 from bestrq2.errors import printable
 from bestrq2.models import build_encoder
-from bestrq2.train import DEFAULT_RECIPE
+from bestrq2.train import default_recipe
 from bestrq2.training.open_data import open_dataset
 from bestrq2.training.statistics import measure_statistics
 
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bestrq2 stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"YAML file or one of {', '.join(recipe_names())}")
+    parser.add_argument("--config", help=f"YAML file or one of {', '.join(recipe_names())} (default: that of train)")
     parser.add_argument(
         "--data", help="folder, manifest, tar shards, .h5 or saved dataset (default: the packaged clips)"
     )
@@ -43,15 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
         values = {"model.front_end.normalize": "none"}
         if options.data is not None:
             values["data.source"] = options.data
-        config = load_config(options.config, options.overrides, values)
-        dataset = open_dataset(config)
-        if options.clips < 1:
-            raise ConfigError(f"--clips: expected at least 1, got {options.clips}")
-        clips = min(options.clips, dataset.num_slots)
-        size = min(8, clips)
-        stream = batches(dataset, size, num_steps=-(-clips // size), workers=config.data.workers)
-        progress = tqdm(stream, total=-(-clips // size), desc="measuring", unit="batch")
-        found = measure_statistics(build_encoder(config.model).front_end, progress, torch.device("cpu"))
+        with contextlib.nullcontext() if options.out else contextlib.redirect_stdout(sys.stderr):
+            config = load_config(default_recipe(options), options.overrides, values)
+            dataset = open_dataset(config)
+            if options.clips < 1:
+                raise ConfigError(f"--clips: expected at least 1, got {options.clips}")
+            clips = min(options.clips, dataset.num_slots)
+            size = min(8, clips)
+            stream = batches(dataset, size, num_steps=-(-clips // size), workers=config.data.workers)
+            progress = tqdm(stream, total=-(-clips // size), desc="measuring", unit="batch")
+            found = measure_statistics(build_encoder(config.model).front_end, progress, torch.device("cpu"))
         section = {"normalize": "global", "mean": round(found.mean, 4), "std": round(found.std, 4)}
         origin = printable(str(config.data.source or "the packaged clips"))
         text = f"# over {found.frames} frames of {found.clips} clips of {origin}\n"

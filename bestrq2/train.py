@@ -45,7 +45,8 @@ from bestrq2.training.optimizer import learning_rate
 from bestrq2.training.target_setup import fit_targets, settle_targets
 from bestrq2.training.trainer import Trainer
 
-DEFAULT_RECIPE = "best_rq2_tiny"
+DEFAULT_RECIPE = "best_rq2_tiny"  # for the clips of the package
+OWN_DATA_RECIPE = "best_rq2_transfer_small"
 FAILURES = (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError)
 
 
@@ -54,7 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bestrq2 train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help=f"a YAML file, or a recipe: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--config",
+        help=f"a YAML file, or a recipe: {', '.join(recipe_names())} (default: "
+        f"{OWN_DATA_RECIPE} with --data, else {DEFAULT_RECIPE})",
+    )
     parser.add_argument("--data", help="folder of audio, CSV/JSONL manifest, tar shards, HDF5 or Parquet file")
     parser.add_argument(
         "--resume",
@@ -84,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides.insert(0, options.resume)  # "--resume train.steps=100": an override followed the bare option
         options.resume = ""
     if options.show_config:
-        print(describe(load_config(options.config or DEFAULT_RECIPE, options.overrides, chosen_values(options))))
+        print(describe(load_config(default_recipe(options), options.overrides, chosen_values(options))))
         return 0
     ranks = Ranks.start()
     try:
@@ -105,7 +110,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     if folder is not None:
         with alone_in(folder, ranks):
             return resume(folder, options.overrides, values, ranks)
-    config = load_config(options.config or DEFAULT_RECIPE, options.overrides, values)
+    config = load_config(default_recipe(options), options.overrides, values)
     dataset = ranks.from_first(lambda: open_dataset(config))
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:
@@ -122,6 +127,16 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
             if ranks.is_first:
                 new.remove_unused()
             raise
+
+
+def default_recipe(options: argparse.Namespace) -> str:
+    """The configuration to begin with: ``--config``, or the default for audio of one's own or for the packaged clips.
+    A head on a frozen encoder keeps the simple targets: they are not fitted there."""
+    if options.config is not None:
+        return str(options.config)
+    own = options.data is not None or any(text.startswith("data.source=") for text in options.overrides)
+    frozen = getattr(options, "frozen_encoder", None)
+    return OWN_DATA_RECIPE if own and not frozen else DEFAULT_RECIPE
 
 
 def chosen_values(options: argparse.Namespace) -> dict[str, Any]:
@@ -180,8 +195,11 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     if found != expected:
         named = [change for change in changes if change.startswith("data.")]
         raise TrainingError(
-            f"the training data changed since the checkpoint was written (fingerprint {found} instead of {expected}): "
-            f"{'; '.join(named) or 'files, durations or crop settings differ'}. Restore them, or start a new run."
+            f"the clips of every step would be others (fingerprint {found} instead of {expected}): "
+            f"{'; '.join(named)}. This cannot change on resume: leave it out, or start a new run."
+            if named
+            else f"the training data changed since the checkpoint was written (fingerprint {found} instead of "
+            f"{expected}): files or durations differ. Restore them, or start a new run."
         )
     for change in changes:
         ranks.say(f"Changed on resume: {change}")

@@ -20,12 +20,16 @@ if hasattr(signal, "SIGHUP"):
 
 import pytest
 import torch
+from other_libraries import needs_other_library
 
 PROCESSES = 2
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device the tests run on: cpu (default) or cuda")
+    parser.addoption(
+        "--other-libraries", action="store_true", help="run only the tests that skip where another library is missing"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,7 +79,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(config, items):
-    """With ``--device cuda`` the tests that take ``device`` are GPU tests, and no others run."""
+    """With ``--device cuda`` the tests that take ``device`` are GPU tests, and no others run. See also --help."""
+    if config.option.other_libraries:
+        others = [item for item in items if not needs_other_library(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if needs_other_library(item)]
     if config.option.device != "cpu":
         for item in items:
             if "device" in getattr(item, "fixturenames", ()):
@@ -103,7 +111,7 @@ def poison_empty(monkeypatch):
             tensor = allocate(*args, **kwargs)
             if tensor.device.type != "meta" and not torch.compiler.is_compiling():
                 if tensor.is_floating_point() or tensor.is_complex():
-                    tensor.fill_(float("nan"))
+                    tensor.detach().fill_(float("nan"))
                 elif tensor.dtype in (torch.int32, torch.int64):
                     tensor.fill_(torch.iinfo(tensor.dtype).max)
             return tensor

@@ -19,6 +19,7 @@ LAYERS = [
         "bestrq2.errors",
         "bestrq2.durability",
         "bestrq2.console",
+        "bestrq2.charts",
         "bestrq2.command",
     ),
     ("bestrq2.kernels", "kernels"),

@@ -271,7 +271,19 @@ def malformed_run(folder: Path, least: int, seed: int) -> Figures:
                 f"train.steps={steps}", "train.save_every=1000", "train.pictures_every=0", "model.encoder.width=32",
                 "model.encoder.hidden=48", "model.encoder.depth=1", "model.predictor.width=32",
                 "model.predictor.hidden=48", "model.predictor.depth=1"]  # fmt: skip
-    train = ["-m", "bestrq2.train", "--data", str(audio), "--runs", str(folder), "--name", "run", *settings]
+    train = [
+        "-m",
+        "bestrq2.train",
+        "--config",
+        "best_rq2_tiny",
+        "--data",
+        str(audio),
+        "--runs",
+        str(folder),
+        "--name",
+        "run",
+        *settings,
+    ]
     command("training", train, folder / "train.log")
     last = read_metrics(folder / "run")[-1]
     scanned = reasons["scan"]

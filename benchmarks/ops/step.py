@@ -102,16 +102,22 @@ def _ours(compiled: bool) -> Callable[[Case], Callable[[], Tensor]]:
     def build(case: Case) -> Callable[[], Tensor]:
         from bestrq2.layers.code_usage import CodeUsage
         from bestrq2.training.compilation import compile_blocks
-        from bestrq2.training.optimizer import make_optimizer, set_schedule
+        from bestrq2.training.optimizer import (
+            accept_bf16_gradients,
+            clip_gradients,
+            make_optimizer,
+            set_schedule,
+        )
 
         config, waveform = case.inputs["config"], case.inputs["waveform"]
         model = _model(config).to(case.device)
         if compiled:
             compile_blocks(model)
         optimizer = make_optimizer(model, config.optimizer)
+        autocast = torch.bfloat16 if case.dtype == torch.bfloat16 else None
+        accept_bf16_gradients(model, config, autocast, ranks=1)
         usage = CodeUsage(model.quantizer.num_codebooks, model.quantizer.codebook_size).to(case.device)
         lengths, index = torch.full((len(waveform),), waveform.shape[1]), torch.arange(len(waveform))
-        parameters = [p for p in model.parameters() if p.requires_grad]
         done = 0
 
         def call(mark: Callable[[str], None] = lambda stage: None) -> Tensor:
@@ -125,10 +131,7 @@ def _ours(compiled: bool) -> Callable[[Case], Callable[[], Tensor]]:
             output.loss.backward()
             mark("backward")
             usage.update(output.codes, output.plan.predicted_valid())
-            if config.optimizer.max_grad_norm is None:
-                torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+            clip_gradients(model, config.optimizer.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss = output.loss.detach().cpu()

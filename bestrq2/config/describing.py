@@ -3,6 +3,7 @@
 import ast
 import inspect
 import io
+import json
 import re
 import sys
 import tokenize
@@ -14,12 +15,12 @@ from typing import Any
 from .sections import Config
 from .text import write_yaml
 
-__all__ = ["describe", "explanations"]
+__all__ = ["describe", "explanations", "shown"]
 
 
 def describe(config: Config) -> str:
     """One line for each key: ``section.key: value  # explanation``."""
-    rows = [(f"{key}: {_shown(value)}", about) for key, value, about in explanations(config)]
+    rows = [(f"{key}: {shown(value)}", about) for key, value, about in explanations(config)]
     width = max(len(left) for left, _ in rows if len(left) <= 60)
     return "\n".join(f"{left:{width}}  # {about}" if about else left for left, about in rows)
 
@@ -34,9 +35,10 @@ def explanations(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str
             yield prefix + entry.name, value, _explanation(type(section), entry.name)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it is written in YAML and behind ``key=``, on one line."""
     if isinstance(value, dict | list):
-        return repr(value) if value else ("{}" if isinstance(value, dict) else "[]")
+        return json.dumps(value, ensure_ascii=False)
     return write_yaml({"": value}).partition(":")[2].strip()
 
 

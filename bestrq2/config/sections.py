@@ -19,9 +19,10 @@ class FrontEndConfig:
     hop_length: int = 625  # samples from frame to frame
     num_mels: int = 128  # mel filters, the height of the spectrogram
     f_min: float = 0.0  # Hz, lower edge of the filters
-    f_max: float | None = None  # Hz, upper edge; None: half the sampling rate
+    f_max: float | None = None  # Hz, upper edge; null: half the sampling rate
+    floor_db: float = -100.0  # dB, quieter cells take this level (published: -100)
     normalize: Literal["none", "global"] = "none"  # none (published) | global: (dB - mean) / std
-    mean: float | None = None  # of "global"; None: measured on the first clips of the training data
+    mean: float | None = None  # of "global"; null: measured on the first clips of the training data
     std: float | None = None  # as mean
 
 
@@ -34,8 +35,8 @@ class ConformerConfig:
     conv_mode: ConvMode = "full"  # full | causal | chunk (the last two can stream)
     conv_norm: ConvNorm = "layer_norm"  # layer_norm | batch_norm
     activation: Activation = "silu"  # silu | gelu
-    chunk_size: int | None = None  # frames per chunk of attention; None: the whole sequence
-    left_context: int | None = None  # frames before the chunk; None: all
+    chunk_size: int | None = None  # frames per chunk of attention; null: the whole sequence
+    left_context: int | None = None  # frames before the chunk; null: all
     chunk_training: Literal["none", "speechbrain", "wenet"] = (
         "none"  # none: the window above | speechbrain | wenet: a random window per step
     )
@@ -70,15 +71,15 @@ class TargetsConfig:
     codebook_dim: int = 16  # numbers that a patch is projected to
     num_codebooks: int = 1  # codebooks, each with its own projection and head
     normalize: Normalize = "none"  # none (published) | global | patch | utterance
-    mean: float | None = None  # of "global"; None: measured on the first clips of the training data
+    mean: float | None = None  # of "global"; null: measured on the first clips of the training data
     std: float | None = None  # as mean
     seed: int = 21072023  # of projections and codebooks
     seed_candidates: int = 1  # more: of so many seeds, the one whose codes are used most evenly
     projection: Projection = "random"  # random (published) | pca | whitened_pca: fitted to the first clips
     centroid_steps: int = 0  # steps of k-means that move the codes to what falls on them; 0 (published): none
     fit_clips: int = 256  # of the training data, for seed_candidates, projection and centroid_steps
-    encoder: str | None = None  # quantize features of this earlier run; None (published): log-mel patches
-    layer: int | None = None  # its block, from 0; None: its final output
+    encoder: str | None = None  # quantize features of this earlier run; null (published): log-mel patches
+    layer: int | None = None  # its block, from 0; null: its final output
     digest: str | None = None  # of its weights: filled in when a run begins, which then goes on with no other
 
 
@@ -116,15 +117,15 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     # Folder, CSV/JSONL manifest, tar shards (a pattern such as shards-{000000..000009}.tar), .h5, .parquet or a saved
-    # Hugging Face dataset, or a list of these; None: the 24 clips inside the package.
+    # Hugging Face dataset, or a list of these; null: the 24 clips inside the package.
     source: Any = None
     crop_seconds: float = 10.0  # seconds of the random crops
-    min_seconds: float | None = None  # None: one patch
+    min_seconds: float | None = None  # null: one patch
     join_short: bool = False  # fill a crop with following clips of the same folder
     batching: Literal["crops", "buckets"] = (
         "crops"  # crops: batch_size crops per step | buckets: clips of similar length, taken whole
     )
-    batch_seconds: float | None = None  # of "buckets": padded seconds per step; None: batch_size * crop_seconds
+    batch_seconds: float | None = None  # of "buckets": padded seconds per step; null: batch_size * crop_seconds
     domain_weights: dict[str, float] = field(default_factory=dict)  # draw domains by share; empty: by their hours
     cache: str | None = None  # folder for decoded 16-bit samples, filled at the start, read instead of the files
     workers: int = 2  # processes that decode audio, per rank; 0: none
@@ -140,7 +141,7 @@ class OptimizerConfig:
     cooldown: float = 0.2  # of "stable": the last share of all steps, in which the rate falls
     warmup: float = 0.05  # share of all steps
     weight_decay: float = 0.05  # of AdamW
-    final_weight_decay: float | None = None  # moved to by a cosine; None: constant
+    final_weight_decay: float | None = None  # moved to by a cosine; null: constant
     decay_all: bool = True  # published: on every parameter; false: not on norms, biases and tokens
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     epsilon: float = 1e-8  # of AdamW
@@ -159,7 +160,7 @@ class TrainConfig:
         "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16
     )
     ema_decay: float = 0.0  # of a moving average of the weights, e.g. 0.999; 0: none
-    compile: bool | None = None  # torch.compile of encoder and predictor blocks; None: on CUDA devices
+    compile: bool | None = None  # torch.compile of encoder and predictor blocks; null: on CUDA devices
     log_every: int = 50  # steps between rows of metrics.csv
     save_every: int = 5000  # steps between checkpoints
     save_minutes: float = 30.0  # also save when this long has passed since the last time; 0: never
@@ -174,7 +175,7 @@ class TrainConfig:
 
 @dataclass
 class ValidationConfig:
-    source: str | None = None  # audio that is not trained on, as data.source; None: no validation
+    source: str | None = None  # audio that is not trained on, as data.source; null: no validation
     every: int = 1000  # steps
     clips: int = 256  # the same ones every time, with the same masks
 
@@ -184,7 +185,7 @@ class ProbeConfig:
     """A probe during training, on the encoder as it is; the fields are those of :class:`bestrq2.probing.ProbeTask`."""
 
     every: int = 0  # steps; 0: no probe
-    manifest: str | None = None  # labelled clips; None: the 24 clips inside the package, by domain
+    manifest: str | None = None  # labelled clips; null: the 24 clips inside the package, by domain
     kind: str = "classification"  # classification | multilabel | events | retrieval | regression
     label: str = "label"  # column of the manifest
     events: str | None = None  # of kind "events": table of onsets and offsets
@@ -199,10 +200,10 @@ class ProbeConfig:
 
 @dataclass
 class FrozenConfig:
-    source: str | None = None  # train only a head on the embeddings of this encoder; None: pretrain
+    source: str | None = None  # train only a head on the embeddings of this encoder; null: pretrain
     trust_remote_code: bool = False  # run the Python code of a transformers folder
     every_frame: bool = False  # predict the code of every frame, without masking
-    cache: str | None = None  # folder of cached embeddings; None: inside the run folder
+    cache: str | None = None  # folder of cached embeddings; null: inside the run folder
 
 
 @dataclass

@@ -16,7 +16,17 @@ import yaml
 from bestrq2.errors import ConfigError
 
 # Keys whose values are names of files; those of a list are, too.
-PATHS = ("data.source", "validation.source", "probe.manifest", "probe.events", "frozen.source", "frozen.cache")
+PATHS = (
+    "data.source",
+    "data.cache",
+    "validation.source",
+    "probe.manifest",
+    "probe.events",
+    "frozen.source",
+    "frozen.cache",
+    "model.targets.encoder",
+)
+_ENCODERS = ("frozen.source", "model.targets.encoder")  # these may also be PACKAGE.MODULE:NAME
 # Of these any text is a name, so that it is taken as it is, but for null, a list and what stands in quotes.
 _NAMES = (*PATHS, "recipe", "train.wandb", "probe.label", "probe.group", "probe.split")
 
@@ -182,7 +192,7 @@ def located(values: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str,
         for section in sections:
             inner = inner.get(section) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and last in inner:
-            inner[last] = _located(inner[last], folder, key == "frozen.source")
+            inner[last] = _located(inner[last], folder, key in _ENCODERS)
     return values
 
 

@@ -18,7 +18,7 @@ import soxr
 
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
-from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end
+from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
 from bestrq2.data.hidden_audio import audio_behind_end
 from bestrq2.errors import AudioError, printable
 
@@ -69,7 +69,8 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
         AudioError: missing, not readable, empty file, not decodable, no samples, or truncated as far as the container
             tells: the audio chunk of WAV and AIFF and the tag of MP3 promise over 1 % more bytes than there are.
             A cut FLAC is only found by decoding it, but for one that promises ten times what its bytes can hold (a
-            damaged header): training would draw it as often as its length says. A cut Ogg is a shorter Ogg.
+            damaged header): training would draw it as often as its length says. A cut Ogg
+            lacks the mark of its last page.
     """
     with _open(path, check_end=True) as file:
         num_samples = file.frames
@@ -179,15 +180,17 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 with open(name, "rb") as opened:
                     missing = missing_fraction(opened)
                     hidden = audio_behind_end(opened, mp3_end(opened)) if check_end else None
+                    early = ogg_without_end(opened) if check_end else None
                     size = opened.seek(0, os.SEEK_END)
                 # As bytes, because soundfile cannot encode file names that are not UTF-8.
                 file = stack.enter_context(soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name))
             elif isinstance(member, SampleReader):
-                missing, file, check_end, hidden = 0.0, member, False, None
+                missing, file, check_end, hidden, early = 0.0, member, False, None, None
             else:
                 content = stack.enter_context(member)
                 missing = missing_fraction(content)
                 hidden = audio_behind_end(content, mp3_end(content)) if check_end else None
+                early = ogg_without_end(content) if check_end else None
                 size = content.seek(0, os.SEEK_END)
                 content.seek(0)
                 stack.callback(_raise_failure, content)
@@ -197,6 +200,9 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 raise AudioError(name, "not decodable", f"sampling rate {file.samplerate} Hz")
             if hidden is not None:
                 raise AudioError(name, "not decodable", f"{hidden}; only the first part would be read: write it anew")
+            if early is not None:
+                remedy = "if all is there that you want, write it anew (ffmpeg -i IN -c copy OUT)"
+                raise AudioError(name, "truncated", f"the stream was cut or never ended: {early}; {remedy}")
             if missing > TRUNCATED_ABOVE:
                 raise AudioError(name, "truncated", f"{100 * missing:.1f} % of the audio bytes are missing")
             if check_end and file.frames < _UNKNOWN and size < _least_bytes(file) and not _has_end(file):

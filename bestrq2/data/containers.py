@@ -2,16 +2,17 @@
 
 libsndfile shortens a cut WAV or AIFF to the bytes that exist and keeps the count of an MP3's Xing header although the
 frames are gone, so the promise is read here from the container itself. FLAC's promise is in its header and libsndfile
-reports it. Ogg carries none: a cut Ogg is a valid, shorter Ogg.
+reports it. Ogg states no length: a cut Ogg is a valid, shorter Ogg, which lacks the mark of its last page.
 """
 
 import os
 import struct
 from typing import BinaryIO
 
-__all__ = ["missing_fraction", "mp3_counts_frames", "mp3_end"]
+__all__ = ["missing_fraction", "mp3_counts_frames", "mp3_end", "ogg_without_end"]
 
 _STREAMED = 0x7FF00000  # sizes from here on are placeholders of programs that wrote to a pipe
+_LARGEST_PAGE = 27 + 255 + 255 * 255  # bytes, of Ogg
 
 
 def missing_fraction(file: BinaryIO) -> float:
@@ -32,6 +33,34 @@ def missing_fraction(file: BinaryIO) -> float:
         start, promised = tag
         return max(0.0, 1.0 - (size - start) / promised)
     return 0.0
+
+
+def ogg_without_end(file: BinaryIO) -> str | None:
+    """Early end of an open Ogg, as a clause for an error; None for one that is whole, and for other formats.
+
+    The last page of a stream carries a mark (RFC 3533). It is looked for in the last two pages' length of the file, so
+    that tags and padding behind it do not matter.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(4) != b"OggS":
+        return None
+    start = max(0, size - 2 * _LARGEST_PAGE)
+    file.seek(start)
+    tail = file.read()
+    place = tail.rfind(b"OggS\0")
+    if place < 0:
+        return None
+    header = tail[place : place + 27]
+    lacing = tail[place + 27 : place + 27 + header[26]] if len(header) == 27 else b""
+    if len(header) < 27 or len(lacing) < header[26] or place + 27 + len(lacing) + sum(lacing) > len(tail):
+        return f"the last page, at byte {start + place} of {size}, is not whole"
+    if not header[5] & 4:
+        return "its last page is not marked as the end"
+    return None
 
 
 def mp3_counts_frames(file: BinaryIO) -> bool:

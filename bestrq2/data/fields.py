@@ -34,7 +34,8 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     """The clip of a row.
 
     ``start`` or ``offset``, and ``end`` or ``stop``, in seconds make it a part of its file, as does ``audio_filepath``
-    with a duration (NeMo). ``start`` with ``stop`` may count samples (SpeechBrain), which a duration must tell.
+    with a duration (NeMo). Beside ``onset``, ``offset`` is the end (DCASE). ``start`` with ``stop`` may count samples
+    (SpeechBrain), which a duration must tell.
 
     Raises:
         ManifestError: for a row that is none, or whose meaning is open; it names the line.
@@ -53,12 +54,13 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
         raise ManifestError(f"{where}: {what}")
     if not isinstance(path, str) or "\0" in path:
         raise ManifestError(f"{where}: path must be text, got {path!r}")
-    if "{data_root}" in path or "$data_root" in path or "{root}" in path:
+    located = _located(source, row, path)
+    if any(name in path for name in ("{data_root}", "$data_root", "{root}")) and not os.path.lexists(located):
         raise ManifestError(f"{where}: put the folder in place of the placeholder in {path!r}")
     start, end, duration, segment = _span(where, row)
     rate = _number(where, row, _RATE, 1)
     return AudioFile(
-        path=_located(source, row, path),
+        path=located,
         duration=duration,
         sampling_rate=None if rate is None else int(rate),
         domain=str(_first(row, ("domain",)) or ""),
@@ -103,6 +105,11 @@ def _span(where: str, row: dict[str, Any]) -> tuple[float, float | None, float |
             raise ManifestError(f"{where}: two different values of {names[0]}: {found:g} s and {thousandths:g} ms")
         return found if thousandths is None else thousandths / 1000
 
+    if row.get("onset") not in (None, ""):  # as in tables of sound events, where offset is the end
+        given = [name for name in (*_START, *_END) if name != "offset" and row.get(name) not in (None, "")]
+        if given:
+            raise ManifestError(f"{where}: onset and {given[0]}: expected onset with offset, or start with end")
+        row = {**row, "start": row["onset"], "end": row.get("offset"), "offset": None}
     duration = seconds(_DURATION, ("ms", "duration", "dur"))
     start = seconds(_START, ("start", "offset"))
     last = row.get("end", row.get("end_time", row.get("stop")))

@@ -151,7 +151,13 @@ def _flac_frame(header: bytes, fixed: int) -> int | None:
     for byte in header[5 : 5 + extra]:
         number = number << 6 | byte & 0x3F
     place = 5 + extra
-    block = {1: 192, 6: 0, 7: 0}.get(sizes, 576 << (sizes - 2) if sizes < 6 else 256 << (sizes - 8) if sizes > 7 else 0)
+    block = 0  # of codes 6 and 7, which state it behind the number
+    if sizes == 1:
+        block = 192
+    elif sizes < 6:
+        block = 576 << (sizes - 2)
+    elif sizes > 7:
+        block = 256 << (sizes - 8)
     if sizes in (6, 7):
         width = 1 if sizes == 6 else 2
         block = int.from_bytes(header[place : place + width], "big") + 1

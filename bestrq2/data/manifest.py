@@ -32,7 +32,8 @@ _WRITTEN = ("path", "duration", "sampling_rate", "domain", "label")
 def discover_folder(folder: str | os.PathLike[str]) -> Listing:
     """List the audio files below ``folder`` in sorted order, following links, each real folder visited once.
 
-    Hidden files and folders (a leading dot) are left out. The first folder level becomes the ``domain`` of a file, so
+    Hidden files and folders (a leading dot), folders that a link reaches again and empty ones named like audio are left
+    out, and counted in ``ignored``. The first folder level becomes the ``domain`` of a file, so
     ``folder/speech/a/b.wav`` has the domain "speech" and ``folder/b.wav`` none.
 
     Raises:
@@ -59,13 +60,20 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
             continue
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()  # reached by a link before: a loop, or the same files twice
+            ignored["(link to a folder listed already)"] += 1
             continue
         visited.add((status.st_dev, status.st_ino))
+        hidden = sum(name.startswith(".") for name in folders)
+        if hidden:
+            ignored["(hidden folder)"] += hidden
+        if not folders and not names and is_audio(where):
+            ignored["(empty folder named like audio)"] += 1
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(where, root)
         domain = "" if below == "." else below.split(os.sep)[0]
         for name in sorted(names):
             if name.startswith("."):
+                ignored["(hidden file)"] += 1
                 continue
             if is_audio(name):
                 files.append(AudioFile(os.path.join(where, name), domain=domain))

@@ -32,6 +32,7 @@ class ExportableLogMel(nn.Module):
         super().__init__()
         size, length = log_mel.n_fft, log_mel.win_length
         self.size, self.hop = size, log_mel.hop_length
+        self.floor_db = log_mel.floor_db
         window = F.pad(log_mel.window.cpu().double(), ((size - length) // 2, size - length - (size - length) // 2))
         window = window / window.square().sum().sqrt()
         # Angles from an exact integer product: n * k modulo size.
@@ -57,7 +58,8 @@ class ExportableLogMel(nn.Module):
         bins = self.size // 2 + 1
         power = spectrum[..., :bins] + spectrum[..., bins:]
         mel = (power @ self.filters).clamp(min=AMPLITUDE_FLOOR)
-        return ((10.0 * torch.log10(mel)).float() - self.mean) / self.std
+        decibels = (10.0 * torch.log10(mel)).float().clamp(min=self.floor_db)
+        return (decibels - self.mean) / self.std
 
 
 class ExportableEncoder(nn.Module):

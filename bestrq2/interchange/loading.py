@@ -25,6 +25,7 @@ def load(
     published_positions: bool = False,
     heads: int | None = None,
     hop_length: int | None = None,
+    trainable: bool = False,
 ) -> Any:
     """Open a trained encoder, frozen and in evaluation mode: ``features, lengths = load(source).encode(waveform)``.
 
@@ -48,6 +49,9 @@ def load(
         trust_remote_code: run the Python code of a transformers folder.
         published_positions: reproduce a fault of the published inference code; see :class:`~bestrq2.ViTEncoder`.
         heads, hop_length: only for published checkpoints whose heads or hop cannot be known from the file.
+
+        trainable: return one of our encoders for fine-tuning: in training mode, with gradients. Adapters around other
+            encoders stay frozen; fine-tune those with their own library.
 
     Returns:
         a :class:`~bestrq2.ViTEncoder`, a :class:`~bestrq2.ConformerEncoder`, or an adapter around another encoder; all
@@ -77,6 +81,10 @@ def load(
         encoder = TransformersEncoder(text, trust_remote_code)
     else:
         encoder = open_own(text, published_positions=published_positions, heads=heads, hop_length=hop_length)
+        if trainable:
+            encoder.requires_grad_(True).train()
+    if trainable and not encoder.training:
+        raise ConfigError(f"{text}: trainable=True needs an encoder of bestrq2, got {type(encoder).__name__}")
     return encoder.to(device)
 
 

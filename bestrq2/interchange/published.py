@@ -21,6 +21,7 @@ from torch import Tensor
 from bestrq2.config import Config, EncoderConfig, PredictorConfig
 from bestrq2.errors import ConfigError
 from bestrq2.layers import TransformerSettings
+from bestrq2.layers.log_mel import FLOOR_DB
 from bestrq2.layers.log_mel_tables import mel_filters
 from bestrq2.layers.positions import sincos_2d
 
@@ -230,6 +231,8 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
         raise ConfigError("--published: only ViT encoders have a published layout; use --hf for this one")
     if front.sampling_rate != SAMPLING_RATE or front.f_min != 0 or front.f_max not in (None, SAMPLING_RATE / 2):
         raise ConfigError("--published: the published front end takes 16 kHz audio and bands from 0 to 8000 Hz")
+    if front.floor_db != FLOOR_DB:
+        raise ConfigError(f"--published: the published front end has a floor of {FLOOR_DB:g} dB, got {front.floor_db}")
     if front.num_mels % encoder.patch_height:
         raise ConfigError(
             f"--published: {front.num_mels} bands are no multiple of the patch height {encoder.patch_height}"

@@ -2,11 +2,11 @@
 
 On CPUs, in this order (docs/benchmarks.md has the measurements):
 
-- bf16 on a processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD) and at most 384 keys: our kernel that holds
-  the scores of a head in the cache (csrc/short_attention.h). The backward pass of PyTorch's CPU kernel is several times
-  slower than its forward pass in bf16.
+- at most 384 keys: our kernel that holds the scores of a head in the cache (csrc/short_attention). In fp32 with AVX2 or
+  AVX-512; in bf16 on a processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD), where the backward pass of
+  PyTorch's kernel is several times slower than its forward pass.
 - clips of different lengths, or bf16 and more keys: ``ops.chunked_attention`` with one chunk, which skips padding.
-- fp32 without padding: ``scaled_dot_product_attention``.
+- fp32 without padding and with more keys: ``scaled_dot_product_attention``.
 
 On GPUs ``scaled_dot_product_attention`` chooses among its kernels; with padding, which it takes as a mask and not with
 its fastest kernel, ``ops.chunked_attention``. Under torch.compile and in other dtypes it is always the former.
@@ -41,7 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
         ``(B, H, Nq, d)``; on CPUs in the memory order ``(B, Nq, H, d)``.
     """
     if _is_eager(query) and _is_short(query, key):
-        return _ShortAttention.apply(lengths, query, key, value)
+        return _ShortAttention.apply(lengths, 0, query, key, value)
     if _is_eager(query) and _prefers_chunks(query, lengths):
         return ops.chunked_attention(query, key, value, right_context=None, lengths=lengths)
     mask = None
@@ -50,15 +50,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def self_attend(qkv: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """:func:`attend` for queries, keys and values of one linear layer, ``(B, N, 3, H, d)`` -> ``(B, H, N, d)``.
+def self_attend(qkv: Tensor, lengths: Tensor | None = None, first: int = 0) -> Tensor:
+    """:func:`attend` for queries, keys and values of one linear layer, ``(B, N, 3, H, d)`` -> ``(B, H, N - first, d)``.
 
-    Their gradients are written side by side, as the layer needs them.
+    The queries are those from ``first`` on. Gradients of queries, keys and values are written side by side, as the
+    layer needs them.
     """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     if _is_eager(qkv) and _is_short(query, key):
-        return _ShortAttention.apply(lengths, qkv)
-    return attend(query, key, value, lengths)
+        return _ShortAttention.apply(lengths, first, qkv)
+    return attend(query[:, :, first:], key, value, lengths)
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -69,13 +70,19 @@ def _is_eager(x: Tensor) -> bool:
 def _is_short(query: Tensor, key: Tensor) -> bool:
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and query.dtype in (torch.bfloat16, torch.float32)
+        and query.dtype == key.dtype
         and key.shape[2] <= MOST_KEYS
         and query.shape[2] <= MOST_KEYS
         and forced_backend() in (None, "cpu")
         and native.extension_obstacle() is None
-        and native.extension().bf16_dot_beats_fma()
+        and _is_fast(query.dtype)
     )
+
+
+def _is_fast(dtype: torch.dtype) -> bool:
+    extension = native.extension()
+    return extension.bf16_dot_beats_fma() if dtype == torch.bfloat16 else extension.isa() != "portable"
 
 
 def _prefers_chunks(query: Tensor, lengths: Tensor | None) -> bool:
@@ -97,20 +104,20 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Of query, key and value ``(B, H, N, d)``, or of qkv ``(B, N, 3, H, d)``."""
+    """Of query, key and value ``(B, H, N, d)``, or of qkv ``(B, N, 3, H, d)`` with the queries from ``first`` on."""
 
     @staticmethod
-    def forward(ctx: Any, lengths: Tensor | None, *frames: Tensor) -> Tensor:
+    def forward(ctx: Any, lengths: Tensor | None, first: int, *frames: Tensor) -> Tensor:
         frames = tuple(map(_rows, frames))
-        query, key, value = _split(frames)
+        query, key, value = _split(frames, first)
         batch, heads, num_queries, dim = query.shape
         out = query.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
         logsumexp = torch.empty(batch, heads, num_queries, dtype=torch.float32)
-        ctx.sizes, ctx.scale = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5
+        ctx.sizes, ctx.scale, ctx.first = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5, first
         rows = [*map(_place, (query, key, value, out))]
         native.extension().short_attention_forward(
-            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
-            torch.get_num_threads(),
+            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
+            logsumexp.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(lengths, logsumexp, *frames)
         return out
@@ -121,17 +128,23 @@ class _ShortAttention(torch.autograd.Function):
         lengths, logsumexp, *frames = ctx.saved_tensors
         if len(frames) == 1:
             grads = [torch.empty(frames[0].shape, dtype=frames[0].dtype)]
+            grads[0][:, : ctx.first, 0] = 0
         else:
             grads = [torch.empty(x.transpose(1, 2).shape, dtype=x.dtype).transpose(1, 2) for x in frames]
-        query, key, value = _split(frames)
+        query, key, value = _split(frames, ctx.first)
         grad = _rows(grad.to(query.dtype))
-        rows = [*map(_place, (query, key, value, grad, grad, *_split(grads)))]  # the fourth, the output, is not read
+        rows = [
+            *map(_place, (query, key, value, grad, grad, *_split(grads, ctx.first)))
+        ]  # the fourth, the output, is not read
         native.extension().short_attention_backward(
-            ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows, logsumexp.data_ptr(),
-            torch.get_num_threads(),
+            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
+            logsumexp.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return None, *grads
+        return None, None, *grads
 
 
-def _split(frames: Sequence[Tensor]) -> Sequence[Tensor]:
-    return frames if len(frames) == 3 else frames[0].permute(2, 0, 3, 1, 4).unbind()
+def _split(frames: Sequence[Tensor], first: int) -> Sequence[Tensor]:
+    if len(frames) == 3:
+        return frames
+    query, key, value = frames[0].permute(2, 0, 3, 1, 4).unbind()
+    return query[:, :, first:], key, value

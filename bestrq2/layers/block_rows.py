@@ -1,51 +1,124 @@
 """The row-wise work of a block between its products: residual sum and norm, rotary positions, query and key norms,
-SwiGLU. Each is one pass over memory on CPUs (csrc/block_rows.h), with fp32 arithmetic on fp32 or bf16 activations.
+GELU, SwiGLU. Each is one pass over memory on CPUs (csrc/block_rows), with fp32 arithmetic on fp32 or bf16 activations.
+The bias of a linear layer is added by the pass that reads the product (:func:`product`), which also sums its gradient.
 
 The plain PyTorch formulas below are the specification. They run on GPUs (where torch.compile fuses them), under
 torch.compile and function transforms, in other dtypes, and where the extension is not built.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-from bestrq2.ops._impl import native
-from bestrq2.ops._impl.dispatch import forced_backend
 
 from .positions import turn
+from .row_functions import Bf16Product, Bias, Gated, Gelu, ResidualNorm, ResidualSum, SplitHeads, is_fused
 
 Rotation = tuple[Tensor, Tensor]
 
 
+class Kept(NamedTuple):
+    """The clips of a batch of B whose residual branch is computed at all; see :func:`kept_clips`.
+
+    Attributes:
+        clips: ``(K,)`` int64, ascending.
+        place: ``(B,)`` int64, number of a clip within ``clips``, or -1.
+    """
+
+    clips: Tensor
+    place: Tensor
+
+
+class Branch(NamedTuple):
+    """A residual branch that the next pass over the residual adds: ``x + factor * scale * (values + bias)``.
+
+    Attributes:
+        values: ``(B, N, D)``, or ``(K, N, D)`` of the clips ``kept``.
+        bias: ``(D,)`` float32 or None.
+        scale: ``(B,)`` float32 of stochastic depth, or None: 1.
+        factor: constant (Conformer: 0.5).
+        kept: None: all clips. The branch of the others counts as 0.
+    """
+
+    values: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    factor: float = 1.0
+    kept: Kept | None = None
+
+    def summand(self) -> Tensor:
+        """``(B, N, D)`` what is added, in PyTorch's own operators."""
+        values = self.values if self.bias is None else self.values + self.bias.to(self.values.dtype)
+        if self.kept is not None:
+            full = values.new_zeros(len(self.kept.place), *values.shape[1:])
+            values = full.index_copy(0, self.kept.clips, values)
+        return scaled(values, self.scale, self.factor)
+
+
 def residual_norm(
     x: Tensor,
-    branch: Tensor | None,
+    branch: Tensor | Branch | None,
     norm: nn.LayerNorm | nn.RMSNorm,
     scale: Tensor | None = None,
     factor: float = 1.0,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``total = x + factor * scale * branch`` and ``norm(total)``.
 
     Args:
         x: ``(B, N, D)``.
-        branch: like x, or None: total is x.
+        branch: like x, or None: total is x. A :class:`Branch` has its own scale and factor.
         norm: ``nn.LayerNorm`` or ``nn.RMSNorm`` over D.
         scale: ``(B,)`` float32 of stochastic depth, or None: 1.
         factor: constant of the branch (Conformer: 0.5).
+        kept: normalise these clips alone.
 
     Returns:
-        total and norm(total), both like x. Use the returned total, not x, for the residual path: the gradients of both
-        are then joined in one pass.
+        total like x, and norm(total) of all clips or of ``kept``. Use the returned total, not x, for the residual path:
+        the gradients of both are then joined in one pass.
     """
-    if _is_fused(x, norm.weight) and (branch is None or branch.dtype == x.dtype):
+    pending = Branch(branch, None, scale, factor) if isinstance(branch, Tensor) else branch
+    if is_fused(x, norm.weight, None if pending is None else pending.bias) and (
+        pending is None or pending.values.dtype == x.dtype
+    ):
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
         bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
-        return _ResidualNorm.apply(x, branch, scale, norm.weight, bias, isinstance(norm, nn.LayerNorm), factor, eps)
-    total = x if branch is None else x + scaled(branch, scale, factor)
-    return total, plain_norm(total, norm)
+        values, branch_bias, scale, factor, of_branch = pending or Branch(x)
+        places = (None if of_branch is None else of_branch.place, None if kept is None else kept.place)
+        num_out = len(x) if kept is None else len(kept.clips)
+        return ResidualNorm.apply(
+            x, None if pending is None else values, scale, norm.weight, bias, branch_bias,
+            isinstance(norm, nn.LayerNorm), factor, eps, *places, num_out,
+        )  # fmt: skip
+    total = x if pending is None else x + pending.summand()
+    return total, plain_norm(total if kept is None else total[kept.clips], norm)
+
+
+def residual_sum(x: Tensor, branch: Branch) -> Tensor:
+    """``x + branch``, as :func:`residual_norm` without a norm."""
+    if is_fused(x, branch.bias) and branch.values.dtype == x.dtype:
+        place = None if branch.kept is None else branch.kept.place
+        return ResidualSum.apply(x, branch.values, branch.bias, branch.scale, branch.factor, place)
+    return x + branch.summand()
+
+
+def kept_clips(scale: Tensor | None, x: Tensor) -> Kept | None:
+    """The clips whose branch ``scale (B,)`` does not drop; None: all, or no use is made of it.
+
+    What is dropped is multiplied by 0, so leaving it out changes no result. On GPUs, the count would have to be waited
+    for. At least one clip is kept, so that nothing gets empty tensors.
+    """
+    if scale is None or not is_fused(x):
+        return None
+    clips = scale.nonzero()[:, 0]
+    if len(clips) == len(scale):
+        return None
+    if len(clips) == 0:
+        clips = torch.zeros(1, dtype=torch.int64)
+    place = torch.full(scale.shape, -1)
+    place[clips] = torch.arange(len(clips))
+    return Kept(clips, place)
 
 
 def plain_norm(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
@@ -90,10 +163,45 @@ def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: 
     return (torch.rand(len(rates), branches, num_clips, device=device) < keep) / keep
 
 
+def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``x W^T`` and the bias that is still to be added (None: it is in there, or the layer has none).
+
+    Left to the next pass, the bias costs no memory traffic of its own: PyTorch copies it to every row before a product
+    on a CPU and reads the whole gradient once more for its sum.
+    """
+    weight, bias = layer.weight, layer.bias
+    hooked = type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks
+    if hooked or type(weight) is not nn.Parameter or not is_fused(x, weight, bias):
+        return layer(x), None
+    rows = x.flatten(0, -2)
+    if torch.is_autocast_enabled("cpu"):
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return layer(x), None
+        values = Bf16Product.apply(rows.to(torch.bfloat16), weight)
+    else:
+        values = F.linear(rows, weight)
+    return values.view(*x.shape[:-1], -1), bias
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)``, with a faster sum for the gradient of its bias."""
+    values, bias = product(layer, x)
+    if bias is None:
+        return values
+    return Bias.apply(values, bias) if is_fused(values, bias) else values + bias.to(values.dtype)
+
+
+def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Exact GELU of ``x (..., D)`` plus ``bias (D,)``."""
+    if is_fused(x, bias):
+        return Gelu.apply(x, bias)
+    return F.gelu(x if bias is None else x + bias.to(x.dtype))
+
+
 def gated(x: Tensor) -> Tensor:
     """SwiGLU: ``(..., 2 h)`` as gate | value -> ``silu(gate) * value``, ``(..., h)``."""
-    if _is_fused(x):
-        return _Gated.apply(x)
+    if is_fused(x):
+        return Gated.apply(x)
     gate, value = x.chunk(2, dim=-1)
     return F.silu(gate) * value
 
@@ -110,153 +218,11 @@ def split_heads(
     """
     weights = [getattr(norm, "weight", None) for norm in (q_norm, k_norm)]
     plain = rotation is None and weights[0] is None
-    if not plain and _is_fused(qkv, *weights):
+    if not plain and is_fused(qkv, *weights):
         cos, sin = (None, None) if rotation is None else rotation
-        return _SplitHeads.apply(qkv, *weights, cos, sin, getattr(q_norm, "eps", 0.0))
+        return SplitHeads.apply(qkv, *weights, cos, sin, getattr(q_norm, "eps", 0.0))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     q, k = q_norm(q).to(v.dtype), k_norm(k).to(v.dtype)
     if rotation is not None:
         q, k = turn(q, *rotation), turn(k, *rotation)
     return q, k, v
-
-
-def _is_fused(x: Tensor, *weights: Tensor | None) -> bool:
-    """Return True if the C++ kernels take these activations and weights."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and type(x) is Tensor
-        and all(w is None or (w.dtype == torch.float32 and w.is_contiguous()) for w in weights)
-        and x.numel() > 0
-        and forced_backend() in (None, "cpu")
-        and native.extension_obstacle() is None
-    )
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-class _ResidualNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        branch: Tensor | None,
-        scale: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        layer_norm: bool,
-        factor: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        rows = x.contiguous()
-        branch = None if branch is None else branch.contiguous()
-        total = rows if branch is None else torch.empty_like(rows)
-        out = torch.empty_like(rows)
-        width = x.shape[-1]
-        sizes = (x.dtype == torch.bfloat16, layer_norm, x.numel() // width, width, x.numel() // (len(x) * width))
-        native.extension().norm_rows_forward(
-            *sizes, rows.data_ptr(), _address(branch), _address(scale), factor, eps, weight.data_ptr(), _address(bias),
-            total.data_ptr(), out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        ctx.save_for_backward(total, weight, scale)
-        ctx.sizes, ctx.factor, ctx.eps = sizes, factor, eps
-        # A branch that is added as it is has the gradient of x.
-        ctx.same = scale is None and factor == 1.0
-        ctx.has_branch, ctx.has_bias = branch is not None, bias is not None
-        return x if branch is None else total, out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, scale = ctx.saved_tensors
-        if grad_out is None:
-            grad_branch = None
-            if ctx.has_branch and grad_total is not None:
-                grad_branch = scaled(grad_total, scale, ctx.factor)
-            return grad_total, grad_branch, *(None,) * 6
-        grad_total = None if grad_total is None else grad_total.to(total.dtype).contiguous()
-        grad_out = grad_out.to(total.dtype).contiguous()
-        grad_x = torch.empty_like(total)
-        separate = ctx.has_branch and not ctx.same
-        grad_branch = torch.empty_like(total) if separate else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[3] else None
-        grad_bias = torch.empty_like(weight) if ctx.has_bias and ctx.needs_input_grad[4] else None
-        native.extension().norm_rows_backward(
-            *ctx.sizes, _address(scale), ctx.factor, ctx.eps, weight.data_ptr(), total.data_ptr(),
-            _address(grad_total), grad_out.data_ptr(), grad_x.data_ptr(), _address(grad_branch),
-            _address(grad_weight), _address(grad_bias), torch.get_num_threads(),
-        )  # fmt: skip
-        if ctx.has_branch and ctx.same:
-            grad_branch = grad_x
-        return grad_x, grad_branch, None, grad_weight, grad_bias, None, None, None
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        width = x.shape[-1] // 2
-        out = x.new_empty(*x.shape[:-1], width)
-        ctx.sizes = (x.dtype == torch.bfloat16, x.numel() // (2 * width), width)
-        native.extension().gated_rows_forward(*ctx.sizes, x.data_ptr(), out.data_ptr(), torch.get_num_threads())
-        ctx.save_for_backward(x)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad, grad_x = grad.to(x.dtype).contiguous(), torch.empty_like(x)
-        native.extension().gated_rows_backward(
-            *ctx.sizes, x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), torch.get_num_threads()
-        )
-        return grad_x
-
-
-class _SplitHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = qkv.contiguous()
-        clips, tokens, _, heads, dim = qkv.shape
-        cos, sin = (None if x is None else x.contiguous() for x in (cos, sin))
-        out = qkv.new_empty(clips, tokens, 2, heads, dim)
-        angle_rows = 1 if cos is None else cos.shape[0] * cos.shape[1]
-        ctx.sizes = (qkv.dtype == torch.bfloat16, clips * tokens, heads, dim, angle_rows, eps)
-        native.extension().rotary_rows_forward(
-            *ctx.sizes, qkv.data_ptr(), _address(q_weight), _address(k_weight), _address(cos), _address(sin),
-            out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
-        q, k = out.permute(2, 0, 3, 1, 4).unbind()
-        return q, k, qkv.select(2, 2).transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        upstream = []
-        for grad in grads:
-            grad = grad.to(qkv.dtype)
-            upstream.append(grad if grad.stride(-1) == 1 else grad.contiguous())
-        grad_qkv = torch.empty_like(qkv)
-        grad_q = None if q_weight is None else torch.empty_like(q_weight)
-        grad_k = None if k_weight is None else torch.empty_like(k_weight)
-        places = [(x.data_ptr(), x.stride(0), x.stride(2), x.stride(1)) for x in upstream]
-        native.extension().rotary_rows_backward(
-            *ctx.sizes, qkv.data_ptr(), _address(q_weight), _address(k_weight), _address(cos), _address(sin),
-            qkv.shape[1], *places, grad_qkv.data_ptr(), _address(grad_q), _address(grad_k), torch.get_num_threads(),
-        )  # fmt: skip
-        return grad_qkv, grad_q, grad_k, None, None, None

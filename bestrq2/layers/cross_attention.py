@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-from .block_rows import Rotation, residual_norm, scaled, stochastic_depth
+from .block_rows import Branch, Rotation, linear, product, residual_norm, residual_sum, stochastic_depth
 from .positions import turn
-from .transformer import Mlp, TransformerSettings, make_norm
+from .transformer import Mlp, TransformerSettings, make_norm, with_bias
 
 PredictorAttention = Literal["full", "cross"]
 
@@ -53,20 +53,21 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.RMSNorm(s.head_dim, eps=1e-5) if s.qk_norm else nn.Identity()
         self.proj = nn.Linear(s.width, s.width, bias=s.bias)
 
-    def forward(
+    def product(
         self,
         x: Tensor,
         context: Tensor,
         lengths: Tensor | None,
         rotation: Rotation | None,
         context_rotation: Rotation | None,
-    ) -> Tensor:
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Results for the queries, and the bias that is still to be added or None."""
+        q = linear(self.q, x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = linear(self.kv, context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rotation is not None and context_rotation is not None:
             q, k = turn(q, *rotation), turn(k, *context_rotation)
-        return self.proj(attend(q, k, v, lengths).transpose(1, 2).flatten(2))
+        return product(self.proj, attend(q, k, v, lengths).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(nn.Module):
@@ -91,9 +92,14 @@ class CrossBlock(nn.Module):
     ) -> Tensor:
         first, second = (None, None) if scales is None else scales.unbind()
         x, normed = residual_norm(x, None, self.norm1)
-        branch = self.attn(normed, context, lengths, rotation, context_rotation)
-        x, normed = residual_norm(x, F.dropout(branch, self.dropout, self.training), self.norm2, first)
-        return x + scaled(F.dropout(self.mlp(normed), self.dropout, self.training), second)
+        branch = self.attn.product(normed, context, lengths, rotation, context_rotation)
+        x, normed = residual_norm(x, self._branch(*branch, first), self.norm2)
+        return residual_sum(x, self._branch(*self.mlp.product(normed), second))
+
+    def _branch(self, values: Tensor, bias: Tensor | None, scale: Tensor | None) -> Branch:
+        if self.dropout and self.training:
+            values, bias = F.dropout(with_bias(values, bias), self.dropout), None
+        return Branch(values, bias, scale)
 
 
 class CrossTransformer(nn.Module):

@@ -12,6 +12,7 @@ from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
 from .log_mel_tables import mel_filters
 
 AMPLITUDE_FLOOR = 1e-10  # -100 dB
+FLOOR_DB = -100.0
 # Frames are processed in groups of clips whose windowed frames take about this much memory.
 GROUP_BYTES = 256 * 2**20
 
@@ -36,6 +37,8 @@ class LogMel(nn.Module):
         num_mels: number of bands F.
         f_min, f_max: lowest and highest filter edge in hertz; ``f_max=None`` means half the sampling rate.
         mean, std: if given, frames become ``(dB - mean) / std``; numbers, or one per band.
+        floor_db: quieter cells take this level. -100 is the floor of the published front end; a higher one hides the
+            noise of codecs and rounding in pauses and empty bands.
 
     Shapes:
         waveform ``(B, S)`` floating, lengths ``(B,)`` samples (None: all S) -> frames ``(B, T, F)`` float32 with
@@ -61,6 +64,7 @@ class LogMel(nn.Module):
         f_max: float | None = None,
         mean: float | Tensor = 0.0,
         std: float | Tensor = 1.0,
+        floor_db: float = FLOOR_DB,
     ) -> None:
         super().__init__()
         f_max = sampling_rate / 2 if f_max is None else f_max
@@ -76,6 +80,9 @@ class LogMel(nn.Module):
         self.sampling_rate, self.n_fft, self.win_length, self.hop_length = sampling_rate, n_fft, win_length, hop_length
         self.num_mels = num_mels
         self.f_min, self.f_max = f_min, f_max
+        if not floor_db >= FLOOR_DB:
+            raise ValueError(f"floor_db must be at least {FLOOR_DB:g} dB, got {floor_db}")
+        self.floor_db = floor_db
         for name, constant in self._constants().items():
             self.register_buffer(name, constant, persistent=False)
         for name, value in (("mean", mean), ("std", std)):
@@ -155,11 +162,18 @@ class LogMel(nn.Module):
         return Settings(self.n_fft, self.win_length, self.num_mels, self.sampling_rate, self.f_min, self.f_max)
 
     def _fused(self, waveform: Tensor, lengths: Tensor, counts: Tensor, num_frames: int, centred: bool) -> Tensor:
-        return fused_log_mel(
+        frames = fused_log_mel(
             waveform, lengths, counts, num_frames, centred, self.hop_length, self.mean, self.std, self.settings
         )
+        if self.floor_db == FLOOR_DB:
+            return frames
+        inside = torch.arange(num_frames, device=frames.device) < counts.to(frames.device, non_blocking=True)[:, None]
+        lowest = (self.floor_db - self.mean) / self.std
+        return torch.where(inside[..., None], torch.maximum(frames, lowest), 0.0)
 
     def _standardised(self, decibels: Tensor) -> Tensor:
+        if self.floor_db != FLOOR_DB:
+            decibels = decibels.clamp(min=self.floor_db)
         return (decibels - self.mean) / self.std
 
     def _decibels(self, waveform: Tensor, lengths: Tensor) -> Tensor:

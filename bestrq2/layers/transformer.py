@@ -5,7 +5,7 @@ Shape letters: B clips, N tokens, D width, H heads, d = D / H. Parameter names f
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, self_attend
-from .block_rows import LayerNorm, RMSNorm, Rotation, gated, residual_norm, scaled, split_heads, stochastic_depth
+from .block_rows import (
+    Branch,
+    Kept,
+    LayerNorm,
+    RMSNorm,
+    Rotation,
+    gated,
+    gelu,
+    kept_clips,
+    linear,
+    product,
+    residual_norm,
+    residual_sum,
+    split_heads,
+    stochastic_depth,
+)
 
 Norm = Literal["layer_norm", "rms_norm"]
 FeedForward = Literal["gelu", "swiglu"]
@@ -91,13 +106,25 @@ class Attention(nn.Module):
         self.proj = nn.Linear(s.width, s.width, bias=s.bias)
 
     def forward(self, x_BND: Tensor, lengths: Tensor | None, rotation: Rotation | None) -> Tensor:
+        return with_bias(*self.product(x_BND, lengths, rotation))
+
+    def product(
+        self, x_BND: Tensor, lengths: Tensor | None, rotation: Rotation | None, first: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Results for the tokens from ``first`` on, ``(B, N - first, D)``, and the bias that is still to be added or
+        None."""
         B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads)
+        qkv = linear(self.qkv, x_BND).view(B, N, 3, self.heads, D // self.heads)
         if rotation is None and isinstance(self.q_norm, nn.Identity):
-            mixed = self_attend(qkv, lengths)
+            mixed = self_attend(qkv, lengths, first)
         else:
-            mixed = attend(*split_heads(qkv, self.q_norm, self.k_norm, rotation), lengths)
-        return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
+            q, k, v = split_heads(qkv, self.q_norm, self.k_norm, rotation)
+            mixed = attend(q[:, :, first:], k, v, lengths)
+        return product(self.proj, mixed.transpose(1, 2).reshape(B, N - first, D))
+
+
+def with_bias(values: Tensor, bias: Tensor | None) -> Tensor:
+    return values if bias is None else values + bias.to(values.dtype)
 
 
 class Mlp(nn.Module):
@@ -110,9 +137,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(s.hidden_width, s.width, bias=s.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            return self.fc2(gated(self.fc1(x)))
-        return self.fc2(F.gelu(self.fc1(x)))
+        return with_bias(*self.product(x))
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result and the bias that is still to be added to it, or None."""
+        hidden = gated(linear(self.fc1, x)) if self.gated else gelu(*product(self.fc1, x))
+        return product(self.fc2, hidden)
 
 
 class Block(nn.Module):
@@ -134,11 +164,45 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, rotation: Rotation | None = None, scales: Tensor | None = None
     ) -> Tensor:
-        first, second = (None, None) if scales is None else scales.unbind()
-        x, normed = residual_norm(x, None, self.norm1)
-        branch = F.dropout(self.attn(normed, lengths, rotation), self.dropout, self.training)
-        x, normed = residual_norm(x, branch, self.norm2, first)
-        return x + scaled(F.dropout(self.mlp(normed), self.dropout, self.training), second)
+        return residual_sum(*self.advance(x, None, lengths, rotation, scales))
+
+    def advance(
+        self,
+        x: Tensor,
+        pending: Branch | None,
+        lengths: Tensor | None = None,
+        rotation: Rotation | None = None,
+        scales: Tensor | None = None,
+        first: int = 0,
+    ) -> tuple[Tensor, Branch]:
+        """The same in parts: add the ``pending`` branch of the block before to x, and return the residual of this block
+        and its last branch, which the next pass over them adds.
+
+        Only the tokens from ``first`` on are carried through: ``(B, N - first, D)``.
+        """
+        scale, second = (None, None) if scales is None else scales.unbind()
+        kept = kept_clips(scale, x)
+        x, normed = residual_norm(x, pending, self.norm1, kept=kept)
+        if kept is not None:
+            lengths_kept, rotation_kept = _of_clips(kept, lengths, rotation)
+            attended = self.attn.product(normed, lengths_kept, rotation_kept, first)
+        else:
+            attended = self.attn.product(normed, lengths, rotation, first)
+        branch = self._branch(*attended, scale, kept)
+        kept = kept_clips(second, x)
+        x, normed = residual_norm(x[:, first:] if first else x, branch, self.norm2, kept=kept)
+        return x, self._branch(*self.mlp.product(normed), second, kept)
+
+    def _branch(self, values: Tensor, bias: Tensor | None, scale: Tensor | None, kept: Kept | None) -> Branch:
+        if self.dropout and self.training:
+            values, bias = F.dropout(with_bias(values, bias), self.dropout), None
+        return Branch(values, bias, scale, kept=kept)
+
+
+def _of_clips(kept: Kept, lengths: Tensor | None, rotation: Rotation | None) -> tuple[Tensor | None, Rotation | None]:
+    if rotation is not None and len(rotation[0]) > 1:
+        rotation = (rotation[0][kept.clips], rotation[1][kept.clips])
+    return None if lengths is None else lengths[kept.clips], rotation
 
 
 class Transformer(nn.Module):
@@ -146,7 +210,7 @@ class Transformer(nn.Module):
 
     Shapes:
         x ``(B, N, D)``, lengths ``(B,)`` valid leading tokens on the CPU (None: all), angles ``(B or 1, N, d / 2)`` for
-        rotary positions -> ``(B, N, D)``. Padded tokens reach no valid one.
+        rotary positions -> ``(B, N - first, D)`` of the tokens from ``first`` on. Padded tokens reach no valid one.
     """
 
     def __init__(self, settings: TransformerSettings, activation_checkpointing: bool = False) -> None:
@@ -171,29 +235,50 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         angles: Tensor | None = None,
         layer_outputs: list[Tensor] | None = None,
+        first: int = 0,
     ) -> Tensor:
-        if lengths is not None:
-            padded = bool((lengths < x.shape[1]).any())
-            lengths = lengths.to(x.device, non_blocking=True) if padded else None
+        padded = lengths is not None and bool((lengths < x.shape[1]).any())
+        lengths = lengths.to(x.device, non_blocking=True) if lengths is not None and padded else None
         rotation = None if angles is None else (angles.cos(), angles.sin())
         if self.compiled:
             for tensor in (x, *(rotation or ())):
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
         # Drawn here, not in the blocks: their constants would make torch.compile compile each of them again.
         scales = stochastic_depth(self.drop_rates, 2, len(x), x.device) if self.training else None
-        for number, block in enumerate(self.blocks):
-            arguments = (x, lengths, rotation, None if scales is None else scales[number])
+        of_block = (None,) * len(self.blocks) if scales is None else scales.unbind()
+        if layer_outputs is None and self._advances():
+            branch: Branch | None = None
+            start = first if lengths is None else 0  # padding is that of keys and queries alike
+            for number, (block, scale) in enumerate(zip(self.blocks, of_block), 1):
+                # What the last block would make of the tokens before `first` is not read.
+                x, branch = cast(Block, block).advance(
+                    x, branch, lengths, rotation, scale, start if number == len(of_block) else 0
+                )
+            return residual_norm(x, branch, self.norm)[1][:, first - start :]
+        for block, scale in zip(self.blocks, of_block):
+            arguments = (x, lengths, rotation, scale)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
             if layer_outputs is not None:
                 layer_outputs.append(x)
-        return self.norm(x)
+        return self.norm(x)[:, first:]
 
-    def flops(self, tokens: int) -> float:
-        """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only)."""
+    def _advances(self) -> bool:
+        """Return True if blocks may hand on their last branch: they are not compiled, hooked or recomputed."""
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (*self.blocks, self.norm))
+        return not (self.compiled or checkpointing or hooked)
+
+    def flops(self, tokens: int, wanted: int | None = None) -> float:
+        """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only), of
+        which ``wanted`` are read from the last block (None: all)."""
         s = self.settings
-        gated = 3 if s.feed_forward == "swiglu" else 2
-        linear = 2.0 * tokens * s.width * (4 * s.width + gated * s.hidden_width)
-        return s.depth * (linear + 4.0 * tokens * tokens * s.width)
+        wanted = tokens if wanted is None else wanted
+        of_token = 2.0 * s.width * (s.width + (3 if s.feed_forward == "swiglu" else 2) * s.hidden_width)
+
+        def block(queries: int) -> float:
+            return tokens * 6.0 * s.width * s.width + queries * of_token + 4.0 * queries * tokens * s.width
+
+        return (s.depth - 1) * block(tokens) + block(wanted)

@@ -39,6 +39,7 @@ def build_encoder(
         f_max=front.f_max,
         mean=mean,
         std=std,
+        floor_db=front.floor_db,
     )
     if own.kind == "conformer":
         return _conformer(own, log_mel, seed)

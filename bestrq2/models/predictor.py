@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from bestrq2.layers.block_rows import linear
 from bestrq2.layers.cross_attention import CrossTransformer, PredictorSettings
 from bestrq2.layers.masking import MaskPlan
 from bestrq2.layers.positions import rotary_angles, sincos_2d
@@ -38,7 +39,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, positions: Tensor, plan: MaskPlan) -> Tensor:
-        context = self.input_proj(context)
+        context = linear(self.input_proj, context)
         masks = self.mask_token.to(context.dtype).expand(*plan.predicted.shape, -1)
         masked_positions = positions[plan.predicted]
         if self.position == "sincos":
@@ -63,9 +64,9 @@ class Predictor(nn.Module):
         angles = None
         if self.position == "rope":
             angles = rotary_angles(places, self.transformer.settings.head_dim, self.rows)
-        hidden = self.transformer(tokens, lengths, angles)
         if not ragged:
-            return hidden[:, plan.seen.shape[1] :]
+            return self.transformer(tokens, lengths, angles, first=plan.seen.shape[1])
+        hidden = self.transformer(tokens, lengths, angles)
         start = plan.seen_lengths[:, None] + torch.arange(plan.predicted.shape[1])
         index = start.clamp(max=tokens.shape[1] - 1).to(hidden.device, non_blocking=True)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -75,7 +76,7 @@ class Predictor(nn.Module):
         project = 2.0 * seen * self.input_proj.weight.numel()
         if isinstance(self.transformer, CrossTransformer):
             return project + self.transformer.flops(predicted, seen)
-        return project + self.transformer.flops(seen + predicted)
+        return project + self.transformer.flops(seen + predicted, predicted)
 
     @staticmethod
     def _compact_order(plan: MaskPlan, total: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from bestrq2.layers.block_rows import linear
 from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.masking import MaskPlan, take
 from bestrq2.layers.patches import Patches, extract_patches
@@ -26,7 +27,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(patch_dim, width)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(patches)
+        return linear(self.proj, patches)
 
 
 class ViTEncoder(ReadoutMixin, nn.Module):

@@ -6,6 +6,7 @@ with the paired difference to the encoder at the same layer.
 
 import csv
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,8 @@ from .folds import NEVER
 from .metrics import Estimate, confusion
 from .picture import save_confusions, save_per_class
 from .retrieval import COLUMNS
+
+logger = logging.getLogger(__name__)
 
 Outcomes = Mapping[str, Mapping[str, Outcome]]  # by features, by head
 HEAD_TITLES = {"linear": "linear", "mlp": "MLP", "knn": "10 nearest neighbours", "cosine": "cosine"}
@@ -105,9 +108,9 @@ def write(out: Path, outcomes: Outcomes, experiment: Experiment, origin: dict[st
     """Write results.json, results.csv, per_class.csv, predictions.csv and pictures; their paths."""
     out.mkdir(parents=True, exist_ok=True)
     found = document(outcomes, experiment, origin)
-    (out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     written = [out / "results.json", out / "results.csv"]
-    with written[-1].open("w", newline="") as file:
+    with written[-1].open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["features", "head", "metric", "value", "low", "high", "minus", "minus_low", "minus_high"])
         for name, entry in outcomes.items():
@@ -119,12 +122,16 @@ def write(out: Path, outcomes: Outcomes, experiment: Experiment, origin: dict[st
     tables = [(n, head, row) for n, entry in outcomes.items() for head, o in entry.items() for row in o.per_class]
     if tables:
         written.append(out / "per_class.csv")
-        with written[-1].open("w", newline="") as file:
+        with written[-1].open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["features", "head", *tables[0][2]])
             writer.writerows([name, head, *row.values()] for name, head, row in tables)
     written.append(_predictions(out, outcomes, experiment))
-    picture = _picture(out, outcomes, experiment)
+    try:
+        picture = _picture(out, outcomes, experiment)
+    except Exception as error:  # a picture that cannot be drawn costs no results
+        logger.warning(f"the picture of the results could not be drawn: {type(error).__name__}: {error}")
+        picture = None
     return written + ([picture] if picture else [])
 
 
@@ -132,7 +139,7 @@ def _predictions(out: Path, outcomes: Outcomes, experiment: Experiment) -> Path:
     """One row per clip (retrieval: per query; events: per frame), a column for every features and head."""
     path, clips, rows = out / "predictions.csv", experiment.clips, experiment.rows
     columns = {f"{name} {head}": outcome.scores for name, entry in outcomes.items() for head, outcome in entry.items()}
-    with path.open("w", newline="", errors="surrogateescape") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         if rows is None:
             writer.writerow(["path", "label", *(f"{name} {c}" for name in columns for c in COLUMNS[1:])])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bestrq2.charts import plain_text
 from bestrq2.config import read_text, read_yaml
 from bestrq2.errors import TrainingError
 
@@ -58,6 +59,7 @@ def _sampling_rate(path: Path) -> int | None:
         return None
 
 
+@plain_text()
 def draw_bad_batch(path: Path, batch: BadBatch, rate: int | None) -> None:
     """Waveform and spectrogram of the first clips, those with samples that are not finite first; such samples are
     marked in red."""

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bestrq2.config import Config
+from bestrq2.config.describing import shown
 from bestrq2.errors import ConfigError
 
 __all__ = ["changed_keys", "check_resume"]
@@ -56,18 +57,18 @@ def check_resume(before: Config, after: Config, done: int) -> list[str]:
     for key, (old, new) in changed.items():
         if _is_fixed(key):
             raise ConfigError(
-                f"{key}: expected {old!r}, with which this run began, got {new!r}: it cannot change on resume; start a "
-                "new run for it"
+                f"{key}: expected {shown(old)}, with which this run began, got {shown(new)}: it cannot change on "
+                "resume; start a new run for it"
             )
     if bool(before.frozen.source) != bool(after.frozen.source):
         raise ConfigError(
-            f"frozen.source: expected {before.frozen.source!r}, got {after.frozen.source!r}: a run that pretrains and "
-            "one that trains a head on a frozen encoder cannot become each other; start a new run"
+            f"frozen.source: expected {shown(before.frozen.source)}, got {shown(after.frozen.source)}: a run "
+            "that pretrains and one that trains a head on a frozen encoder cannot become each other; start a new run"
         )
     if after.train.steps < done:
         raise ConfigError(f"train.steps: expected at least {done}, which this run has done, got {after.train.steps}")
     return [
-        f"{key}: {old!r} -> {new!r}" + (f" ({_REASONS[key]})" if key in _REASONS else "")
+        f"{key}: {shown(old)} -> {shown(new)}" + (f" ({_REASONS[key]})" if key in _REASONS else "")
         for key, (old, new) in changed.items()
         if key != "recipe"
     ]

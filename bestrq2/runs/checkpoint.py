@@ -200,6 +200,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if there is none that is intact.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder (expected a run folder or a checkpoint)")
     if path.suffix == ".safetensors" and (path.parent / STATE).exists():
         if path.name not in (WEIGHTS, AVERAGED):
             raise CheckpointError(f"{path}: expected {WEIGHTS} or {AVERAGED} of a checkpoint")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._listed: dict[int, set[str]] = {}  # lines of the lists of skipped files, by rank
 
     @classmethod
     def create(cls, runs: Path, name: str | None, config: Config, reuse: bool = False) -> "RunFolder":
@@ -177,14 +179,24 @@ class RunFolder:
             logger.warning(f"skipped {skip}")
 
     def note_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
-        """Append to ``skipped.txt`` alone, for files that were spoken of already."""
-        if not skips:
-            return
+        """Append to ``skipped.txt`` alone, for files that were spoken of already; each file and reason once."""
+        path = self.path / ("skipped.txt" if rank == 0 else f"skipped-rank{rank}.txt")
         try:
-            with (self.path / ("skipped.txt" if rank == 0 else f"skipped-rank{rank}.txt")).open("a") as file:
-                file.writelines(f"{skip}\n" for skip in skips)
+            if skips and rank not in self._listed:  # also what an earlier start of the run has listed
+                there = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+                self._listed[rank] = set(there)
+            listed = self._listed.get(rank, set())
+            new = [line for line in dict.fromkeys(map(str, skips)) if line not in listed]
+            if new:
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in new)
+                listed.update(new)
         except OSError as error:
             logger.warning(f"the list of skipped files could not be written: {error}")
+
+    def resume_command(self) -> str:
+        """The command line that continues this run."""
+        return f"bestrq2 train --resume {shlex.quote(str(self.path))}"
 
     def summarise(self, report: Path | None, source: Path | str) -> None:
         """Log the results of the run. ``source`` is the encoder to take features from."""
@@ -199,7 +211,7 @@ class RunFolder:
             f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
             f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
         )
-        logger.info(f"Features:  bestrq2 embed {source} FILES_OR_FOLDER --out features")
+        logger.info(f"Features:  bestrq2 embed {shlex.quote(str(source))} FILES_OR_FOLDER --out features")
         if report is not None:
             logger.info(f"Report:    {report}")
 

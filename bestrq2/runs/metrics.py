@@ -267,7 +267,7 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
     path = folder / "metrics.csv"
     if not path.exists():
         return []
-    with path.open(newline="", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
     complete = [line for line in text[: text.rfind("\n") + 1].splitlines() if "\0" not in line]
     return [row for row in csv.DictReader(complete) if _is_whole(row)]

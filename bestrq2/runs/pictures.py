@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bestrq2.charts import plain_text
 from bestrq2.layers.log_mel_tables import hertz_to_mel
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class ClipPicture:
         return (len(self.decibels) - 1) * self.frame_seconds
 
 
+@plain_text()
 def draw_clips(path: Path, clips: list[ClipPicture], title: str, codebook_size: int) -> None:
     """One column per clip: spectrogram, what the encoder saw, and per codebook true codes, predicted ones, probability
     of the true code. Time runs along x everywhere, so that panels can be compared by eye."""

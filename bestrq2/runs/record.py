@@ -125,7 +125,7 @@ class RunRecord:
         """Lines of the skipped files by reason, each file once, commonest reason first."""
         found: dict[str, dict[str, None]] = {}
         for path in self.skip_files:
-            for line in path.read_text(errors="replace").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 match = _SKIP.search(line)
                 found.setdefault(match[1] if match else "other", {})[line] = None
         return {reason: list(lines) for reason, lines in sorted(found.items(), key=lambda item: -len(item[1]))}

@@ -25,8 +25,8 @@ def save_report(folder: Path, title: str | None = None) -> Path | None:
         title = f"{run.setting('recipe', run.name)}, {run.step} steps"
     try:
         return write_report([run], folder / "report.html", f"{run.name} ({title})")
-    except OSError as error:
-        logger.warning(f"the report could not be written: {error}")
+    except Exception as error:  # whatever is wrong with a report, the run is finished
+        logger.warning(f"the report could not be written: {error or type(error).__name__}")
         return None
 
 
@@ -42,5 +42,5 @@ def write_report(runs: Sequence[RunRecord], path: Path, title: str) -> Path:
     if drawn:
         partial.replace(picture)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(runs, title, picture if drawn else None), encoding="utf-8")
+    partial.write_text(page(runs, title, picture if drawn else None), encoding="utf-8", errors="backslashreplace")
     return partial.replace(path)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bestrq2.charts import chart_label, plain_text
+
 from .record import RunRecord
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ PANELS = (
 QUIET = {"step", "audio_seconds", "elapsed_seconds"}  # columns that are no curve of their own
 
 
+@plain_text()
 def draw_curves(path: Path, runs: list[RunRecord], title: str) -> bool:
     """Write a PNG with every curve that has data; columns without a panel get their own.
 
@@ -119,7 +122,7 @@ def draw_curves(path: Path, runs: list[RunRecord], title: str) -> bool:
         wspace=0.75 / (PANEL[0] - 0.75),
         hspace=0.85 / (PANEL[1] - 0.85),
     )
-    figure.suptitle(title, fontsize=15, y=1 - 0.3 / height)
+    figure.suptitle(chart_label(title), fontsize=15, y=1 - 0.3 / height)
     all_axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axis, panel in zip(all_axes, panels):
         _draw_panel(axis, panel, runs)
@@ -134,7 +137,7 @@ def draw_curves(path: Path, runs: list[RunRecord], title: str) -> bool:
 def _name_runs(figure, runs: list[RunRecord], height: float) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=_colour(k), linewidth=3, label=run.name) for k, run in enumerate(runs)]
+    handles = [Line2D([], [], color=_colour(k), linewidth=3, label=chart_label(run.name)) for k, run in enumerate(runs)]
     place = (0.5, 1 - 0.42 / height)
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=place, ncols=5, frameon=False, fontsize=11)
 
@@ -181,6 +184,7 @@ def _draw_panel(axis: Axes, panel: Panel, runs: list[RunRecord]) -> None:
         names = [match for match in names if any(run.series(match[0])[1].any() for run in runs)]
     for number, run in enumerate(runs):
         for place, (name, label) in enumerate(names):
+            label = chart_label(label)
             steps, values = run.series(name)
             if not steps.size:
                 continue
@@ -196,7 +200,7 @@ def _draw_panel(axis: Axes, panel: Panel, runs: list[RunRecord]) -> None:
             finite = values[np.isfinite(values)]
             positive = positive and bool((finite > 0).all())
             largest = max(largest, float(finite.max(initial=0.0)))
-    axis.set_title(panel.title, fontsize=12)
+    axis.set_title(chart_label(panel.title), fontsize=12)
     axis.set_ylabel(panel.unit, fontsize=10)
     axis.yaxis.set_label_coords(-0.13, 0.5)
     axis.set_xlabel("step", fontsize=10)

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bestrq2.config import OptimizerConfig
+from bestrq2.config import Config, OptimizerConfig
 from bestrq2.errors import CheckpointError, ConfigError
+from bestrq2.layers.cross_attention import CrossBlock
+from bestrq2.layers.transformer import Block
+from bestrq2.ops._impl import native
+from bestrq2.ops._impl.dispatch import forced_backend
 from bestrq2.training.distributed import placed_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,7 +50,73 @@ def set_schedule(optimizer: torch.optim.Optimizer, step: int, steps: int, config
     return rate
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def is_plain(tensor: Tensor | None, *dtypes: torch.dtype) -> bool:
+    """Return True for a contiguous tensor on the CPU of one of ``dtypes`` that the C++ loops take."""
+    return (
+        tensor is not None
+        and type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype in dtypes
+        and tensor.is_contiguous()
+        and forced_backend() in (None, "cpu")
+        and native.extension_obstacle() is None
+    )
+
+
+class AdamW(torch.optim.AdamW):
+    """``torch.optim.AdamW`` whose update is one loop over all tensors on CPUs (csrc/optimizer), where it also takes
+    bf16 gradients of float32 parameters."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is not None or not all(
+            is_plain(p, torch.float32) and is_plain(p.grad, torch.float32, torch.bfloat16) for p in updated
+        ):
+            return super().step(closure)
+        for group in self.param_groups:
+            tensors, numbers = [], []
+            low, high = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                count = float(state["step"])
+                addresses = [x.data_ptr() for x in (p, state["exp_avg"], state["exp_avg_sq"], p.grad)]
+                tensors.append((*addresses, p.grad.dtype == torch.bfloat16, p.numel()))
+                numbers.append(
+                    (1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - low**count), (1 - high**count) ** -0.5)
+                )
+            native.extension().adamw(tensors, numbers, low, high, group["eps"], 1.0, torch.get_num_threads())
+        return None
+
+
+def accept_bf16_gradients(model: nn.Module, config: Config, autocast: torch.dtype | None, ranks: int) -> bool:
+    """Let the weights of Transformer blocks have the bf16 gradients that autocast computes, on a CPU.
+
+    They are not copied to float32 then; their values are the same. Not done where it would change a result: sums of
+    gradients (accumulation, several ranks) and rescaled ones (clipping) would be rounded to bf16.
+
+    Returns:
+        whether it was done.
+    """
+    clipped = config.optimizer.max_grad_norm is not None
+    summed = ranks > 1 or config.train.accumulate > 1
+    # torch before 2.10 has one dtype for a tensor and its gradient.
+    if autocast != torch.bfloat16 or summed or clipped or not hasattr(Tensor, "grad_dtype"):
+        return False
+    blocks = (module for module in model.modules() if isinstance(module, (Block, CrossBlock)))
+    for layer in (layer for block in blocks for layer in block.modules()):
+        if type(layer) is nn.Linear and layer.weight.requires_grad and is_plain(layer.weight, torch.float32):
+            layer.weight.grad_dtype = torch.bfloat16
+    return True
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW over all trainable parameters; ``decay_all=False`` spares vectors (norms, biases) and tokens the decay.
 
     Raises:
@@ -62,7 +132,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     low, high = config.betas
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     try:
-        return torch.optim.AdamW(
+        return AdamW(
             [g for g in groups if g["params"]], config.learning_rate, (low, high), config.epsilon, fused=fused or None
         )
     except ValueError as error:
@@ -79,6 +149,12 @@ def clip_gradients(model: nn.Module, most: float | None, loss_scale: float = 1.0
     grads = [p.grad for p in parameters if p.grad is not None]
     if loss_scale != 1.0:
         torch._foreach_mul_(grads, 1.0 / loss_scale)
+    if grads and all(is_plain(g, torch.float32, torch.bfloat16) for g in grads):
+        tensors = [(g.data_ptr(), g.dtype == torch.bfloat16, g.numel()) for g in grads]
+        norm = torch.tensor(native.extension().norm_of(tensors, torch.get_num_threads()), dtype=torch.float32)
+        if most is not None and most / (float(norm) + 1e-6) < 1:  # else the factor is 1
+            nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return norm
     norm = nn.utils.get_total_norm(grads) if most is None else nn.utils.clip_grad_norm_(parameters, most)
     return whole(norm).float()
 

@@ -77,8 +77,8 @@ def fixed_pictures(
         partial.replace(path)
         if log is not None:
             log.image(TAG, step, path)
-    except OSError as error:
-        logger.warning(f"{path} could not be written: {error}")
+    except Exception as error:  # a picture costs no training
+        logger.warning(f"{path} could not be written: {error or type(error).__name__}")
         return None
     return path
 

@@ -42,7 +42,7 @@ from .feeder import Feeder
 from .first_look import first_look
 from .health import HealthCheck
 from .interrupt import StopSignal
-from .optimizer import clip_gradients, set_schedule, step_if_finite
+from .optimizer import accept_bf16_gradients, clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, micro_batches
@@ -97,6 +97,7 @@ class Trainer:
             compile_blocks(self.model)
         if self.device.type == "cpu":
             keep_freed_memory()
+            accept_bf16_gradients(self.model, config, self.autocast, ranks.size)
         self.fingerprint = ranks.from_first(self._fingerprint)
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
@@ -399,15 +400,11 @@ class Trainer:
     def _finish(self, stop: StopSignal | None) -> int:
         done = self.state.progress.step
         title = f"{self.config.recipe}, {done} steps"
-        try:
-            report = save_report(self.run.path, title)
-        except OSError as error:
-            report = None
-            logger.warning(f"the picture of the run could not be written: {error}")
+        report = save_report(self.run.path, title)
         if self.saver.problem is not None:
             raise self.saver.problem
         if stop is not None:
-            logger.info(f"Stopped by {stop.name} after step {done}; continue with --resume {self.run.path}")
+            logger.info(f"Stopped by {stop.name} after step {done}; continue with: {self.run.resume_command()}")
             return stop.exit_code
         self.run.summarise(report, self.config.frozen.source or self.run.path)
         return 0

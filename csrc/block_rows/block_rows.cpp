@@ -72,12 +72,13 @@ void norm_rows_forward(const NormRows& a) {
 void norm_rows_backward(const NormRows& a) {
   Scratch scratch(a.threads, 2 * a.width);
   const Cut cut(a.rows, a.width, true);
-  std::vector<float> partial(static_cast<size_t>(cut.tasks * 2 * a.width), 0.0f);
+  std::vector<float> partial(static_cast<size_t>(cut.tasks * 3 * a.width), 0.0f);
   cut.run(a.threads, [&](int64_t first, int64_t last, int64_t index, int thread) {
-    kernels().norm_backward(a, first, last, scratch[thread], partial.data() + index * 2 * a.width);
+    kernels().norm_backward(a, first, last, scratch[thread], partial.data() + index * 3 * a.width);
   });
-  sum_segments(partial.data(), cut.tasks, 2 * a.width, a.width, a.grad_weight);
-  sum_segments(partial.data() + a.width, cut.tasks, 2 * a.width, a.width, a.grad_bias);
+  sum_segments(partial.data(), cut.tasks, 3 * a.width, a.width, a.grad_weight);
+  sum_segments(partial.data() + a.width, cut.tasks, 3 * a.width, a.width, a.grad_bias);
+  sum_segments(partial.data() + 2 * a.width, cut.tasks, 3 * a.width, a.width, a.grad_branch_bias);
 }
 
 void rotary_rows_forward(const RotaryRows& a) {
@@ -108,6 +109,36 @@ void gated_rows_backward(const GatedRows& a) {
   Cut(a.rows, a.width, false).run(a.threads, [&](int64_t first, int64_t last, int64_t, int) {
     kernels().gated_backward(a, first, last);
   });
+}
+
+void gelu_rows_forward(const GeluRows& a) {
+  Cut(a.rows, a.width, false).run(a.threads, [&](int64_t first, int64_t last, int64_t, int) {
+    kernels().gelu_forward(a, first, last);
+  });
+}
+
+void gelu_rows_backward(const GeluRows& a) {
+  const Cut cut(a.rows, a.width, true);
+  std::vector<float> partial(static_cast<size_t>(cut.tasks * a.width), 0.0f);
+  cut.run(a.threads, [&](int64_t first, int64_t last, int64_t index, int) {
+    kernels().gelu_backward(a, first, last, partial.data() + index * a.width);
+  });
+  sum_segments(partial.data(), cut.tasks, a.width, a.width, a.grad_bias);
+}
+
+void add_bias_rows(const BiasRows& a) {
+  Cut(a.rows, a.width, false).run(a.threads, [&](int64_t first, int64_t last, int64_t, int) {
+    kernels().add_bias(a, first, last);
+  });
+}
+
+void sum_rows(const BiasRows& a) {
+  const Cut cut(a.rows, a.width, true);
+  std::vector<float> partial(static_cast<size_t>(cut.tasks * a.width), 0.0f);
+  cut.run(a.threads, [&](int64_t first, int64_t last, int64_t index, int) {
+    kernels().sum_rows(a, first, last, partial.data() + index * a.width);
+  });
+  sum_segments(partial.data(), cut.tasks, a.width, a.width, a.sums);
 }
 
 }  // namespace bestrq2

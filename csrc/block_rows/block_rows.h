@@ -6,8 +6,12 @@
 
 namespace bestrq2 {
 
-// sum = x + factor * scale[row / rows_per_clip] * branch, rounded to the type of the activations;
-// out = norm(sum) * weight + bias.
+// sum = x + factor * scale[clip] * (branch + branch_bias), rounded to the type of the activations;
+// out = norm(sum) * weight + bias. The clip of a row is row / rows_per_clip.
+//
+// Stochastic depth drops branches of whole clips, and nothing need be computed of what is dropped: `branch` and `out`
+// may hold fewer clips than x. Clip c of x is then clip branch_place[c] of `branch` and out_place[c] of `out`, or is
+// not there (-1). A null place: clip c is clip c.
 struct NormRows {
   bool bf16, layer_norm;  // layer_norm: minus the mean, over the deviation; else over the root mean square
   int64_t rows, width, rows_per_clip;
@@ -15,13 +19,15 @@ struct NormRows {
   const float* scale;      // null: 1
   float factor, epsilon;
   const float *weight, *bias;  // (width), either may be null
-  void *sum, *out;             // out null: the sum alone
+  const float* branch_bias;    // (width) or null
+  const int64_t *branch_place, *out_place;
+  void *sum, *out;  // out null: the sum alone
   int threads;
 
   // Backward: of (sum, out) to x, branch, weight and bias. `sum` is read.
-  const void *grad_sum, *grad_out;  // grad_sum null: 0
+  const void *grad_sum, *grad_out;  // null: 0
   void *grad_x, *grad_branch;       // grad_branch null: not wanted (it equals grad_x where scale and factor are 1)
-  float *grad_weight, *grad_bias;   // (width), null: not wanted
+  float *grad_weight, *grad_bias, *grad_branch_bias;  // (width), null: not wanted
 };
 
 void norm_rows_forward(const NormRows& a);
@@ -62,5 +68,33 @@ struct GatedRows {
 
 void gated_rows_forward(const GatedRows& a);
 void gated_rows_backward(const GatedRows& a);
+
+// out = gelu(x + bias), the exact one, within 3e-7 of max(|out|, 1); backward: grad of out -> grad_x, and its column
+// sums.
+struct GeluRows {
+  bool bf16;
+  int64_t rows, width;
+  const void *x, *grad;
+  const float* bias;  // (width) or null
+  void *out, *grad_x;
+  float* grad_bias;  // (width), null: not wanted
+  int threads;
+};
+
+void gelu_rows_forward(const GeluRows& a);
+void gelu_rows_backward(const GeluRows& a);
+
+// x += bias, in place, and the gradient of the bias: column sums of x.
+struct BiasRows {
+  bool bf16;
+  int64_t rows, width;
+  void* x;
+  const float* bias;
+  float* sums;
+  int threads;
+};
+
+void add_bias_rows(const BiasRows& a);
+void sum_rows(const BiasRows& a);
 
 }  // namespace bestrq2

@@ -16,12 +16,9 @@ inline float widen(uint16_t v) { return from_bf16(v); }
 inline void narrow(float v, float& out) { out = v; }
 inline void narrow(float v, uint16_t& out) { out = to_bf16(v); }
 
-// 1 / (1 + exp(-x)) to about 3 ulp, for every x and NaN.
-inline float logistic(float x) {
+// exp(t) to about 2 ulp for t within [-87, 88], and NaN.
+inline float exponential(float t) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x / log 2) in the low mantissa bits
-  float t = -x;
-  t = t > 88.0f ? 88.0f : t;
-  t = t < -87.0f ? -87.0f : t;
   const float shifted = t * 1.44269504088896341f + kRound;
   const float n = shifted - kRound;
   float r = t - n * 0.693359375f;  // log 2 in two parts; the first has few bits, so n times it is exact
@@ -33,7 +30,40 @@ inline float logistic(float x) {
   q = q * r + 0.5f;
   q = q * r + 1.0f;
   q = q * r + 1.0f;
-  return 1.0f / (1.0f + q * as_float((as_bits(shifted) + 127u) << 23));
+  return q * as_float((as_bits(shifted) + 127u) << 23);
+}
+
+// 1 / (1 + exp(-x)) to about 3 ulp, for every x and NaN.
+inline float logistic(float x) {
+  float t = -x;
+  t = t > 88.0f ? 88.0f : t;
+  t = t < -87.0f ? -87.0f : t;
+  return 1.0f / (1.0f + exponential(t));
+}
+
+struct Normal {
+  float bell, below;  // exp(-x^2 / 2), and the normal distribution function at x
+};
+
+// The tail at -|x| is bell * t Q(t) with t = 1 / (1 + 0.3 |x|): Q is a polynomial fitted to the scaled complementary
+// error function, relative error below 4e-9 before rounding for |x| <= 13.
+inline Normal normal(float x) {
+  const float a = x < 0.0f ? -x : x;
+  float t = -0.5f * x * x;
+  t = t < -87.0f ? -87.0f : t;
+  const float bell = exponential(t), s = 1.0f / (1.0f + 0.3f * a);
+  float q = -0.02060525491833687f;
+  q = q * s + 0.11233314126729965f;
+  q = q * s - 0.22796329855918884f;
+  q = q * s + 0.1914367973804474f;
+  q = q * s - 0.07912132143974304f;
+  q = q * s + 0.09598688781261444f;
+  q = q * s + 0.07845137268304825f;
+  q = q * s + 0.1102214977145195f;
+  q = q * s + 0.11957358568906784f;
+  q = q * s + 0.11968659609556198f;
+  const float tail = bell * s * q;
+  return {bell, x > 0.0f ? 1.0f - tail : tail};
 }
 
 struct Moments {
@@ -53,29 +83,50 @@ Moments moments(const float* s, int64_t width, bool layer_norm, float epsilon) {
   return {mean, 1.0f / sqrtf(square / static_cast<float>(width) + epsilon)};
 }
 
+// Row of `branch` or `out` that belongs to a row of x, -1: none.
+inline int64_t placed(const int64_t* place, int64_t row, int64_t rows_per_clip) {
+  if (place == nullptr) return row;
+  const int64_t clip = place[row / rows_per_clip];
+  return clip < 0 ? -1 : clip * rows_per_clip + row % rows_per_clip;
+}
+
 template <class T>
 void norm_forward(const NormRows& a, int64_t first, int64_t last, float* s) {
   const int64_t width = a.width;
   for (int64_t row = first; row < last; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * width;
-    if (a.branch != nullptr) {
-      const T* branch = static_cast<const T*>(a.branch) + row * width;
+    const int64_t of_branch = a.branch != nullptr ? placed(a.branch_place, row, a.rows_per_clip) : -1;
+    const int64_t of_out = a.out != nullptr ? placed(a.out_place, row, a.rows_per_clip) : -1;
+    if (of_branch >= 0) {
+      const T* branch = static_cast<const T*>(a.branch) + of_branch * width;
       T* sum = static_cast<T*>(a.sum) + row * width;
       const float scale = a.factor * (a.scale != nullptr ? a.scale[row / a.rows_per_clip] : 1.0f);
+      if (a.branch_bias != nullptr) {
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        T rounded;
-        narrow(widen(x[i]) + scale * widen(branch[i]), rounded);
-        sum[i] = rounded;
-        s[i] = widen(rounded);
+        for (int64_t i = 0; i < width; ++i) {
+          T rounded;
+          narrow(widen(x[i]) + scale * (widen(branch[i]) + a.branch_bias[i]), rounded);
+          sum[i] = rounded;
+          s[i] = widen(rounded);
+        }
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+          T rounded;
+          narrow(widen(x[i]) + scale * widen(branch[i]), rounded);
+          sum[i] = rounded;
+          s[i] = widen(rounded);
+        }
       }
     } else {
+      if (a.branch != nullptr) __builtin_memcpy(static_cast<T*>(a.sum) + row * width, x, width * sizeof(T));
+      if (of_out < 0) continue;
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) s[i] = widen(x[i]);
     }
-    if (a.out == nullptr) continue;
+    if (of_out < 0) continue;
     const Moments m = moments(s, width, a.layer_norm, a.epsilon);
-    T* out = static_cast<T*>(a.out) + row * width;
+    T* out = static_cast<T*>(a.out) + of_out * width;
     if (a.weight == nullptr) {
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) narrow((s[i] - m.mean) * m.inverse, out[i]);
@@ -89,59 +140,75 @@ void norm_forward(const NormRows& a, int64_t first, int64_t last, float* s) {
   }
 }
 
+// g = gradient of one row through its norm; weight and bias: sums, added to.
+template <class T>
+void norm_row_backward(const NormRows& a, const T* sum, const T* grad, float* s, float* g, float* weight, float* bias) {
+  const int64_t width = a.width;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) s[i] = widen(sum[i]);
+  const Moments m = moments(s, width, a.layer_norm, a.epsilon);
+  float mean = 0.0f, along = 0.0f;  // of g, and of g times the normalised row
+  if (a.weight != nullptr) {
+#pragma omp simd reduction(+ : mean, along)
+    for (int64_t i = 0; i < width; ++i) {
+      const float normal = (s[i] - m.mean) * m.inverse, upstream = widen(grad[i]);
+      weight[i] += upstream * normal;
+      bias[i] += upstream;
+      s[i] = normal;
+      g[i] = upstream * a.weight[i];
+      mean += g[i];
+      along += g[i] * normal;
+    }
+  } else {
+#pragma omp simd reduction(+ : mean, along)
+    for (int64_t i = 0; i < width; ++i) {
+      s[i] = (s[i] - m.mean) * m.inverse;
+      g[i] = widen(grad[i]);
+      mean += g[i];
+      along += g[i] * s[i];
+    }
+  }
+  mean = a.layer_norm ? mean / static_cast<float>(width) : 0.0f;
+  along /= static_cast<float>(width);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) g[i] = m.inverse * (g[i] - mean - s[i] * along);
+}
+
 template <class T>
 void norm_backward(const NormRows& a, int64_t first, int64_t last, float* scratch, float* partial) {
   const int64_t width = a.width;
-  float *s = scratch, *g = scratch + width, *weight = partial, *bias = partial + width;
+  float *g = scratch + width, *branch_bias = partial + 2 * width;
   for (int64_t row = first; row < last; ++row) {
-    const T* sum = static_cast<const T*>(a.sum) + row * width;
-    const T* grad = static_cast<const T*>(a.grad_out) + row * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) s[i] = widen(sum[i]);
-    const Moments m = moments(s, width, a.layer_norm, a.epsilon);
-    float mean = 0.0f, along = 0.0f;  // of g, and of g times the normalised row
-    if (a.weight != nullptr) {
-#pragma omp simd reduction(+ : mean, along)
-      for (int64_t i = 0; i < width; ++i) {
-        const float normal = (s[i] - m.mean) * m.inverse, upstream = widen(grad[i]);
-        weight[i] += upstream * normal;
-        bias[i] += upstream;
-        s[i] = normal;
-        g[i] = upstream * a.weight[i];
-        mean += g[i];
-        along += g[i] * normal;
-      }
-    } else {
-#pragma omp simd reduction(+ : mean, along)
-      for (int64_t i = 0; i < width; ++i) {
-        s[i] = (s[i] - m.mean) * m.inverse;
-        g[i] = widen(grad[i]);
-        mean += g[i];
-        along += g[i] * s[i];
-      }
-    }
-    mean = a.layer_norm ? mean / static_cast<float>(width) : 0.0f;
-    along /= static_cast<float>(width);
+    const int64_t of_out = a.grad_out != nullptr ? placed(a.out_place, row, a.rows_per_clip) : -1;
+    if (of_out >= 0)
+      norm_row_backward(a, static_cast<const T*>(a.sum) + row * width,
+                        static_cast<const T*>(a.grad_out) + of_out * width, scratch, g, partial, partial + width);
+    else
+      __builtin_memset(g, 0, width * sizeof(float));
     T* grad_x = static_cast<T*>(a.grad_x) + row * width;
     if (a.grad_sum != nullptr) {
       const T* straight = static_cast<const T*>(a.grad_sum) + row * width;
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) {
-        g[i] = m.inverse * (g[i] - mean - s[i] * along) + widen(straight[i]);
+        g[i] += widen(straight[i]);
         narrow(g[i], grad_x[i]);
       }
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        g[i] = m.inverse * (g[i] - mean - s[i] * along);
-        narrow(g[i], grad_x[i]);
-      }
+      for (int64_t i = 0; i < width; ++i) narrow(g[i], grad_x[i]);
     }
+    if (a.grad_branch == nullptr && a.grad_branch_bias == nullptr) continue;
+    const int64_t of_branch = placed(a.branch_place, row, a.rows_per_clip);
+    if (of_branch < 0) continue;
+    const float scale = a.factor * (a.scale != nullptr ? a.scale[row / a.rows_per_clip] : 1.0f);
     if (a.grad_branch != nullptr) {
-      T* grad_branch = static_cast<T*>(a.grad_branch) + row * width;
-      const float scale = a.factor * (a.scale != nullptr ? a.scale[row / a.rows_per_clip] : 1.0f);
+      T* grad_branch = static_cast<T*>(a.grad_branch) + of_branch * width;
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) narrow(scale * g[i], grad_branch[i]);
+    }
+    if (a.grad_branch_bias != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) branch_bias[i] += scale * g[i];
     }
   }
 }
@@ -264,12 +331,79 @@ void gated_backward(const GatedRows& a, int64_t first, int64_t last) {
   }
 }
 
+template <class T>
+void gelu_forward(const GeluRows& a, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.width;
+    T* out = static_cast<T*>(a.out) + row * a.width;
+    if (a.bias != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < a.width; ++i) {
+        const float v = widen(x[i]) + a.bias[i];
+        narrow(v * normal(v).below, out[i]);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < a.width; ++i) {
+        const float v = widen(x[i]);
+        narrow(v * normal(v).below, out[i]);
+      }
+    }
+  }
+}
+
+template <class T>
+void gelu_backward(const GeluRows& a, int64_t first, int64_t last, float* partial) {
+  constexpr float kDensity = 0.398942280401432678f;  // 1 / sqrt(2 pi)
+  for (int64_t row = first; row < last; ++row) {
+    const T *x = static_cast<const T*>(a.x) + row * a.width, *grad = static_cast<const T*>(a.grad) + row * a.width;
+    T* grad_x = static_cast<T*>(a.grad_x) + row * a.width;
+    if (a.bias != nullptr) {
+#pragma omp simd
+      for (int64_t i = 0; i < a.width; ++i) {
+        const float v = widen(x[i]) + a.bias[i];
+        const Normal n = normal(v);
+        const float g = widen(grad[i]) * (n.below + v * n.bell * kDensity);
+        narrow(g, grad_x[i]);
+        partial[i] += g;
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < a.width; ++i) {
+        const float v = widen(x[i]);
+        const Normal n = normal(v);
+        narrow(widen(grad[i]) * (n.below + v * n.bell * kDensity), grad_x[i]);
+      }
+    }
+  }
+}
+
+template <class T>
+void add_bias(const BiasRows& a, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    T* x = static_cast<T*>(a.x) + row * a.width;
+#pragma omp simd
+    for (int64_t i = 0; i < a.width; ++i) narrow(widen(x[i]) + a.bias[i], x[i]);
+  }
+}
+
+template <class T>
+void sum_rows(const BiasRows& a, int64_t first, int64_t last, float* partial) {
+  for (int64_t row = first; row < last; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.width;
+#pragma omp simd
+    for (int64_t i = 0; i < a.width; ++i) partial[i] += widen(x[i]);
+  }
+}
+
 #define BY_TYPE(name) [](const auto& a, auto... rest) { a.bf16 ? name<uint16_t>(a, rest...) : name<float>(a, rest...); }
 
 }  // namespace
 
 extern const BlockRows block_rows = {BY_TYPE(norm_forward),    BY_TYPE(norm_backward), BY_TYPE(rotary_forward),
-                                     BY_TYPE(rotary_backward), BY_TYPE(gated_forward), BY_TYPE(gated_backward)};
+                                     BY_TYPE(rotary_backward), BY_TYPE(gated_forward), BY_TYPE(gated_backward),
+                                     BY_TYPE(gelu_forward),    BY_TYPE(gelu_backward), BY_TYPE(add_bias),
+                                     BY_TYPE(sum_rows)};
 
 }  // namespace BESTRQ2_ISA
 }  // namespace bestrq2

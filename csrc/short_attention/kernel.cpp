@@ -71,7 +71,7 @@ struct Rows {  // 16 channels of a row, zeros beyond its end and behind the last
 };
 
 Rows rows_of(const TokenRows& x, int64_t batch, int64_t head, int64_t valid, int64_t dim) {
-  return {x.at(batch, head), x.token, valid, dim};
+  return {x.at<const u16>(batch, head), x.token, valid, dim};
 }
 
 void copy_rows(const Rows& from, int64_t rows, int64_t dim, u16* out) {
@@ -124,7 +124,7 @@ void write_rows(const float* in, int64_t stride, const TokenRows& to, int64_t ba
     for (int64_t d = 0; d < dim; d += kLanes) {
       const __mmask16 mask = first_lanes(dim - d);
       const __m512 x = r < valid ? _mm512_maskz_loadu_ps(mask, in + r * stride + d) : _mm512_setzero_ps();
-      bf16::store_rounded(to.at(batch, head) + r * to.token + d, mask, x);
+      bf16::store_rounded(to.at<u16>(batch, head) + r * to.token + d, mask, x);
     }
 }
 

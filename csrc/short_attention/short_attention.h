@@ -1,6 +1,6 @@
-// softmax(q k^T scale) v for clips of at most some hundred tokens, whose scores stay in the second cache level:
-// products of bf16 with fp32 sums (AVX-512 BF16 or AMX), fp32 softmax. Only the log-sum-exp of every row is kept for
-// backward.
+// softmax(q k^T scale) v for clips of at most some hundred tokens, whose scores stay in the second cache level: fp32 on
+// any processor, or products of bf16 with fp32 sums (AVX-512 BF16 or AMX) and fp32 softmax. Only the log-sum-exp of
+// every row is kept for backward.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +9,23 @@
 
 namespace bestrq2 {
 
-struct TokenRows {  // bf16, any strides of batch, head and token; channels side by side
-  uint16_t* data;
+struct TokenRows {  // T is the type of the frames; any strides of batch, head and token, channels side by side
+  void* data;
   int64_t batch, head, token;
 
-  uint16_t* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+  template <class T>
+  T* at(int64_t b, int64_t h) const {
+    return static_cast<T*>(data) + b * batch + h * head;
+  }
 };
 
 struct ShortAttention {
+  bool bf16;
   int64_t batch, heads, queries, keys, dim;
   const int64_t* lengths;  // (batch) valid keys, and valid queries where there are as many, or null
   float scale;
   TokenRows query, key, value, out;
-  float* logsumexp;  // (batch, heads, queries), of the scaled scores in powers of two
+  float* logsumexp;  // (batch, heads, queries), of the scaled scores; bf16: in powers of two
   int threads;
   TokenRows grad, grad_query, grad_key, grad_value;  // backward only
 };

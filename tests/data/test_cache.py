@@ -257,7 +257,16 @@ def test_training_uses_it_and_says_so(tmp_path, capsys):
     from bestrq2.train import main
 
     write(tmp_path / "audio")
-    options = ["--data", str(tmp_path / "audio"), "--runs", str(tmp_path / "runs"), "train.steps=1", "train.device=cpu"]
+    options = [
+        "--config",
+        "best_rq2_tiny",
+        "--data",
+        str(tmp_path / "audio"),
+        "--runs",
+        str(tmp_path / "runs"),
+        "train.steps=1",
+        "train.device=cpu",
+    ]
     options += ["train.pictures_every=0", "data.crop_seconds=1", "data.workers=0", "train.save_every=1"]
     weights = []
     for name, cache in (("plain", []), ("cached", [f"data.cache={tmp_path / 'cache'}"])):

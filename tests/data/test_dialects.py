@@ -44,6 +44,7 @@ FORMS = {
     "nemo.json": rows({"audio_filepath": "long.wav", "offset": 5.0, "duration": 1.0, "text": '"'})
     + rows({"audio_filepath": "long.wav", "offset": 0, "duration": 2, "text": "a"}),
     "ours.csv": "path,start,end\nlong.wav,5,6\nlong.wav,0,2\n",
+    "events.csv": "path,onset,offset,label\nlong.wav,5,6,dog\nlong.wav,0,2,cat\n",
     "semicolons.csv": 'path;start;end;text\nlong.wav;5;6;a, b\n"long.wav";0;2;"a; b"\n',
     "milliseconds.csv": "file,start_ms,end_ms\nlong.wav,5000,6000\nlong.wav,0,2000\n",
     "tabs.tsv": 'path\toffset\tduration\tsentence\nlong.wav\t5\t1\t"lone\nlong.wav\t0\t2\t"two" marks "\n',
@@ -137,6 +138,7 @@ def test_common_voice(folder):
         ("path,start,end\na.wav,3,2\n", "m.csv:2: the clip ends at 2 s, not after its start at 3 s"),
         ("path,start,stop\na.wav,16000,32000\n", "m.csv:2: start and stop, 16000 and 32000: seconds or samples"),
         ("audio_filepath,offset,end,duration\na.wav,1,5,2\n", "start 1, end 5 and duration 2 do not fit together"),
+        ("path,onset,start\na.wav,1,2\n", "onset and start: expected onset with offset, or start with end"),
         ("path,channel\na.wav,1\n", "m.csv:2: channel = '1' cannot be applied"),
         ("path,speed\na.wav,0.9\n", "m.csv:2: speed = '0.9' cannot be applied"),
         ("ID,wav\na,{data_root}/a.wav\n", "m.csv:2: put the folder in place of the placeholder"),
@@ -236,3 +238,14 @@ def test_splits_of_archives(folder):
     found, report = collect(folder / "hub")
     assert [file.path.split("::")[0] for file in found] == [str(folder / "hub/data/train-00000-of-00001.tar")]
     assert "only train is used" in report.notes[0]
+
+
+def test_a_name_like_a_placeholder(tmp_path):
+    """SpeechBrain's placeholder is refused, but for a file that has this name."""
+    manifest = tmp_path / "clips.csv"
+    manifest.write_text("path\n{root}/a.wav\n")
+    with pytest.raises(ManifestError, match="put the folder in place of the placeholder"):
+        read_manifest(manifest)
+    (tmp_path / "{root}").mkdir()
+    (tmp_path / "{root}" / "a.wav").touch()
+    assert [item.path for item in read_manifest(manifest)] == [str(tmp_path / "{root}" / "a.wav")]

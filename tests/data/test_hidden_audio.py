@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from bestrq2.data import AudioError, audio_info, load_audio
+from bestrq2.data import AudioError, DataError, audio_info, collect, load_audio
 from bestrq2.data.audio import audio_digest
 from bestrq2.data.hidden_audio import audio_behind_end
 
@@ -61,8 +61,11 @@ WHOLE = {
     "plain.flac": lambda: encoded("FLAC", subtype="PCM_16"),
     "24.flac": lambda: encoded("FLAC", np.stack((NOISE, -NOISE), 1), subtype="PCM_24"),
     "unstated.flac": lambda: flac(0),
+    # Looks like the header of a block of 192 samples, but for its checksum, as compressed audio sometimes does.
+    "like a header.flac": lambda: encoded("FLAC", subtype="PCM_16") + b"\xff\xf8\x19\x18" + bytes(12),
     "plain.ogg": lambda: encoded("OGG", subtype="VORBIS"),
     "plain.opus": lambda: encoded("OGG", subtype="OPUS"),
+    "tagged.ogg": lambda: encoded("OGG", subtype="VORBIS") + b"TAG" + bytes(125),
     "plain.mp3": lambda: encoded("MP3"),
     "tagged.mp3": lambda: encoded("MP3") + b"TAG" + bytes(125),
 }
@@ -74,6 +77,23 @@ def test_whole_files_are_read(tmp_path, name):
     path.write_bytes(WHOLE[name]())
     assert audio_behind_end(io.BytesIO(path.read_bytes())) is None
     assert len(load_audio(path)) == pytest.approx(len(NOISE), abs=3000)
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_a_cut_ogg_is_reported(tmp_path, subtype, share):
+    data = bytes(encoded("OGG", subtype=subtype))
+    path = tmp_path / "cut.ogg"
+    last = data.rindex(b"OggS")
+    for end in (round(share * len(data)), last):  # inside of a page, and at the beginning of the last one
+        path.write_bytes(data[:end])
+        for read in (audio_info, load_audio, audio_digest):
+            with pytest.raises(AudioError, match=r"truncated|not decodable"):
+                read(path)
+    with pytest.raises(AudioError, match="its last page is not marked as the end"):
+        load_audio(path)
+    with pytest.raises(DataError, match=r"1 truncated"):
+        collect(path)
 
 
 @pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16", "NMS_ADPCM_32", "IMA_ADPCM", "MS_ADPCM"])

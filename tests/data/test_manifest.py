@@ -31,7 +31,8 @@ def test_discover_folder(tmp_path):
         ("speech/ä.opus", "speech"),
         ("speech/it/x y.ogg", "speech"),
     ]
-    assert listing.ignored == {".txt": 1, ".jpg": 1, "(no extension)": 1}
+    hidden = {"(hidden file)": 2, "(hidden folder)": 1}
+    assert listing.ignored == {".txt": 1, ".jpg": 1, "(no extension)": 1, **hidden}
     assert discover_folder(tmp_path) == listing
 
 
@@ -42,7 +43,10 @@ def test_links_are_followed_once(tmp_path):
     (root / "more").symlink_to(tmp_path / "elsewhere")
     (root / "same").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(root)
-    assert [os.path.relpath(item.path, root) for item in discover_folder(root).files] == ["a.wav", "more/b.wav"]
+    (root / "empty.wav").mkdir()
+    listing = discover_folder(root)
+    assert [os.path.relpath(item.path, root) for item in listing.files] == ["a.wav", "more/b.wav"]
+    assert listing.ignored == {"(link to a folder listed already)": 3, "(empty folder named like audio)": 1}
 
 
 def test_not_a_folder(tmp_path):

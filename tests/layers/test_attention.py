@@ -69,6 +69,30 @@ def test_self_attend_is_attend(dtype):
     assert torch.equal(qkv.grad, torch.stack([x.grad for x in parts]).permute(1, 3, 0, 2, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_self_attend_from_a_token_on(dtype):
+    qkv = torch.randn(2, 50, 3, 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    late, every = self_attend(qkv, first=17), self_attend(qkv)
+    assert torch.equal(late, every[:, :, 17:])
+    of_late, of_every = (torch.autograd.grad(out.square().sum(), qkv)[0] for out in (late, every[:, :, 17:]))
+    assert error(of_late, of_every) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_fp32_kernel_on_every_instruction_set(isa, monkeypatch):
+    extension = native.extension()
+    before = extension.isa()
+    if not extension.force_isa(isa):
+        pytest.skip(f"no {isa} here")
+    try:
+        monkeypatch.setattr(attention, "_is_short", lambda query, key: True)
+        inputs = [frames(2, n, 2, 37, seed=i, dtype=torch.float32) for i, n in enumerate((33, 65, 65))]
+        compare(attend, inputs, torch.tensor([65, 7]), torch.float32)
+    finally:
+        extension.force_isa(before)
+
+
 @pytest.mark.skipif(
     native.extension_obstacle() is not None or native.extension().bf16_dot() == "none", reason="no bf16 products here"
 )

@@ -1,11 +1,24 @@
 """The C++ passes between the products of a block, against the plain formulas in fp64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 from bestrq2 import ops
-from bestrq2.layers.block_rows import gated, residual_norm, split_heads, stochastic_depth
+from bestrq2.layers.block_rows import (
+    Branch,
+    gated,
+    gelu,
+    kept_clips,
+    linear,
+    residual_norm,
+    residual_sum,
+    split_heads,
+    stochastic_depth,
+)
+from bestrq2.layers.transformer import Transformer, TransformerSettings
 from bestrq2.ops._impl import native
 
 pytestmark = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
@@ -127,3 +140,90 @@ def test_stochastic_depth():
     assert (scales[0] == 1).all()
     assert scales[1].unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert float(scales[1].mean()) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("drops", [False, True])
+def test_branch_with_bias_of_some_clips(dtype, drops):
+    norm, bias = nn.LayerNorm(40), nn.Linear(1, 40)
+    scale = torch.tensor([1.25, 0.0, 1.0]) if drops else None
+    x, branch = normal(3, 9, 40, dtype=dtype), normal(2 if drops else 3, 9, 40, seed=1, dtype=dtype)
+    kept = kept_clips(scale, x)
+    assert drops == (kept is not None)
+    out = kept_clips(torch.tensor([0.0, 0.0, 2.0]), x)
+
+    def pending(x, values):
+        scales = None if scale is None else scale.to(torch.promote_types(x.dtype, scale.dtype))
+        return Branch(values, bias.bias, scales, 0.5, kept)
+
+    check(lambda x, b: residual_norm(x, pending(x, b), norm, kept=out), [x, branch], [norm])
+    check(lambda x, b: residual_sum(x, pending(x, b)), [x, branch])
+    leaves = (bias.bias, branch)
+    mine = torch.autograd.grad(residual_sum(x, pending(x, branch)).float().square().sum(), leaves)
+    with ops.use_backend("reference"):
+        plain = torch.autograd.grad(residual_sum(x, pending(x, branch)).float().square().sum(), leaves)
+    for one, other in zip(mine, plain):
+        assert (one - other).abs().max() <= 2 * torch.finfo(dtype).eps * other.abs().max()
+
+
+def test_nothing_kept_keeps_one_clip():
+    x = torch.zeros(3, 2, 4)
+    assert kept_clips(torch.zeros(3), x).place.tolist() == [0, -1, -1]
+    assert kept_clips(torch.ones(3), x) is None
+    assert kept_clips(None, x) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(dtype):
+    layer = nn.Linear(1, 200)
+    x = normal(5, 7, 200, dtype=dtype)
+    with torch.no_grad():
+        x *= 4
+    check(lambda x: gelu(x, layer.bias.to(torch.promote_types(x.dtype, torch.float32))), [x])
+    far = torch.tensor([-1e30, -40.0, -12.0, 0.0, 12.0, 40.0, 1e30, torch.nan], dtype=torch.float32)
+    assert torch.equal(gelu(far).isnan(), far.isnan())
+    assert gelu(far)[4:7].tolist() == far[4:7].tolist()
+    assert float(gelu(far)[:4].abs().max()) < 1e-30
+    gelu(x, layer.bias).float().square().sum().backward()
+    found, layer.bias.grad = layer.bias.grad, None
+    with ops.use_backend("reference"):
+        gelu(x, layer.bias).float().square().sum().backward()
+    assert (found - layer.bias.grad).abs().max() <= 2 * torch.finfo(dtype).eps * found.abs().max()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear(autocast):
+    layer, x = nn.Linear(24, 40), normal(3, 50, 24)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mine = linear(layer, x)
+        theirs = layer(x)
+    assert mine.dtype == theirs.dtype
+    leaves = (x, layer.weight, layer.bias)
+    pairs = [(mine, theirs)]
+    pairs += zip(*(torch.autograd.grad(y.float().square().sum(), leaves) for y in (mine, theirs)))
+    for one, other in pairs:
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() <= 3 * torch.finfo(mine.dtype).eps * other.abs().max()
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("first", [0, 7])
+def test_transformer_is_that_of_plain_pytorch(modern, first):
+    """With dropped branches, biases, and the tokens from ``first`` on."""
+    variant = {"norm": "rms_norm", "feed_forward": "swiglu", "bias": False, "qk_norm": True} if modern else {}
+    results = []
+    for backend in (None, "reference"):
+        torch.manual_seed(0)
+        model = Transformer(TransformerSettings(width=32, depth=3, heads=2, drop_path=0.8, **variant))
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, std=0.3)
+        x, angles = torch.randn(5, 12, 32, requires_grad=True), torch.rand(1, 12, 8) if modern else None
+        torch.manual_seed(1)
+        with ops.use_backend(backend) if backend else nullcontext():
+            out = model(x, angles=angles, first=first)
+        assert out.shape == (5, 12 - first, 32)
+        out.pow(3).sum().backward()
+        results.append([out, x.grad, *[p.grad for p in model.parameters()]])
+    for mine, plain in zip(*results):
+        assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bestrq2 import ops
 from bestrq2.config import load_config
 from bestrq2.layers.masking import RandomMasking
 from bestrq2.models import build_model
@@ -172,7 +173,12 @@ def test_flops_count_matrix_products():
     output = model(waveform, lengths, step=0, index=torch.arange(2))
     tokens = torch.randn(2, output.patches.values.shape[1], 32, requires_grad=True)
     positions = output.patches.positions()[None]
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.encoder.transform(tokens, positions).sum().backward()
-    expected = 3 * 2 * model.encoder.encoder.flops(tokens.shape[1])
-    assert expected == counter.get_total_flops()
+    transformer, angles = model.encoder.encoder, model.encoder.angles(positions)
+    for first in (0, 5):
+        with (
+            ops.use_backend("reference"),  # the counter sees PyTorch's operators only
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            transformer(tokens, angles=angles, first=first).sum().backward()
+        assert counter.get_total_flops() == 3 * 2 * transformer.flops(tokens.shape[1], tokens.shape[1] - first)

@@ -295,5 +295,5 @@ def test_transformers_baseline_is_built_anew(family, tmp_path):
     values = [encode(e, clip, [0, None])[0] for e in (first, second, other, encoder)]
     assert (values[0] == values[1]).all()
     assert (values[0] != values[2]).any()
-    assert values[3].shape == values[0].shape == (2, values[0].shape[1], 32)
+    assert values[3].shape == values[0].shape == (2, 1, values[0].shape[2], 32)
     assert np.isfinite(values[0]).all()

@@ -65,7 +65,7 @@ def data(tmp_path_factory) -> Path:
 
 def options(data: Path, runs: Path, name: str, *more: str) -> list[str]:
     small = [value.replace("DATA", str(data)) for value in SMALL]
-    return ["--runs", str(runs), "--name", name, "--data", str(data), *small, *more]
+    return ["--runs", str(runs), "--name", name, "--config", "best_rq2_tiny", "--data", str(data), *small, *more]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_sigterm_reaches_all_ranks(tmp_path, data, alone):
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGTERM)  # one rank alone: they stop together, after the same step
     output, _ = process.communicate(timeout=60)
-    assert "continue with --resume" in output, output
+    assert "continue with: bestrq2 train --resume" in output, output
     step = int(read_metrics(tmp_path / "stopped")[-1]["step"])
     assert list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{step:08d}"
 

@@ -92,7 +92,7 @@ def test_signals_during_an_asynchronous_save(nursery, tmp_path, whole, signals):
     assert not problems
     assert checkpoint.step >= 6
     if len(signals) == 1:
-        assert f"after step {checkpoint.step}; continue with --resume" in output
+        assert f"after step {checkpoint.step}; continue with: bestrq2 train --resume" in output
     code, output = nursery.run(tmp_path, ["--resume", str(tmp_path / "run")], PLAIN)
     assert code == 0, output
     assert curve(tmp_path / "run") == curve(whole)
@@ -169,7 +169,7 @@ def own_clips(folder: Path, count: int = 6) -> Path:
 def test_files_vanish_during_training(nursery, tmp_path):
     """One: replaced and reported. All of them: what was trained is saved, and continues once they are back."""
     data = own_clips(tmp_path / "audio")
-    options = ["--data", str(data), "train.save_every=100", "data.workers=0"]
+    options = ["--config", "best_rq2_tiny", "--data", str(data), "train.save_every=100", "data.workers=0"]
     assert nursery.run(tmp_path, [*begin(tmp_path / "calm"), *options], PLAIN)[0] == 0
     after = f"""
 import os, shutil
@@ -313,7 +313,7 @@ Trainer._count, dataset.load_clip = counted, failing
 def test_data_fails_on_one_of_two_ranks(nursery, tmp_path):
     """Both save and stop together, and say once what the failing one met."""
     data = own_clips(tmp_path / "audio", 16)
-    options = ["--data", str(data), "train.save_every=100", "data.workers=0"]
+    options = ["--config", "best_rq2_tiny", "--data", str(data), "train.save_every=100", "data.workers=0"]
     code, output = nursery.run(tmp_path, [*begin(tmp_path), *options], PLAIN + TWO_RANKS)
     assert code == 2, output
     assert output.count("error: gave up on training sample") == 1

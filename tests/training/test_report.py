@@ -1,6 +1,7 @@
 """Reports: self-contained, complete, possible at any time and from any state of a run folder; kept batches."""
 
 import base64
+import logging
 import re
 from html.parser import HTMLParser
 from io import BytesIO
@@ -8,17 +9,19 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bestrq2.config import load_config
 from bestrq2.data import Batch
+from bestrq2.errors import Skip, printable
 from bestrq2.report import main
 from bestrq2.runs.bad_batches import save_bad_batch
 from bestrq2.runs.checkpoint import save_checkpoint
 from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import MetricsLog
 from bestrq2.runs.record import RunRecord
-from bestrq2.runs.report import save_report
+from bestrq2.runs.report import save_report, write_report
 from bestrq2.runs.report_curves import PANELS, draw_curves, running_mean
 
 VOID = {"meta", "img", "br", "link"}
@@ -246,3 +249,48 @@ def test_bad_batch_is_described_and_drawn(tmp_path, capsys, in_run):
     path.write_bytes(b"no tensors")
     assert main(["--bad-batch", str(path)]) == 2
     assert "not a batch kept by training" in capsys.readouterr().err
+
+
+# TeX, hidden from legends, HTML, a byte that is not UTF-8, a line break, half of a surrogate pair, no Latin letters.
+NAMES = ["a$\\frac$b", "_run", "<b>50%</b> & {}", "b\udce9", "two\nlines", "\ud83d", "测试 🎧 $x$", "'\""]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_of_runs_are_drawn_and_written_as_they_are(tmp_path, monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **o: (figures.append(figure), save(figure, *a, **o)))
+    run = make_run(tmp_path, "run", steps=4)
+    records = []
+    for name in NAMES:
+        record = RunRecord(run.path)
+        record.name = name
+        records.append(record)
+    path = write_report(records, tmp_path / "all.html", " and ".join(NAMES))
+    legend = [text.get_text().strip() for text in figures[0].legends[0].get_texts()]
+    assert legend == [printable(name) for name in NAMES]
+    text = Page(path.read_text()).text
+    for name in NAMES[:3]:
+        assert name in text
+
+
+def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
+    run = make_run(tmp_path, "run", steps=4)
+    monkeypatch.setattr("bestrq2.runs.report.draw_curves", lambda *_: 1 / 0)
+    with caplog.at_level(logging.WARNING, "bestrq2"):
+        assert save_report(run.path) is None
+    assert "the report could not be written: division by zero" in caplog.text
+
+
+def test_skipped_files_are_listed_once(tmp_path):
+    run = RunFolder.create(tmp_path, "run", load_config("best_rq2_tiny"))
+    bad, other = Skip("a.wav", "truncated"), Skip("b\udce9\n.wav", "missing")
+    run.note_skips([bad, other, bad])
+    run.note_skips([bad])
+    again = RunFolder(run.path)  # of the process that resumes
+    again.note_skips([other, Skip("a.wav", "missing")])
+    assert (run.path / "skipped.txt").read_text(encoding="utf-8").splitlines() == [
+        "a.wav: truncated",
+        r"b\xe9\n.wav: missing",
+        "a.wav: missing",
+    ]

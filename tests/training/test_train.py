@@ -113,7 +113,7 @@ def test_sigterm_saves_and_says_how_to_continue(tmp_path, uninterrupted):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "continue with --resume" in output
+    assert "continue with: bestrq2 train --resume" in output
     assert main(["--resume", str(tmp_path / "stopped")]) == 0
     assert curve(tmp_path / "stopped") == curve(uninterrupted)
     assert_same_weights(tmp_path / "stopped", uninterrupted)
@@ -178,7 +178,7 @@ def test_own_folder_with_bad_files(tmp_path, capsys):
     (data / "noise.flac").write_bytes(os.urandom(2000))
     (data / "notes.txt").write_text("not audio")
     soundfile.write(data / "blip.wav", np.zeros(50), 16000)
-    assert main(["--runs", str(tmp_path / "runs"), "--data", str(data), *QUICK]) == 0
+    assert main(["--runs", str(tmp_path / "runs"), "--config", "best_rq2_tiny", "--data", str(data), *QUICK]) == 0
     captured = capsys.readouterr()
     assert "4 files" in captured.out
     for reason in ("3 skipped", "empty", "not decodable", "too short"):
@@ -195,7 +195,9 @@ def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
         if number == 1:
             samples[16000] = np.nan
         soundfile.write(data / f"{number}.wav", samples, rate, subtype="FLOAT")
-    assert main(["--runs", str(tmp_path), "--name", "nan", "--data", str(data), *QUICK]) == 0
+    assert (
+        main(["--runs", str(tmp_path), "--name", "nan", "--config", "best_rq2_tiny", "--data", str(data), *QUICK]) == 0
+    )
     assert int(read_metrics(tmp_path / "nan")[-1]["skipped_files"]) > 0
     assert "not finite" in (tmp_path / "nan" / "skipped.txt").read_text()
 
@@ -239,7 +241,9 @@ def test_changed_data_is_refused(tmp_path, capsys):
     for number in range(3):
         samples, rate = soundfile.read(tiny_dataset()[number].path)
         soundfile.write(data / f"{number}.wav", samples, rate)
-    assert main(["--runs", str(tmp_path), "--name", "run", "--data", str(data), *QUICK]) == 0
+    assert (
+        main(["--runs", str(tmp_path), "--name", "run", "--config", "best_rq2_tiny", "--data", str(data), *QUICK]) == 0
+    )
     (data / "2.wav").unlink()
     assert main(["--resume", str(tmp_path / "run"), "train.steps=14"]) == 2
     assert "training data changed" in capsys.readouterr().err

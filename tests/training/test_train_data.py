@@ -36,7 +36,12 @@ def _curve(run: Path) -> list[tuple[str, ...]]:
 
 
 def _train(runs: Path, name: str, source: Path | str, *options: str) -> list[tuple[str, ...]]:
-    assert main(["--runs", str(runs), "--name", name, "--data", str(source), *QUICK, *options]) == 0
+    assert (
+        main(
+            ["--runs", str(runs), "--name", name, "--config", "best_rq2_tiny", "--data", str(source), *QUICK, *options]
+        )
+        == 0
+    )
     return _curve(runs / name)
 
 
@@ -108,5 +113,36 @@ def test_shards_beside_audio_are_not_used_silently(sources, tmp_path, capsys):
 
 def test_several_sources(sources, tmp_path, capsys):
     names = f"[{sources / 'audio' / 'speech'},{sources / 'shards' / 'shards-000000.tar'}]"
-    assert main(["--runs", str(tmp_path), "--name", "two", f"data.source={names}", *QUICK, "train.steps=1"]) == 0
+    assert (
+        main(
+            [
+                "--runs",
+                str(tmp_path),
+                "--name",
+                "two",
+                "--config",
+                "best_rq2_tiny",
+                f"data.source={names}",
+                *QUICK,
+                "train.steps=1",
+            ]
+        )
+        == 0
+    )
     assert "shards-000000.tar" in capsys.readouterr().out
+
+
+def test_own_audio_has_a_recipe_of_its_own(sources, tmp_path, capsys):
+    """Without --config: fitted targets for --data, the small recipe for the clips of the package."""
+    for arguments, recipe in (
+        (["--data", "x"], "best_rq2_transfer_small"),
+        (["data.source=x"], "best_rq2_transfer_small"),
+        ([], "best_rq2_tiny"),
+        (["--data", "x", "--frozen-encoder", "y"], "best_rq2_tiny"),
+        (["--data", "x", "--config", "best_rq2_small"], "best_rq2_small"),
+    ):
+        assert main([*arguments, "--show-config"]) == 0
+        assert f"recipe: {recipe} " in capsys.readouterr().out.replace("\n", " ")
+    few = ["train.steps=2", "train.batch_size=4", "model.targets.fit_clips=16", "train.pictures_every=0"]
+    assert main(["--runs", str(tmp_path), "--name", "own", "--data", str(sources / "audio"), *few]) == 0
+    assert "bits of code entropy" in capsys.readouterr().out

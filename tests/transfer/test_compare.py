@@ -54,6 +54,33 @@ def test_quick_and_again(tmp_path, monkeypatch, capsys):
     assert "error" in capsys.readouterr().err
 
 
+def test_equal_beginnings_are_scored_once(tmp_path, monkeypatch):
+    """Recipes whose encoders begin alike share the score before training; others do not."""
+    seen = []
+    measure = scores.Suite.measure
+
+    def counted(self, name, encoders, with_log_mel):
+        seen.append(sorted(encoders))
+        return measure(self, name, encoders, with_log_mel)
+
+    monkeypatch.setattr(scores.Suite, "measure", counted)
+    first = quick_plan().candidates[0]
+    small = ("train.steps=2", "train.batch_size=2")
+    candidates = [
+        Candidate("a", first.config, (*first.overrides, *small)),
+        Candidate("b", first.config, (*first.overrides, *small, "model.masking.ratio=[0.8,0.8]")),
+        Candidate("c", first.config, (*first.overrides, *small, "model.encoder.width=64")),
+    ]
+    plan, suite = Plan("p", tuple(candidates), steps=2), scores.Suite(command.packaged_tasks())
+    for candidate in candidates:
+        run = scores.train_run(plan, candidate, 0, 2, None, tmp_path)
+        scores.probe_run(suite, candidate, 0, run, tmp_path, {})
+    assert [len(encoders) for encoders in seen] == [2, 1, 2]
+    before = {s.candidate: s for s in scores.all_scores(tmp_path) if s.features == "random initialisation"}
+    assert before["a"].run["initial"] == before["b"].run["initial"] != before["c"].run["initial"]
+    np.testing.assert_array_equal(before["a"].samples, before["b"].samples)
+
+
 def test_equal_compute():
     plan = quick_plan()
     candidate = plan.candidates[0]
@@ -123,6 +150,10 @@ def test_plan_files(tmp_path):
 def test_our_plans():
     """They name configurations that exist and keys that are known; one-stage gets fewer steps for the same compute."""
     folder = Path(command.__file__).parent / "plans"
+    for name in ("screening", "transfer"):
+        plan = read_plan(folder / f"{name}.yaml")
+        for candidate in plan.candidates:
+            assert steps_of(plan, candidate)[0] > 400
     for name in ("learning_rate", "masks", "stages"):
         plan = read_plan(folder / f"{name}.yaml")
         budget = [steps_of(plan, candidate) for candidate in plan.candidates]
