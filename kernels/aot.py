@@ -89,7 +89,8 @@ def source_of(case: CompileCase) -> Any:
     signature = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
     signature = {name: signature[name] for name in case.kernel.arg_names}
     members = {name: (path, kind) for name, path, kind in leaves(signature)}
-    constants = {**case.constexprs, **{path: None for path, kind in members.values() if kind is None}}
+    constants: dict[Any, Any] = dict(case.constexprs)
+    constants |= dict.fromkeys(path for path, kind in members.values() if kind is None)
     attributes = {members[name][0]: [["tt.divisibility", 16]] for name in case.divisible_by_16}
     types = {name: _absent_as_constants(kind) for name, kind in signature.items()}
     return ASTSource(case.kernel, types, constexprs=constants, attrs=attributes)
