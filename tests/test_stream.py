@@ -47,7 +47,7 @@ def test_live_features_equal_encode(runs, tmp_path, capsys):
         (["full", "AUDIO"], "cannot stream exactly: attention to the whole sequence"),
         (["full", "AUDIO", "--chunk-size", "8"], 'conv_mode "full" looks ahead'),
         (["vit", "AUDIO"], "only a Conformer can stream, this is a ViTEncoder"),
-        (["nothing", "AUDIO"], "no intact checkpoint"),
+        (["nothing", "AUDIO"], "no such file or folder"),
         (["streaming", "missing.wav"], "missing.wav"),
         (["streaming", "AUDIO", "--piece", "0"], "pieces of at least one sample"),
         (["streaming", "AUDIO", "--chunk-size", "0"], "chunk_size must be at least 1"),
