@@ -22,7 +22,7 @@ _library.define(
 def _run(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str, backend: str) -> Tensor:
     if not has_float64(x.device):
         given = (x.cpu(), projection.cpu(), codebook.cpu(), None if mask is None else mask.cpu())
-        return _run(*given, normalize, backend).to(x.device)
+        return torch.ops.bestrq2.quantize.default(*given, normalize, backend).to(x.device)
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
     obstacles = {
         "triton": lambda: _triton_obstacle(x, codebook),
