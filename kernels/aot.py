@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,11 +32,14 @@ class CompileCase:
 
     name: str
     kernel: Any
-    signature: dict[str, str]  # argument -> Triton type: "*bf16", "i32", "i64", "fp32"; constexprs are added for you
+    # Argument -> Triton type: "*bf16", "i32", "i64", "fp32"; for a record a named tuple of them, None where a member is
+    # absent. Constexprs are added for you.
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    divisible_by_16: tuple[str, ...] = field(default=())  # pointers and sizes that the launcher specialises on
+    # Pointers and sizes that the launcher specialises on; "record.member" for those of a record.
+    divisible_by_16: tuple[str, ...] = field(default=())
     maxnreg: int | None = None  # registers that a thread may take at most
     architectures: tuple[int, ...] = ARCHITECTURES  # whose GPUs launch it
 
@@ -59,20 +63,47 @@ def compile_for(case: CompileCase, architecture: int) -> Report:
     return compile_cubin(case, architecture).report
 
 
-def compile_cubin(case: CompileCase, architecture: int) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def leaves(value: Any, name: str = "", path: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    """Dotted name, path and type of every member of an argument that is a record, or of a dict of arguments."""
+    if isinstance(value, dict):
+        members: Iterable[tuple[str, Any]] = value.items()
+    elif isinstance(value, tuple):
+        members = zip(value._fields, value)  # type: ignore[attr-defined]
+    else:
+        yield name, path, value
+        return
+    for index, (member, inner) in enumerate(members):
+        yield from leaves(inner, f"{name}.{member}" if name else member, (*path, index))
+
+
+def _absent_as_constants(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return type(value)(*map(_absent_as_constants, value))
+    return "constexpr" if value is None else value
+
+
+def source_of(case: CompileCase) -> Any:
+    """The kernel with the types, constants and alignments of a case, as Triton compiles it."""
     from triton.compiler import ASTSource
 
     signature = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
-    names = list(case.kernel.arg_names)
-    signature = {name: signature[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
-    source = ASTSource(case.kernel, signature, constexprs=case.constexprs, attrs=attributes)
+    signature = {name: signature[name] for name in case.kernel.arg_names}
+    members = {name: (path, kind) for name, path, kind in leaves(signature)}
+    constants: dict[Any, Any] = dict(case.constexprs)
+    constants |= dict.fromkeys(path for path, kind in members.values() if kind is None)
+    attributes = {members[name][0]: [["tt.divisibility", 16]] for name in case.divisible_by_16}
+    types = {name: _absent_as_constants(kind) for name, kind in signature.items()}
+    return ASTSource(case.kernel, types, constexprs=constants, attrs=attributes)
+
+
+def compile_cubin(case: CompileCase, architecture: int) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.maxnreg:
         options["maxnreg"] = case.maxnreg
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled = triton.compile(source_of(case), target=GPUTarget("cuda", architecture, 32), options=options)
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _read_cubin(cubin, "cuobjdump", "-res-usage"))
     assert usage, f"cuobjdump printed no resource usage of {case.kernel.__name__}"

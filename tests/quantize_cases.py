@@ -43,6 +43,20 @@ def problem(rows, features=64, dims=16, codes=512, books=None, offset=0.0, scale
     return x, projection, unit(torch.randn(*lead, codes, dims, generator=generator), dim=-1)
 
 
+def near_ties(rows, features, dims, codes, spread, offset=0.0, seed=0):
+    """A problem with rivals of every code, about ``spread`` away: next to it, 8 and 64 codes further, and elsewhere.
+
+    Columns of the projection add up to zero, so that ``offset`` cancels and only its rounding errors stay.
+    """
+    x, projection, codebook = problem(rows, features, dims, codes, offset=offset, seed=seed)
+    projection = (projection.double() - projection.double().mean(0)).float()
+    generator = torch.Generator().manual_seed(seed)
+    bases = unit(torch.randn(8, dims, generator=generator, dtype=torch.float64), dim=-1)
+    number = torch.arange(codes)
+    base = (number // 2 + number // 8 * 3 + number // 64 * 5) % 8
+    return x, projection, unit(bases[base] + spread * codebook, dim=-1).float()
+
+
 def rows_of_extreme_size(rows, features=64):
     """Pairs: rows whose sums would overflow or whose products lose bits, and the same rows of ordinary size."""
     x = problem(rows, features)[0]

@@ -152,7 +152,7 @@ def clip_gradients(model: nn.Module, most: float | None, loss_scale: float = 1.0
     if grads and all(is_plain(g, torch.float32, torch.bfloat16) for g in grads):
         tensors = [(g.data_ptr(), g.dtype == torch.bfloat16, g.numel()) for g in grads]
         norm = torch.tensor(native.extension().norm_of(tensors, torch.get_num_threads()), dtype=torch.float32)
-        if most is not None:
+        if most is not None and most / (float(norm) + 1e-6) < 1:  # else the factor is 1
             nn.utils.clip_grads_with_norm_(parameters, most, norm)
         return norm
     norm = nn.utils.get_total_norm(grads) if most is None else nn.utils.clip_grad_norm_(parameters, most)

@@ -44,12 +44,8 @@ def _store_sum(sums_ptr, rows, i_bh, scale, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_backward_query_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr,
-    dq_ptr, delta_ptr,  # dq (B, H, Tq, D); delta (B, H, Tq) fp32
-    band_ptr, dscores_ptr, table_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,  # None where absent
-    content_sums_ptr, position_sums_ptr,  # (B * H, tiles, D) fp32, None where there is no such bias
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    out_b, out_h, out_t, table_h,  # out, do and dq are laid out alike
+    frames, rows, gradients, positions, given,  # Frames, Rows, QueryGradients, Positions, Given
+    strides,  # Frames of Strides
     H, Tq, Tk, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, width, highest, scale,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -59,22 +55,23 @@ def chunked_attention_backward_query_kernel(
     i_row = tl.program_id(0) * BM + tl.arange(0, BM)
     o_m = row_begin + i_row
     position = o_m + offset
-    begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
+    begin, end, key_end = valid_range(given, i_b, Tk)
     low, high = window(position, begin, key_end, chunk, left, right)
     m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
 
-    q = load_rows(item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT), o_m, q_t, m_row, UNIT, D, BD)
-    q = add_bias(q, content_ptr, i_h, D, BD)
-    do = load_rows(item_pointer(do_ptr, i_b, i_h, out_b, out_h, UNIT), o_m, out_t, m_row, UNIT, D, BD)
-    out = load_rows(item_pointer(out_ptr, i_b, i_h, out_b, out_h, UNIT), o_m, out_t, m_row, UNIT, D, BD)
+    q = load_rows(item_pointer(frames.q, i_b, i_h, strides.q, UNIT), o_m, strides.q, m_row, UNIT, D, BD)
+    q = add_bias(q, given, i_h, D, BD)
+    do = load_rows(item_pointer(gradients.out, i_b, i_h, strides.out, UNIT), o_m, strides.out, m_row, UNIT, D, BD)
+    out = load_rows(item_pointer(frames.out, i_b, i_h, strides.out, UNIT), o_m, strides.out, m_row, UNIT, D, BD)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
-    tl.store(delta_ptr + i_bh * Tq + o_m, delta, mask=o_m < row_end)
-    lse = tl.load(lse_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
-    if band_ptr is not None:
-        band_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row)
-        dscores_ptr += i_bh * (row_end - row_begin) * (tl.cdiv(width, 16) * 16)
-    k_ptr = item_pointer(k_ptr, i_b, i_h, k_b, k_h, UNIT)
-    v_ptr = item_pointer(v_ptr, i_b, i_h, v_b, v_h, UNIT)
+    tl.store(rows.delta + i_bh * Tq + o_m, delta, mask=o_m < row_end)
+    lse = tl.load(rows.lse + i_bh * Tq + o_m, mask=m_row, other=0.0)
+    band_ptr = positions.band
+    if positions.band is not None:
+        band_ptr = band_start(positions.band, i_bh, row_end - row_begin, band_row)
+        dscores_ptr = positions.dscores + i_bh * (row_end - row_begin) * (tl.cdiv(width, 16) * 16)
+    k_ptr = item_pointer(frames.k, i_b, i_h, strides.k, UNIT)
+    v_ptr = item_pointer(frames.v, i_b, i_h, strides.v, UNIT)
     to_log2 = scale * 1.4426950408889634
     dq = tl.zeros((BM, BD), tl.float32)
     first = tl.min(tl.where(m_row, low, key_end), axis=0)
@@ -83,27 +80,27 @@ def chunked_attention_backward_query_kernel(
         j_0 = i_n * BN
         o_n = tl.arange(0, BN)
         j = j_0 + o_n
-        m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk)
-        k = load_rows(k_ptr, j, k_t, m_n, UNIT, D, BD)
-        v = load_rows(v_ptr, j, v_t, m_n, UNIT, D, BD)
+        m_n = visible_keys(given, i_b, j, begin, key_end, Tk)
+        k = load_rows(k_ptr, j, strides.k, m_n, UNIT, D, BD)
+        v = load_rows(v_ptr, j, strides.v, m_n, UNIT, D, BD)
         s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, PRECISION)
         in_window = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
         visible = in_window
-        if key_mask_ptr is not None:
+        if given.key_mask is not None:
             visible &= m_n[None, :]
         _, ds = _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION)
         ds = ds.to(k.dtype)
         dq += tl.dot(ds, k, input_precision=PRECISION)
-        if band_ptr is not None:
+        if positions.band is not None:
             x = j[None, :] - (position - highest)[:, None]
             tl.store(score_gradient_pointers(dscores_ptr, i_row, x, width), ds, mask=in_window)
 
-    if content_sums_ptr is not None:
-        _store_sum(content_sums_ptr, dq, i_bh, scale, D, BD)
-    if band_ptr is not None:
+    if gradients.content_bias is not None:
+        _store_sum(gradients.content_bias, dq, i_bh, scale, D, BD)
+    if positions.band is not None:
         tl.debug_barrier()  # the score gradients of these rows, written above by other threads, are read again
         by_position = tl.zeros((BM, BD), tl.float32)
-        table_ptr += i_h * table_h
+        table_ptr = positions.table + i_h * positions.table_head
         nearest = row_begin + offset + tl.program_id(0) * BM - highest  # position of the first row, less highest
         x_first = tl.maximum(first - nearest - (BM - 1), 0)
         for i_x in range(x_first // BN, tl.cdiv(tl.minimum(last - nearest, width), BN)):
@@ -111,20 +108,17 @@ def chunked_attention_backward_query_kernel(
             ds = load_score_gradients(dscores_ptr, i_row, m_row, position, low, high, x, width, highest)
             table = load_table(table_ptr, x, width, D, BD)
             by_position += tl.dot(ds, table, input_precision=PRECISION)
-        if position_sums_ptr is not None:
-            _store_sum(position_sums_ptr, by_position, i_bh, scale, D, BD)
+        if gradients.position_bias is not None:
+            _store_sum(gradients.position_bias, by_position, i_bh, scale, D, BD)
         dq += by_position
-    dq_ptr = item_pointer(dq_ptr, i_b, i_h, out_b, out_h, UNIT)
-    store_rows(dq_ptr, o_m, out_t, dq * scale, o_m < row_end, UNIT, D, BD)
+    dq_ptr = item_pointer(gradients.q, i_b, i_h, strides.out, UNIT)
+    store_rows(dq_ptr, o_m, strides.out, dq * scale, o_m < row_end, UNIT, D, BD)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_backward_key_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr,  # (B, H, Tk, D); fp32 when ACCUMULATE
-    band_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,
-    dk_b, dk_h, dk_t,  # dk and dv are laid out alike
+    frames, rows, gradients, band_ptr, given,  # Frames, Rows, KeyGradients; None without positions; Given
+    strides, gradient_strides,  # Frames of Strides; Strides of dk and dv
     H, Tq, Tk, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -134,7 +128,7 @@ def chunked_attention_backward_key_kernel(
     j_0 = tl.program_id(0) * BN
     o_n = tl.arange(0, BN)
     j = j_0 + o_n
-    begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
+    begin, end, key_end = valid_range(given, i_b, Tk)
     # The inverse window: key j is seen from the chunks floor((j - right) / chunk) ... floor((j + left) / chunk).
     first = tl.maximum(j_0 - right, 0) // chunk * chunk
     last = (tl.minimum(j_0 + BN, Tk) - 1 + left) // chunk * chunk + chunk
@@ -143,11 +137,11 @@ def chunked_attention_backward_key_kernel(
     last = tl.where((j_0 >= key_end) | (j_0 + BN <= begin), 0, last)
     first = tl.maximum(first, 0)
 
-    m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk)
-    k = load_rows(item_pointer(k_ptr, i_b, i_h, k_b, k_h, UNIT), j, k_t, m_n, UNIT, D, BD)
-    v = load_rows(item_pointer(v_ptr, i_b, i_h, v_b, v_h, UNIT), j, v_t, m_n, UNIT, D, BD)
-    q_ptr = item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT)
-    do_ptr = item_pointer(do_ptr, i_b, i_h, out_b, out_h, UNIT)
+    m_n = visible_keys(given, i_b, j, begin, key_end, Tk)
+    k = load_rows(item_pointer(frames.k, i_b, i_h, strides.k, UNIT), j, strides.k, m_n, UNIT, D, BD)
+    v = load_rows(item_pointer(frames.v, i_b, i_h, strides.v, UNIT), j, strides.v, m_n, UNIT, D, BD)
+    q_ptr = item_pointer(frames.q, i_b, i_h, strides.q, UNIT)
+    do_ptr = item_pointer(gradients.out, i_b, i_h, strides.out, UNIT)
     if band_ptr is not None:
         band_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row)
     to_log2 = scale * 1.4426950408889634
@@ -159,13 +153,13 @@ def chunked_attention_backward_key_kernel(
         position = o_m + offset
         low, high = window(position, begin, key_end, chunk, left, right)
         m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
-        q = load_rows(q_ptr, o_m, q_t, m_row, UNIT, D, BD)
-        q = add_bias(q, content_ptr, i_h, D, BD)
-        do = load_rows(do_ptr, o_m, out_t, m_row, UNIT, D, BD)
-        lse = tl.load(lse_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
-        delta = tl.load(delta_ptr + i_bh * Tq + o_m, mask=m_row, other=0.0)
+        q = load_rows(q_ptr, o_m, strides.q, m_row, UNIT, D, BD)
+        q = add_bias(q, given, i_h, D, BD)
+        do = load_rows(do_ptr, o_m, strides.out, m_row, UNIT, D, BD)
+        lse = tl.load(rows.lse + i_bh * Tq + o_m, mask=m_row, other=0.0)
+        delta = tl.load(rows.delta + i_bh * Tq + o_m, mask=m_row, other=0.0)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-        if key_mask_ptr is not None:
+        if given.key_mask is not None:
             visible &= m_n[None, :]
         m_band = m_row & (high > j_0) & (low < j_0 + BN)  # rows whose band reaches this tile
         s = tile_scores(q, k, band_ptr, i_row, m_band, j_0, o_n, band_row, band_shift, PRECISION)
@@ -175,11 +169,11 @@ def chunked_attention_backward_key_kernel(
     dk *= scale
 
     in_range = j < Tk
-    dk_ptr = item_pointer(dk_ptr, i_b, i_h, dk_b, dk_h, UNIT)
-    dv_ptr = item_pointer(dv_ptr, i_b, i_h, dk_b, dk_h, UNIT)
+    dk_ptr = item_pointer(gradients.k, i_b, i_h, gradient_strides, UNIT)
+    dv_ptr = item_pointer(gradients.v, i_b, i_h, gradient_strides, UNIT)
     if ACCUMULATE:
         inside = in_range[:, None] & (tl.arange(0, BD) < D)[None, :]
-        dk += tl.load(row_pointers(dk_ptr, j, dk_t, UNIT, BD), mask=inside, other=0.0)
-        dv += tl.load(row_pointers(dv_ptr, j, dk_t, UNIT, BD), mask=inside, other=0.0)
-    store_rows(dk_ptr, j, dk_t, dk, in_range, UNIT, D, BD)
-    store_rows(dv_ptr, j, dk_t, dv, in_range, UNIT, D, BD)
+        dk += tl.load(row_pointers(dk_ptr, j, gradient_strides, UNIT, BD), mask=inside, other=0.0)
+        dv += tl.load(row_pointers(dv_ptr, j, gradient_strides, UNIT, BD), mask=inside, other=0.0)
+    store_rows(dk_ptr, j, gradient_strides, dk, in_range, UNIT, D, BD)
+    store_rows(dv_ptr, j, gradient_strides, dv, in_range, UNIT, D, BD)

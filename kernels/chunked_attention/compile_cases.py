@@ -3,20 +3,20 @@
 from dataclasses import replace
 from typing import Any
 
-from ..aot import CompileCase
+from ..aot import CompileCase, leaves
 from ..tuning import shipped
 from . import backward, forward, position
 from .launch import choose_config
+from .records import Frames, Given, KeyGradients, Positions, QueryGradients, Rows, Strides
 
 KERNELS = {
-    "forward": (forward.chunked_attention_forward_kernel, forward.RUNTIME),
-    "backward_query": (backward.chunked_attention_backward_query_kernel, backward.RUNTIME),
-    "backward_key": (backward.chunked_attention_backward_key_kernel, backward.RUNTIME),
-    "band": (position.chunked_attention_band_kernel, position.RUNTIME),
-    "table_gradient": (position.chunked_attention_table_gradient_kernel, position.RUNTIME),
+    "forward": forward.chunked_attention_forward_kernel,
+    "backward_query": backward.chunked_attention_backward_query_kernel,
+    "backward_key": backward.chunked_attention_backward_key_kernel,
+    "band": position.chunked_attention_band_kernel,
+    "table_gradient": position.chunked_attention_table_gradient_kernel,
 }
-FP32_POINTERS = ("lse_ptr", "delta_ptr", "content_sums_ptr", "position_sums_ptr", "partial_ptr")
-INTEGER_POINTERS = {"lengths_ptr": "*i64", "starts_ptr": "*i64", "key_mask_ptr": "*u8"}
+MASKED = ("forward", "backward_query", "backward_key")  # that read a key mask
 
 
 def compile_cases() -> list[CompileCase]:
@@ -28,7 +28,7 @@ def compile_cases() -> list[CompileCase]:
         for file in shipped("chunked_attention")
         for key in file.keys
         if not key.endswith("key_mask")
-        for key_mask in ((False, True) if "key_mask_ptr" in KERNELS[key.split("/")[0]][0].arg_names else (False,))
+        for key_mask in ((False, True) if key.split("/")[0] in MASKED else (False,))
     ]
 
 
@@ -36,7 +36,8 @@ def compile_case(
     name: str, key: str, key_mask: bool, configs: dict[str, dict[str, Any]], head_dim: int | None = None
 ) -> CompileCase:
     """Positions, both biases, lengths and starts, with or without a key mask; ``head_dim``: other than the key's."""
-    kernel, runtime = KERNELS[key.split("/")[0]]
+    name_of_kernel = key.split("/")[0]
+    kernel = KERNELS[name_of_kernel]
     dtype, padded = "fp32" if key.endswith("fp32") else "bf16", int(key.split("/")[1])
     config = dict(choose_config(configs, key, key_mask))
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
@@ -47,22 +48,37 @@ def compile_case(
         "D": size,
         "BD": padded,
         "ACCUMULATE": False,
-        **({} if key_mask else {"key_mask_ptr": None}),
         **config,
     }
-    names = kernel.arg_names
-    constexprs = {argument: value for argument, value in constexprs.items() if argument in names}
-    signature = {}
-    for argument in names:
-        if argument in constexprs:
-            continue
-        if argument.endswith("_ptr"):
-            kind = "*fp32" if argument in FP32_POINTERS else INTEGER_POINTERS.get(argument, f"*{dtype}")
-        else:
-            kind = "fp32" if argument == "scale" else "i32"
-        signature[argument] = kind
+    constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
+    known = _types(name_of_kernel, f"*{dtype}", key_mask)
+    signature = {name: known.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
     # What the launcher's specialisation sees: allocations, and strides of whole heads where they are multiples of 16.
-    strides = () if constexprs["UNIT"] != 1 else tuple(a for a in signature if a not in (*runtime, "scale"))
-    pointers = tuple(argument for argument in signature if argument.endswith("_ptr") and argument != "table_ptr")
-    divisible = tuple(dict.fromkeys((*pointers, *(a for a in strides if not a.endswith("_ptr")))))
+    divisible = tuple(
+        member
+        for member, _, kind in leaves(signature)
+        if kind
+        and not member.endswith(("table", "table_ptr"))
+        and (kind.startswith("*") or (constexprs["UNIT"] == 1 and ("strides" in member or "table_head" in member)))
+    )
     return CompileCase(name, kernel, signature, constexprs, divisible_by_16=divisible, **options)
+
+
+def _types(kernel: str, frame: str, key_mask: bool) -> dict[str, Any]:
+    """Types of the arguments that are not int32; ``frame``: of queries, keys, values and what is like them."""
+    strides = Strides("i32", "i32", "i32")
+    gradients: tuple[str, ...] = KeyGradients(frame, frame, frame)
+    if kernel == "backward_query":
+        gradients = QueryGradients(frame, frame, "*fp32", "*fp32")
+    return {
+        "frames": Frames(frame, frame, frame, frame),
+        "strides": Frames(strides, strides, strides, strides),
+        **dict.fromkeys(("q_strides", "gradient_strides"), strides),
+        "given": Given(frame, "*i64", "*i64", "*u8" if key_mask else None),
+        "rows": Rows("*fp32", "*fp32"),
+        "gradients": gradients,
+        "positions": Positions(frame, frame, frame, "i32"),
+        **dict.fromkeys(("q_ptr", "table_ptr", "band_ptr", "dscores_ptr"), frame),
+        **dict.fromkeys(("lse_ptr", "partial_ptr"), "*fp32"),
+        "scale": "fp32",
+    }

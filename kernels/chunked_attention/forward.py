@@ -25,9 +25,8 @@ RUNTIME = ["H", "Tq", "Tk", "chunk", "left", "right", "offset", "row_begin", "ro
 
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # (B, H, T, D); lse (B, H, Tq) fp32
-    band_ptr, content_ptr, lengths_ptr, starts_ptr, key_mask_ptr,  # None where absent
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t,  # strides in UNIT elements
+    frames, lse_ptr,  # Frames; (B, H, Tq) fp32
+    band_ptr, given, strides,  # None without positions; Given; Frames of Strides
     H, Tq, Tk, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -37,16 +36,16 @@ def chunked_attention_forward_kernel(
     i_row = tl.program_id(0) * BM + tl.arange(0, BM)  # row of the segment
     o_m = row_begin + i_row
     position = o_m + offset
-    begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
+    begin, end, key_end = valid_range(given, i_b, Tk)
     low, high = window(position, begin, key_end, chunk, left, right)
     m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
 
-    q = load_rows(item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT), o_m, q_t, m_row, UNIT, D, BD)
-    q = add_bias(q, content_ptr, i_h, D, BD)
+    q = load_rows(item_pointer(frames.q, i_b, i_h, strides.q, UNIT), o_m, strides.q, m_row, UNIT, D, BD)
+    q = add_bias(q, given, i_h, D, BD)
     if band_ptr is not None:
         band_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row)
-    k_ptr = item_pointer(k_ptr, i_b, i_h, k_b, k_h, UNIT)
-    v_ptr = item_pointer(v_ptr, i_b, i_h, v_b, v_h, UNIT)
+    k_ptr = item_pointer(frames.k, i_b, i_h, strides.k, UNIT)
+    v_ptr = item_pointer(frames.v, i_b, i_h, strides.v, UNIT)
     to_log2 = scale * 1.4426950408889634
     largest = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -57,20 +56,20 @@ def chunked_attention_forward_kernel(
         j_0 = i_n * BN
         o_n = tl.arange(0, BN)
         j = j_0 + o_n
-        m_n = visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk)
-        k = load_rows(k_ptr, j, k_t, m_n, UNIT, D, BD)
+        m_n = visible_keys(given, i_b, j, begin, key_end, Tk)
+        k = load_rows(k_ptr, j, strides.k, m_n, UNIT, D, BD)
         s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, PRECISION)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-        if key_mask_ptr is not None:
+        if given.key_mask is not None:
             visible &= m_n[None, :]
-        v = load_rows(v_ptr, j, v_t, m_n, UNIT, D, BD)
+        v = load_rows(v_ptr, j, strides.v, m_n, UNIT, D, BD)
         largest, total, out = add_keys(s, visible, v, to_log2, largest, total, out, PRECISION)
 
-    if key_mask_ptr is not None:
+    if given.key_mask is not None:
         m_row &= total != 0  # the mask may hide a whole window
     total = tl.where(m_row, total, 1.0)
     lse = tl.where(m_row, (largest + tl.log2(total)) * 0.6931471805599453, 0.0)  # 0 where a row sees nothing
     in_range = o_m < row_end
     tl.store(lse_ptr + i_bh * Tq + o_m, lse, mask=in_range)
-    out_ptr = item_pointer(out_ptr, i_b, i_h, out_b, out_h, UNIT)
-    store_rows(out_ptr, o_m, out_t, out / total[:, None], in_range, UNIT, D, BD)
+    out_ptr = item_pointer(frames.out, i_b, i_h, strides.out, UNIT)
+    store_rows(out_ptr, o_m, strides.out, out / total[:, None], in_range, UNIT, D, BD)

@@ -19,6 +19,7 @@ from ..tuning import load_configs
 from .backward import chunked_attention_backward_key_kernel, chunked_attention_backward_query_kernel
 from .forward import chunked_attention_forward_kernel
 from .position import SLACK, chunked_attention_band_kernel, chunked_attention_table_gradient_kernel, row_stride
+from .records import Frames, Given, KeyGradients, Positions, QueryGradients, Rows, Strides
 from .window import UNLIMITED
 
 BAND_BYTES = 256 * 2**20
@@ -110,8 +111,12 @@ class _Call:
         }
 
     @property
-    def optional(self) -> tuple[Tensor | None, ...]:
-        return self.content_bias, self.lengths, self.starts, self.key_mask
+    def given(self) -> Given:
+        return Given(self.content_bias, self.lengths, self.starts, self.key_mask)
+
+    @property
+    def given_for_positions(self) -> Given:
+        return Given(self.position_bias, self.lengths, self.starts)
 
     def segments(self) -> Iterator[Segment]:
         """Row ranges whose band fits the budget; one range when there are no positions."""
@@ -147,9 +152,9 @@ class _Call:
         size = self.batch * self.heads * rows * row_stride(segment.width)
         band = self.query.new_empty(2 * SLACK + size)[SLACK:]
         constants, table = self.constants("band"), self.rows_of_table(segment)
-        unit, strides = in_units(self.query)
+        unit, (strides,) = in_units(self.query)
         chunked_attention_band_kernel[(triton.cdiv(segment.rows, constants["BM"]), self.batch * self.heads)](
-            self.query, table, band, self.position_bias, self.lengths, self.starts, *strides, table.stride(0),
+            self.query, table, band, self.given_for_positions, strides, table.stride(0),
             self.heads, self.keys, self.offset, segment.begin, segment.end,
             segment.band_row, segment.band_column(self.offset), segment.width, UNIT=unit, **constants,
         )  # fmt: skip
@@ -161,11 +166,11 @@ class _Call:
         return self.heads, self.frames, self.keys, *self.window, self.offset, *place
 
 
-def in_units(*tensors: Tensor) -> tuple[int, list[int]]:
-    """(UNIT, the strides of batch, head and frame of every tensor divided by it): see window.py."""
+def in_units(*tensors: Tensor) -> tuple[int, list[Strides]]:
+    """(UNIT, the strides of item, head and frame of every tensor divided by it): see window.py."""
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     unit = 8 if any(stride % 16 for stride in strides) and not any(stride % 8 for stride in strides) else 1
-    return unit, [stride // unit for stride in strides]
+    return unit, [Strides(*(stride // unit for stride in x.stride()[:3])) for x in tensors]
 
 
 def window_sizes(options: Any) -> tuple[int, int, int]:
@@ -216,12 +221,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Te
         return torch.empty_like(query), lse
     call, out = _Call(query, key, value, options), _written_like(query)
     constants = call.constants("forward")
-    unit, strides = in_units(call.query, call.key, call.value, out)
+    frames = Frames(call.query, call.key, call.value, out)
+    unit, strides = in_units(*frames)
     with _on(query.device):
         for segment in call.segments():
             chunked_attention_forward_kernel[(triton.cdiv(segment.rows, constants["BM"]), call.batch * call.heads)](
-                call.query, call.key, call.value, out, lse, call.band(segment), *call.optional,
-                *strides, *call.sizes(segment), call.scale, UNIT=unit, **constants,
+                frames, lse, call.band(segment), call.given, Frames(*strides),
+                *call.sizes(segment), call.scale, UNIT=unit, **constants,
             )  # fmt: skip
     return _in_order_of(query, out), lse
 
@@ -274,8 +280,8 @@ def _backward_segment(
     sums: dict[str, Tensor],
 ) -> None:
     """Fill the segment's rows of dq and, if it is the only one, dk and dv; else add to those. Add to the sums."""
-    inputs, pairs, sizes = (call.query, call.key, call.value), call.batch * call.heads, call.sizes(segment)
-    band = call.band(segment)
+    frames, rows = Frames(call.query, call.key, call.value, out), Rows(lse, delta)
+    pairs, sizes, band = call.batch * call.heads, call.sizes(segment), call.band(segment)
     constants = call.constants("backward_query")
     tiles = triton.cdiv(segment.rows, constants["BM"])
     dscores = table = None
@@ -287,21 +293,21 @@ def _backward_segment(
         for name in ("content_bias", "position_bias")
         if name in sums
     }
-    unit, strides = in_units(*inputs, out)
+    unit, strides = in_units(*frames)
+    gradients = QueryGradients(grad, dq, partial.get("content_bias"), partial.get("position_bias"))
+    positions = Positions(band, dscores, table, None if table is None else table.stride(0))
     chunked_attention_backward_query_kernel[(tiles, pairs)](
-        *inputs, out, grad, lse, dq, delta, band, dscores, table, *call.optional,
-        partial.get("content_bias"), partial.get("position_bias"),
-        *strides, 0 if table is None else table.stride(0), *sizes, segment.width, segment.highest, call.scale,
-        UNIT=unit, **constants,
+        frames, rows, gradients, positions, call.given, Frames(*strides),
+        *sizes, segment.width, segment.highest, call.scale, UNIT=unit, **constants,
     )  # fmt: skip
     for name, sum_of_tiles in partial.items():
         sums[name] += sum_of_tiles.sum((0, 2))
 
     constants = call.constants("backward_key")
-    unit, strides = in_units(*inputs, out, dk)
+    unit, (*strides, of_gradients) = in_units(*frames, dk)
     chunked_attention_backward_key_kernel[(triton.cdiv(call.keys, constants["BN"]), pairs)](
-        *inputs, grad, lse, delta, dk, dv, band, *call.optional, *strides, *sizes, call.scale,
-        ACCUMULATE=segment.rows < call.frames, UNIT=unit, **constants,
+        frames, rows, KeyGradients(grad, dk, dv), band, call.given, Frames(*strides), of_gradients,
+        *sizes, call.scale, ACCUMULATE=segment.rows < call.frames, UNIT=unit, **constants,
     )  # fmt: skip
     if dscores is not None:
         _add_table_gradient(call, segment, dscores, sums["position"])
@@ -316,9 +322,9 @@ def _add_table_gradient(call: _Call, segment: Segment, dscores: Tensor, total: T
     splits = triton.cdiv(call.batch * row_tiles, tiles_per_split)
     shape = (splits, call.heads, segment.width, call.head_dim)
     partial = torch.empty(shape, dtype=torch.float32, device=dscores.device)
-    unit, strides = in_units(call.query)
+    unit, (strides,) = in_units(call.query)
     chunked_attention_table_gradient_kernel[(columns, call.heads, splits)](
-        call.query, dscores, partial, call.position_bias, call.lengths, call.starts, *strides,
+        call.query, dscores, partial, call.given_for_positions, strides,
         call.heads, call.keys, *call.window, call.offset, segment.begin, segment.end, segment.width, segment.highest,
         call.batch, row_tiles, tiles_per_split, call.scale, UNIT=unit, **constants,
     )  # fmt: skip

@@ -57,8 +57,8 @@ def load_score_gradients(dscores_ptr, i_row, m_row, position, low, high, x, widt
 
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_band_kernel(
-    q_ptr, table_ptr, band_ptr, bias_ptr, lengths_ptr, starts_ptr,
-    q_b, q_h, q_t, table_h,  # strides: of q in UNIT elements
+    q_ptr, table_ptr, band_ptr, given, q_strides,  # Given; Strides
+    table_head,  # distance between the tables of two heads
     H, Tk, offset, row_begin, row_end, band_row, band_column, width,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -68,12 +68,12 @@ def chunked_attention_band_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     i_row = tl.program_id(0) * BM + tl.arange(0, BM)
     o_m = row_begin + i_row
-    begin, end, _ = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
+    begin, end, _ = valid_range(given, i_b, Tk)
     in_range = o_m < row_end
     m_row = in_range & (o_m + offset >= begin) & (o_m + offset < end)
-    q = load_rows(item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT), o_m, q_t, m_row, UNIT, D, BD)
-    q = add_bias(q, bias_ptr, i_h, D, BD)
-    table_ptr += i_h * table_h
+    q = load_rows(item_pointer(q_ptr, i_b, i_h, q_strides, UNIT), o_m, q_strides, m_row, UNIT, D, BD)
+    q = add_bias(q, given, i_h, D, BD)
+    table_ptr += i_h * table_head
     rows_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row) + band_column
     rows_ptr = rows_ptr + (i_row.to(tl.int64) * (band_row * 16 + 1))[:, None]
     for x_0 in range(0, width, BN):
@@ -87,8 +87,7 @@ def chunked_attention_band_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_table_gradient_kernel(
     q_ptr, dscores_ptr, partial_ptr,  # partial (splits, H, width, D) fp32, in the order of the table
-    bias_ptr, lengths_ptr, starts_ptr,
-    q_b, q_h, q_t,
+    given, q_strides,  # Given; Strides
     H, Tk, chunk, left, right, offset, row_begin, row_end, width, highest, batch, row_tiles, tiles_per_split, scale,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -105,13 +104,13 @@ def chunked_attention_table_gradient_kernel(
         i_row = (tile % row_tiles * BM).to(tl.int32) + tl.arange(0, BM)
         o_m = row_begin + i_row
         position = o_m + offset
-        begin, end, key_end = valid_range(lengths_ptr, starts_ptr, i_b, Tk)
+        begin, end, key_end = valid_range(given, i_b, Tk)
         low, high = window(position, begin, key_end, chunk, left, right)
         m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
         rows_ptr = dscores_ptr + (i_b * H + i_h) * row_elements
         ds = load_score_gradients(rows_ptr, i_row, m_row, position, low, high, x, width, highest)
-        q = load_rows(item_pointer(q_ptr, i_b, i_h, q_b, q_h, UNIT), o_m, q_t, m_row, UNIT, D, BD)
-        q = add_bias(q, bias_ptr, i_h, D, BD)
+        q = load_rows(item_pointer(q_ptr, i_b, i_h, q_strides, UNIT), o_m, q_strides, m_row, UNIT, D, BD)
+        q = add_bias(q, given, i_h, D, BD)
         total += tl.dot(tl.trans(ds), q, input_precision=PRECISION)
     o_d = tl.arange(0, BD)
     partial_ptr += (i_split * H + i_h) * width * D

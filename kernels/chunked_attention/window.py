@@ -14,14 +14,14 @@ UNLIMITED = 1 << 29
 
 
 @triton.jit
-def valid_range(lengths_ptr, starts_ptr, i_b, Tk):
+def valid_range(given, i_b, Tk):
     """[begin, end) of the positions of item ``i_b`` that hold frames, for queries and for keys."""
     begin = 0
     end = 1 << 30
-    if starts_ptr is not None:
-        begin = tl.maximum(tl.load(starts_ptr + i_b), 0).to(tl.int32)
-    if lengths_ptr is not None:
-        end = tl.maximum(tl.load(lengths_ptr + i_b), 0).to(tl.int32)
+    if given.starts is not None:
+        begin = tl.maximum(tl.load(given.starts + i_b), 0).to(tl.int32)
+    if given.lengths is not None:
+        end = tl.maximum(tl.load(given.lengths + i_b), 0).to(tl.int32)
     return begin, end, tl.minimum(end, Tk)
 
 
@@ -33,46 +33,46 @@ def window(position, begin, key_end, chunk, left, right):
 
 
 @triton.jit
-def item_pointer(ptr, i_b, i_h, stride_b, stride_h, UNIT: tl.constexpr):
+def item_pointer(ptr, i_b, i_h, strides, UNIT: tl.constexpr):
     """Frames of one item and head: (T, D)."""
-    return ptr + (i_b * stride_b + i_h * stride_h) * UNIT
+    return ptr + (i_b * strides.item + i_h * strides.head) * UNIT
 
 
 @triton.jit
-def row_pointers(ptr, rows, stride, UNIT: tl.constexpr, BD: tl.constexpr):
+def row_pointers(ptr, rows, strides, UNIT: tl.constexpr, BD: tl.constexpr):
     """Addresses of frames of a (T, D) matrix with unit stride in D: [rows, BD]."""
-    return ptr + (rows.to(tl.int64) * stride * UNIT)[:, None] + tl.arange(0, BD)[None, :]
+    return ptr + (rows.to(tl.int64) * strides.frame * UNIT)[:, None] + tl.arange(0, BD)[None, :]
 
 
 @triton.jit
-def load_rows(ptr, rows, stride, mask, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def load_rows(ptr, rows, strides, mask, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Frames ``rows``, zero where masked: [rows, BD]."""
     inside = mask[:, None] & (tl.arange(0, BD) < D)[None, :]
-    return tl.load(row_pointers(ptr, rows, stride, UNIT, BD), mask=inside, other=0.0)
+    return tl.load(row_pointers(ptr, rows, strides, UNIT, BD), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, rows, stride, values, mask, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def store_rows(ptr, rows, strides, values, mask, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     inside = mask[:, None] & (tl.arange(0, BD) < D)[None, :]
-    tl.store(row_pointers(ptr, rows, stride, UNIT, BD), values.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(row_pointers(ptr, rows, strides, UNIT, BD), values.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def add_bias(rows, bias_ptr, i_h, D: tl.constexpr, BD: tl.constexpr):
+def add_bias(rows, given, i_h, D: tl.constexpr, BD: tl.constexpr):
     """Rows plus the bias of a head, in the rows' dtype: [rows, BD]. Unchanged without a bias."""
-    if bias_ptr is not None:
+    if given.bias is not None:
         o_d = tl.arange(0, BD)
-        bias = tl.load(bias_ptr + i_h * D + o_d, mask=o_d < D, other=0.0)
+        bias = tl.load(given.bias + i_h * D + o_d, mask=o_d < D, other=0.0)
         rows = (rows.to(tl.float32) + bias.to(tl.float32)[None, :]).to(rows.dtype)
     return rows
 
 
 @triton.jit
-def visible_keys(key_mask_ptr, i_b, j, begin, key_end, Tk):
+def visible_keys(given, i_b, j, begin, key_end, Tk):
     """Keys of a tile whose frames the key mask (B, Tk) does not hide: [BN]."""
     m_n = (j >= begin) & (j < key_end)
-    if key_mask_ptr is not None:
-        m_n &= tl.load(key_mask_ptr + i_b * Tk + j, mask=m_n, other=0) != 0
+    if given.key_mask is not None:
+        m_n &= tl.load(given.key_mask + i_b * Tk + j, mask=m_n, other=0) != 0
     return m_n
 
 

@@ -77,10 +77,11 @@ assert ops.quantize(torch.zeros(0, 8), torch.zeros(8, 4), torch.zeros(5, 4), bac
 
 x, p, c = check(200, 40, 16, 97)
 whole = ops.quantize(x, p, c, backend="triton")
+few = x[:9]  # equal codes make every row take the slow way
 for times in (2, 9):  # every code again at distances that share a lane, a tile, a pair of tiles
-    assert torch.equal(ops.quantize(x, p, c.repeat(1, times, 1), backend="triton"), whole)
-assert torch.equal(ops.quantize(x, p, c.repeat_interleave(3, 1), backend="triton"), 3 * whole)
-assert (ops.quantize(x, p, c[:, :1].expand(-1, 300, -1), backend="triton") == 0).all()
+    assert torch.equal(ops.quantize(few, p, c.repeat(1, times, 1), backend="triton"), whole[:9])
+assert torch.equal(ops.quantize(few, p, c.repeat_interleave(3, 1), backend="triton"), 3 * whole[:9])
+assert (ops.quantize(few, p, c[:, :1].expand(-1, 300, -1), backend="triton") == 0).all()
 
 assert torch.equal(torch.cat([ops.quantize(part, p, c, backend="triton") for part in x.split(23)]), whole)
 for rows, columns, peel in ((32, 128, 0), (256, 64, 1), (16, 256, 1)):
@@ -90,7 +91,7 @@ for rows, columns, peel in ((32, 128, 0), (256, 64, 1), (16, 256, 1)):
         # many equal codes, also across groups, tiles and the filling
         for repeated in (c.repeat(1, 9, 1), c.repeat_interleave(11, 1)[:, :1000]):
             assert torch.equal(
-                ops.quantize(x, p, repeated, backend="triton"), ops.quantize(x, p, repeated, backend="reference")
+                ops.quantize(few, p, repeated, backend="triton"), ops.quantize(few, p, repeated, backend="reference")
             )
     assert used.lookups
 
@@ -102,7 +103,7 @@ mask[5] = mask[6] = False
 ops.check_codes(ops.quantize(x, p, c, mask=mask, backend="triton"), mask)
 for scale in (2.0**-120, 2.0**100):
     assert torch.equal(ops.quantize(x[7:] * scale, p, c, backend="triton")[:, 0], codes[7:])
-for extreme, ordinary in rows_of_extreme_size(70, 40):
+for extreme, ordinary in rows_of_extreme_size(9, 40):
     for normalize in ("none", "layer_norm") if extreme.dtype != torch.float64 else ():
         codes = ops.quantize(extreme, p[0], c[0], normalize=normalize, backend="triton")
         assert count_wrong(codes, ordinary, p[0], c[0], normalize == "layer_norm")[0] == 0

@@ -15,9 +15,8 @@ CONFIGS = [
 
 @pytest.mark.parametrize(("name", "config"), CONFIGS, ids=lambda v: v if isinstance(v, str) else "")
 def test_tiles_hold_whole_groups(name, config):
-    """Groups of codes are the same in every tile, so codes do not depend on the configuration."""
     assert config["BN"] % (GROUP.value * STEP.value) == 0
-    assert config["BK"] == 16, "the rounding of the projection depends on it"
+    assert config["BK"] == 16, "more takes registers, less makes products too small"
 
 
 def test_few_rows_take_their_own_tile():
