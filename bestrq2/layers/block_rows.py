@@ -163,6 +163,13 @@ def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: 
     return (torch.rand(len(rates), branches, num_clips, device=device, dtype=torch.float32) < keep) / keep
 
 
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return True if a module does what its class says: nobody replaced, compiled or hooked it. Only then may its parts
+    be used without calling it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and module._compiled_call_impl is None and not any(hooks)
+
+
 def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """``x W^T`` and the bias that is still to be added (None: it is in there, or the layer has none).
 
@@ -170,8 +177,7 @@ def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     on a CPU and reads the whole gradient once more for its sum.
     """
     weight, bias = layer.weight, layer.bias
-    hooked = type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks
-    if hooked or type(weight) is not nn.Parameter or not is_fused(x, weight, bias):
+    if not untouched(layer, nn.Linear) or type(weight) is not nn.Parameter or not is_fused(x, weight, bias):
         return layer(x), None
     rows = x.flatten(0, -2)
     if torch.is_autocast_enabled("cpu"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-from .block_rows import Branch, Rotation, linear, product, residual_norm, residual_sum, stochastic_depth
+from .block_rows import Branch, Rotation, linear, product, residual_norm, residual_sum, stochastic_depth, untouched
 from .positions import turn
 from .transformer import Mlp, TransformerSettings, make_norm, with_bias
 
@@ -53,6 +53,16 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.RMSNorm(s.head_dim, eps=1e-5) if s.qk_norm else nn.Identity()
         self.proj = nn.Linear(s.width, s.width, bias=s.bias)
 
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        lengths: Tensor | None,
+        rotation: Rotation | None,
+        context_rotation: Rotation | None,
+    ) -> Tensor:
+        return with_bias(*self.product(x, context, lengths, rotation, context_rotation))
+
     def product(
         self,
         x: Tensor,
@@ -92,9 +102,12 @@ class CrossBlock(nn.Module):
     ) -> Tensor:
         first, second = (None, None) if scales is None else scales.unbind()
         x, normed = residual_norm(x, None, self.norm1)
-        branch = self.attn.product(normed, context, lengths, rotation, context_rotation)
+        arguments = (normed, context, lengths, rotation, context_rotation)
+        own = untouched(self.attn, CrossAttention)
+        branch = self.attn.product(*arguments) if own else (self.attn(*arguments), None)
         x, normed = residual_norm(x, self._branch(*branch, first), self.norm2)
-        return residual_sum(x, self._branch(*self.mlp.product(normed), second))
+        fed = self.mlp.product(normed) if untouched(self.mlp, Mlp) else (self.mlp(normed), None)
+        return residual_sum(x, self._branch(*fed, second))
 
     def _branch(self, values: Tensor, bias: Tensor | None, scale: Tensor | None) -> Branch:
         if self.dropout and self.training:

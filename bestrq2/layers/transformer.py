@@ -28,6 +28,7 @@ from .block_rows import (
     residual_sum,
     split_heads,
     stochastic_depth,
+    untouched,
 )
 
 Norm = Literal["layer_norm", "rms_norm"]
@@ -185,13 +186,21 @@ class Block(nn.Module):
         x, normed = residual_norm(x, pending, self.norm1, kept=kept)
         if kept is not None:
             lengths_kept, rotation_kept = _of_clips(kept, lengths, rotation)
-            attended = self.attn.product(normed, lengths_kept, rotation_kept, first)
+            attended = self._attended(normed, lengths_kept, rotation_kept, first)
         else:
-            attended = self.attn.product(normed, lengths, rotation, first)
+            attended = self._attended(normed, lengths, rotation, first)
         branch = self._branch(*attended, scale, kept)
         kept = kept_clips(second, x)
         x, normed = residual_norm(x[:, first:] if first else x, branch, self.norm2, kept=kept)
-        return x, self._branch(*self.mlp.product(normed), second, kept)
+        fed = self.mlp.product(normed) if untouched(self.mlp, Mlp) else (self.mlp(normed), None)
+        return x, self._branch(*fed, second, kept)
+
+    def _attended(
+        self, x: Tensor, lengths: Tensor | None, rotation: Rotation | None, first: int
+    ) -> tuple[Tensor, Tensor | None]:
+        if untouched(self.attn, Attention):
+            return self.attn.product(x, lengths, rotation, first)
+        return self.attn(x, lengths, rotation)[:, first:], None
 
     def _branch(self, values: Tensor, bias: Tensor | None, scale: Tensor | None, kept: Kept | None) -> Branch:
         if self.dropout and self.training:
@@ -266,10 +275,12 @@ class Transformer(nn.Module):
         return self.norm(x)[:, first:]
 
     def _advances(self) -> bool:
-        """Return True if blocks may hand on their last branch: they are not compiled, hooked or recomputed."""
+        """Return True if blocks may hand on their last branch: nobody compiled, replaced or hooked them, and they are
+        not recomputed."""
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (*self.blocks, self.norm))
-        return not (self.compiled or checkpointing or hooked)
+        if self.compiled or checkpointing or not untouched(self.norm, type(self.norm)):
+            return False
+        return all(untouched(block, Block) for block in self.blocks)
 
     def flops(self, tokens: int, wanted: int | None = None) -> float:
         """Floating-point operations of one forward pass over one clip of ``tokens`` tokens (matrix products only), of

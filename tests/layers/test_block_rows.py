@@ -227,3 +227,28 @@ def test_transformer_is_that_of_plain_pytorch(modern, first):
         results.append([out, x.grad, *[p.grad for p in model.parameters()]])
     for mine, plain in zip(*results):
         assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("part", ["", "attn", "mlp", "attn.proj", "mlp.fc1"])
+@pytest.mark.parametrize("how", ["hook", "compile", "replace"])
+def test_modules_that_were_changed_are_called(part, how):
+    if how == "compile" and "." in part:
+        pytest.skip("torch.compile leaves a Linear by itself as it is")
+    model = Transformer(TransformerSettings(64, 2, 4)).eval()
+    x, calls = normal(2, 9, 64).detach(), []
+    expected = model(x)
+    changed = model.blocks[1].get_submodule(part)
+    if how == "hook":
+        changed.register_forward_hook(lambda *call: calls.append(call))
+    elif how == "compile":
+        changed.compile(backend=lambda module, inputs: calls.append(inputs) or module.forward)
+    else:
+
+        class Replacement(type(changed)):
+            def forward(self, *arguments, **options):
+                calls.append(arguments)
+                return super().forward(*arguments, **options)
+
+        changed.__class__ = Replacement
+    torch.testing.assert_close(model(x), expected)
+    assert calls
