@@ -96,9 +96,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--piece", type=float, default=0.1, help="seconds of audio that arrive together (default: 0.1)")
     parser.add_argument("--chunk-size", type=int, help="feature frames per chunk (default: the encoder's)")
     parser.add_argument("--left-context", type=int, help="feature frames before the chunk (default: the encoder's)")
-    parser.add_argument("--out", type=Path, help="also write the features, (frames, width), as npy")
+    parser.add_argument("--out", type=Path, help="also write the features, (frames, width), to this .npy file")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
+    out: Path | None = options.out
+    if out is not None:  # before anything is computed
+        if out.suffix != ".npy":
+            out = out.with_name(f"{out.name}.npy")
+        if not out.parent.is_dir():
+            raise ConfigError(f"--out {options.out}: the folder {out.parent} does not exist")
+        if out.is_dir():
+            raise ConfigError(f"--out {options.out}: {out} is a folder, expected the name of a file")
     try:
         encoder = load(options.encoder, device=choose_device(options.device))
         if not isinstance(encoder, ConformerEncoder):
@@ -109,9 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             left = layout.left_context if options.left_context is None else options.left_context
             layout = ChunkLayout(chunk, left)
         waveform = load_audio(options.file, encoder.sampling_rate)
-        if options.out is not None and not options.out.parent.is_dir():
-            raise ConfigError(f"--out {options.out}: no such folder")
-        return show(encoder, waveform, options.piece, layout, options.out)
+        return show(encoder, waveform, options.piece, layout, out)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -136,7 +142,8 @@ def show(
     factor = arrival.compute_seconds / arrival.audio_seconds
     print(f"{frames} frames of {arrival.audio_seconds:.2f} s in {arrival.compute_seconds:.2f} s: {factor:.3f}")
     if out is not None:
-        np.save(out, torch.cat(parts).numpy())
+        with out.open("wb") as file:
+            np.save(file, torch.cat(parts).numpy())
         print(f"written to {out}")
     return 0
 

@@ -109,7 +109,7 @@ def test_layers_and_pooling(run, folder, tmp_path):
     ("arguments", "message"),
     [
         (["RUN", "missing.wav"], "missing.wav"),
-        (["nowhere", "AUDIO"], "no intact checkpoint"),
+        (["nowhere", "AUDIO"], "no such file or folder"),
         (["RUN", "AUDIO", "--layer", "9"], r"--layer: expected 0..1, got 9"),
         (["RUN", "AUDIO", "--layers", "0,2"], r"expected all, middle, or 0..1 and final separated by commas, got '2'"),
         (["RUN", "AUDIO", "--layers", "all", "--layer", "0"], "give one of them"),

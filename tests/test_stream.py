@@ -27,10 +27,11 @@ def runs(tmp_path_factory):
 
 
 def test_live_features_equal_encode(runs, tmp_path, capsys):
-    path, out = str(tiny_dataset()[0].path), tmp_path / "features.npy"
+    path, out = str(tiny_dataset()[0].path), tmp_path / "features of s2.npy"
     capsys.readouterr()
-    assert stream.main([str(runs / "streaming"), path, "--out", str(out), "--piece", "0.07"]) == 0
+    assert stream.main([str(runs / "streaming"), path, "--out", str(out.with_suffix("")), "--piece", "0.07"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"written to {out}"
     encoder = load(runs / "streaming")
     with torch.no_grad():
         expected, _ = encoder.encode(torch.from_numpy(load_audio(path))[None])
@@ -46,14 +47,17 @@ def test_live_features_equal_encode(runs, tmp_path, capsys):
         (["full", "AUDIO"], "cannot stream exactly: attention to the whole sequence"),
         (["full", "AUDIO", "--chunk-size", "8"], 'conv_mode "full" looks ahead'),
         (["vit", "AUDIO"], "only a Conformer can stream, this is a ViTEncoder"),
-        (["nothing", "AUDIO"], "no intact checkpoint"),
+        (["nothing", "AUDIO"], "no such file or folder"),
         (["streaming", "missing.wav"], "missing.wav"),
         (["streaming", "AUDIO", "--piece", "0"], "pieces of at least one sample"),
         (["streaming", "AUDIO", "--chunk-size", "0"], "chunk_size must be at least 1"),
-        (["streaming", "AUDIO", "--out", "nowhere/x.npy"], "no such folder"),
+        (["streaming", "AUDIO", "--out", "nowhere/x.npy"], "the folder nowhere does not exist"),
+        (["streaming", "AUDIO", "--out", "nowhere.npy/"], "expected the name of a file"),
     ],
 )
-def test_bad_input_is_one_clear_line(runs, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_clear_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nowhere.npy").mkdir()
     soundfile.write(tmp_path / "a.wav", np.zeros(4000), 16000)
     run, *rest = [str(tmp_path / "a.wav") if argument == "AUDIO" else argument for argument in arguments]
     assert stream.main([str(runs / run), *rest]) == 2

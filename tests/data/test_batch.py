@@ -180,7 +180,8 @@ def test_signals(tmp_path, signals, status):
     paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     with open(tmp_path / "errors.txt", "w+") as errors:
         run = subprocess.Popen(
-            [sys.executable, str(tmp_path / "endless.py")],
+            # On one core torch warns of more workers than cores.
+            [sys.executable, "-W", "ignore::UserWarning", str(tmp_path / "endless.py")],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -202,7 +203,8 @@ def test_signals(tmp_path, signals, status):
             printed = errors.read()
             assert "Traceback" not in printed
             # Python itself reports the semaphores that it removes after a process that was killed.
-            assert all("resource_tracker" in line or line.startswith("  ") for line in printed.splitlines())
+            strange = [line for line in printed.splitlines() if "resource_tracker" not in line and line[:2] != "  "]
+            assert not strange
         finally:
             run.stdout.close()
             if run.poll() is None:

@@ -133,7 +133,7 @@ def test_other_sources(encoder_file, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
-        ("nowhere", [], "no intact checkpoint"),
+        ("nowhere", [], "no such file or folder"),
         ("torch.nn:Identity", [], "has no encode, sampling_rate"),
         ("torch.nn:Nothing", [], "Nothing"),
         ("missing.py", [], "no such file"),
