@@ -102,7 +102,7 @@ def log_mel(
     bestrq2.layers, ``longest`` is the largest number of bins of a filter.
     """
     num_clips, bands, device = waveform.shape[0], mean.shape[0], waveform.device
-    out = torch.empty(num_clips, num_frames, bands, device=device)
+    out = torch.empty(num_clips, num_frames, bands, device=device, dtype=torch.float32)
     total = num_clips * num_frames
     if total == 0:
         return out

@@ -155,7 +155,7 @@ class ForeignEncoder(ReadoutMixin, nn.Module, ABC):
         """
         check_choice("rows", rows, ROW_JOINS)
         ends = check_lengths(waveform, lengths).tolist()
-        wanted = check_layers(layers, self.depth)
+        wanted: list[Any] = list(check_layers(layers, self.depth))
         clips = [clip[:end].float() for clip, end in zip(waveform, ends)]
         clips = [nn.functional.pad(clip, (0, max(0, self.min_samples - len(clip)))) for clip in clips]
         samples = [len(clip) for clip in clips]
@@ -177,7 +177,7 @@ class ForeignEncoder(ReadoutMixin, nn.Module, ABC):
                 )
             of_clip[window.clip].append(piece[:, window.skip : end].float())
         joined = [torch.cat(row, dim=1) for row in of_clip]
-        counts = torch.tensor([row.shape[1] for row in joined], dtype=torch.int64)
+        counts = torch.tensor([row.shape[1] for row in joined], dtype=torch.int64, device="cpu")
         longest = int(counts.max()) if len(counts) else 0
         features = waveform.new_zeros(len(wanted), len(joined), longest, self.output_dim, dtype=torch.float32)
         for number, row in enumerate(joined):
@@ -234,7 +234,7 @@ class ModuleAdapter(ForeignEncoder):
         if self.xares:
             features = self.encoder(clip[None])
             return [torch.stack([features[0]] * len(wanted))]
-        length = torch.tensor([len(clip)])
+        length = torch.tensor([len(clip)], device="cpu")
         if wanted != [None] * len(wanted):
             features, counts = self.encoder.encode_layers(clip[None], length, wanted)
             return [features[:, 0, : int(counts[0])]]
@@ -250,7 +250,9 @@ def check_declared(encoder: ForeignEncoder, origin: str) -> None:
     """
     rate, hop = encoder.sampling_rate, encoder.hop_size_in_ms / 1000
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    noise = 0.1 * torch.randn(1, 3 * rate, generator=torch.Generator("cpu").manual_seed(0))
+    noise = 0.1 * torch.randn(
+        1, 3 * rate, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     counts = []
     for seconds in (1, 3):
         try:

@@ -36,7 +36,7 @@ class ExportableLogMel(nn.Module):
         window = F.pad(log_mel.window.cpu().double(), ((size - length) // 2, size - length - (size - length) // 2))
         window = window / window.square().sum().sqrt()
         # Angles from an exact integer product: n * k modulo size.
-        turns = torch.outer(torch.arange(size), torch.arange(size // 2 + 1)) % size
+        turns = torch.outer(torch.arange(size, device="cpu"), torch.arange(size // 2 + 1, device="cpu")) % size
         angles = turns.double() * (2 * torch.pi / size)
         basis = torch.cat((angles.cos(), angles.sin()), dim=1) * window[:, None]
         self.register_buffer("basis", basis)  # (n_fft, 2 (n_fft // 2 + 1))

@@ -29,7 +29,10 @@ ONNX_LIMIT = 2_000_000_000  # bytes of one file, a limit of the format
 
 def trace(encoder: ViTEncoder | ConformerEncoder) -> torch.export.ExportedProgram:
     """The encoder as a graph with symbols for batch size and length; made on the CPU, in fp32."""
-    example = (torch.zeros(2, 3 * encoder.sampling_rate), torch.tensor([3, 2]) * encoder.sampling_rate)
+    example = (
+        torch.zeros(2, 3 * encoder.sampling_rate, dtype=torch.float32, device="cpu"),
+        torch.tensor([3, 2], device="cpu") * encoder.sampling_rate,
+    )
     batch, samples = torch.export.Dim("batch"), torch.export.Dim("samples", min=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -71,15 +74,17 @@ def largest_error(encoder: ViTEncoder | ConformerEncoder, run: Run) -> float:
     cases = [[1.0], [2.3, 0.001, 1.1], [seconds, 0.9 * seconds]]
     generator, worst = torch.Generator("cpu").manual_seed(0), 0.0
     for case in cases:
-        lengths = torch.tensor([max(1, round(part * rate)) for part in case])
-        waveform = 0.1 * torch.randn(len(case), int(lengths.max()) + 3, generator=generator)  # noise in the padding
+        lengths = torch.tensor([max(1, round(part * rate)) for part in case], device="cpu")
+        waveform = 0.1 * torch.randn(
+            len(case), int(lengths.max()) + 3, generator=generator, dtype=torch.float32, device="cpu"
+        )  # noise in the padding
         with torch.no_grad():
             expected, counts = encoder.encode(waveform, lengths)
             features, found = run(waveform, lengths)
         frames = expected.shape[1]
         if not torch.equal(found, counts) or features.shape[1] not in (frames, max(2, frames)):
             raise ConfigError(f"frames {found.tolist()} of {features.shape[1]}, expected {counts.tolist()} of {frames}")
-        behind = torch.arange(features.shape[1]) >= counts[:, None]
+        behind = torch.arange(features.shape[1], device="cpu") >= counts[:, None]
         if not features.isfinite().all() or features[behind].any():
             raise ConfigError("features are not finite, or not zero behind a clip's end")
         scale = expected[~behind[:, :frames]].square().mean().sqrt()

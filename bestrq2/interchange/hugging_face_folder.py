@@ -1,4 +1,8 @@
-"""Write a transformers folder, for ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` and for us."""
+"""Transformers folders of our encoders, for ``AutoModel.from_pretrained(folder, trust_remote_code=True)`` and for us.
+
+:func:`write_folder` makes one; :func:`read_folder` also reads what ``save_pretrained`` made of it: one file or shards,
+in any floating dtype, with the configuration in config.json alone.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,10 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bestrq2.config import Config, config_to_dict
+from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
+from bestrq2.errors import CheckpointError
 
-from .tensors import assemble_encoder, write_encoder_file
+from .tensors import assemble_encoder, read_tensors, write_encoder_file
 
+MODEL_TYPE = "bestrq2"
+PREFIX = "bestrq2."  # of the encoder inside of a larger transformers model
 CODE = ("configuration_bestrq2.py", "modeling_bestrq2.py", "feature_extraction_bestrq2.py")
 
 
@@ -30,7 +37,7 @@ def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], or
                 "AutoConfig": "configuration_bestrq2.BestRQ2Config",
                 "AutoModel": "modeling_bestrq2.BestRQ2Model",
             },
-            "model_type": "bestrq2",
+            "model_type": MODEL_TYPE,
             "dtype": "float32",
             "hidden_size": encoder.output_dim,
             "num_hidden_layers": encoder.depth,
@@ -55,3 +62,76 @@ def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], or
     for name in CODE:
         (folder / name).write_text(code.joinpath(name).read_text())
     return [folder / name for name in ("model.safetensors", *documents, *CODE)]
+
+
+def document_of(folder: Path) -> dict[str, object] | None:
+    """The config.json of one of our encoders in a transformers folder, or None for any other folder."""
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.get("model_type") == MODEL_TYPE else None
+
+
+def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration, and tensors named ``encoder.*``, of a folder with such a config.json.
+
+    Raises:
+        ConfigError: for a config.json without a usable ``bestrq2_config``, or an index that names files elsewhere.
+        CheckpointError: for missing or damaged weights.
+    """
+    own = (document_of(folder) or {}).get("bestrq2_config")
+    if not isinstance(own, dict) or not own:
+        raise ConfigError(
+            f"{folder / 'config.json'}: expected bestrq2_config, the configuration of the encoder, got {own!r}"
+        )
+    try:
+        config = config_from_dict(own)
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'}: bestrq2_config cannot be used: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        found, _ = read_tensors(path)
+        repeated = next((name for name in found if name in tensors), None)
+        if repeated is not None:
+            raise CheckpointError(f"{path}: tensor {repeated!r} is in another shard, too")
+        tensors.update(found)
+    if any(name.startswith(f"{PREFIX}encoder.") for name in tensors):
+        tensors = {name[len(PREFIX) :]: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    return config, tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors or the shards of its index; where there is neither, those of the one variant, as in
+    ``model.fp16.safetensors``."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    indices = [index] if index.is_file() else sorted(folder.glob("model.safetensors.index.*.json"))
+    if indices:
+        return _shards(folder, _one_of(indices, folder))
+    variants = [path for path in sorted(folder.glob("model.*.safetensors")) if path.is_file()]
+    if not variants:
+        raise CheckpointError(f"{folder}: expected model.safetensors, or model.safetensors.index.json and its shards")
+    return [_one_of(variants, folder)]
+
+
+def _one_of(paths: list[Path], folder: Path) -> Path:
+    if len(paths) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise ConfigError(f"{folder}: expected the weights of one variant, got {names}")
+    return paths[0]
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read as an index of shards: {error}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{index}: expected names of .safetensors files in this folder, got {name!r}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
+    return [folder / name for name in names]

@@ -85,7 +85,10 @@ def load(
             encoder.requires_grad_(True).train()
     if trainable and not encoder.training:
         raise ConfigError(f"{text}: trainable=True needs an encoder of bestrq2, got {type(encoder).__name__}")
-    return encoder.to(device)
+    try:
+        return encoder.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or its memory is full
+        raise ConfigError(f"device={str(device)!r}: {str(error).strip() or type(error).__name__}") from error
 
 
 open_encoder = load  # its former name

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_from_dict
@@ -13,6 +14,7 @@ from bestrq2.models.build import load_weights
 from bestrq2.models.teacher import Teacher
 from bestrq2.runs.checkpoint import STATE, find_checkpoint
 
+from .hugging_face_folder import document_of, read_folder
 from .published import from_published
 from .published_keys import unknown_layout
 from .tensors import CONFIG_ENTRY, assemble_encoder, config_in, read_tensors, refuse_pickle
@@ -58,6 +60,14 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
             f"{path}: another model, in transformers' form, without a configuration of bestrq2; bestrq2.load opens "
             "it as an encoder"
         )
+    if document_of(path) is not None:
+        config, tensors = read_folder(path)
+        return OpenedModel(config, tensors, False, path)
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path}: a PEFT adapter, which holds changes to weights and no encoder: save the merged model, "
+            "model.merge_and_unload().save_pretrained(FOLDER)"
+        )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
         return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)
     checkpoint = find_checkpoint(path)
@@ -73,6 +83,8 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
     tensors, metadata = read_tensors(path)
     if CONFIG_ENTRY in metadata:
         return OpenedModel(config_in(metadata, path), tensors, False, path)
+    if document_of(path.parent) is not None:  # of a transformers folder that another library wrote
+        return OpenedModel(*read_folder(path.parent), False, path)
 
     def number(name: str, kind: type) -> Any:
         try:
@@ -130,7 +142,8 @@ def load_pretraining(path: str | Path, **hints: int | None) -> BestRQ2 | BestRQ:
     source = open_source(path, **hints)
     if not source.complete:
         raise ConfigError(f"{path}: holds an encoder alone, without predictor, quantizer and head")
-    model = build_model(source.config, open_teacher(source.config))
+    with torch.device("cpu"):
+        model = build_model(source.config, open_teacher(source.config)).float()
     load_weights(model, source.weights, source.origin)
     return model
 

@@ -104,7 +104,9 @@ def from_published(
     width, _, height, frames = kernel.shape
     bias = keys.get(stem + "proj.bias")
     weights["encoder.patch_embed.proj.weight"] = kernel.flatten(1)
-    weights["encoder.patch_embed.proj.bias"] = torch.zeros(width) if bias is None else bias
+    weights["encoder.patch_embed.proj.bias"] = (
+        torch.zeros(width, dtype=torch.float32, device="cpu") if bias is None else bias
+    )
 
     front = config.model.front_end
     filters, window = keys.get(FILTERS), keys.get(WINDOW)
@@ -120,9 +122,11 @@ def from_published(
     front.hop_length, front.f_max = hop_length or known_hop or 0, SAMPLING_RATE / 2
     expected_filters = mel_filters(front.n_fft, front.num_mels, SAMPLING_RATE, 0.0, SAMPLING_RATE / 2)
     _check_buffer(filters, expected_filters, FILTERS, "HTK filters from 0 to 8000 Hz", origin)
-    _check_buffer(window, torch.hann_window(front.win_length, device="cpu"), WINDOW, "a Hann window", origin)
-    weights["encoder.front_end.mean"] = torch.zeros(front.num_mels)
-    weights["encoder.front_end.std"] = torch.ones(front.num_mels)
+    _check_buffer(
+        window, torch.hann_window(front.win_length, device="cpu", dtype=torch.float32), WINDOW, "a Hann window", origin
+    )
+    weights["encoder.front_end.mean"] = torch.zeros(front.num_mels, dtype=torch.float32, device="cpu")
+    weights["encoder.front_end.std"] = torch.ones(front.num_mels, dtype=torch.float32, device="cpu")
 
     rows = front.num_mels // height
     settings, blocks, position = read_transformer(keys, "encoder.", rows, heads, HEAD_DIM)
@@ -178,7 +182,10 @@ def _read_pretraining(
         projection, codebook = keys.need("quantizer.P"), keys.need("quantizer.CB")
         # Any length of a code gives other codes than unit length: theirs are stored normalised.
         weights["quantizer.projection"], weights["quantizer.codebook"] = projection[None], codebook[None]
-        weights["quantizer.mean"], weights["quantizer.std"] = torch.tensor(0.0), torch.tensor(1.0)
+        weights["quantizer.mean"], weights["quantizer.std"] = (
+            torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+            torch.tensor(1.0, dtype=torch.float32, device="cpu"),
+        )
         targets = config.model.targets
         targets.codebook_size, targets.codebook_dim = codebook.shape
         parts.append("quantizer")

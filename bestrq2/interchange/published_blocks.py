@@ -86,7 +86,9 @@ def _copy_norms(keys: Keys, block: str, own: str, out: dict[str, Tensor]) -> Non
 def _copy_bias(keys: Keys, name: str, own: str, out: dict[str, Tensor], wanted: bool) -> None:
     bias = keys.get(name)
     if wanted:
-        out[f"{own}.bias"] = torch.zeros(out[f"{own}.weight"].shape[0]) if bias is None else bias
+        out[f"{own}.bias"] = (
+            torch.zeros(out[f"{own}.weight"].shape[0], dtype=torch.float32, device="cpu") if bias is None else bias
+        )
 
 
 def _copy_feed_forward(keys: Keys, block: str, own: str, out: dict[str, Tensor], bias: bool) -> tuple[int, bool]:
@@ -99,7 +101,9 @@ def _copy_feed_forward(keys: Keys, block: str, own: str, out: dict[str, Tensor],
             if bias:
                 parts = [keys.get(f"{stem}{name}.bias") for name in (gate, value)]
                 width = out[f"{own}fc2.weight"].shape[1]
-                out[f"{own}fc1.bias"] = torch.cat([torch.zeros(width) if part is None else part for part in parts])
+                out[f"{own}fc1.bias"] = torch.cat(
+                    [torch.zeros(width, dtype=torch.float32, device="cpu") if part is None else part for part in parts]
+                )
             _copy_bias(keys, f"{stem}{last}.bias", own + "fc2", out, bias)
             return out[f"{own}fc2.weight"].shape[1], True
     first, last = next((pair for pair in PACKED_NAMES if f"{stem}{pair[0]}.weight" in keys.tensors), PACKED_NAMES[0])

@@ -91,11 +91,11 @@ class Upstream(nn.Module):
         frame less, because it drops an incomplete one, a clip's last frame is repeated. Frames behind a clip's own end
         are zero.
         """
-        lengths = torch.tensor([len(wav) for wav in wavs])
+        lengths = torch.tensor([len(wav) for wav in wavs], device="cpu")
         padded = nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True)
         features, counts = self.model.encode_layers(padded, lengths)
         wanted = -(-lengths // self.downsample_rate)
-        time = torch.arange(int(wanted.max()))
+        time = torch.arange(int(wanted.max()), device="cpu")
         place = torch.minimum(time, counts[:, None] - 1).to(features.device)
         features = features.gather(2, place[None, :, :, None].expand(len(features), -1, -1, features.shape[3]))
         inside = (time < wanted[:, None]).to(features.device)

@@ -93,7 +93,7 @@ def speechbrain_conformer(
         # Rows lie as (head, q | k | v, channel); ours as (q | k | v, head, channel), with biases it does not have.
         joint = take(f"{theirs}mha_layer.in_proj_weight").unflatten(0, (heads, 3, width // heads))
         state[f"{ours}attn.qkv.weight"] = joint.transpose(0, 1).reshape(3 * width, width)
-        state[f"{ours}attn.qkv.bias"] = torch.zeros(3 * width)
+        state[f"{ours}attn.qkv.bias"] = torch.zeros(3 * width, dtype=torch.float32, device="cpu")
         state[f"{ours}attn.position.weight"] = take(f"{theirs}mha_layer.linear_pos.weight")
         for target, source in (("content_bias", "pos_bias_u"), ("position_bias", "pos_bias_v")):
             # Stored as (channel, head), but used as if the same memory were (head, channel).

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,12 +82,13 @@ def config_in(metadata: dict[str, str], origin: Path) -> Config:
 def assemble_encoder(
     config: Config, weights: Mapping[str, Tensor], origin: Path, *, published_positions: bool = False
 ) -> ViTEncoder | ConformerEncoder:
-    """An encoder in evaluation mode that takes no gradients.
+    """An encoder in evaluation mode that takes no gradients: float32, on the CPU, whatever torch's defaults are.
 
     Raises:
         ConfigError: if the tensors do not fit the configuration, naming the first mismatch.
     """
-    encoder = build_encoder(config.model, config.data.crop_seconds, published_positions, config.train.seed)
+    with torch.device("cpu"):
+        encoder = build_encoder(config.model, config.data.crop_seconds, published_positions, config.train.seed).float()
     load_weights(encoder, encoder_weights(weights), origin)
     return encoder.eval().requires_grad_(False)
 

@@ -81,7 +81,9 @@ class TransformersEncoder(ForeignEncoder):
 
     def _noise(self, seconds: float) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(0)
-        return 0.1 * torch.randn(round(seconds * self.sampling_rate), generator=generator)
+        return 0.1 * torch.randn(
+            round(seconds * self.sampling_rate), generator=generator, dtype=torch.float32, device="cpu"
+        )
 
     def _look(self, hidden: tuple[Tensor, ...]) -> None:
         """Width and depth from the outputs of one run."""
@@ -106,7 +108,7 @@ class TransformersEncoder(ForeignEncoder):
             return
         if self.model.main_input_name != "input_values":
             return
-        counts = [int(lengths(torch.tensor(len(clip)))) for clip in (short, long)]
+        counts = [int(lengths(torch.tensor(len(clip), device="cpu"))) for clip in (short, long)]
         batched, _ = self._forward([short, long])
         alone, together = hidden[-1][0], batched[-1][0, : hidden[-1].shape[1]]
         same = alone.shape == together.shape and float((together - alone).norm()) <= EXACT * float(alone.norm())
@@ -150,7 +152,7 @@ class TransformersEncoder(ForeignEncoder):
         with torch.no_grad():
             output = self.model(**values, output_hidden_states=True)
         states = [*(output.hidden_states or ()), output.last_hidden_state]
-        samples = torch.tensor([len(clip) for clip in clips])
+        samples = torch.tensor([len(clip) for clip in clips], device="cpu")
         if self.form == "spectrogram":
             states = [
                 state[:, 2:].unflatten(1, (self.rows, self.columns)).mean(1)  # frequency runs slowest
@@ -167,7 +169,7 @@ class TransformersEncoder(ForeignEncoder):
         elif mask is not None and mask.shape[1] == states[-1].shape[1]:
             frames = mask.sum(1).cpu()
         else:
-            frames = torch.full((len(clips),), states[-1].shape[1])
+            frames = torch.full((len(clips),), states[-1].shape[1], device="cpu")
         return tuple(states), frames
 
     def _run(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:

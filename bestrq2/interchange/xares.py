@@ -103,7 +103,7 @@ class XaresLlmModule(FrozenModule):
                 raise ValueError("expected padding at the end of each clip, got a mask with audio behind padding")
             lengths = counts.clamp(min=1)
         features, frames = self._features(audio, lengths)
-        kept = torch.arange(features.shape[1]) < frames[:, None]
+        kept = torch.arange(features.shape[1], device="cpu") < frames[:, None]
         if mask is not None:
             kept &= (counts > 0).cpu()[:, None]
         return features, kept.to(features.device, torch.int64 if mask is None else mask.dtype)
@@ -181,7 +181,7 @@ def check_encoder_module(path: Path, *, spawn: bool = True) -> list[str]:
             return module(audio)
         mask = None
         if lengths is not None:
-            mask = (torch.arange(audio.shape[1]) < torch.tensor(lengths)[:, None]).long()
+            mask = (torch.arange(audio.shape[1], device="cpu") < torch.tensor(lengths, device="cpu")[:, None]).long()
         values, kept = module(audio, mask)
         if kept.shape != values.shape[:2]:
             problems.append(f"mask of shape {tuple(kept.shape)} for features {tuple(values.shape)}")
@@ -197,7 +197,9 @@ def check_encoder_module(path: Path, *, spawn: bool = True) -> list[str]:
     expect(not any(p.requires_grad for p in module.parameters()), "a parameter takes gradients")
     generator = torch.Generator("cpu").manual_seed(0)
     for seconds in (0.01, 0.4, 3.125, 23.7):
-        audio = 0.1 * torch.randn(2, max(1, round(seconds * rate)), generator=generator)
+        audio = 0.1 * torch.randn(
+            2, max(1, round(seconds * rate)), generator=generator, dtype=torch.float32, device="cpu"
+        )
         audio[1, audio.shape[1] // 2 :] = 0
         values = features(audio)
         where = f"at {seconds} s"
@@ -221,7 +223,9 @@ def check_encoder_module(path: Path, *, spawn: bool = True) -> list[str]:
             error = (padded[:, : alone.shape[1]] - alone).norm() / alone.norm()
             expect(bool(error < 1e-5), f"padding under the mask changes features by {error:.1e} {where}")
     if spawn:
-        problems += _check_spawned(module, 0.1 * torch.randn(1, rate, generator=generator))
+        problems += _check_spawned(
+            module, 0.1 * torch.randn(1, rate, generator=generator, dtype=torch.float32, device="cpu")
+        )
     return problems
 
 

@@ -112,7 +112,7 @@ class _ShortAttention(torch.autograd.Function):
         query, key, value = _split(frames, first)
         batch, heads, num_queries, dim = query.shape
         out = query.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-        logsumexp = torch.empty(batch, heads, num_queries, dtype=torch.float32)
+        logsumexp = torch.empty(batch, heads, num_queries, dtype=torch.float32, device="cpu")
         ctx.sizes, ctx.scale, ctx.first = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5, first
         rows = [*map(_place, (query, key, value, out))]
         native.extension().short_attention_forward(
@@ -127,10 +127,10 @@ class _ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lengths, logsumexp, *frames = ctx.saved_tensors
         if len(frames) == 1:
-            grads = [torch.empty(frames[0].shape, dtype=frames[0].dtype)]
+            grads = [torch.empty(frames[0].shape, dtype=frames[0].dtype, device="cpu")]
             grads[0][:, : ctx.first, 0] = 0
         else:
-            grads = [torch.empty(x.transpose(1, 2).shape, dtype=x.dtype).transpose(1, 2) for x in frames]
+            grads = [torch.empty(x.transpose(1, 2).shape, dtype=x.dtype, device="cpu").transpose(1, 2) for x in frames]
         query, key, value = _split(frames, ctx.first)
         grad = _rows(grad.to(query.dtype))
         rows = [

@@ -115,9 +115,9 @@ def kept_clips(scale: Tensor | None, x: Tensor) -> Kept | None:
     if len(clips) == len(scale):
         return None
     if len(clips) == 0:
-        clips = torch.zeros(1, dtype=torch.int64)
-    place = torch.full(scale.shape, -1)
-    place[clips] = torch.arange(len(clips))
+        clips = torch.zeros(1, dtype=torch.int64, device="cpu")
+    place = torch.full(scale.shape, -1, device="cpu")
+    place[clips] = torch.arange(len(clips), device="cpu")
     return Kept(clips, place)
 
 
@@ -159,8 +159,8 @@ def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: 
     """
     if not any(rates):
         return None
-    keep = 1.0 - torch.tensor(rates, dtype=torch.float32).to(device, non_blocking=True)[:, None, None]
-    return (torch.rand(len(rates), branches, num_clips, device=device) < keep) / keep
+    keep = 1.0 - torch.tensor(rates, dtype=torch.float32, device="cpu").to(device, non_blocking=True)[:, None, None]
+    return (torch.rand(len(rates), branches, num_clips, device=device, dtype=torch.float32) < keep) / keep
 
 
 def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from bestrq2.ops._impl.devices import exact_device
+
 LOW_PERPLEXITY_SHARE = 0.05
 
 
@@ -23,8 +25,14 @@ class CodeUsage(nn.Module):
     def __init__(self, num_codebooks: int, codebook_size: int, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size, dtype=torch.float64))
-        self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_codebooks, codebook_size, dtype=torch.float64, device="cpu"))
+        self.register_buffer("total", torch.zeros((), dtype=torch.float64, device="cpu"))
+
+    def _apply(self, fn, recurse=True):
+        # Counts stay float64 in any model, and on the CPU beside a device without it.
+        place = fn(torch.empty(0, dtype=torch.float32, device=self.counts.device)).device
+        self.counts, self.total = (kept.to(exact_device(place)) for kept in (self.counts, self.total))
+        return self
 
     @torch.no_grad()
     def update(self, codes: Tensor, valid: Tensor | None = None, decay: bool = True) -> Tensor:
@@ -37,7 +45,7 @@ class CodeUsage(nn.Module):
             weight = valid.reshape(-1).to(torch.int32)
         # Unlike bincount, this does not make the host wait for a GPU, whose atomic additions are fast for integers.
         counts = torch.zeros(books, size, device=codes.device, dtype=torch.int32)
-        fresh = counts.scatter_add_(1, flat.T.clamp(min=0), weight.expand(books, -1)).double()
+        fresh = counts.scatter_add_(1, flat.T.clamp(min=0), weight.expand(books, -1)).to(self.counts.device).double()
         self.add(fresh, decay)
         return fresh
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import wide
+
 ConvMode = Literal["full", "causal", "chunk"]
 ConvNorm = Literal["layer_norm", "batch_norm"]
 
@@ -66,20 +68,20 @@ class MaskedBatchNorm(nn.Module):
         self.momentum, self.eps = momentum, eps
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
+        self.register_buffer("running_mean", torch.zeros_like(self.bias.detach()))
+        self.register_buffer("running_var", torch.ones_like(self.weight.detach()))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        values = x.float()
+        values = wide(x)
         if self.training:
-            inside = torch.ones(x.shape[:2], device=x.device) if valid is None else valid.float()
+            inside = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if valid is None else valid.float()
             count = inside.sum().clamp(min=1.0)
             mean = (values * inside[..., None]).sum((0, 1)) / count
             var = ((values - mean).square() * inside[..., None]).sum((0, 1)) / count
             with torch.no_grad():
                 unbiased = var * count / (count - 1).clamp(min=1.0)
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(unbiased, self.momentum)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
         scaled = (values - mean) * (var + self.eps).rsqrt() * self.weight + self.bias

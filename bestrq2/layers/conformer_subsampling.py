@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import like_weight
+
 
 class ConvSubsampling(nn.Module):
     """Stages of 3 x 3 convolution with stride 2 in time and frequency, ReLU; then a linear layer.
@@ -45,7 +47,7 @@ class ConvSubsampling(nn.Module):
         return [like.new_zeros(num_clips, c.in_channels, 1, f) for c, f in zip(convolutions, self.bands)]
 
     def forward(self, frames: Tensor, present: Tensor | None = None, past: list[Tensor] | None = None) -> Tensor:
-        x = frames[:, None]  # (B, 1, T, F)
+        x = like_weight(frames, self.stages[0])[:, None]  # (B, 1, T, F)
         for number, stage in enumerate(self.stages):
             if present is not None:
                 rate = self.factor >> number

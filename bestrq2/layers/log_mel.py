@@ -8,8 +8,11 @@ power 2, HTK mel scale without area normalisation.
 import torch
 from torch import Tensor, nn
 
+from bestrq2.ops._impl.devices import exact_device, has_float64
+
 from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
-from .log_mel_tables import mel_filters
+from .log_mel_tables import exact_constants
+from .precision import default_device, restore_float32, warn_of_half
 
 AMPLITUDE_FLOOR = 1e-10  # -100 dB
 FLOOR_DB = -100.0
@@ -22,7 +25,8 @@ class LogMel(nn.Module):
 
     A clip gives the same frames alone and in any padded batch: its edges are reflected at *its own* last sample, and
     the arithmetic runs in float64 (rounded to float32 at the end), so that the order in which a library sums a larger
-    batch cannot change a bit that a target code depends on. (Devices without float64 use float32.)
+    batch cannot change a bit that a target code depends on. For a device without float64 (mps) it runs on the CPU.
+    Conversions of a model to another dtype leave this module as it is.
 
     The definition is the plain PyTorch form, :meth:`reference`. Where they can run, fused kernels compute the same in
     float64, frame by frame: in C++ on CPUs, with Triton on NVIDIA GPUs. They have no gradient: a waveform that requires
@@ -80,37 +84,38 @@ class LogMel(nn.Module):
         self.sampling_rate, self.n_fft, self.win_length, self.hop_length = sampling_rate, n_fft, win_length, hop_length
         self.num_mels = num_mels
         self.f_min, self.f_max = f_min, f_max
+        device = default_device()
         if not floor_db >= FLOOR_DB:
             raise ValueError(f"floor_db must be at least {FLOOR_DB:g} dB, got {floor_db}")
         self.floor_db = floor_db
         for name, constant in self._constants().items():
-            self.register_buffer(name, constant, persistent=False)
+            self.register_buffer(name, constant.to(exact_device(device), copy=True), persistent=False)
         for name, value in (("mean", mean), ("std", std)):
             per_band = torch.as_tensor(value, dtype=torch.float32, device="cpu").expand(num_mels).clone()
-            self.register_buffer(name, per_band)
+            self.register_buffer(name, per_band.to(device))
         if not (self.std > 0).all():
             raise ValueError(f"std must be positive, got {std}")
 
     def _constants(self) -> dict[str, Tensor]:
-        filters = mel_filters(self.n_fft, self.num_mels, self.sampling_rate, self.f_min, self.f_max)
-        window = torch.hann_window(self.win_length, dtype=torch.float64, device="cpu")
-        return {"window": window, "filters": filters.double()}
+        window, filters = exact_constants(
+            self.n_fft, self.win_length, self.num_mels, self.sampling_rate, self.f_min, self.f_max
+        )
+        return {"window": window, "filters": filters}
 
     def restore_constants(self) -> None:
         """Make window and filters again, on their device: they are in no checkpoint, and some loaders leave such
         buffers uninitialised."""
         for name, constant in self._constants().items():
-            present = getattr(self, name)
-            setattr(self, name, constant.to(present.device, present.dtype))
+            setattr(self, name, constant.to(exact_device(self.mean.device), copy=True))
 
     def _apply(self, fn, recurse=True):
         # model.half() or .bfloat16() must not degrade the constants of an exact transform: only the device may change.
-        window, filters = self.window, self.filters
+        # What no checkpoint has is made again, so that to_empty() leaves nothing uninitialised.
+        before = {"mean": self.mean, "std": self.std}
+        self._buffers.update(window=None, filters=None)
         super()._apply(fn, recurse)
-        dtype = torch.float32 if self.window.device.type == "mps" else torch.float64
-        self.window = window.to(self.window.device, dtype)
-        self.filters = filters.to(self.filters.device, dtype)
-        self.mean, self.std = self.mean.float(), self.std.float()
+        restore_float32(self, before)
+        self.restore_constants()
         return self
 
     def num_frames(self, num_samples: int) -> int:
@@ -119,7 +124,12 @@ class LogMel(nn.Module):
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lengths = check_lengths(waveform, lengths)
-        if log_mel_obstacle(waveform, self.mean.device, self.settings) is not None:
+        warn_of_half(waveform)
+        device = waveform.device
+        if not has_float64(device):
+            frames, counts = self(waveform.cpu(), lengths)
+            return frames.to(device), counts
+        if log_mel_obstacle(waveform, self.window.device, self.settings) is not None:
             return self.reference(waveform, lengths)
         counts = 1 + lengths // self.hop_length
         return self._fused(waveform, lengths, counts, self.num_frames(waveform.shape[1]), centred=True), counts
@@ -150,11 +160,13 @@ class LogMel(nn.Module):
 
         Shapes: ``(B, n_fft + hop * (T - 1))`` floating -> ``(B, T, F)`` float32, standardised.
         """
-        if log_mel_obstacle(padded, self.mean.device, self.settings) is not None:
+        if log_mel_obstacle(padded, self.window.device, self.settings) is not None:
             return self._standardised(self._transform(padded.to(self.window.dtype)))
         num_clips, num_samples = padded.shape
         num_frames = 1 + (num_samples - self.n_fft) // self.hop_length
-        lengths, counts = (torch.full((num_clips,), size, dtype=torch.int64) for size in (num_samples, num_frames))
+        lengths, counts = (
+            torch.full((num_clips,), size, dtype=torch.int64, device="cpu") for size in (num_samples, num_frames)
+        )
         return self._fused(padded, lengths, counts, num_frames, centred=False)
 
     @property
@@ -162,19 +174,25 @@ class LogMel(nn.Module):
         return Settings(self.n_fft, self.win_length, self.num_mels, self.sampling_rate, self.f_min, self.f_max)
 
     def _fused(self, waveform: Tensor, lengths: Tensor, counts: Tensor, num_frames: int, centred: bool) -> Tensor:
+        mean, std = self._mean_and_std()
         frames = fused_log_mel(
-            waveform, lengths, counts, num_frames, centred, self.hop_length, self.mean, self.std, self.settings
+            waveform, lengths, counts, num_frames, centred, self.hop_length, mean, std, self.settings
         )
         if self.floor_db == FLOOR_DB:
             return frames
         inside = torch.arange(num_frames, device=frames.device) < counts.to(frames.device, non_blocking=True)[:, None]
-        lowest = (self.floor_db - self.mean) / self.std
+        lowest = (self.floor_db - mean) / std
         return torch.where(inside[..., None], torch.maximum(frames, lowest), 0.0)
 
     def _standardised(self, decibels: Tensor) -> Tensor:
         if self.floor_db != FLOOR_DB:
             decibels = decibels.clamp(min=self.floor_db)
-        return (decibels - self.mean) / self.std
+        mean, std = self._mean_and_std()
+        return (decibels - mean) / std
+
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """On the device of the transform, which is the CPU for a model on a device without float64."""
+        return self.mean.to(self.window.device), self.std.to(self.window.device)
 
     def _decibels(self, waveform: Tensor, lengths: Tensor) -> Tensor:
         return self._transform(reflect_edges(waveform.to(self.window.dtype), lengths, self.n_fft // 2))
@@ -196,17 +214,33 @@ class LogMel(nn.Module):
         return (10.0 * torch.log10(mel.clamp(min=AMPLITUDE_FLOOR))).float()
 
 
+def check_waveform(waveform: Tensor, num_clips: int | str = "B") -> None:
+    """
+    Raises:
+        TypeError: for anything but a tensor.
+        ValueError: if it is not floating ``(num_clips, S)``.
+    """
+    if not isinstance(waveform, Tensor):
+        raise TypeError(f"expected a waveform tensor ({num_clips}, S), got {type(waveform).__name__}")
+    if not waveform.is_floating_point():
+        name = str(waveform.dtype).removeprefix("torch.")
+        scale = {"int16": "2**15", "int32": "2**31"}.get(name)
+        hint = "" if scale is None else f": full scale is 1.0, so divide samples of {name} by {scale}"
+        raise ValueError(f"expected a floating waveform ({num_clips}, S), got {waveform.dtype}{hint}")
+    if waveform.dim() != 2 or num_clips not in ("B", waveform.shape[0]):
+        raise ValueError(f"expected a floating waveform ({num_clips}, S), got {waveform.dtype} {tuple(waveform.shape)}")
+
+
 def check_lengths(waveform: Tensor, lengths: Tensor | None) -> Tensor:
     """Validate a padded batch and return its lengths in samples as int64 on the CPU.
 
     Raises:
         ValueError: if ``waveform`` is not floating ``(B, S)`` or a length is outside ``1..S``.
     """
-    if waveform.dim() != 2 or not waveform.is_floating_point():
-        raise ValueError(f"expected a floating waveform (B, S), got {waveform.dtype} {tuple(waveform.shape)}")
+    check_waveform(waveform)
     num_clips, num_samples = waveform.shape
     if lengths is None:
-        lengths = torch.full((num_clips,), num_samples, dtype=torch.int64)
+        lengths = torch.full((num_clips,), num_samples, dtype=torch.int64, device="cpu")
     lengths = lengths.to("cpu", torch.int64)
     if lengths.shape != (num_clips,):
         raise ValueError(f"expected one length per clip, ({num_clips},), got {tuple(lengths.shape)}")

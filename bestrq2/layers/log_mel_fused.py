@@ -147,7 +147,7 @@ def _run_cpu(
 ) -> Tensor:
     mean, std = mean.contiguous(), std.contiguous()
     lengths, counts = lengths.contiguous(), counts.contiguous()
-    out = torch.empty(waveform.shape[0], num_frames, len(mean))
+    out = torch.empty(waveform.shape[0], num_frames, len(mean), dtype=torch.float32, device="cpu")
     addresses = {
         "waveform": waveform,
         "lengths": lengths,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .log_mel import LogMel, reflect_edges
+from .precision import warn_of_half
 
 GOES_ON = -1
 
@@ -35,9 +36,9 @@ class LogMelState:
     @classmethod
     def begin(cls, log_mel: LogMel, num_clips: int) -> "LogMelState":
         device = log_mel.window.device
-        signal = torch.zeros(num_clips, 0, device=device)
-        reflection = torch.zeros(num_clips, log_mel.n_fft // 2, device=device)
-        return cls(signal, reflection, torch.full((num_clips,), GOES_ON, dtype=torch.int64))
+        signal = torch.zeros(num_clips, 0, device=device, dtype=torch.float32)
+        reflection = torch.zeros(num_clips, log_mel.n_fft // 2, device=device, dtype=torch.float32)
+        return cls(signal, reflection, torch.full((num_clips,), GOES_ON, dtype=torch.int64, device="cpu"))
 
     @property
     def over(self) -> bool:
@@ -61,6 +62,10 @@ def stream_frames(
         ``(B, T, F)`` float32, T >= 0 frames from ``state.next_frame`` (as it was) on; zeros behind a clip's end.
     """
     pad, hop = log_mel.n_fft // 2, log_mel.hop_length
+    device, place = waveform.device, log_mel.window.device  # of the transform: the CPU for devices without float64
+    warn_of_half(waveform)
+    waveform = waveform.to(place)
+    state.signal, state.reflection = state.signal.to(place), state.reflection.to(place)
     before = state.received
     inside = (
         torch.arange(waveform.shape[1], device=waveform.device)
@@ -75,7 +80,7 @@ def stream_frames(
         first = max(0, state.start)
         known = state.signal[clip : clip + 1, first - state.start : total - state.start]
         known = F.pad(known, (0, total - first - known.shape[1]))
-        state.reflection[clip] = reflect_edges(known, torch.tensor([known.shape[1]]), pad)[0, -pad:]
+        state.reflection[clip] = reflect_edges(known, torch.tensor([known.shape[1]], device="cpu"), pad)[0, -pad:]
         _write(state, clip, before + int(lengths[clip]))
     for clip in ((state.totals != GOES_ON) & ~fresh).nonzero().flatten().tolist():
         _write(state, clip, before)
@@ -87,7 +92,7 @@ def stream_frames(
             _write(state, clip, before)
     if state.start == 0 and state.next_frame == 0:
         if not state.over and state.received <= pad:
-            return state.signal.new_zeros(len(state.totals), 0, log_mel.num_mels)
+            return state.signal.new_zeros(len(state.totals), 0, log_mel.num_mels).to(device)
         known_lengths = torch.where(state.totals == GOES_ON, state.received, state.totals)
         left = reflect_edges(state.signal, known_lengths, pad)[:, :pad]
         state.signal, state.start = torch.cat((left, state.signal), dim=1), -pad
@@ -109,7 +114,7 @@ def stream_frames(
     keep = min(state.next_frame * hop - pad, state.received - pad - 1)
     if keep > state.start:
         state.signal, state.start = state.signal[:, keep - state.start :].clone(), keep
-    return frames
+    return frames.to(device)
 
 
 def _write(state: LogMelState, clip: int, position: int) -> None:

@@ -52,14 +52,24 @@ def mel_filters(n_fft: int, num_mels: int, sampling_rate: int, f_min: float, f_m
     Returns:
         ``(n_fft // 2 + 1, num_mels)`` float32 weights.
     """
-    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1, device="cpu")
-    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2, device="cpu")
+    bins = torch.linspace(0, sampling_rate // 2, n_fft // 2 + 1, device="cpu", dtype=torch.float32)
+    mels = torch.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_mels + 2, device="cpu", dtype=torch.float32)
     edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
     widths = edges[1:] - edges[:-1]
     distance = edges[None, :] - bins[:, None]  # (bins, mels + 2)
     rising = -distance[:, :-2] / widths[:-1]
     falling = distance[:, 2:] / widths[1:]
     return torch.minimum(rising, falling).clamp(min=0.0)
+
+
+@cache
+def exact_constants(
+    n_fft: int, win_length: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float
+) -> tuple[Tensor, Tensor]:
+    """Hann window ``(win_length,)`` and mel filters ``(n_fft // 2 + 1, num_mels)``, float64 on the CPU; copy them."""
+    with torch.inference_mode(False):
+        window = torch.hann_window(win_length, dtype=torch.float64, device="cpu")
+        return window, mel_filters(n_fft, num_mels, sampling_rate, f_min, f_max).double()
 
 
 def passes(points: int) -> tuple[int, ...] | None:
@@ -95,8 +105,12 @@ def sparse(filters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, last = (int(present[0]), int(present[-1])) if len(present) else (0, -1)
         bins.append(first)
         parts.append(column[first : last + 1])
-    counts = torch.tensor([len(part) for part in parts])
-    return torch.tensor(bins), torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))), torch.cat(parts)
+    counts = torch.tensor([len(part) for part in parts], device="cpu")
+    return (
+        torch.tensor(bins, device="cpu"),
+        torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0))),
+        torch.cat(parts),
+    )
 
 
 def fft_tables(points: int, radices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -104,14 +118,18 @@ def fft_tables(points: int, radices: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
     The last of several passes needs no twiddles.
     """
-    twiddles, places, block = [torch.zeros(0, dtype=torch.float64)], torch.zeros(points, dtype=torch.int64), points
-    rest = torch.arange(points)
+    twiddles, places, block = (
+        [torch.zeros(0, dtype=torch.float64, device="cpu")],
+        torch.zeros(points, dtype=torch.int64, device="cpu"),
+        points,
+    )
+    rest = torch.arange(points, device="cpu")
     for radix in radices:
         m = block // radix
         places += (rest % radix) * m
         rest = rest // radix
         if m > 1 or block == points:  # the first pass multiplies even by ones
-            turns = torch.outer(torch.arange(m), torch.arange(1, radix))
+            turns = torch.outer(torch.arange(m, device="cpu"), torch.arange(1, radix, device="cpu"))
             twiddles.append(roots(block, turns).flatten())
         block = m
     return torch.cat(twiddles).contiguous(), places
@@ -124,17 +142,17 @@ def tables(n_fft: int, win_length: int, num_mels: int, sampling_rate: int, f_min
     if n_fft % 2 or radices is None:
         return None
     with torch.device("cpu"):
-        window = torch.hann_window(win_length, dtype=torch.float64)
+        window = torch.hann_window(win_length, dtype=torch.float64, device="cpu")
         filters = mel_filters(n_fft, num_mels, sampling_rate, f_min, f_max).double()
         bins, offsets, weights = sparse(filters)
         weights = weights / (4 * window.square().sum())
         twiddles, places = fft_tables(n_fft // 2, radices)
         return Tables(
             window=torch.nn.functional.pad(window, (0, win_length % 2)),
-            radices=torch.tensor(radices),
+            radices=torch.tensor(radices, device="cpu"),
             twiddles=twiddles,
             places=places,
-            half_turns=roots(n_fft, torch.arange(n_fft // 4 + 1)).contiguous(),
+            half_turns=roots(n_fft, torch.arange(n_fft // 4 + 1, device="cpu")).contiguous(),
             bins=bins,
             offsets=offsets,
             weights=weights.contiguous(),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.hashing import mix, uniform
+from bestrq2.ops._impl.devices import exact_device
 
 from .counter_random import random_keys
 
@@ -197,14 +198,16 @@ class RandomMasking:
                     f"shared_per_batch masks need clips of equal length, got {sorted(set(lengths.tolist()))} tokens"
                 )
             index = torch.zeros_like(index)
-        index = index.to(device, torch.int64, non_blocking=True)
+        device = torch.device(device)
+        place = exact_device(device) if self.dispersion else device
+        index = index.to(place, torch.int64, non_blocking=True)
         column = torch.arange(size, device=index.device)
         lengths_d = lengths.to(index.device, non_blocking=True)[:, None]
         inside = column < lengths_d
         if self.dispersion and (weights is None or weights.dim() != 2 or weights.shape[1] < size):
             shape = None if weights is None else tuple(weights.shape)
             raise ValueError(f"dispersion needs weights of ({len(lengths)}, {size} or more) tokens, got {shape}")
-        used = weights[:, :size] if self.dispersion and weights is not None else None
+        used = weights[:, :size].detach().to(place) if self.dispersion and weights is not None else None
         keys = self._token_keys(step, index, inside, rows, used)
         last = float("inf") if keys.is_floating_point() else torch.iinfo(torch.int64).max
         order = torch.where(inside, keys, last).argsort(dim=1, stable=True)
@@ -213,10 +216,10 @@ class RandomMasking:
         max_taken, max_rest = int(num_taken.max()), int(num_rest.max())
         cut = num_taken.to(index.device, non_blocking=True)[:, None]
         taken = self._ascending(order[:, :max_taken], column[:max_taken] < cut, size)
-        place = cut + column[:max_rest]
-        rest = self._ascending(order.gather(1, place.clamp(max=size - 1)), place < lengths_d, size)
+        position = cut + column[:max_rest]
+        rest = self._ascending(order.gather(1, position.clamp(max=size - 1)), position < lengths_d, size)
         seen, predicted = (taken, rest) if self.kept else (rest, taken)
-        return MaskPlan(seen, predicted, num_seen, num_predicted)
+        return MaskPlan(seen.to(device), predicted.to(device), num_seen, num_predicted)
 
     def _token_keys(self, step: int, index: Tensor, inside: Tensor, rows: int, weights: Tensor | None) -> Tensor:
         """``(B, N)``: tokens are taken in the order of their keys; tokens of one block tie and stay together."""

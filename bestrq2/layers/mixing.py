@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from bestrq2.hashing import mix, uniform
+from bestrq2.ops._impl.devices import exact_device
 
 from .patches import Patches
 
 FLOOR = 1e-10  # mel power of silence, -100 dB: adds nothing
+DRAWN = (torch.int64, torch.float32, torch.int64, torch.int64)  # partner, level, begin, end
 LARGEST_GAIN = 1e3  # of power, 30 dB: silence is not blown up to the level of a clip
 
 
@@ -114,16 +116,21 @@ class PairMixing:
             begin = int(uniform(own, 3) * (common - length + 1))
             drawn.append((neighbour, level, begin, begin + length))
         partner, levels, begins, ends = zip(*drawn)
-        return torch.tensor(partner), torch.tensor(levels), torch.tensor(begins), torch.tensor(ends)
+        return tuple(  # type: ignore[return-value]
+            torch.tensor(values, dtype=dtype, device="cpu")
+            for values, dtype in zip((partner, levels, begins, ends), DRAWN)
+        )
 
     @staticmethod
     def _gains(power: Tensor, patches: Patches, partner: Tensor, levels: Tensor) -> Tensor:
         """Factor on the power of the added clip, ``(B, 1, 1)`` float32."""
         # float64 sums, rounded to float32: the same whatever padding the batch has.
+        device = power.device
+        power, partner = power.to(exact_device(device)), partner.to(exact_device(device))
         token = torch.arange(power.shape[1], device=power.device)
         inside = token < patches.lengths.to(power.device, non_blocking=True)[:, None]
         sums = torch.where(inside, power.sum(-1, dtype=torch.float64), 0.0).sum(1)
         means = sums / (patches.lengths.to(power.device, non_blocking=True) * power.shape[2])
         level = 10 ** (levels.to(power.device, torch.float64, non_blocking=True) / 10)
         gains = (means / means[partner].clamp(min=FLOOR) * level).clamp(1 / LARGEST_GAIN, LARGEST_GAIN)
-        return gains.float()[:, None, None]
+        return gains.float()[:, None, None].to(device)

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .precision import wide
+
 PositionKind = Literal["sincos", "rope"]
 
 
@@ -49,7 +51,7 @@ def rotary_angles(positions: Tensor, head_dim: int, rows: int, base: float = 100
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + d/2) of ``x`` by ``angles``.
 
-    Shapes: x ``(B, H, N, d)``, angles ``(B or 1, N, d / 2)`` -> like x, in x's dtype (arithmetic in fp32).
+    Shapes: x ``(B, H, N, d)``, angles ``(B or 1, N, d / 2)`` -> like x, in x's dtype (arithmetic in fp32 or float64).
     """
     return turn(x, angles.cos(), angles.sin())
 
@@ -57,7 +59,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """:func:`rotate` with cosines and sines that are already there: they are the same in every block."""
     cos, sin = cos[:, None], sin[:, None]
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = wide(x).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 

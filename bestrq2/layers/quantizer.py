@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from bestrq2 import ops
 from bestrq2.ops._impl.arguments import integer
+from bestrq2.ops._impl.devices import exact_device
 
+from .precision import default_device, restore_float32
 from .target_fitting import fit_axes, move_to_centroids
 
 CACHED_VALUES = 1 << 17  # values that are standardised together on a CPU: 1 MB of float64
@@ -94,15 +96,20 @@ class RandomProjectionQuantizer(nn.Module):
         generator = torch.Generator("cpu").manual_seed(seed)
         bound = math.sqrt(6.0 / (patch_dim + codebook_dim))
         shape = (num_codebooks, patch_dim, codebook_dim)
-        drawn = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-        codebook = torch.empty(num_codebooks, codebook_size, codebook_dim, device="cpu").normal_(generator=generator)
+        drawn = torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        codebook = torch.empty(num_codebooks, codebook_size, codebook_dim, device="cpu", dtype=torch.float32).normal_(
+            generator=generator
+        )
         unit = nn.functional.normalize(codebook.double(), dim=-1).float()
-        self.register_buffer("projection", drawn)
-        self.register_buffer("codebook", unit)
-        self.register_buffer("mean", torch.tensor(float(mean), device="cpu"))
-        self.register_buffer("std", torch.tensor(float(std), device="cpu"))
+        device = default_device()
+        self.register_buffer("projection", drawn.to(device))
+        self.register_buffer("codebook", unit.to(device))
+        self.register_buffer("mean", torch.tensor(float(mean), device="cpu", dtype=torch.float32).to(device))
+        self.register_buffer("std", torch.tensor(float(std), device="cpu", dtype=torch.float32).to(device))
         # Only there if it is used, so that checkpoints of random projections stay what they were.
-        self.register_buffer("center", None if projection == "random" else torch.zeros(patch_dim, device="cpu"))
+        self.register_buffer(
+            "center", None if projection == "random" else torch.zeros(patch_dim, device=device, dtype=torch.float32)
+        )
 
     @property
     def codebook_size(self) -> int:
@@ -116,10 +123,7 @@ class RandomProjectionQuantizer(nn.Module):
         # model.half() must not change targets: the buffers move between devices but keep fp32.
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != torch.float32:
-                self._buffers[name] = buffer.to(moved.device)
+        restore_float32(self, kept)
         return self
 
     @property
@@ -202,8 +206,10 @@ class RandomProjectionQuantizer(nn.Module):
     def _standardise_clips(patches: Tensor, lengths: Tensor | None) -> Tensor:
         # float64 sums: the result, rounded to float32, does not depend on how much padding the sum runs over.
         num_clips, num_patches, dim = patches.shape
+        device = patches.device
+        patches = patches.to(exact_device(device))
         if lengths is None:
-            lengths = torch.full((num_clips,), num_patches)
+            lengths = torch.full((num_clips,), num_patches, device="cpu")
         lengths = lengths.to(patches.device, non_blocking=True)
         inside = torch.arange(num_patches, device=patches.device) < lengths[:, None]
         counts = (lengths * dim).clamp(min=1).double()[:, None, None]
@@ -218,7 +224,7 @@ class RandomProjectionQuantizer(nn.Module):
             variance = (values.square() * valid).sum((1, 2), keepdim=True) / count
             # Patches of digital silence have no spread: they become zero rows, whose code is 0.
             out[clips] = values.div_((variance + 1e-10).sqrt_())
-        return out
+        return out.to(device)
 
     def extra_repr(self) -> str:
         books, dim, width = self.projection.shape

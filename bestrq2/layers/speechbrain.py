@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from bestrq2 import ops
 from bestrq2.ops import ChunkLayout
 
+from .precision import default_device, restore_float32
+
 
 class SpeechBrainRandomProjectionQuantizer(nn.Module):
     """``speechbrain.nnet.quantisers.RandomProjectionQuantizer`` through :func:`bestrq2.ops.quantize`.
@@ -32,8 +34,17 @@ class SpeechBrainRandomProjectionQuantizer(nn.Module):
     def __init__(self, input_dim: int, cb_dim: int, cb_vocab: int) -> None:
         super().__init__()
         self.input_dim, self.cb_dim, self.cb_vocab = input_dim, cb_dim, cb_vocab
-        self.register_buffer("P", nn.init.xavier_uniform_(torch.empty((input_dim, cb_dim))))
-        self.register_buffer("CB", F.normalize(torch.randn(cb_vocab, cb_dim)))
+        projection = nn.init.xavier_uniform_(torch.empty(input_dim, cb_dim, dtype=torch.float32, device="cpu"))
+        codes = torch.randn(cb_vocab, cb_dim, dtype=torch.float32, device="cpu")
+        self.register_buffer("P", projection.to(default_device()))
+        self.register_buffer("CB", F.normalize(codes).to(default_device()))
+
+    def _apply(self, fn, recurse=True):
+        # Targets stay what they are in a model of half precision.
+        before = {"P": self.P, "CB": self.CB}
+        super()._apply(fn, recurse)
+        restore_float32(self, before)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.quantize(x, self.P, self.CB)

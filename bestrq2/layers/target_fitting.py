@@ -31,8 +31,8 @@ def fit_axes(sample: Tensor, count: int, whiten: bool, rotation_seed: int | None
     if size <= count:
         raise ValueError(f"expected a sample of more than {count} patches for {count} principal axes, got {size}")
     parts = sample.split(ROWS_AT_ONCE)
-    mean = sum((part.double().sum(0) for part in parts), torch.zeros(dim, dtype=torch.float64)) / size
-    moments = torch.zeros(dim, dim, dtype=torch.float64)
+    mean = sum((part.double().sum(0) for part in parts), torch.zeros(dim, dtype=torch.float64, device="cpu")) / size
+    moments = torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
     for part in parts:
         centred = part.double() - mean
         moments += centred.T @ centred
@@ -66,18 +66,18 @@ def move_to_centroids(vectors: Tensor, codes: Tensor, steps: int, seed: int) -> 
     """
     unit = normalize(vectors.double(), dim=-1).float()
     unit = unit[unit.square().sum(-1) > 0.5]  # zero vectors have no direction
-    identity = torch.eye(codes.shape[1])
+    identity = torch.eye(codes.shape[1], dtype=torch.float32, device="cpu")
     generator = torch.Generator("cpu").manual_seed(seed)
     codes = codes.clone()
     for step in range(steps):
         nearest = ops.quantize(unit, identity, codes)
-        sums = torch.zeros(codes.shape, dtype=torch.float64).index_add_(0, nearest, unit.double())
+        sums = torch.zeros(codes.shape, dtype=torch.float64, device="cpu").index_add_(0, nearest, unit.double())
         length = sums.norm(dim=-1, keepdim=True)
         found = (torch.bincount(nearest, minlength=len(codes)) > 0) & (length[:, 0] > 1e-6)
         codes = torch.where(found[:, None], (sums / length.clamp(min=1e-30)).float(), codes)
         dead = torch.nonzero(~found)[:, 0]
         if step < steps - 1 and len(dead):
-            drawn = torch.randperm(len(unit), generator=generator)[: len(dead)]
+            drawn = torch.randperm(len(unit), generator=generator, device="cpu")[: len(dead)]
             codes[dead[: len(drawn)]] = unit[drawn]
     return normalize(codes.double(), dim=-1).float()
 

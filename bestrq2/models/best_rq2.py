@@ -148,7 +148,7 @@ class _Pretraining(nn.Module):
         """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
         mean, so this is the weight of the batch beside others of the same step."""
         samples, clips = lengths.unique(return_counts=True)
-        tokens = torch.tensor([self.encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64)
+        tokens = torch.tensor([self.encoder.num_tokens(n) for n in samples.tolist()], dtype=torch.int64, device="cpu")
         return int((num_kept(self.masking.num_predicted(tokens, step), self.share) * clips).sum())
 
     def _like_patches(self, bands: Tensor, patches: Patches) -> Tensor:
@@ -157,7 +157,7 @@ class _Pretraining(nn.Module):
             return bands.reshape(())
         height = getattr(self.encoder, "patch_height", len(bands))  # a Conformer's tokens are whole frames
         width = self.encoder.patch_dim // height
-        column = extract_patches(bands.expand(1, width, -1), torch.tensor([width]), height, width).values
+        column = extract_patches(bands.expand(1, width, -1), torch.tensor([width], device="cpu"), height, width).values
         return column.repeat(1, patches.columns, 1)
 
     def _clip_loss(self, context: Tensor, codes: Tensor, plan: MaskPlan) -> Tensor | None:
@@ -211,7 +211,7 @@ class BestRQ2(_Pretraining):
     def forward(
         self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
     ) -> PretrainOutput:
-        index = torch.arange(len(waveform)) if index is None else index
+        index = torch.arange(len(waveform), device="cpu") if index is None else index
         patches, plan, codes = self._prepare(waveform, lengths, step, index)
 
         context = self.encoder.context(patches, plan, step)
@@ -268,7 +268,7 @@ class BestRQ(_Pretraining):
     def forward(
         self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
     ) -> PretrainOutput:
-        index = torch.arange(len(waveform)) if index is None else index
+        index = torch.arange(len(waveform), device="cpu") if index is None else index
         patches, plan, codes = self._prepare(waveform, lengths, step, index)
 
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token

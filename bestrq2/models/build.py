@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, EncoderConfig, MaskingConfig, ModelConfig, TargetsConfig
 from bestrq2.hashing import mix
@@ -149,12 +150,22 @@ def build_model(config: Config, teacher: Teacher | None = None) -> BestRQ2 | Bes
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Any], origin: Path | str) -> None:
-    """Load ``weights`` strictly.
+    """Load ``weights`` strictly, in the dtype of the model.
+
+    Codebooks and the statistics of the front end decide the targets and are never rounded: where a file that was
+    converted as a whole has them in half precision, they must be what the model's own are rounded to; these are kept.
 
     Raises:
-        ConfigError: naming the first missing, unexpected or wrongly shaped tensor.
+        ConfigError: naming the first missing, unexpected or wrongly shaped tensor, or one of a wrong dtype.
     """
     own = model.state_dict()
+    exact = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if isinstance(module, LogMel | RandomProjectionQuantizer)
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    weights = dict(weights)
     for name, tensor in own.items():
         if name not in weights:
             raise ConfigError(f"{origin}: no tensor {name!r} (expected shape {tuple(tensor.shape)})")
@@ -162,7 +173,26 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Any], origin: Path |
             raise ConfigError(
                 f"{origin}: tensor {name!r} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
             )
+        weights[name] = _checked(weights[name], tensor, name, name in exact, origin)
     extra = next((name for name in weights if name not in own), None)
     if extra is not None:
         raise ConfigError(f"{origin}: unexpected tensor {extra!r} of shape {tuple(weights[extra].shape)}")
     model.load_state_dict(weights)
+
+
+def _checked(found: Tensor, own: Tensor, name: str, exact: bool, origin: Path | str) -> Tensor:
+    """``found``, or ``own`` if that is what ``found`` was rounded from.
+
+    Raises:
+        ConfigError: for a dtype that cannot be loaded as ``own``.
+    """
+    if found.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) and own.is_floating_point():
+        raise ConfigError(f"{origin}: tensor {name!r} is {found.dtype}, expected a floating tensor like {own.dtype}")
+    if exact and found.dtype in (torch.bfloat16, torch.float16):
+        if not torch.equal(own.to(found.device, found.dtype), found):
+            raise ConfigError(
+                f"{origin}: tensor {name!r} is {found.dtype}, expected float32: its rounding changes features or "
+                "targets; leave it out when the others are converted"
+            )
+        return own
+    return found

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.layers.masking import valid_mask
+from bestrq2.layers.precision import wide
 
 
 class ClipHead(nn.Module):
@@ -29,8 +30,8 @@ class ClipHead(nn.Module):
 
     def forward(self, context: Tensor, seen_lengths: Tensor, codes: Tensor, valid: Tensor | None) -> Tensor:
         with torch.autocast(context.device.type, enabled=False):
-            pooled = _mean(context.float(), seen_lengths)
-            logits = torch.einsum("bd,gvd->bgv", pooled, self.weight) + self.bias
+            pooled = _mean(wide(context), seen_lengths)
+            logits = torch.einsum("bd,gvd->bgv", pooled, self.weight.to(pooled.dtype)) + self.bias
             own = logits.log_softmax(-1).gather(-1, codes.transpose(1, 2))  # (B, G, Np)
         if valid is None:
             return -own.mean() if own.numel() else own.sum()

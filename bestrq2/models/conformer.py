@@ -10,14 +10,14 @@ from bestrq2.layers.chunk_sampling import ChunkSampler
 from bestrq2.layers.conformer import Conformer, ConformerSettings
 from bestrq2.layers.conformer_subsampling import ConvSubsampling
 from bestrq2.layers.frame_grid import FrameGrid
-from bestrq2.layers.log_mel import LogMel, check_lengths
+from bestrq2.layers.log_mel import LogMel, check_lengths, check_waveform
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
 from bestrq2.layers.masking import MaskPlan, valid_mask
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.positions import PositionKind
 from bestrq2.ops import ChunkLayout
 
-from .layer_choice import block_list, check_layers, choose_layers
+from .layer_choice import Layer, block_list, check_layers, choose_layers
 from .readout import ROW_JOINS, ReadoutMixin, check_choice
 from .streaming import StreamingState
 
@@ -93,7 +93,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         return self.output_length(samples)
 
     def patches(self, waveform: Tensor, lengths: Tensor | None = None) -> Patches:
-        """Stacked log-mel frames of a padded batch, ``(B, T, F * factor)``; no gradient.
+        """Stacked log-mel frames of a padded batch, ``(B, T, F * factor)``.
 
         Raises:
             ValueError: if a clip is shorter than ``min_samples``.
@@ -103,9 +103,8 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             raise ValueError(
                 f"expected clips of at least {self.min_samples} samples (one frame), got {int(lengths.min())}"
             )
-        with torch.no_grad():
-            frames, frame_lengths = self.front_end(waveform, lengths)
-            return extract_patches(frames, frame_lengths, self.front_end.num_mels, self.factor, keep_frames=True)
+        frames, frame_lengths = self.front_end(waveform, lengths)
+        return extract_patches(frames, frame_lengths, self.front_end.num_mels, self.factor, keep_frames=True)
 
     def training_layout(self, step: int, num_frames: int) -> ChunkLayout:
         """The window of a training step; outside of training, the encoder's own."""
@@ -141,15 +140,18 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
     ) -> Tensor:
         """Subsampling and blocks: log-mel frames ``(B, T * factor, F)`` with ``lengths (B,)`` valid feature frames (on
         the CPU) -> ``(B, T, D)``."""
-        grid = FrameGrid.whole(frames.shape[1] // self.factor, lengths, frames.device)
-        tokens = self.dropout(self.subsampling(frames, grid.frame_valid))
+        tokens, grid = self._tokens(frames, lengths)
         return self.encoder(tokens, grid, layout or self.layout, None, layer_outputs)
+
+    def _tokens(self, frames: Tensor, lengths: Tensor | None) -> tuple[Tensor, FrameGrid]:
+        grid = FrameGrid.whole(frames.shape[1] // self.factor, lengths, frames.device)
+        return self.dropout(self.subsampling(frames, grid.frame_valid)), grid
 
     def encode_layers(
         self,
         waveform: Tensor,
         lengths: Tensor | None = None,
-        layers: Sequence[int | None] | None = None,
+        layers: Sequence[Layer] | None = None,
         layout: ChunkLayout | None = None,
         *,
         rows: str = "average",
@@ -163,7 +165,8 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             waveform, lengths: see :meth:`encode`.
             layout: window of attention instead of the encoder's own.
             rows: see :meth:`encode`; a Conformer has one token a time step, so both choices are the same.
-            layers: 0..depth-1 for the output of a block, None for the final, normalised output. Default: every block,
+            layers: 0..depth-1 for the output of a block, None for the final, normalised output, "embeddings" for what
+                enters the first block. Default: every block,
                 then the final output.
 
         Returns:
@@ -175,9 +178,9 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         """
         check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
-        wanted = check_layers(layers, self.depth)
+        wanted = check_layers(layers, self.depth, embeddings=True)
         layout = layout or self.layout
-        counts = torch.tensor([self.output_length(n) for n in lengths.tolist()], dtype=torch.int64)
+        counts = torch.tensor([self.output_length(n) for n in lengths.tolist()], dtype=torch.int64, device="cpu")
         if not len(counts):
             return waveform.new_zeros(len(wanted), 0, 0, self.output_dim, dtype=torch.float32), counts
         waveform = waveform[:, : int(lengths.max())]
@@ -194,7 +197,8 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             )
             patches = self.patches(waveform, lengths.clamp(min=self.min_samples))
             blocks = block_list(wanted)
-            features = choose_layers(self.transform(_frames(patches), patches.lengths, layout, blocks), blocks, wanted)
+            tokens, grid = self._tokens(_frames(patches), patches.lengths)
+            features = choose_layers(self.encoder(tokens, grid, layout, None, blocks), blocks, wanted, tokens)
         else:
             state = self._new_state(waveform.shape[0], layout)
             outputs = []
@@ -207,7 +211,8 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             if not streams:
                 grid = FrameGrid.whole(features.shape[2], counts, features.device)
                 blocks = block_list(wanted)
-                features = choose_layers(self.encoder(features[0], grid, layout, None, blocks), blocks, wanted)
+                tokens = features[0]
+                features = choose_layers(self.encoder(tokens, grid, layout, None, blocks), blocks, wanted, tokens)
         features = features.float()
         inside = valid_mask(counts, features.shape[2], features.device)
         return features if inside is None else features * inside[..., None], counts
@@ -260,21 +265,19 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         Raises:
             ValueError: for wrong shapes, or audio after the end of all clips.
         """
-        num_clips, num_samples = state.num_clips, waveform.shape[-1]
-        if waveform.dim() != 2 or waveform.shape[0] != num_clips or not waveform.is_floating_point():
-            raise ValueError(
-                f"expected a floating waveform ({num_clips}, S), got {waveform.dtype} {tuple(waveform.shape)}"
-            )
+        num_clips = state.num_clips
+        check_waveform(waveform, num_clips)
+        num_samples = waveform.shape[1]
         if state.front_end.over:
             raise ValueError("all clips of this state have ended: start a new one with start_stream()")
         if self.training:
             raise ValueError("stream() needs the encoder in evaluation mode: call .eval()")
         if lengths is None:
-            lengths = torch.full((num_clips,), num_samples)
+            lengths = torch.full((num_clips,), num_samples, device="cpu")
         lengths = lengths.to("cpu", torch.int64)
         if lengths.shape != (num_clips,) or int(lengths.min()) < 0 or int(lengths.max()) > num_samples:
             raise ValueError(f"expected {num_clips} lengths in 0..{num_samples}, got {lengths.tolist()}")
-        ends = torch.ones(num_clips, dtype=torch.bool) if final else lengths < num_samples
+        ends = torch.ones(num_clips, dtype=torch.bool, device="cpu") if final else lengths < num_samples
         before = state.tokens
         tokens, grid = self._advance(waveform, lengths, ends, state, state.layout)
         features = self._through_blocks(tokens, grid, state, [None])[0].float()
@@ -325,13 +328,13 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         return torch.where(totals == GOES_ON, count, (ends - first).clamp(min=0, max=count))
 
     def _through_blocks(
-        self, tokens: Tensor, grid: FrameGrid, state: StreamingState, wanted: Sequence[int | None]
+        self, tokens: Tensor, grid: FrameGrid, state: StreamingState, wanted: Sequence[Layer]
     ) -> Tensor:
         """Tokens ``(B, t, D)`` -> ``(L, B, t, D)``."""
         if not tokens.shape[1]:
             return tokens.expand(len(wanted), *tokens.shape)
         blocks = block_list(wanted)
-        return choose_layers(self.encoder(tokens, grid, state.layout, state.blocks, blocks), blocks, wanted)
+        return choose_layers(self.encoder(tokens, grid, state.layout, state.blocks, blocks), blocks, wanted, tokens)
 
     def flops(self, tokens: int, frames: int) -> float:
         """Matrix-product operations of one forward pass over one clip, ``tokens`` of whose ``frames`` are present.

@@ -1,32 +1,37 @@
 """Choice of layers of an encoder."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Layer = int | None | Literal["embeddings"]  # output of a block; the final output; what enters the first block
 
-def check_layers(layers: Sequence[int | None] | None, depth: int) -> list[int | None]:
-    """``layers``, or the default: every block and the final output (None).
+
+def check_layers(layers: Sequence[Layer] | None, depth: int, embeddings: bool = False) -> list[Layer]:
+    """``layers``, or the default: every block and the final output (None). ``embeddings``: these may be chosen, too.
 
     Raises:
         ValueError: for none at all, or one outside 0..depth-1.
     """
-    chosen = [*range(depth), None] if layers is None else list(layers)
+    chosen: list[Layer] = [*range(depth), None] if layers is None else list(layers)
     if not chosen:
         raise ValueError("expected at least one layer, got none")
     for layer in chosen:
-        if layer is not None and not 0 <= layer < depth:
-            expected = f"0..{depth - 1}" if depth else "None alone (this encoder shows no layers)"
-            raise ValueError(f"layer must lie in {expected}, got {layer}")
+        if layer is None or (isinstance(layer, int) and 0 <= layer < depth) or (embeddings and layer == "embeddings"):
+            continue
+        expected = f"0..{depth - 1}" if depth else "None alone (this encoder shows no layers)"
+        raise ValueError(f"layer must lie in {expected}, got {layer}")
     return chosen
 
 
-def block_list(wanted: Sequence[int | None]) -> list[Tensor] | None:
+def block_list(wanted: Sequence[Layer]) -> list[Tensor] | None:
     """List to collect block outputs in, or None if none is wanted: they take memory."""
-    return None if set(wanted) == {None} else []
+    return [] if any(isinstance(layer, int) for layer in wanted) else None
 
 
-def choose_layers(output: Tensor, blocks: list[Tensor] | None, wanted: Sequence[int | None]) -> Tensor:
-    """The wanted ones of block outputs and final output ``(B, T, D)``, stacked: ``(L, B, T, D)``."""
-    return torch.stack([output if layer is None or blocks is None else blocks[layer] for layer in wanted])
+def choose_layers(output: Tensor, blocks: list[Tensor] | None, wanted: Sequence[Layer], embeddings: Tensor) -> Tensor:
+    """The wanted ones of final output, block outputs and embeddings ``(B, T, D)``, stacked: ``(L, B, T, D)``."""
+    found: dict[Layer, Tensor] = {None: output, "embeddings": embeddings, **dict(enumerate(blocks or ()))}
+    return torch.stack([found[layer] for layer in wanted])

@@ -7,6 +7,7 @@ from bestrq2.layers.block_rows import linear
 from bestrq2.layers.cross_attention import CrossTransformer, PredictorSettings
 from bestrq2.layers.masking import MaskPlan
 from bestrq2.layers.positions import rotary_angles, sincos_2d
+from bestrq2.layers.precision import like_weight
 from bestrq2.layers.transformer import Transformer, TransformerSettings
 
 
@@ -39,7 +40,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, positions: Tensor, plan: MaskPlan) -> Tensor:
-        context = linear(self.input_proj, context)
+        context = linear(self.input_proj, like_weight(context, self.input_proj))
         masks = self.mask_token.to(context.dtype).expand(*plan.predicted.shape, -1)
         masked_positions = positions[plan.predicted]
         if self.position == "sincos":
@@ -67,7 +68,7 @@ class Predictor(nn.Module):
         if not ragged:
             return self.transformer(tokens, lengths, angles, first=plan.seen.shape[1])
         hidden = self.transformer(tokens, lengths, angles)
-        start = plan.seen_lengths[:, None] + torch.arange(plan.predicted.shape[1])
+        start = plan.seen_lengths[:, None] + torch.arange(plan.predicted.shape[1], device="cpu")
         index = start.clamp(max=tokens.shape[1] - 1).to(hidden.device, non_blocking=True)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -81,7 +82,7 @@ class Predictor(nn.Module):
     @staticmethod
     def _compact_order(plan: MaskPlan, total: int) -> Tensor:
         """Per clip: seen, then predicted, then fillers, indices into [context | masks], ``(B, total)`` on the CPU."""
-        column = torch.arange(total)
+        column = torch.arange(total, device="cpu")
         max_seen = plan.seen.shape[1]
         seen, predicted = plan.seen_lengths[:, None], plan.predicted_lengths[:, None]
         order = torch.where(column < seen, column, max_seen + column - seen)

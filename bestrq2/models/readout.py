@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
 
-from .layer_choice import check_layers
+from .layer_choice import Layer, check_layers
 
 Pooling = Literal["mean", "max", "mean+std"]
 Combination = Literal["each", "average", "concatenate"]
@@ -156,10 +156,11 @@ class ReadoutMixin:
         if pooling is not None:
             check_choice("pooling", pooling, POOLINGS)
         if layers is None:
-            wanted: list[int | None] = [layer]
+            wanted: list[Layer] = [layer]
             combine = "average"  # of one layer: itself
         else:
-            wanted = named_layers(layers, self.depth) if isinstance(layers, str) else check_layers(layers, self.depth)
+            chosen = named_layers(layers, self.depth) if isinstance(layers, str) else layers
+            wanted = check_layers(chosen, self.depth)
         features, counts = self.encode_layers(waveform, lengths, wanted, rows=rows, **options)  # type: ignore[attr-defined]
         features = combine_layers(features, combine)
         if len(wanted) > 1 and combine == "average":  # normalising the zeros behind a clip's end keeps them zeros

@@ -51,7 +51,7 @@ class StreamingState:
         numbers = [chunk or 0, UNLIMITED if left is None else left, self.tokens]
         numbers += [front.start, front.received, front.next_frame]
         tensors = {
-            "numbers": torch.tensor(numbers, dtype=torch.int64),
+            "numbers": torch.tensor(numbers, dtype=torch.int64, device="cpu"),
             "totals": front.totals,
             "signal": front.signal,
             "reflection": front.reflection,

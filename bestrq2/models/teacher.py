@@ -70,7 +70,7 @@ class Teacher:
             self.encoder.to(waveform.device)
         with torch.autocast(waveform.device.type, enabled=False):
             frames, counts = self.encoder.encode(waveform.float(), lengths, self.layer)
-        column = torch.arange(patches.values.shape[1])
+        column = torch.arange(patches.values.shape[1], device="cpu")
         last = (counts - 1).clamp(min=0)[:, None]
         index = torch.minimum(column, last).to(waveform.device, non_blocking=True)
         aligned = frames.gather(1, index[..., None].expand(-1, -1, self.width))

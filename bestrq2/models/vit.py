@@ -11,9 +11,10 @@ from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.masking import MaskPlan, take
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.positions import PositionKind, published_short_clip_positions, rotary_angles, sincos_2d
+from bestrq2.layers.precision import like_weight
 from bestrq2.layers.transformer import Transformer, TransformerSettings
 
-from .layer_choice import block_list, check_layers, choose_layers
+from .layer_choice import Layer, block_list, check_layers, choose_layers
 from .readout import ROW_JOINS, ReadoutMixin, check_choice
 
 WINDOWS_AT_ONCE = 16  # windows of long clips that encode() puts through the Transformer together
@@ -27,7 +28,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(patch_dim, width)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return linear(self.proj, patches)
+        return linear(self.proj, like_weight(patches, self.proj))
 
 
 class ViTEncoder(ReadoutMixin, nn.Module):
@@ -111,7 +112,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         return self.output_length(samples) * self.rows
 
     def patches(self, waveform: Tensor, lengths: Tensor | None = None) -> Patches:
-        """Log-mel patches of a padded batch; no gradient.
+        """Log-mel patches of a padded batch.
 
         Raises:
             ValueError: if a clip is shorter than one patch (``min_samples``).
@@ -121,9 +122,8 @@ class ViTEncoder(ReadoutMixin, nn.Module):
             raise ValueError(
                 f"expected clips of at least {self.min_samples} samples (one patch), got {int(lengths.min())}"
             )
-        with torch.no_grad():
-            frames, frame_lengths = self.front_end(waveform, lengths)
-            return extract_patches(frames, frame_lengths, self.patch_height, self.patch_width)
+        frames, frame_lengths = self.front_end(waveform, lengths)
+        return extract_patches(frames, frame_lengths, self.patch_height, self.patch_width)
 
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Embedding of patches ``(B, N, P)`` at grid positions ``(B or 1, N, 2)``, with sin-cos positions added."""
@@ -177,7 +177,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         self,
         waveform: Tensor,
         lengths: Tensor | None = None,
-        layers: Sequence[int | None] | None = None,
+        layers: Sequence[Layer] | None = None,
         *,
         rows: str = "average",
     ) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,8 @@ class ViTEncoder(ReadoutMixin, nn.Module):
 
         Args:
             waveform, lengths, rows: see :meth:`encode`.
-            layers: 0..depth-1 for the output of a block, None for the final, normalised output. Default: every block,
+            layers: 0..depth-1 for the output of a block, None for the final, normalised output, "embeddings" for what
+                enters the first block. Default: every block,
                 then the final output.
 
         Returns:
@@ -199,7 +200,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         """
         check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
-        wanted = check_layers(layers, self.depth)
+        wanted = check_layers(layers, self.depth, embeddings=True)
         least = self.min_samples
         if waveform.shape[1] < least:
             waveform = nn.functional.pad(waveform, (0, least - waveform.shape[1]))
@@ -222,14 +223,14 @@ class ViTEncoder(ReadoutMixin, nn.Module):
                 end = min(int(lengths[clip]), begin + window * self.samples_per_column)
                 pieces.append(waveform[clip, begin:end])
                 kept.append((clip, start, min(start + window, totals[clip]), start - first))
-            piece_lengths = torch.tensor([len(piece) for piece in pieces])
+            piece_lengths = torch.tensor([len(piece) for piece in pieces], device="cpu")
             padded = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
             for number, encoded in enumerate(self._encode_window(padded, piece_lengths, wanted, rows)):
                 for row, (clip, start, end, offset) in enumerate(kept):
                     features[number, clip, start:end] = encoded[row, offset : offset + end - start]
-        return features, torch.tensor(totals, dtype=torch.int64)
+        return features, torch.tensor(totals, dtype=torch.int64, device="cpu")
 
-    def _encode_window(self, waveform: Tensor, lengths: Tensor, wanted: Sequence[int | None], rows: str) -> Tensor:
+    def _encode_window(self, waveform: Tensor, lengths: Tensor, wanted: Sequence[Layer], rows: str) -> Tensor:
         patches = self.patches(waveform, lengths)
         positions = patches.positions()
         if self.published_positions:
@@ -237,6 +238,6 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         blocks = block_list(wanted)
         tokens = self.embed(patches.values, positions[None])
         output = self.transform(tokens, positions[None], patches.lengths, blocks)
-        tokens = choose_layers(output, blocks, wanted).float()
+        tokens = choose_layers(output, blocks, wanted, tokens).float()
         tokens = tokens.unflatten(2, (patches.columns, self.rows))
         return tokens.flatten(3) if rows == "concatenate" else tokens.mean(3)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bestrq2.config import Config
 from bestrq2.data import Batch, CropDataset
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_encoder
+from bestrq2.ops._impl.devices import exact_device
 
 from .distributed import Ranks, is_sharded, whole
 from .snapshots import evaluating, fixed_batch
@@ -63,7 +64,7 @@ def encoder_health(encoder: ViTEncoder | ConformerEncoder, batch: Batch) -> dict
 
     def count(number: int) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
-            squares[number][0] += float(output.double().square().sum())
+            squares[number][0] += float(output.to(exact_device(output.device)).double().square().sum())
             squares[number][1] += output.numel()
 
         return hook
@@ -95,7 +96,8 @@ def effective_rank(features: Tensor) -> float:
     From 1 (all features on a line) to min(N - 1, D); 0 if all are equal, NaN if one is not finite. A fall during
     training means collapsing features. Values of different N do not compare.
     """
-    centred = features.double() - features.double().mean(0)
+    features = features.to(exact_device(features.device)).double()
+    centred = features - features.mean(0)
     small = centred @ centred.T if centred.shape[0] < centred.shape[1] else centred.T @ centred
     if not bool(small.isfinite().all()):
         return float("nan")

@@ -171,7 +171,7 @@ def _bounded_gradients(
 @cache
 def _fp32_products(device: torch.device, dtype: torch.dtype) -> str:
     """Way in which this torch adds a product of ``dtype`` matrices in fp32: "addmm", "mm" (then add) or "" (none)."""
-    a, total = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    a, total = torch.zeros(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device, dtype=torch.float32)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
         return "addmm"

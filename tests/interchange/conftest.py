@@ -14,6 +14,18 @@ TINY = [
     "model.encoder.width=64",
     "model.encoder.hidden=96",
 ]
+
+
+@pytest.fixture(scope="session")
+def transformers_modules(tmp_path_factory):
+    """A place for the code of exported folders. One for all tests: Python keeps the package that it becomes."""
+    pytest.importorskip("transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        modules = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+        yield
+
+
 RECIPES = {
     "strips": ("best_rq2_tiny", TINY),
     "grid": (

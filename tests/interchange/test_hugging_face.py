@@ -39,9 +39,9 @@ def test_opens_without_transformers(encoder_file, folder):
         assert f"class {attribute}(" in (folder / f"{module}.py").read_text()
 
 
-def test_auto_model(encoder_file, folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("transformers_modules")
+def test_auto_model(encoder_file, folder, tmp_path):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     waveform, lengths = ragged()
     expected, frames = bestrq2.load(encoder_file).encode(waveform, lengths)
     model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -56,9 +56,6 @@ def test_auto_model(encoder_file, folder, tmp_path, monkeypatch):
     means = torch.stack([row[:count].mean(0) for row, count in zip(expected, frames)])
     np.testing.assert_allclose(output.pooler_output.detach(), means, atol=1e-5)
     output.pooler_output.sum().backward()  # it can be fine-tuned
-    for wrong in ({"attention_maks": inputs["attention_mask"]}, {"output_hidden_states": True}):
-        with pytest.raises(TypeError, match=next(iter(wrong))):
-            model(inputs["input_values"], **wrong)
     assert torch.equal(model(**inputs, output_hidden_states=None).last_hidden_state, output.last_hidden_state)
     assert sum(p.grad is not None for p in model.parameters()) == len(list(model.parameters()))
 

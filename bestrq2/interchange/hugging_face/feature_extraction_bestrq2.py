@@ -1,6 +1,6 @@
 """Pads waveforms; the spectrogram is computed inside the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class BestRQ2FeatureExtractor(SequenceFeatureExtractor):
 
     def __call__(
         self,
-        raw_speech: np.ndarray | Sequence[Any],
+        raw_speech: Any,
         sampling_rate: int | None = None,
         padding: bool | str = True,
         return_tensors: str | None = None,
@@ -31,20 +31,48 @@ class BestRQ2FeatureExtractor(SequenceFeatureExtractor):
     ) -> BatchFeature:
         """
         Args:
-            raw_speech: one mono waveform (S,) or a list of them.
+            raw_speech: one mono waveform (S,) or several: arrays, tensors, lists of numbers, an array (B, S), or rows
+                of datasets with "array" and "sampling_rate". Full scale is 1.0.
             sampling_rate: of the waveforms; must be the model's.
+            padding, return_tensors, kwargs: as for other feature extractors, with max_length, truncation,
+                pad_to_multiple_of and return_attention_mask.
+
+        Raises:
+            ValueError: for another sampling rate, several channels, no samples, integers, or values not finite.
         """
+        self._check_rate(sampling_rate)
+        clips = [self._waveform(clip) for clip in (raw_speech if _is_batch(raw_speech) else [raw_speech])]
+        if not clips:
+            raise ValueError("expected at least one waveform, got none")
+        kwargs.setdefault("return_attention_mask", self.return_attention_mask)
+        return self.pad(BatchFeature({"input_values": clips}), padding=padding, return_tensors=return_tensors, **kwargs)
+
+    def _check_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(f"expected audio at {self.sampling_rate} Hz, got {sampling_rate} Hz: resample it first")
-        single = np.ndim(raw_speech[0]) == 0
-        clips = [np.asarray(clip, dtype=np.float32) for clip in ([raw_speech] if single else raw_speech)]
-        if any(clip.ndim != 1 for clip in clips):
-            raise ValueError(f"expected mono waveforms (S,), got shapes {[clip.shape for clip in clips]}")
-        batch = BatchFeature({"input_values": clips})
-        return self.pad(
-            batch,
-            padding=padding,
-            return_attention_mask=self.return_attention_mask,
-            return_tensors=return_tensors,
-            **kwargs,
-        )
+
+    def _waveform(self, clip: Any) -> np.ndarray:
+        if isinstance(clip, Mapping):
+            self._check_rate(clip.get("sampling_rate"))
+            clip = clip["array"]
+        if hasattr(clip, "detach"):
+            clip = clip.detach().cpu().float().numpy() if clip.is_floating_point() else clip.cpu().numpy()
+        values = np.asarray(clip)
+        if values.ndim != 1 or not values.size:
+            raise ValueError(f"expected mono waveforms (S,) of at least one sample, got shape {values.shape}")
+        if values.dtype.kind != "f" and not isinstance(clip, list | tuple):
+            raise ValueError(
+                f"expected floating samples with full scale 1.0, got {values.dtype}: divide int16 by 32768"
+            )
+        values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("expected finite samples, got NaN or infinity")
+        return values
+
+
+def _is_batch(raw_speech: Any) -> bool:
+    if isinstance(raw_speech, Mapping):
+        return False
+    if hasattr(raw_speech, "ndim"):
+        return raw_speech.ndim > 1
+    return len(raw_speech) == 0 or isinstance(raw_speech[0], Mapping) or np.ndim(raw_speech[0]) > 0

@@ -31,7 +31,7 @@ def multiplies_bf16(dtype: torch.dtype) -> bool:
 def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
     out = torch.empty_like(query)
-    logsumexp = torch.empty(query.shape[:3], dtype=torch.float32)
+    logsumexp = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
     call = _Call(query, key, value, options)
     call.frames("out", out, writable=True)
     call.pointers["logsumexp"] = logsumexp.data_ptr()
@@ -55,7 +55,7 @@ def backward(
     tables: list[Tensor | None] = []
     for name in ("position", "content_bias", "position_bias"):
         given = call.keep.get(name)
-        table = None if given is None else torch.zeros(given.shape, dtype=given.dtype)
+        table = None if given is None else torch.zeros(given.shape, dtype=given.dtype, device="cpu")
         call.pointers[f"grad_{name}"] = 0 if table is None else table.data_ptr()
         tables.append(table)
     if query.numel():
@@ -108,7 +108,7 @@ class _Call:
         """Pass (B, H, T, d) as it lies in memory; copied only if the last dimension is not contiguous."""
         direct = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
         if writable and not direct:
-            self.keep[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self.keep[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         else:
             self.keep[name] = tensor if direct else tensor.contiguous()
         self.pointers[name] = (self.keep[name].data_ptr(), *self.keep[name].stride()[:3])
@@ -127,8 +127,8 @@ class _Call:
         padded = (head_dim + 15) // 16 * 16
         # Frame by frame when the input is a transposed (B, T, H, d), so that the sums can be the gradient itself.
         if like.stride(1) < like.stride(2):
-            tensor = torch.zeros(batch, length, heads, padded, dtype=torch.float32).transpose(1, 2)
+            tensor = torch.zeros(batch, length, heads, padded, dtype=torch.float32, device="cpu").transpose(1, 2)
         else:
-            tensor = torch.zeros(batch, heads, length, padded, dtype=torch.float32)
+            tensor = torch.zeros(batch, heads, length, padded, dtype=torch.float32, device="cpu")
         self.frames(name, tensor)
         return tensor

@@ -63,7 +63,7 @@ def run(
     if half:
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
     rows, codebooks = hidden.shape[0], weight.shape[0]
-    losses, correct = torch.zeros(2, codebooks, rows, dtype=torch.float32).unbind()
+    losses, correct = torch.zeros(2, codebooks, rows, dtype=torch.float32, device="cpu").unbind()
     row_weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
     index = None  # (M,)
     if row_weights is not None:
@@ -72,15 +72,15 @@ def run(
     total = (count if row_weights is None else row_weights.sum().item()) or 1
     shared = row_weights is None or row_weights.dim() == 1  # by all codebooks
     divisor = (total * codebooks if shared else total) if normalize else 1
-    scale, factor = 1 / divisor, torch.ones((), dtype=torch.float32)
+    scale, factor = 1 / divisor, torch.ones((), dtype=torch.float32, device="cpu")
     if half:  # divided by many rows, or multiplied with large or small weights, gradients would leave the range of fp16
         largest = 1.0 if row_weights is None or not count else row_weights.nan_to_num(0, 0, 0).abs().max().item() or 1.0
-        scale, factor = 1 / largest, torch.tensor(largest / divisor, dtype=torch.float32)
+        scale, factor = 1 / largest, torch.tensor(largest / divisor, dtype=torch.float32, device="cpu")
     sources = (hidden, weight, weight if bias is None else bias)
     dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
     if count == 0:
         grads = [x.new_zeros(x.shape if want else 0, dtype=kind) for x, want, kind in zip(sources, wanted, dtypes)]
-        return losses, torch.zeros(codebooks, dtype=torch.float32), factor, *grads
+        return losses, torch.zeros(codebooks, dtype=torch.float32, device="cpu"), factor, *grads
 
     targets = targets.contiguous()
     if dtype == torch.bfloat16 and native.extension().bf16_dot() != "none":
@@ -90,7 +90,7 @@ def run(
     else:
         grad_hidden = _RowsGradient(hidden, index, count, codebooks) if wanted[0] else None
         grad_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=dtypes[1])
-        grad_bias = torch.zeros(weight.shape[:2] if wanted[2] else 0, dtype=torch.float32)
+        grad_bias = torch.zeros(weight.shape[:2] if wanted[2] else 0, dtype=torch.float32, device="cpu")
         for g, of_codebook in enumerate(targets):
             _run_library(
                 hidden,
@@ -136,7 +136,7 @@ def _run_library(
     gradient = any(grad is not None for grad in (grad_hidden, grad_weight, grad_bias))
     count = hidden.shape[0] if index is None else len(index)
     step = chunk_rows(count, num_classes, dtype.itemsize, gradients=gradient)
-    buffer = torch.empty(min(step, count), num_classes, dtype=dtype)
+    buffer = torch.empty(min(step, count), num_classes, dtype=dtype, device="cpu")
     for start in range(0, count, step):
         stop = min(start + step, count)
         logits = buffer[: stop - start]  # (rows of the chunk, V)
@@ -183,7 +183,7 @@ class _RowsGradient:
         self.sum: Tensor | None = None  # (M, D)
         if codebooks > 1:
             direct = index is None and hidden.dtype == torch.float32
-            self.sum = self.grad if direct else torch.empty(count, hidden.shape[1], dtype=torch.float32)
+            self.sum = self.grad if direct else torch.empty(count, hidden.shape[1], dtype=torch.float32, device="cpu")
 
     def add(self, start: int, stop: int, logits: Tensor, weight: Tensor) -> None:
         """Add rows ``[start, stop)`` of those that count; every codebook adds them in order."""
@@ -233,7 +233,9 @@ class _WeightGradient:
             return
         if self.total is None:
             exact = self.result.dtype == torch.float32
-            self.total = self.result.zero_() if exact else torch.zeros(self.result.shape, dtype=torch.float32)
+            self.total = (
+                self.result.zero_() if exact else torch.zeros(self.result.shape, dtype=torch.float32, device="cpu")
+            )
         h = h.float()
         for begin in range(0, len(self.total), CLASSES_PER_PRODUCT):
             part = slice(begin, begin + CLASSES_PER_PRODUCT)

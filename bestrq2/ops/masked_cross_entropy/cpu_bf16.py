@@ -47,7 +47,7 @@ def run_bf16(
     # Rows that do not count are not written.
     grad_hidden = (torch.empty_like if index is None else torch.zeros_like)(rows) if wanted[0] else None
     grad_weight = torch.empty_like(classes) if wanted[1] else None
-    grad_bias = torch.empty(classes.shape[:2], dtype=torch.float32) if wanted[2] else None
+    grad_bias = torch.empty(classes.shape[:2], dtype=torch.float32, device="cpu") if wanted[2] else None
     native.extension().masked_cross_entropy(
         {
             "hidden": _address(rows),

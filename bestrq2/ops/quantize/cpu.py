@@ -23,7 +23,7 @@ def run(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, no
     codebook = codebook.float().contiguous()
     mask = None if mask is None else mask.contiguous()
     rows = x.reshape(-1, x.shape[-1])
-    codes = torch.empty(len(rows), books or 1, dtype=torch.int64)
+    codes = torch.empty(len(rows), books or 1, dtype=torch.int64, device="cpu")
     arguments = addresses(rows, projection, codebook, mask, normalize, codes)
     bad = native.extension().quantize({**arguments, "threads": torch.get_num_threads()})
     if bad >= 0:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .._impl import native
+from .._impl.devices import has_float64
 from .._impl.dispatch import choose_backend
 from . import cpu, cuda, reference
 from .checks import num_codebooks
@@ -19,6 +20,9 @@ _library.define(
 
 @torch.library.impl("bestrq2::quantize", "CompositeExplicitAutograd", lib=_library)
 def _run(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | None, normalize: str, backend: str) -> Tensor:
+    if not has_float64(x.device):
+        given = (x.cpu(), projection.cpu(), codebook.cpu(), None if mask is None else mask.cpu())
+        return torch.ops.bestrq2.quantize.default(*given, normalize, backend).to(x.device)
     # The choice is made when the call runs, so that use_backend() also governs graphs that are already compiled.
     obstacles = {
         "triton": lambda: _triton_obstacle(x, codebook),

@@ -1,0 +1,59 @@
+"""Dtypes and devices: what follows the weights, and what stays exact whatever they are."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+
+def default_device() -> torch.device:
+    """Where a module puts buffers with values at its start: torch's default device, but never "meta"."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype of accurate arithmetic: float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """Floating dtype of ``module.weight``; float32 where the weight is quantized (torch.ao, bitsandbytes)."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return weight.dtype
+    return torch.float32
+
+
+def like_weight(x: Tensor, module: nn.Module) -> Tensor:
+    """``x`` in the dtype of ``module.weight``, so that a bf16, fp16 or float64 module takes float32 input.
+
+    Under autocast ``x`` is returned as it is: autocast chooses the dtype.
+    """
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(weight_dtype(module))
+
+
+def restore_float32(module: nn.Module, before: dict[str, Tensor]) -> None:
+    """Put back buffers that a conversion has made another dtype: only their device may change.
+
+    Args:
+        module: after ``nn.Module._apply``.
+        before: its buffers by name, before that.
+    """
+    for name, buffer in before.items():
+        now = module._buffers[name]
+        if now is not None and now.dtype != torch.float32:
+            module._buffers[name] = buffer.to(now.device)
+
+
+def warn_of_half(waveform: Tensor) -> None:
+    """Warn of audio in half precision, whose rounding is noise 50 dB (bf16) or 70 dB (fp16) below the signal."""
+    if waveform.dtype in (torch.bfloat16, torch.float16):
+        name = str(waveform.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"the waveform is {name}: quiet sounds drown in its rounding, and features and target codes differ from "
+            "those of the recording; pass float32 audio, also to a model in half precision",
+            stacklevel=3,
+        )

@@ -1,0 +1,67 @@
+"""Models on a device without float64, such as an Apple GPU: the same codes, losses and features."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch.utils.backend_registration")
+TESTS = Path(__file__).resolve().parent.parent
+SCRIPT = """
+from device_stand_in import NAME, StandIn
+import torch
+from model_kinds import features_of, model_of, ragged, relative_error
+
+def refused(call):
+    try:
+        call()
+    except (TypeError, RuntimeError):
+        return True
+    return False
+
+def one_step(model, waveform, lengths):
+    torch.manual_seed(5)
+    output = model.train()(waveform, lengths, step=3)
+    output.objective.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    return output.codes.cpu(), output.loss.detach().cpu()
+
+with StandIn():
+    # The stand-in refuses what it stands for.
+    here = torch.ones(4, device=NAME)
+    assert here.device.type == NAME
+    assert all(map(refused, (here.double, lambda: torch.ones(4).double().to(NAME), lambda: here + torch.ones(4))))
+    waveform, lengths = ragged()
+    there = waveform.to(NAME)
+    for kind in ("strips", "options", "conformer", "streaming"):
+        features = features_of(model_of(kind), waveform, lengths)
+        codes, loss = one_step(model_of(kind), waveform, lengths)
+        model = model_of(kind).to(NAME)
+        assert {tensor.device.type for tensor in model.parameters()} == {NAME}
+        found = features_of(model, there, lengths)
+        assert found.device.type == NAME
+        assert relative_error(found.cpu(), features) < 1e-5, kind
+        found_codes, found_loss = one_step(model, there, lengths)
+        assert torch.equal(found_codes, codes), kind
+        torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=0)
+        assert torch.equal(model.to("cpu").encoder.front_end.window, model_of(kind).encoder.front_end.window)
+        torch.set_default_device(f"{NAME}:0")
+        built = model_of(kind)
+        torch.set_default_device(None)
+        assert {parameter.device.type for parameter in built.parameters()} == {NAME}
+        assert torch.equal(one_step(built, there, lengths)[0], codes), kind
+    encoder = model_of("streaming").to(NAME).eval().encoder
+    with torch.no_grad():
+        state = encoder.start_stream(3)
+        parts = [encoder.stream(piece, state)[0].cpu() for piece in there.split(7001, dim=1)]
+        parts.append(encoder.stream(there[:, :0], state, final=True)[0].cpu())
+    whole = features_of(model_of("streaming"), waveform, None)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+print("all the same")
+"""
+
+
+def test_a_device_without_float64():
+    run = subprocess.run([sys.executable, "-c", SCRIPT], cwd=TESTS, capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == "all the same", run.stderr[-3000:]
