@@ -74,7 +74,7 @@ class StandIn(TorchDispatchMode):
 
 
 class Backend(types.ModuleType):
-    """What torch asks the module of a device for."""
+    """The functions that torch asks the module of a device for."""
 
     is_available = staticmethod(lambda: True)
     is_initialized = staticmethod(lambda: True)

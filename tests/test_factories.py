@@ -44,7 +44,7 @@ def violations(source):
 
 
 def holds_floats(call):
-    """Whether the values may be floating: a float literal, or a call of float."""
+    """Return True if the values may be floating: a float literal, or a call of float."""
     return any(
         (isinstance(node, ast.Constant) and isinstance(node.value, float))
         or (isinstance(node, ast.Call) and ast.unparse(node.func) == "float")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def default_device() -> torch.device:
-    """Where a module puts buffers with values at its start: torch's default device, but never "meta"."""
+    """Device of buffers that have values from the start: torch's default device, but never "meta"."""
     device = torch.get_default_device()
     return torch.device("cpu") if device.type == "meta" else device
 

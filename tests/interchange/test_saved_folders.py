@@ -22,7 +22,7 @@ def features_of(path):
 
 
 def split(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), variant=""):
-    """What save_pretrained(max_shard_size=...) makes."""
+    """Shards as save_pretrained(max_shard_size=...) writes them."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     place = {name: names[number % 2] for number, name in enumerate(tensors)}
