@@ -164,8 +164,7 @@ def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: 
 
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return True for a module that is not replaced, compiled or hooked. Only then may its parts be used without calling
-    it."""
+    """Return True for a module that is not replaced, compiled or hooked: its parts may be used without calling it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and module._compiled_call_impl is None and not any(hooks)
 

@@ -275,7 +275,7 @@ class Transformer(nn.Module):
         return self.norm(x)[:, first:]
 
     def _advances(self) -> bool:
-        """Return True if blocks may hand on their last branch: they are not compiled, replaced, hooked or recomputed."""
+        """Return True if blocks may hand on their last branch: they are not compiled, hooked or recomputed."""
         checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         if self.compiled or checkpointing or not untouched(self.norm, type(self.norm)):
             return False
