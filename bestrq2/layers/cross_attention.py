@@ -104,10 +104,10 @@ class CrossBlock(nn.Module):
         x, normed = residual_norm(x, None, self.norm1)
         arguments = (normed, context, lengths, rotation, context_rotation)
         own = untouched(self.attn, CrossAttention)
-        branch = self.attn.product(*arguments) if own else (self.attn(*arguments), None)
-        x, normed = residual_norm(x, self._branch(*branch, first), self.norm2)
-        fed = self.mlp.product(normed) if untouched(self.mlp, Mlp) else (self.mlp(normed), None)
-        return residual_sum(x, self._branch(*fed, second))
+        values, bias = self.attn.product(*arguments) if own else (self.attn(*arguments), None)
+        x, normed = residual_norm(x, self._branch(values, bias, first), self.norm2)
+        values, bias = self.mlp.product(normed) if untouched(self.mlp, Mlp) else (self.mlp(normed), None)
+        return residual_sum(x, self._branch(values, bias, second))
 
     def _branch(self, values: Tensor, bias: Tensor | None, scale: Tensor | None) -> Branch:
         if self.dropout and self.training:

@@ -192,8 +192,8 @@ class Block(nn.Module):
         branch = self._branch(*attended, scale, kept)
         kept = kept_clips(second, x)
         x, normed = residual_norm(x[:, first:] if first else x, branch, self.norm2, kept=kept)
-        fed = self.mlp.product(normed) if untouched(self.mlp, Mlp) else (self.mlp(normed), None)
-        return x, self._branch(*fed, second, kept)
+        values, bias = self.mlp.product(normed) if untouched(self.mlp, Mlp) else (self.mlp(normed), None)
+        return x, self._branch(values, bias, second, kept)
 
     def _attended(
         self, x: Tensor, lengths: Tensor | None, rotation: Rotation | None, first: int
