@@ -96,6 +96,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# torch keeps a list of its factories, made at first use, for `with torch.device(...)`. It must hold torch.empty itself
+# and not the one of poison_empty.
+with torch.device("cpu"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
