@@ -188,7 +188,7 @@ Trainer._count = count
     assert "2.wav: missing" in output
     last = read_metrics(tmp_path / "one" / "run")[-1]
     reported = (tmp_path / "one" / "run" / "skipped.txt").read_text().splitlines()
-    assert int(last["skipped_files"]) == int(last["skipped/missing"]) >= len(reported) == 1  # every time; each file once
+    assert int(last["skipped_files"]) == int(last["skipped/missing"]) >= len(reported) == 1  # a file once
     shutil.move(tmp_path / "2.wav", data)
 
     names = sorted(path.name for path in data.iterdir())
