@@ -42,7 +42,6 @@ CANDIDATES = {
         {**_tile(rows, columns, warps, stages, peel), "maxnreg": registers}
         for rows, columns, warps, registers, peel, all_stages in (
             (256, 64, 8, 128, 0, (3,)),
-            (256, 64, 8, 128, 1, (3,)),
             (128, 128, 8, 128, 0, (2, 3, 4)),
             (128, 128, 8, 128, 1, (2, 3, 4)),
             (256, 128, 16, 128, 0, (2, 3)),
