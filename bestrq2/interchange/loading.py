@@ -12,7 +12,7 @@ import torch
 
 from bestrq2.config import ConfigError
 
-from .adapters import ModuleAdapter
+from .adapters import ForeignEncoder, ModuleAdapter
 from .opening import open_own
 from .transformers_encoder import TransformersEncoder, is_transformers_folder
 
@@ -49,7 +49,6 @@ def load(
         trust_remote_code: run the Python code of a transformers folder.
         published_positions: reproduce a fault of the published inference code; see :class:`~bestrq2.ViTEncoder`.
         heads, hop_length: only for published checkpoints whose heads or hop cannot be known from the file.
-
         trainable: return one of our encoders for fine-tuning: in training mode, with gradients. Adapters around other
             encoders stay frozen; fine-tune those with their own library.
 
@@ -83,7 +82,7 @@ def load(
         encoder = open_own(text, published_positions=published_positions, heads=heads, hop_length=hop_length)
         if trainable:
             encoder.requires_grad_(True).train()
-    if trainable and not encoder.training:
+    if trainable and isinstance(encoder, ForeignEncoder):
         raise ConfigError(f"{text}: trainable=True needs an encoder of bestrq2, got {type(encoder).__name__}")
     try:
         return encoder.to(device)

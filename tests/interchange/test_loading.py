@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from model_kinds import config_of, model_of
 
 import bestrq2
 from bestrq2 import export
 from bestrq2.config import ConfigError
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.interchange.adapters import cut_windows
+from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.interchange.xares import write_encoder_module
 
 MODULE = '''
@@ -53,6 +55,19 @@ def module(tmp_path):
     path = tmp_path / "case.py"
     path.write_text(MODULE)
     return path
+
+
+def test_frozen_or_trainable(module, tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    write_encoder_file(path, config_of("strips"), model_of("strips").state_dict())
+    frozen, trained = bestrq2.load(path), bestrq2.load(path, trainable=True)
+    assert not frozen.training
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert trained.training
+    trained.encode(0.1 * torch.randn(2, 16000))[0].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in trained.parameters())
+    with pytest.raises(ConfigError, match="trainable=True needs an encoder of bestrq2, got ModuleAdapter"):
+        bestrq2.load(f"{module}:Coarse", trainable=True)
 
 
 def test_modules_by_file_and_by_name(module, monkeypatch):
