@@ -10,7 +10,7 @@ from bestrq2.layers.chunk_sampling import ChunkSampler
 from bestrq2.layers.conformer import Conformer, ConformerSettings
 from bestrq2.layers.conformer_subsampling import ConvSubsampling
 from bestrq2.layers.frame_grid import FrameGrid
-from bestrq2.layers.log_mel import LogMel, check_lengths, check_waveform
+from bestrq2.layers.log_mel import LogMel, check_lengths, check_waveform, integer_lengths
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
 from bestrq2.layers.masking import MaskPlan, valid_mask
 from bestrq2.layers.patches import Patches, extract_patches
@@ -279,7 +279,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             raise ValueError("stream() gives no gradient of the waveform: use encode(), or pass waveform.detach()")
         if lengths is None:
             lengths = torch.full((num_clips,), num_samples, device="cpu")
-        lengths = lengths.to("cpu", torch.int64)
+        lengths = integer_lengths(lengths)
         if lengths.shape != (num_clips,) or int(lengths.min()) < 0 or int(lengths.max()) > num_samples:
             raise ValueError(f"expected {num_clips} lengths in 0..{num_samples}, got {lengths.tolist()}")
         ends = torch.ones(num_clips, dtype=torch.bool, device="cpu") if final else lengths < num_samples
