@@ -132,19 +132,21 @@ def _fitting(name: str) -> str:
     return os.sep.join(parts)
 
 
-def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list[str]]:
-    """Audio files of folders, manifests and single files, each with a unique output name, and messages on skips.
+def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list[Skip], list[str]]:
+    """Audio files of folders, manifests and single files, each with a unique output name, skips, and messages on them.
 
     Raises:
         DataError, ManifestError, AudioError: if an input has no usable audio.
     """
     named: list[tuple[str, AudioFile]] = []
+    skips: list[Skip] = []
     messages: list[str] = []
     used: set[str] = set()
     repeats: Counter[str] = Counter()
     for source in inputs:
         files, report = collect(source, split=None)
         messages += report.notes
+        skips += report.skips
         if report.skips:
             messages += [f"{source}: {report}", *(f"  {line}" for line in report.examples())]
         for file in files:
@@ -158,7 +160,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
                 unique = f"{name}-{repeats[name] + 1}"
             used.add(unique)
             named.append((unique, file))
-    return named, messages
+    return named, skips, messages
 
 
 @torch.inference_mode()
@@ -255,13 +257,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.layer is not None and not 0 <= options.layer < depth:
         raise ConfigError(f"--layer: expected 0..{depth - 1}, got {options.layer}")
     layers = parse_layers(options.layers, depth) if options.layers is not None else None
-    named, messages = find_files(options.inputs)
+    named, unusable, messages = find_files(options.inputs)
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine, "rows": options.rows}
-    return run(encoder, named, writer, options.batch_size, reading, options.pooling)
+    return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
 
 
 def run(
@@ -271,8 +273,12 @@ def run(
     batch_size: int,
     reading: dict[str, Any],
     pooling: str = "mean",
+    unusable: int = 0,
 ) -> int:
-    """Write the features of all files; exit code 0, or 2 if there are none. ``reading``: arguments of :func:`embed`."""
+    """Write the features of all files; exit code 0, or 2 if there are none.
+
+    ``reading``: arguments of :func:`embed`; ``unusable``: files that were skipped before, for the last message.
+    """
     layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
     files = [file for _, file in named]
     written, skips = 0, []
@@ -308,7 +314,7 @@ def run(
         print(f"error: none of {len(files)} files could be embedded", file=sys.stderr)
         return 2
     paths = ", ".join(str(path) for path in writer.close())
-    print(f"{written} files embedded, {len(skips)} skipped: {paths}")
+    print(f"{written} files embedded, {unusable + len(skips)} skipped: {paths}")
     return 0
 
 
