@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
+from bestrq2.durability import named_in_errors
 from bestrq2.errors import printable
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
@@ -69,12 +70,13 @@ class NpyWriter:
     def close(self) -> list[Path]:
         _write_array(self.folder / "clips.npy", np.stack(self.clips))
         partial = self.folder / ".index.csv.partial"
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        index = self.folder / "index.csv"
+        with named_in_errors(index), partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-        partial.replace(self.folder / "index.csv")
-        return [self.folder / "features", self.folder / "clips.npy", self.folder / "index.csv"]
+        partial.replace(index)
+        return [self.folder / "features", self.folder / "clips.npy", index]
 
 
 class ParquetWriter:
@@ -111,7 +113,7 @@ def _write_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file that is either complete or absent."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with named_in_errors(path), partial.open("wb") as file:
             np.save(file, array)
         partial.replace(path)
     except OSError:
