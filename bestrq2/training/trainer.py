@@ -226,7 +226,7 @@ class Trainer:
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
             state.usage.update(codes, valid, decay=number == 0)
-        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value)
+        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value, state.optimizer)
         values = torch.cat((torch.stack(losses).sum(0), norm[None]))
         queued = self.device.type == "cuda" and self.ranks.size == 1
         if queued:  # handed over before anybody has seen whether loss and norm are finite

@@ -12,7 +12,6 @@ namespace bestrq2 {
 //   correct[i] = 1 if t is the first largest logit, else 0
 //   logits[r]  = w * (exp(z - lse) * (1 + 2 * z_loss * lse) - (1 - label_smoothing) * onehot(t)
 //                     - label_smoothing / classes)                                        where `gradient` is set
-//   grad_bias += sum of these gradients over the rows
 //
 // All arithmetic is fp32. Targets must lie in [0, classes).
 struct SoftmaxGradient {
@@ -25,7 +24,6 @@ struct SoftmaxGradient {
   float scale, label_smoothing, z_loss;
   bool gradient;
   const float* bias;  // (classes) or null
-  float* grad_bias;   // (classes) or null
   float* losses;      // by index
   float* correct;     // by index
   int threads;

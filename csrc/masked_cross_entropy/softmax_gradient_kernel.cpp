@@ -3,7 +3,7 @@
 //
 //   row of products (fp32 or bf16)    scratch (fp32)              row, now the gradient of z
 //   +-----------------------+  pass 1 +-------------------+ pass 3 +-----------------------+
-//   | z_0 z_1 ...     z_V-1 | ------> | z + bias, then    | -----> | w (p f - s/V)         | -> added to bias_sums
+//   | z_0 z_1 ...     z_V-1 | ------> | z + bias, then    | -----> | w (p f - s/V)         |
 //   +-----------------------+ maximum | e = exp(z - max)  |        +-----------------------+
 //                                     +-------------------+        then -w (1 - s) at the target
 //                                       pass 2: sum of e
@@ -27,10 +27,9 @@ float widen(uint16_t bf16) { return from_bf16(bf16); }
 void narrow(float v, float& out) { out = v; }
 void narrow(float v, uint16_t& out) { out = to_bf16(v); }
 
-// One row; `e` holds its logits, then their exponentials. `bias_sums` (V) or null.
+// One row; `e` holds its logits, then their exponentials.
 template <class T>
-void row_gradient(const SoftmaxGradient& c, T* z, int64_t target, float weight, float* loss, float* correct, float* e,
-                  float* bias_sums) {
+void row_gradient(const SoftmaxGradient& c, T* z, int64_t target, float weight, float* loss, float* correct, float* e) {
   const int64_t classes = c.classes;
   const float* bias = c.bias;
   float largest = -__builtin_inff();
@@ -79,38 +78,26 @@ void row_gradient(const SoftmaxGradient& c, T* z, int64_t target, float weight, 
   const float factor = weight * (1.0f + 2.0f * c.z_loss * lse) / sum;
   const float uniform = weight * c.label_smoothing / static_cast<float>(classes);
   const float gradient_at_target = e[target] * factor - uniform - weight * kept;
-  if (bias_sums != nullptr) {
-    const float others = bias_sums[target];
 #pragma omp simd
-    for (int64_t v = 0; v < classes; ++v) {
-      const float gradient = e[v] * factor - uniform;
-      bias_sums[v] += gradient;
-      narrow(gradient, z[v]);
-    }
-    bias_sums[target] = others + gradient_at_target;
-  } else {
-#pragma omp simd
-    for (int64_t v = 0; v < classes; ++v) narrow(e[v] * factor - uniform, z[v]);
-  }
+  for (int64_t v = 0; v < classes; ++v) narrow(e[v] * factor - uniform, z[v]);
   narrow(gradient_at_target, z[target]);
 }
 
 template <class T>
-void rows_of(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch, float* bias_sums) {
-  if (bias_sums != nullptr) __builtin_memset(bias_sums, 0, c.classes * sizeof(float));
+void rows_of(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch) {
   for (int64_t r = first; r < last; ++r) {
     const int64_t i = c.index != nullptr ? c.index[r] : r;
     const float weight = c.scale * (c.row_weights != nullptr ? c.row_weights[i] : 1.0f);
     row_gradient(c, static_cast<T*>(c.logits) + r * c.classes, c.targets[i], weight, c.losses + i, c.correct + i,
-                 scratch, bias_sums);
+                 scratch);
   }
 }
 
-void softmax_gradient(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch, float* bias_sums) {
+void softmax_gradient(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch) {
   if (c.bf16)
-    rows_of<uint16_t>(c, first, last, scratch, bias_sums);
+    rows_of<uint16_t>(c, first, last, scratch);
   else
-    rows_of<float>(c, first, last, scratch, bias_sums);
+    rows_of<float>(c, first, last, scratch);
 }
 
 }  // namespace

@@ -8,10 +8,8 @@
 
 namespace bestrq2 {
 
-// Rows [first, last) of the chunk; `scratch` holds chunk.classes floats. `bias_sums`, as many or null, gets the sum of
-// their gradients.
-using SoftmaxGradientRows = void (*)(const SoftmaxGradient& chunk, int64_t first, int64_t last, float* scratch,
-                                     float* bias_sums);
+// Rows [first, last) of the chunk; `scratch` holds chunk.classes floats.
+using SoftmaxGradientRows = void (*)(const SoftmaxGradient& chunk, int64_t first, int64_t last, float* scratch);
 
 namespace portable {
 extern const SoftmaxGradientRows softmax_gradient_rows;

@@ -4,9 +4,10 @@
 for each codebook, for each chunk of masked rows    (rows, V) is the only thing of its size
     h      = hidden[rows]                           gathered here, in the compute dtype
     logits = h @ weight.T
-    logits = softmax gradient, losses, accuracy     in place, one C++ pass, which adds the bias and sums its gradient
+    logits = softmax gradient, losses, accuracy     in place, one C++ pass that adds the bias
     grad_hidden[rows] += logits @ weight            fp32; with one codebook written, once
     grad_weight       += logits.T @ h               fp32
+    grad_bias         += logits.sum(0)              fp32
 """
 
 import torch
@@ -157,7 +158,6 @@ def _run_library(
                 "z_loss": z_loss,
                 "gradient": gradient,
                 "bias": 0 if bias is None else bias.data_ptr(),
-                "grad_bias": 0 if grad_bias is None else grad_bias.data_ptr(),
                 "losses": losses[offset:].data_ptr(),
                 "correct": correct[offset:].data_ptr(),
                 "threads": torch.get_num_threads(),
@@ -167,6 +167,8 @@ def _run_library(
             grad_hidden.add(start, stop, logits, weight)
         if grad_weight is not None:
             grad_weight.add(logits, h, first=start == 0, last=stop == count)
+        if grad_bias is not None:
+            grad_bias += logits.sum(0, dtype=torch.float32)
 
 
 class _RowsGradient:
