@@ -95,6 +95,8 @@ Call quantize_call(const Arguments& arguments) {
 bestrq2::QuantizeCuda quantize_cuda_call(const py::dict& values) {
   const Arguments arguments(values);
   auto q = quantize_call<bestrq2::QuantizeCuda>(arguments);
+  arguments.read("projection_norm", q.projection_norm);
+  arguments.read("reach", q.reach);
   arguments.read("stream", q.stream);
   return q;
 }
