@@ -138,7 +138,7 @@ class _Pretraining(nn.Module):
 
     @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
     def prepare(self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor) -> Prepared:
-        """What a forward pass begins with: patches (mixed, if clips are mixed), mask and codes.
+        """Patches (mixed, if clips are mixed), mask and codes: the beginning of a forward pass.
 
         A function of the arguments and of frozen tensors alone, so it may be computed before the updates of earlier
         steps and handed to the forward pass.
