@@ -160,10 +160,12 @@ def measure(
     budget: Budget,
     worker: memory.Worker | None,
     say: Callable[[str], None] = lambda text: None,
+    deadline: float = float("inf"),
 ) -> list[Row]:
     """Rows of one group (operation, shape, dtype), one per provider and cache state, in the order of ``providers``.
 
     ``worker`` measures CPU peak memory (None: leave it out). Skipped and failed providers get a row with the reason.
+    Providers that were not begun at ``deadline`` (of ``time.monotonic``) are skipped.
     """
     torch.compiler.reset()  # else dynamo's recompilation limit would silently send later shapes to eager mode
     machine.measure_again(case.work)
@@ -180,6 +182,9 @@ def measure(
     for provider in providers:
         say(f"{case.op} {case.shape} {common['dtype']}: {provider.name}")
         row = rows[provider.name] = {**common, "provider": provider.name, "note": provider.note}
+        if time.monotonic() >= deadline:
+            row.update(status="skipped", note="no time was left")
+            continue
         try:
             calls[provider.name] = _check(module, case, provider, row, worker)
         except Skip as reason:

@@ -95,6 +95,8 @@ Call quantize_call(const Arguments& arguments) {
 bestrq2::QuantizeCuda quantize_cuda_call(const py::dict& values) {
   const Arguments arguments(values);
   auto q = quantize_call<bestrq2::QuantizeCuda>(arguments);
+  arguments.read("projection_norm", q.projection_norm);
+  arguments.read("reach", q.reach);
   arguments.read("stream", q.stream);
   return q;
 }
@@ -112,6 +114,7 @@ bestrq2::SoftmaxGradient softmax_gradient_call(const Arguments& arguments) {
   arguments.read("label_smoothing", chunk.label_smoothing);
   arguments.read("z_loss", chunk.z_loss);
   arguments.read("gradient", chunk.gradient);
+  arguments.read_if_given("bias", chunk.bias);
   arguments.read("losses", chunk.losses);
   arguments.read("correct", chunk.correct);
   arguments.read("threads", chunk.threads);

@@ -4,6 +4,7 @@
     python benchmarks/transfer/compare.py --quick                       # clips of the package, under 40 s
     python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --threads 1
     python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --table
+    python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --held-out
 
 Plans of ours are in ``benchmarks/transfer/plans``. ``--corpora`` is what ``benchmarks/transfer/corpora.py`` made.
 PLAN.yaml is described in ``plan.py``. Equal compute is equal matrix-product operations of training (forward and
@@ -11,7 +12,8 @@ backward, as the training log counts them); the steps of each recipe follow from
 probed with the same readout, beside the same encoder before training and log-mel statistics.
 
 Everything is kept in ``--out``: run folders, scores, scores.csv, table.md and table.png. A comparison that was killed
-at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far.
+at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far. ``--held-out``
+probes the same runs on other tasks, which no recipe was chosen by; their scores are kept in ``OUT/held_out``.
 """
 
 from __future__ import annotations
@@ -43,16 +45,23 @@ from benchmarks.transfer.scores import (
     probe_run,
     train_run,
 )
-from benchmarks.transfer.tasks import corpus_tasks, packaged_tasks
+from benchmarks.transfer.tasks import corpus_tasks, held_out_tasks, packaged_tasks
 from bestrq2.runs.metrics import read_metrics
 
 
-def compare(plan: Plan, suite: Suite, source: str | None, out: Path) -> None:
-    """Train and probe what is not done yet, seed by seed, so that every candidate has as many."""
+def compare(plan: Plan, suite: Suite, source: str | None, out: Path, results: Path) -> None:
+    """Train and probe what is not done yet, seed by seed, so that every candidate has as many.
+
+    Args:
+        plan, suite: of the comparison.
+        source: data to train on; None: the clips of the package.
+        out: folder of the runs.
+        results: folder of the scores.
+    """
     budget = {candidate.name: steps_of(plan, candidate) for candidate in plan.candidates}
     for name, (steps, flops) in budget.items():
         print(f"{name}: {steps} steps, {flops:.3g} FLOPs", flush=True)
-    probe_baseline(suite, out, provenance())
+    probe_baseline(suite, results, provenance())
     for seed in plan.seeds:
         for candidate in plan.candidates:
             steps, flops = budget[candidate.name]
@@ -65,7 +74,7 @@ def compare(plan: Plan, suite: Suite, source: str | None, out: Path) -> None:
                 "minutes": minutes_of(run),
                 **provenance(),
             }
-            probe_run(suite, candidate, seed, run, out, facts)
+            probe_run(suite, candidate, seed, run, results, facts)
 
 
 def minutes_of(run: Path) -> float | str:
@@ -89,10 +98,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the plan's")
     parser.add_argument("--steps", type=int, help="of every run, instead of the plan's steps or FLOPs")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--held-out", action="store_true", help="tasks that no recipe was chosen by; needs --corpora")
     parser.add_argument("--table", action="store_true", help="only write table and picture of what is done")
     options = parser.parse_args(arguments)
     if options.quick == (options.plan is not None):
         parser.error("give a plan file or --quick")
+    if options.held_out and options.corpora is None:
+        parser.error("--held-out needs --corpora")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -105,16 +117,19 @@ def main(arguments: list[str] | None = None) -> int:
         if options.corpora is None:
             source, tasks = None, packaged_tasks(**plan.readout)
         else:
+            suite = held_out_tasks if options.held_out else corpus_tasks
             source, tasks = (
                 str(options.corpora / "pretrain.csv"),
-                corpus_tasks(options.corpora / "clips.csv", **plan.readout),
+                suite(options.corpora / "clips.csv", **plan.readout),
             )
-        check_identity(out, {"plan": asdict(plan), "source": source, "tasks": {k: asdict(v) for k, v in tasks.items()}})
+        results = out / "held_out" if options.held_out else out
+        identity = {"plan": asdict(plan), "source": source, "tasks": {k: asdict(v) for k, v in tasks.items()}}
+        check_identity(results, identity)
         try:
             if not options.table:
-                compare(plan, Suite(tasks), source, out)
+                compare(plan, Suite(tasks), source, out, results)
         finally:
-            report(plan, list(tasks), out)
+            report(plan, list(tasks), results)
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 130

@@ -13,7 +13,7 @@ Written to ``--out``:
 
     pretrain.csv  what an encoder may be trained on: path, duration, sampling_rate, domain
     clips.csv     everything: also package, corpus, lang, speaker, item, kind, label, group, split, and the columns of
-                  the tasks in tasks.py (pair, voice, program, pitch, part)
+                  the tasks in tasks.py (pair, voice, program, pitch, octave, part)
     data.yaml     configuration overlay: the manifest, joined short clips, shares of the domains
 
 Byte-identical files are taken once. Clips for probes are cut to their first 10 seconds. The audio stays under the
@@ -51,7 +51,7 @@ PER_CLASS = 300  # clips of each domain on each side of the domain task
 # Speech has the most hours; environment is scarce and would be drawn hardly ever.
 SHARES = {"speech": 0.45, "music": 0.35, "environment": 0.2}
 SOUNDS = (".wav", ".ogg", ".oga", ".opus", ".flac", ".aif", ".aiff", ".mp3", ".gsm", ".g722")
-TASK_COLUMNS = ("pair", "voice", "program", "pitch", "part")
+TASK_COLUMNS = ("pair", "voice", "program", "pitch", "octave", "part")
 COLUMNS = (
     *("path", "duration", "sampling_rate", "domain", "package", "corpus", "lang", "speaker", "item", "kind", "label"),
     *("group", "split", *TASK_COLUMNS),
@@ -170,7 +170,7 @@ def convert(package: Package, base: Path, out: Path, seen: set[bytes], notes: Co
             fixed = {"path": where, "duration": seconds, "sampling_rate": RATE, "package": package.name, "split": split}
             rows.append({**known, **fixed})
             if isinstance(sound, containers.Note):
-                rows[-1].update(program=sound.program, pitch=sound.root % 12)
+                rows[-1].update(program=sound.program, pitch=sound.root % 12, octave=sound.root // 12)
     return rows
 
 

@@ -11,6 +11,14 @@ FAMILIES = ("piano", "chromatic_percussion", "organ", "guitar", "bass", "strings
 # A fixed strength: choosing it inside the training folds costs four times as much and changes little where hundreds of
 # clips meet some hundred standardised columns.
 STRENGTH = 0.02
+# Octaves (MIDI pitch // 12) with at least 40 notes, and General MIDI programs with at least 12.
+OCTAVES = ("2", "3", "4", "5", "6", "7")
+PROGRAMS = (
+    *("0", "2", "4", "17", "18", "19", "26", "40", "41", "42"),
+    *("44", "45", "46", "52", "57", "64", "65", "66", "67", "70"),
+)
+# Voices of Hedgewars that speak English; they say the same 67 lines, more or less.
+ACTORS = ("British", "Classic", "Default", "HillBilly", "Mobster", "Pirate", "Robot", "Russian", "Singer", "Surfer")
 
 
 def corpus_tasks(clips: Path, **readout: Any) -> dict[str, ProbeTask]:
@@ -54,6 +62,31 @@ def corpus_tasks(clips: Path, **readout: Any) -> dict[str, ProbeTask]:
     )
     found["domain"] = ProbeTask(**trained, label="domain", group="group", split="part")
     return found
+
+
+def held_out_tasks(clips: Path, **readout: Any) -> dict[str, ProbeTask]:
+    """Tasks on ``clips.csv`` that no recipe was chosen by: look at them once, for what is finished.
+
+    - ``octave``: octave of single notes; whole General MIDI programs are held out.
+    - ``program``: which of 20 General MIDI programs plays a single note; other notes of them are held out.
+    - ``line``: the same line by another of ten actors, among the lines of all the others; no training.
+    - ``actor``: which of these actors speaks; whole lines are held out. One package, but ten recordings.
+    - ``take``: another take of the same sound effect among all environmental sounds; no training.
+
+    Args:
+        clips, readout: as for :func:`corpus_tasks`.
+    """
+    common: dict[str, Any] = {"manifest": str(clips), **readout}
+    trained: dict[str, Any] = {**common, "regularisation": STRENGTH}
+    notes = (("kind", ("note",)),)
+    actors = (("speaker", tuple(f"hedgewars-{name}" for name in ACTORS)),)
+    return {
+        "octave": ProbeTask(**trained, label="octave", group="group", folds=8, where=(*notes, ("octave", OCTAVES))),
+        "program": ProbeTask(**trained, label="program", group="item", folds=8, where=(*notes, ("program", PROGRAMS))),
+        "line": ProbeTask(**common, kind="retrieval", label="item", group="speaker", where=actors),
+        "actor": ProbeTask(**trained, label="speaker", group="item", folds=8, where=actors),
+        "take": ProbeTask(**common, kind="retrieval", label="group", where=(("domain", ("environment",)),)),
+    }
 
 
 def packaged_tasks(**readout: Any) -> dict[str, ProbeTask]:

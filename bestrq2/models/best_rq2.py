@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,18 @@ class PretrainOutput:
         return touching_share(self.plan, self.patches.values.shape[1], self.patches.rows)
 
 
+class Prepared(NamedTuple):
+    """Patches, mask, and codes ``(B, Np, G)`` at the predicted places of a batch."""
+
+    patches: Patches
+    plan: MaskPlan
+    codes: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        found = [*vars(self.patches).values(), *vars(self.plan).values(), self.codes]
+        return [value for value in found if isinstance(value, Tensor)]
+
+
 def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int, int]]:
     """(seen, predicted and all tokens, number of such clips) for what occurs: clips of equal length agree."""
     tokens = plan.seen_lengths + plan.masked_lengths
@@ -154,10 +166,12 @@ class _Pretraining(nn.Module):
         return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
 
     @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
-    def _prepare(
-        self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor
-    ) -> tuple[Patches, MaskPlan, Tensor]:
-        """Patches (mixed, if clips are mixed), mask and codes at the predicted places."""
+    def prepare(self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor) -> Prepared:
+        """Patches (mixed, if clips are mixed), mask and codes: the beginning of a forward pass.
+
+        A function of the arguments and of frozen tensors alone, so it may be computed before the updates of earlier
+        steps and handed to the forward pass.
+        """
         patches = single = self.encoder.patches(waveform, lengths)
         mixture = None
         if self.mixing is not None and self.training:
@@ -169,9 +183,9 @@ class _Pretraining(nn.Module):
         plan = self.masking.plan(patches.lengths, step, index, waveform.device, patches.rows, weights)
         plan = thin(plan, self.share, self.masking.seed, step, index)
         if mixture is None:
-            return patches, plan, self.target_codes(waveform, lengths, patches, plan.predicted)
+            return Prepared(patches, plan, self.target_codes(waveform, lengths, patches, plan.predicted))
         codes = mixture.codes(self.target_codes(waveform, lengths, single))
-        return patches, plan, take(codes, plan.predicted)
+        return Prepared(patches, plan, take(codes, plan.predicted))
 
     def num_predicted(self, lengths: Tensor, step: int) -> int:
         """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
@@ -213,7 +227,8 @@ class BestRQ2(_Pretraining):
 
     Shapes:
         waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU (None: all), step, index ``(B,)`` global clip index in
-        the training order (None: 0..B-1; step and index seed the mask) -> :class:`PretrainOutput`.
+        the training order (None: 0..B-1; step and index seed the mask), prepared: result of ``prepare`` for the other
+        arguments (None: it is computed) -> :class:`PretrainOutput`.
 
     Raises:
         TypeError: for an encoder that lacks members of :class:`PretrainableEncoder`, listing them.
@@ -238,10 +253,16 @@ class BestRQ2(_Pretraining):
         self._add_clip_head()
 
     def forward(
-        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        step: int,
+        index: Tensor | None = None,
+        prepared: Prepared | None = None,
     ) -> PretrainOutput:
         index = torch.arange(len(waveform), device="cpu") if index is None else index
-        patches, plan, codes = self._prepare(waveform, lengths, step, index)
+        patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
 
         context = self.encoder.context(patches, plan, step)
         hidden = self.predictor(context, patches.positions(), plan)
@@ -295,10 +316,16 @@ class BestRQ(_Pretraining):
         self._add_clip_head()
 
     def forward(
-        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        step: int,
+        index: Tensor | None = None,
+        prepared: Prepared | None = None,
     ) -> PretrainOutput:
         index = torch.arange(len(waveform), device="cpu") if index is None else index
-        patches, plan, codes = self._prepare(waveform, lengths, step, index)
+        patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
 
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)

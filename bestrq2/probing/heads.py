@@ -80,12 +80,24 @@ def scores_of(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    if train.shape[1] > len(train):
+        train, test = _in_row_space(train, test)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 2000 iterations are enough for a probe
         model = LogisticRegression(C=strength, max_iter=2000).fit(train, targets)
     scores = np.zeros((len(test), num_classes))
     scores[:, model.classes_] = model.predict_proba(test)
     return scores
+
+
+def _in_row_space(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of both in an orthonormal basis of the training rows, ``(N, N)`` and ``(N_test, N)`` instead of D.
+
+    The weights of a head with an L2 penalty are a combination of training rows (representer theorem), so its scores are
+    the same, and N columns are cheaper than D.
+    """
+    basis = np.linalg.qr(train.T)[0]
+    return train @ basis, test @ basis
 
 
 def _neighbours(train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:

@@ -1,5 +1,5 @@
-// Random projection and nearest code on the GPU, in fp32 FMAs: exact without matrix units, for any number of
-// dimensions.
+// Random projection and nearest code on the GPU, in fp32 FMAs without matrix units, and in double for the rows whose
+// two best codes the rounding of fp32 could exchange.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,11 @@ struct QuantizeCuda {
   const void* x;  // (rows, features), any strides, in elements; not f64
   Float x_type;
   int64_t rows, features, row_stride, feature_stride;
-  const bool* mask;         // (rows) contiguous, or null: every row
-  const float* projection;  // (num_codebooks or 1, features, codebook_dim) contiguous
-  const float* codebook;    // (num_codebooks or 1, codebook_size, codebook_dim) contiguous
+  const bool* mask;              // (rows) contiguous, or null: every row
+  const float* projection;       // (num_codebooks or 1, features, codebook_dim) contiguous
+  const float* codebook;         // (num_codebooks or 1, codebook_size, codebook_dim) contiguous
+  const float* projection_norm;  // (num_codebooks or 1): at least the Frobenius norm of each projection
+  const float* reach;            // (num_codebooks or 1): at least the norm of the longest code of each codebook
   bool shared_projection, shared_codebook;
   int64_t num_codebooks, codebook_size, codebook_dim;
   bool layer_norm;

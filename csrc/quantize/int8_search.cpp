@@ -1,8 +1,8 @@
 // The search with 8-bit dot products (AVX-512 VNNI), about three times the fp32 rate, and still exact.
 //
 //   screen    all codes, 8-bit: only the maximum of every entry of 16 consecutive codes is kept, in the L1 cache
-//   rescore   the few entries within the proven error of the row's 8-bit maximum, in fp32, exactly as
-//   fp32_search.cpp
+//   rescore   the few entries within the proven error of the row's 8-bit maximum, in fp32; in double if two of their
+//             codes are within the bound of fp32 errors (search.h)
 //
 // Error of a screened score: |<y, c> - <y', c'>| <= |y - y'| max|c| + |y'| max|c - c'|, primes being the 8-bit values.
 // The best code and a rival can both be off by that much, so every code within twice the bound of the maximum is
@@ -96,9 +96,14 @@ Bounds bounds_of(const float* packed) {
   return bounds;
 }
 
-// 8-bit copy of y (dims), four to a word. Returns how far below the maximum a screened score can be and still belong to
-// the best code, in units of the screened scores.
-int32_t quantize_row(const float* y, int64_t dims, const Bounds& codes, int32_t* words) {
+// How far below the maximum a score can be and still belong to the best code.
+struct Margins {
+  int32_t screened;  // in units of the screened scores
+  float rescored;    // in fp32; negative for a row of zeros
+};
+
+// Fills the 8-bit copy of y (dims), four to a word.
+Margins quantize_row(const float* y, int64_t dims, const Bounds& codes, int32_t* words) {
   const double scale = scale_for(y, dims), inverse = 1.0 / scale;
   int8_t bytes[4];
   double rounding = 0.0, norm = 0.0;
@@ -113,10 +118,10 @@ int32_t quantize_row(const float* y, int64_t dims, const Bounds& codes, int32_t*
   }
   rounding = __builtin_sqrt(rounding);
   norm = __builtin_sqrt(norm);
-  const double bound = rounding * codes.norm + (norm + rounding) * codes.rounding +
-                       dims * 0x1p-23 * norm * codes.norm;  // the last term: rounding of rescore()
+  const double error = score_error(norm, codes.norm, dims);
+  const double bound = rounding * codes.norm + (norm + rounding) * codes.rounding + error;
   const double margin = 2.0 * bound / (scale * codes.scale) + 2.0;
-  return margin < 1e9 ? static_cast<int32_t>(margin) : 1000000000;
+  return {margin < 1e9 ? static_cast<int32_t>(margin) : 1000000000, norm > 0.0 ? margin_for(error) : -1.0f};
 }
 
 // Maximum screened score of every entry: maxima (kRows, groups * kLanes), y (kRows, words).
@@ -163,16 +168,18 @@ inline Floats scores_of(const float* y, const float* entry, int64_t dims) {
   });
 }
 
-// The lowest code with the largest fp32 score among the entries that can hold it.
+// The code of the best fp32 score among the entries that can hold it, or -1 if another score is less than `margin`
+// below.
 int64_t rescore(const float* y, const float* exact, int64_t codes, int64_t dims, const int32_t* maxima,
-                int32_t margin) {
+                const Margins& margins) {
   const int64_t groups = groups_of(codes);
   __m512i top = _mm512_load_si512(maxima);
   for (int64_t group = 1; group < groups; ++group)
     top = _mm512_max_epi32(top, _mm512_load_si512(maxima + group * kLanes));
-  const __m512i threshold = _mm512_set1_epi32(_mm512_reduce_max_epi32(top) - margin);
-  float best = -__builtin_inff();
-  int64_t winner = 0;
+  const __m512i threshold = _mm512_set1_epi32(_mm512_reduce_max_epi32(top) - margins.screened);
+  const Floats nothing = splat(-__builtin_inff());
+  Floats best = nothing, second = nothing;
+  Ints best_entry = splat(0);
   for (int64_t group = 0; group < groups; ++group) {
     uint32_t entries = _mm512_cmpge_epi32_mask(_mm512_load_si512(maxima + group * kLanes), threshold);
     for (; entries != 0; entries &= entries - 1) {
@@ -180,14 +187,19 @@ int64_t rescore(const float* y, const float* exact, int64_t codes, int64_t dims,
       const int64_t present = codes - entry * kEntry;
       if (present <= 0) break;
       const __mmask16 exists = present >= kEntry ? 0xffff : static_cast<__mmask16>((1u << present) - 1);
-      const Floats score = scores_of(y, exact + entry * kEntry * dims, dims);
-      const uint32_t better = _mm512_mask_cmp_ps_mask(exists, score, splat(best), _CMP_GT_OQ);
-      if (better == 0) continue;
-      best = _mm512_mask_reduce_max_ps(static_cast<__mmask16>(better), score);
-      winner = entry * kEntry + __builtin_ctz(_mm512_mask_cmp_ps_mask(exists, score, splat(best), _CMP_EQ_OQ));
+      const Floats score = _mm512_mask_mov_ps(nothing, exists, scores_of(y, exact + entry * kEntry * dims, dims));
+      second = maximum(second, score > best ? best : score);
+      best_entry = score > best ? splat(static_cast<int32_t>(entry)) : best_entry;
+      best = maximum(best, score);
     }
   }
-  return winner;
+  const float largest = _mm512_reduce_max_ps(best);
+  const Floats rival = splat(largest - margins.rescored);
+  if (_mm512_cmp_ps_mask(second, rival, _CMP_GE_OQ) != 0) return -1;
+  const uint32_t lanes = _mm512_cmp_ps_mask(best, rival, _CMP_GE_OQ);
+  if ((lanes & (lanes - 1)) != 0) return -1;
+  const int lane = __builtin_ctz(lanes);
+  return best_entry[lane] * kEntry + lane;
 }
 
 using Screen = void (*)(const int32_t*, const uint8_t*, int64_t, int64_t, int32_t*);
@@ -238,13 +250,21 @@ int64_t run(const Quantize& q, const float* codebooks, const double* projections
     const auto* codes = reinterpret_cast<const uint8_t*>(exact + groups * kGroup * q.codebook_dim);
     for (int64_t i = 0; i < chunk.padded; i += kRows) {
       const float* y = chunk.projected(book, i);
-      int32_t margin[kRows];
+      Margins margins[kRows];
       for (int r = 0; r < kRows; ++r)
-        margin[r] = quantize_row(y + r * q.codebook_dim, q.codebook_dim, bounds, scratch.words + r * words);
+        margins[r] = quantize_row(y + r * q.codebook_dim, q.codebook_dim, bounds, scratch.words + r * words);
       screen_codes(scratch.words, codes, words, groups, scratch.maxima);
-      for (int64_t r = 0; r < kRows && i + r < count; ++r)
-        chunk.code(book, i + r) = rescore(y + r * q.codebook_dim, exact, q.codebook_size, q.codebook_dim,
-                                          scratch.maxima + r * groups * kLanes, margin[r]);
+      for (int64_t r = 0; r < kRows && i + r < count; ++r) {
+        int64_t code = 0;  // of a row that is projected to zero
+        if (margins[r].rescored >= 0.0f) {
+          code = rescore(y + r * q.codebook_dim, exact, q.codebook_size, q.codebook_dim,
+                         scratch.maxima + r * groups * kLanes, margins[r]);
+          if (code < 0)
+            code = exact_winner<kEntry>(chunk.exactly_projected(projections, book, i + r), exact,
+                                        kEntry * q.codebook_dim, q.codebook_size, q.codebook_dim, bounds.norm);
+        }
+        chunk.code(book, i + r) = code;
+      }
     }
   }
   return -1;

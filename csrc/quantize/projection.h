@@ -116,10 +116,9 @@ inline void layer_norm(double* row, int64_t features) {
   for (int64_t i = 0; i < features; ++i) row[i] *= scale;
 }
 
-// y (kRows, dims) = rows (kRows, features) @ projection, summed in double, each row scaled by a power of two into
-// [-1, 1] before it is rounded to float: the argmax does not change and nothing overflows or loses bits.
+// sums (kRows, dims rounded up) = rows (kRows, features) @ projection, in double.
 template <int kRows>
-void project(const double* rows, const double* projection, int64_t features, int64_t dims, double* sums, float* y) {
+void sum_products(const double* rows, const double* projection, int64_t features, int64_t dims, double* sums) {
   const int64_t stride = round_up(dims, kColumns);
   for (int64_t column = 0; column < dims; column += kColumns, projection += features * kColumns) {
     Doubles total[kRows][2];
@@ -139,11 +138,29 @@ void project(const double* rows, const double* projection, int64_t features, int
       store(sums + r * stride + column + kDoubles, total[r][1]);
     }
   }
+}
+
+// y (kRows, dims) = rows @ projection, each row scaled by a power of two into [-1, 1] before it is rounded to float:
+// the argmax does not change and nothing overflows or loses bits.
+template <int kRows>
+void project(const double* rows, const double* projection, int64_t features, int64_t dims, double* sums, float* y) {
+  sum_products<kRows>(rows, projection, features, dims, sums);
   for (int r = 0; r < kRows; ++r) {
-    const double* row = sums + r * stride;
+    const double* row = sums + r * round_up(dims, kColumns);
     const PowerOfTwo scale(row, dims);
     for (int64_t k = 0; k < dims; ++k) y[r * dims + k] = static_cast<float>(scale * row[k]);
   }
+}
+
+// Row `index` of x as the projection takes it, in double; false if it is not finite.
+inline bool prepare_row(const Quantize& q, int64_t index, double* row) {
+  if (!read_row(q, index, row)) return false;
+  if (q.x_type == Float::f64) {  // whose sums could leave the range of double; no other type's can
+    const PowerOfTwo scale(row, q.features);
+    for (int64_t k = 0; k < q.features; ++k) row[k] = scale * row[k];
+  }
+  if (q.layer_norm) layer_norm(row, q.features);
+  return true;
 }
 
 // Projects the `count` rows listed in `rows` (null: first, first + 1, ...) for every book into y (books or 1, padded,
@@ -161,12 +178,7 @@ int64_t project_chunk(const Quantize& q, const double* projections, const int64_
         continue;
       }
       const int64_t index = rows != nullptr ? rows[i + r] : first + i + r;
-      if (!read_row(q, index, row)) return index;
-      if (q.x_type == Float::f64) {  // whose sums could leave the range of double; no other type's can
-        const PowerOfTwo scale(row, q.features);
-        for (int64_t k = 0; k < q.features; ++k) row[k] = scale * row[k];
-      }
-      if (q.layer_norm) layer_norm(row, q.features);
+      if (!prepare_row(q, index, row)) return index;
     }
     for (int64_t book = 0; book < (q.shared_projection ? 1 : q.num_codebooks); ++book)
       project<kRows>(values, projections + book * packed_projection_size(q.features, q.codebook_dim), q.features,

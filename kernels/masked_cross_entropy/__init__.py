@@ -35,6 +35,10 @@ CANDIDATES = {
         {"BLOCK_V": block, "num_warps": warps, "num_stages": 1}
         for block, warps in ((8192, 8), (8192, 16), (4096, 4), (4096, 8), (16384, 16))
     ],
+    "softmax_gradient/summed": [
+        {"BLOCK_V": block, "num_warps": warps, "num_stages": 1}
+        for block, warps in ((8192, 16), (8192, 32), (4096, 16), (16384, 32))
+    ],
     # Logits held at once. Small chunks stay in the L2 cache; large ones fill whole waves of multiprocessors: the
     # gradient of 2816 rows of 768 features (48 MiB of 8192 classes) is 132 tiles of 128 x 128, one for each of an H100.
     "chunk": [{"bytes": mebibytes * 2**20, "rows_multiple": 128} for mebibytes in (12, 24, 32, 48, 64, 96, 128)],

@@ -13,7 +13,16 @@ from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_ker
 from .softmax_gradient import softmax_gradient_kernel
 
 FLAGS = (False, True)
-SIZES = {"row_stride": "i32", "start": "i32", "chunk": "i32", "N": "i32", "D": "i32", "V": "i32", "share": "i32"}
+SIZES = {
+    "row_stride": "i32",
+    "rows": "i32",
+    "start": "i32",
+    "chunk": "i32",
+    "N": "i32",
+    "D": "i32",
+    "V": "i32",
+    "share": "i32",
+}
 OPTIONS = {"scale": "fp32", "label_smoothing": "fp32", "z_loss": "fp32"}
 ROWS = {"p_targets": "*i64", "p_weights": "*fp32", "p_index": "*i64", "p_count": "*i64"}
 RESULTS = {"p_losses": "*fp32", "p_correct": "*fp32"}
@@ -45,8 +54,11 @@ def candidate_cases() -> list[CompileCase]:
             tile = "-".join(str(value) for value in config.values())
             prefix = f"{key.partition('/')[0]}-{tile}-{'fp32' if key.endswith('/32') else 'bf16'}"
             cases = (case for case in _cases(tile, default | {key: config}) if case.name.startswith(prefix))
-            whole = key.endswith("/whole")
-            matching = [case for case in cases if case.constexprs.get("WHOLE", whole) == whole]
+            whole, summed = key.endswith(("/whole", "/summed")), key.endswith("/summed")
+            wanted = {"WHOLE": whole, "SUM": summed}
+            matching = [
+                c for c in cases if all(c.constexprs.get(flag, value) == value for flag, value in wanted.items())
+            ]
             # The one with all options; adding, the gradient of the rows takes the tile of the weight gradient.
             found.append(next(case for case in reversed(matching) if not case.constexprs.get("ADD")))
             if key.startswith("weight_gradient"):
@@ -58,12 +70,17 @@ def candidate_cases() -> list[CompileCase]:
 def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
     flags: dict[str, Any]
     for dtype in ("bf16", "fp16", "fp32"):
-        rows = {"p_logits": f"*{dtype}", "start": "i32", "num_classes": "i32", **ROWS, **RESULTS, **OPTIONS}
+        rows = {"p_logits": f"*{dtype}", "p_sums": "*fp32", **dict.fromkeys(("rows", "start", "num_classes"), "i32")}
+        rows |= ROWS | RESULTS | OPTIONS
         for index, weights in ((i, w) for i in FLAGS for w in FLAGS):
             for key, whole in (("softmax_gradient", False), ("softmax_gradient/whole", True)):
-                flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True, "WHOLE": whole}
+                flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True, "SUM": False, "WHOLE": whole}
                 if key in configs:
                     yield _case(softmax_gradient_kernel, f"{file}-{dtype}", rows, flags, configs[key])
+
+            if "softmax_gradient/summed" in configs:
+                flags |= {"SUM": True}
+                yield _case(softmax_gradient_kernel, f"{file}-{dtype}", rows, flags, configs["softmax_gradient/summed"])
 
         bits = 32 if dtype == "fp32" else 16
         pointers = dict.fromkeys(("p_hidden", "p_weight", "p_logits", "p_dz", "p_out"), f"*{dtype}")

@@ -5,7 +5,7 @@
         logits = softmax gradient, losses, accuracy     Triton, in place, one program per row
         grad_hidden       += logits @ weight            fp32; with one codebook written, once
         grad_weight       += logits.T @ h               fp32
-        grad_bias         += logits.sum(0)              fp32
+        grad_bias         += logits.sum(0)              fp32, in the pass before
 
 * Every row counts, or the caller gave an upper bound of their number: the products are the library's.
 * Row weights without a bound: the rows that count are listed first on the device, and Triton products stop at their
@@ -92,22 +92,53 @@ def rows_that_count(row_weights: Tensor) -> tuple[Tensor, Tensor]:
     return torch.argsort(selected, descending=True, stable=True), selected.sum()
 
 
-def softmax_config(configs: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """The block of a row of logits: as large as the row where registers hold it, else one that passes over it."""
+def softmax_config(configs: Mapping[str, Any], classes: int, summed: bool = False) -> dict[str, Any]:
+    """The block of a row of logits: as large as the row where registers hold it, else one that passes over it.
+
+    With ``summed``, of the kernel that also keeps the sum of several rows.
+    """
     whole = configs.get("softmax_gradient/whole")
     if whole is None or classes > whole["BLOCK_V"]:
         return {"WHOLE": False, **configs["softmax_gradient"]}
+    if summed:
+        whole = configs.get("softmax_gradient/summed", whole)
     return {"WHOLE": True, **whole, "BLOCK_V": max(1024, triton.next_power_of_2(classes))}
 
 
-def _softmax_gradient(r: _Rows, logits: Tensor, start: int) -> None:
-    """Fill losses and accuracy of a chunk and overwrite its logits by the gradient of ``losses.sum()``."""
-    config = softmax_config(r.configs, logits.shape[1])
-    softmax_gradient_kernel[(logits.shape[0],)](
+def _softmax_gradient(r: _Rows, logits: Tensor, start: int, sums: Tensor | None = None) -> None:
+    """Fill losses and accuracy of a chunk and overwrite its logits by the gradient of ``losses.sum()``.
+
+    ``sums`` (programs, V): each program writes the sum of the gradients of its rows, or adds it if ``start`` is not 0.
+    """
+    config = softmax_config(r.configs, logits.shape[1], sums is not None)
+    softmax_gradient_kernel[(logits.shape[0] if sums is None else sums.shape[0],)](
         logits, r.targets, r.or_unused(r.weights), r.or_unused(r.index), r.or_unused(r.count), r.losses, r.correct,
-        start, logits.shape[1], r.scale, r.label_smoothing, r.z_loss,
-        HAS_INDEX=r.index is not None, HAS_WEIGHTS=r.weights is not None, GRADIENT=True, **config,
+        r.or_unused(sums), logits.shape[0], start, logits.shape[1], r.scale, r.label_smoothing, r.z_loss,
+        HAS_INDEX=r.index is not None, HAS_WEIGHTS=r.weights is not None, GRADIENT=True, SUM=sums is not None, **config,
     )  # fmt: skip
+
+
+class _BiasGradient:
+    """The sum of logit gradients over all rows, chunk by chunk, in a fixed order.
+
+    Rows that fit a block are summed in the pass that computes their gradients; longer ones are read again.
+    """
+
+    def __init__(self, r: _Rows, total: Tensor | None, chunk: int) -> None:
+        self.total, self.sums = total, None
+        if total is not None and softmax_config(r.configs, len(total))["WHOLE"]:
+            self.sums = total.new_empty(min(PROGRAMS, chunk), len(total))
+        elif total is not None:
+            total.zero_()
+
+    def read(self, logits: Tensor) -> None:
+        """Add the gradients (rows, V) of a chunk, unless they are in the sums already."""
+        if self.total is not None and self.sums is None:
+            self.total += logits.sum(0, dtype=torch.float32)
+
+    def finish(self) -> None:
+        if self.total is not None and self.sums is not None:
+            torch.sum(self.sums, 0, out=self.total)
 
 
 def _fused_losses(r: _Rows) -> None:
@@ -144,7 +175,8 @@ def _bounded_gradients(
     (rows, features), classes = r.hidden.shape, r.weight.shape[0]
     step = chunk_rows(rows, classes, r.weight.dtype.itemsize, r.configs["chunk"])
     logits = torch.empty(min(step, rows), classes, dtype=r.weight.dtype, device=r.hidden.device)
-    slots = torch.arange(min(step, rows), device=r.hidden.device).unsqueeze(1) if grad_bias is not None else None
+    of_bias = _BiasGradient(r, grad_bias, min(step, rows))
+    slots = torch.arange(min(step, rows) if of_bias.sums is None else 0, device=r.hidden.device).unsqueeze(1)
     for start in range(0, rows, step):
         chunk = min(step, rows - start)
         tile = r.tile("logits")
@@ -152,7 +184,7 @@ def _bounded_gradients(
             r.hidden, r.weight, r.or_unused(r.bias), r.index, r.count, logits,
             r.hidden.stride(0), start, chunk, features, classes, HAS_BIAS=r.bias is not None, **tile,
         )  # fmt: skip
-        _softmax_gradient(r, logits[:chunk], start)
+        _softmax_gradient(r, logits[:chunk], start, of_bias.sums)
         if grad_hidden is not None:
             tile = r.tile(hidden_gradient_tile(add))
             hidden_gradient_kernel[(triton.cdiv(chunk, tile["BM"]), triton.cdiv(features, tile["BN"]))](
@@ -164,8 +196,9 @@ def _bounded_gradients(
                 logits, r.hidden, r.index, r.count, grad_weight,
                 r.hidden.stride(0), start, chunk, features, classes, **tile,
             )  # fmt: skip
-        if grad_bias is not None and slots is not None:  # rows of the buffer behind the count hold anything
-            grad_bias += torch.where(slots[:chunk] < r.count - start, logits[:chunk], 0).sum(0, dtype=torch.float32)
+        if of_bias.sums is None and grad_bias is not None:  # rows of the buffer behind the count hold anything
+            of_bias.read(torch.where(slots[:chunk] < r.count - start, logits[:chunk], 0))
+    of_bias.finish()
 
 
 @cache
@@ -208,6 +241,7 @@ def _library_gradients(
     rows, classes, dtype = len(r.hidden), len(r.weight), r.weight.dtype
     step = chunk_rows(rows, classes, dtype.itemsize, r.configs["chunk"])
     buffer = torch.empty(min(step, rows), classes, dtype=dtype, device=r.hidden.device)
+    of_bias = _BiasGradient(r, grad_bias, min(step, rows))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         h = r.hidden[part].to(dtype)
@@ -216,7 +250,7 @@ def _library_gradients(
             torch.mm(h, r.weight.T, out=logits)
         else:
             torch.addmm(r.bias, h, r.weight.T, out=logits)
-        _softmax_gradient(r, logits, start)
+        _softmax_gradient(r, logits, start, of_bias.sums)
         if grad_hidden is not None and add:
             _add_product(grad_hidden[part], logits, r.weight, first=False)
         elif grad_hidden is not None and dtype == grad_hidden.dtype:
@@ -225,8 +259,8 @@ def _library_gradients(
             grad_hidden[part] = torch.mm(logits, r.weight)
         if grad_weight is not None:
             _add_product(grad_weight, logits.T, h, first=start == 0)
-        if grad_bias is not None:
-            grad_bias += logits.sum(0, dtype=torch.float32)
+        of_bias.read(logits)
+    of_bias.finish()
 
 
 def masked_cross_entropy(
@@ -269,10 +303,14 @@ def masked_cross_entropy(
         scale = 1 / max(rows * codebooks, 1)
 
     add = codebooks > 1
-    grads = [
-        x.new_zeros(x.shape, dtype=hidden.dtype if x is hidden and not add else torch.float32) if want else None
-        for x, want in zip((hidden, weight, weight[..., 0] if bias is None else bias), wanted)
-    ]
+    grads: list[Tensor | None] = [None, None, None]
+    if wanted[0]:  # several codebooks add to it; rows that a mask leaves out are not written
+        create = torch.zeros_like if add or index is not None else torch.empty_like
+        grads[0] = create(hidden, dtype=torch.float32 if add else hidden.dtype, memory_format=torch.contiguous_format)
+    create = torch.empty_like if rows and max_rows != 0 else torch.zeros_like  # the first chunk writes
+    for i, x in ((1, weight), (2, weight[..., 0] if bias is None else bias)):
+        if wanted[i]:
+            grads[i] = create(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     h = hidden if hidden.stride(1) == 1 or hidden.shape[1] == 1 else hidden.contiguous()
     w, b = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous()
     configs = load_configs(OP, device)
@@ -329,7 +367,9 @@ def _gathered_gradients(books: list[_Rows], most: int, grads: list[Tensor | None
         for r in books
     ]  # fmt: skip
     grad_hidden = grads[0]
-    rows_gradient = None if grad_hidden is None else grad_hidden.new_zeros(rows.shape)
+    rows_gradient = None
+    if grad_hidden is not None:
+        rows_gradient = grad_hidden.new_zeros(rows.shape) if add else grad_hidden.new_empty(rows.shape)
     _each_codebook(_library_gradients, gathered, [rows_gradient, *grads[1:]], add)
     for r, g in zip(books, gathered):
         r.losses.index_copy_(0, index, g.losses)

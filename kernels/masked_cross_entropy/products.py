@@ -122,11 +122,11 @@ def weight_gradient_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``total += dz.T @ hidden[index]`` in fp32, over the slots of the chunk that exist."""
+    """``total += dz.T @ hidden[index]`` in fp32, over the slots of the chunk that exist; the first chunk writes."""
     i_m = tl.program_id(0).to(tl.int64)
     i_n = tl.program_id(1).to(tl.int64)
     present = tl.minimum(tl.load(p_count) - start, chunk)
-    if present <= 0:
+    if (present <= 0) & (start > 0):
         return
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
@@ -142,4 +142,4 @@ def weight_gradient_kernel(
         acc = tl.dot(tl.trans(z), h.to(z.dtype), acc, input_precision=PRECISION)
     p_t = p_total + o_m[:, None] * D + o_n[None, :]
     inside = m_m[:, None] & m_n[None, :]
-    tl.store(p_t, tl.load(p_t, mask=inside, other=0.0) + acc, mask=inside)
+    tl.store(p_t, tl.load(p_t, mask=inside & (start > 0), other=0.0) + acc, mask=inside)

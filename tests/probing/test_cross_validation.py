@@ -277,3 +277,16 @@ def test_one_group_is_not_enough():
     with pytest.raises(ConfigError, match="at least two groups"):
         make_folds(clips_of(np.linspace(0, 1, 4), [0, 0, 0, 0], ()), ProbeTask(kind="regression"))
     assert deal(np.ones((4, 1)), np.arange(4), 2, 0).tolist().count(0) == 2
+
+
+def test_more_columns_than_clips():
+    """With more columns than clips the linear head is fitted in the space of the clips: the same probabilities."""
+    from sklearn.linear_model import LogisticRegression
+
+    from bestrq2.probing.heads import scores_of
+
+    generator = np.random.default_rng(0)
+    x, asked = generator.normal(size=(40, 300)), generator.normal(size=(9, 300))
+    targets = np.arange(40) % 3
+    expected = LogisticRegression(C=0.02, max_iter=5000, tol=1e-10).fit(x, targets).predict_proba(asked)
+    np.testing.assert_allclose(scores_of("linear", x, targets, asked, 3, 0.02), expected, atol=1e-3)

@@ -50,6 +50,13 @@ def test_quick_and_again(tmp_path, monkeypatch, capsys):
     assert command.main(arguments) == 0
     assert "step/s" not in capsys.readouterr().err
     assert values(tmp_path)[0] == known
+    # Other tasks on the same runs: scores of their own, no training.
+    other = tmp_path / "held_out"
+    command.compare(quick_plan(), scores.Suite(command.packaged_tasks()), None, tmp_path, other)
+    assert "step/s" not in capsys.readouterr().err
+    assert len(scores.all_scores(other)) == len(known)
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--held-out"])
     assert command.main([*arguments[:-1], str(tmp_path), "--corpora", str(tmp_path)]) == 2
     assert "error" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import soundfile
 
 from benchmarks.transfer import containers, corpora, packages
 from benchmarks.transfer.sound_classes import sound_class
-from benchmarks.transfer.tasks import corpus_tasks
+from benchmarks.transfer.tasks import corpus_tasks, held_out_tasks
 from bestrq2.data.manifest import read_manifest
 from bestrq2.probing.labels import read_clips
 
@@ -87,6 +87,11 @@ def test_tasks_find_their_clips(tmp_path):
     for label in ("fire", "water"):
         for split in ("pretrain", "probe"):
             rows.append(row(len(rows), domain="environment", label=label, kind="effect", split=split))
+    for number, program in enumerate((0, 0, 2, 2, 26, 26)):
+        note = {"kind": "note", "domain": "music", "program": program, "octave": 3 + number % 2}
+        rows.append(row(len(rows), group=f"program-{program}", **note))
+    for actor, line in ((a, i) for a in ("British", "Pirate", "Default_ru") for i in ("Hello", "Oops")):
+        rows.append(row(len(rows), kind="line", speaker=f"hedgewars-{actor}", item=line))
     corpora.add_task_columns(rows)
     path = tmp_path / "clips.csv"
     corpora.write_table(path, corpora.COLUMNS, rows)
@@ -97,6 +102,12 @@ def test_tasks_find_their_clips(tmp_path):
     sounds = read_clips(tasks["sound"])
     assert (sounds.classes, sorted(sounds.parts)) == (["fire", "water"], [0, 0, 1, 1])
     assert read_clips(tasks["domain"]).classes == ["environment", "speech"]  # notes are no clips of it
+    others = {name: read_clips(task) for name, task in held_out_tasks(path).items()}
+    assert others["octave"].classes == ["3", "4"]
+    assert (others["program"].classes, len(others["program"])) == (["0", "2", "26"], 6 + 2)
+    assert len(others["line"]) == 4
+    assert others["actor"].classes == ["hedgewars-British", "hedgewars-Pirate"]
+    assert len(others["take"]) == 4
 
 
 def test_zip_and_qt_resource():

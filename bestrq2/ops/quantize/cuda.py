@@ -45,5 +45,9 @@ def run_kernel(
     mask = None if mask is None else mask.contiguous()
     rows = x.reshape(-1, x.shape[-1])
     codes = torch.empty(len(rows), books or 1, dtype=torch.int64, device=x.device)
-    kernel({**addresses(rows, projection, codebook, mask, normalize, codes), "stream": stream})
+    # Bounds of the kernel's errors come from these; the factor covers their own rounding.
+    norm = torch.linalg.vector_norm(projection.reshape(-1, *projection.shape[-2:]), dim=(1, 2)) * 1.001
+    reach = torch.linalg.vector_norm(codebook.reshape(-1, *codebook.shape[-2:]), dim=2).amax(1) * 1.001
+    sizes = {"projection_norm": norm.data_ptr(), "reach": reach.data_ptr()}
+    kernel({**addresses(rows, projection, codebook, mask, normalize, codes), **sizes, "stream": stream})
     return codes.reshape(x.shape[:-1] if books is None else (*x.shape[:-1], books))
