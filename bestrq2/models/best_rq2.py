@@ -1,5 +1,6 @@
 """BEST-RQ-2: contextualize, then predict (Tuncay, Labbé and Pellegrini, arXiv 2606.30700)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,7 @@ from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import PairMixing
 from bestrq2.layers.patches import Patches, extract_patches
+from bestrq2.layers.pytrees import tree_of_tensors
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.thinning import num_kept, thin
 from bestrq2.layers.transformer import TransformerSettings
@@ -23,9 +25,15 @@ from .predictor import Predictor
 from .teacher import Teacher
 
 
+@tree_of_tensors("clip_weight")
 @dataclass
 class PretrainOutput:
     """Results of one pretraining pass.
+
+    Also by name and place, as outputs of transformers: ``output["loss"]``, ``dict(output)``, and ``output[0]``, the
+    objective, which other libraries minimise. A loop or an assignment to several names gives the values in this order:
+    objective, loss, accuracy, codes, plan, patches, hidden, and clip_loss if there is one. Wrappers of modules (DDP,
+    FSDP) find its tensors, for it is registered as a pytree.
 
     Attributes:
         loss, accuracy: 0-d float32; mean cross-entropy and top-1 accuracy over the predicted patches.
@@ -50,6 +58,27 @@ class PretrainOutput:
     def objective(self) -> Tensor:
         """The loss to minimise, 0-d float32."""
         return self.loss if self.clip_loss is None else self.loss + self.clip_weight * self.clip_loss
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of what is there, the objective first."""
+        names = ("objective", "loss", "accuracy", "codes", "plan", "patches", "hidden", "clip_loss")
+        return names if self.clip_loss is not None else names[:-1]
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return tuple(self)[key]
+        if key not in self.keys():
+            raise KeyError(f"{key!r}, expected one of {', '.join(self.keys())}")
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, name) for name in self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
 
     def touching_share(self) -> Tensor:
         """Share of the masked patches with a visible one beside them in time or frequency, 0-d float32."""
