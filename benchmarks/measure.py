@@ -169,11 +169,9 @@ def measure(
     """
     torch.compiler.reset()  # else dynamo's recompilation limit would silently send later shapes to eager mode
     machine.measure_again(case.work)
-    limit_ms = machine.limit_ms(case.work, case.backward_work)
     common = {
         **dict.fromkeys(FIELDS, ""),
         **{"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")},
-        **machine.ceilings(case.work),
         **{"device": machine.device, "threads": machine.threads, "load": load(), "status": "ok"},
         **environment,
     }
@@ -204,9 +202,10 @@ def measure(
         for row in group:
             total = total_ms(row)
             row["speedup"] = base / total if base and total else ""
-        set_limit(group, limit_ms)
         finished += group
-    return finished
+    machine.measure_again(case.work)  # other load at the beginning must not lower the limit of rows that had none
+    set_limit(finished, machine.limit_ms(case.work, case.backward_work))
+    return [row | machine.ceilings(case.work) for row in finished]
 
 
 def _check(module: str, case: Case, provider: Provider, row: Row, worker: memory.Worker | None) -> Callable[[], Any]:
