@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from benchmarks.measure import Budget, Row, measure
 from benchmarks.processes import Ended, run_process
 
 ATTEMPTS = 3  # a group whose processes die at three providers is given up
+FIRST_SHARE = 0.6  # of the time of a group for an attempt that is not the last; of an attempt until its last provider
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,17 @@ class Plan:
     providers: tuple[str, ...] = ()  # words; empty: all
     without: tuple[str, ...] = ()  # exact names
     memory: bool = True
-    group_seconds: float = 600.0
+    group_seconds: float = 600.0  # for all attempts
     tiles: dict[str, dict[str, Any]] = field(default_factory=dict)  # by operation, in place of the shipped ones
 
 
 Say = Callable[[str], None]
 
 
-def run_group(group: Group, plan: Plan, worker: memory.Worker | None, say: Say) -> list[Row]:
-    """Measure a group in this process."""
+def run_group(
+    group: Group, plan: Plan, worker: memory.Worker | None, say: Say, deadline: float = float("inf")
+) -> list[Row]:
+    """Measure a group in this process; no provider is begun after ``deadline`` (of ``time.monotonic``)."""
     module = load_operation(group.op)
     case = module.make_case(group.shape, getattr(torch, group.dtype), torch.device(plan.device))
     providers = [p for p in select(module.PROVIDERS, plan.providers) if p.name not in plan.without]
@@ -74,6 +78,7 @@ def run_group(group: Group, plan: Plan, worker: memory.Worker | None, say: Say) 
             budget=plan.budget,
             worker=worker,
             say=say,
+            deadline=deadline,
         )
     for row in rows if tiles else ():
         row["note"] = "; ".join(filter(None, ("tuned tiles", str(row["note"]))))
@@ -83,15 +88,23 @@ def run_group(group: Group, plan: Plan, worker: memory.Worker | None, say: Say) 
 def run_isolated(group: Group, plan: Plan) -> list[Row]:
     """Measure a group in a process of its own; rows of status ``failed`` for providers at which it died."""
     dead: list[Row] = []
-    for _ in range(ATTEMPTS):
+    end = time.monotonic() + plan.group_seconds
+    for attempt in range(ATTEMPTS):
+        left = end - time.monotonic()
+        if dead and left < 1:
+            break
+        seconds = left if attempt == ATTEMPTS - 1 else FIRST_SHARE * left
         excluded = (*plan.without, *(row["provider"] for row in dead))
         with tempfile.TemporaryDirectory(prefix="bestrq2-group-") as name:
             folder = Path(name)
-            request = {"group": asdict(group), "plan": _to_json(dataclasses.replace(plan, without=excluded))}
+            request = {
+                "group": asdict(group),
+                "plan": _to_json(dataclasses.replace(plan, without=excluded, group_seconds=seconds)),
+            }
             (folder / "request.json").write_text(json.dumps(request))
             command = [sys.executable, "-m", "benchmarks.groups", str(folder)]
             log = folder / "log.txt"
-            ended = run_process(command, log, plan.group_seconds, environment=child_environment())
+            ended = run_process(command, log, seconds, environment=child_environment())
             rows = report.read_csv(folder / "rows.csv") if (folder / "rows.csv").exists() else []
             if rows:
                 return rows + dead
@@ -139,6 +152,7 @@ def main(arguments: Sequence[str]) -> int:
     request = json.loads((folder / "request.json").read_text())
     group, plan = Group(**request["group"]), _from_json(request["plan"])
     torch.set_num_threads(plan.machine.threads)
+    deadline = time.monotonic() + FIRST_SHARE * plan.group_seconds
 
     def say(text: str) -> None:
         _, _, provider = text.partition(f"{group.dtype}: ")
@@ -147,7 +161,7 @@ def main(arguments: Sequence[str]) -> int:
     on_cpu = plan.device == "cpu" and plan.memory and memory.obstacle() is None
     worker = memory.Worker(plan.machine.threads) if on_cpu else None
     try:
-        rows = run_group(group, plan, worker, say)
+        rows = run_group(group, plan, worker, say, deadline)
     finally:
         if worker:
             worker.close()

@@ -160,18 +160,18 @@ def measure(
     budget: Budget,
     worker: memory.Worker | None,
     say: Callable[[str], None] = lambda text: None,
+    deadline: float = float("inf"),
 ) -> list[Row]:
     """Rows of one group (operation, shape, dtype), one per provider and cache state, in the order of ``providers``.
 
     ``worker`` measures CPU peak memory (None: leave it out). Skipped and failed providers get a row with the reason.
+    Providers that were not begun at ``deadline`` (of ``time.monotonic``) are skipped.
     """
     torch.compiler.reset()  # else dynamo's recompilation limit would silently send later shapes to eager mode
     machine.measure_again(case.work)
-    limit_ms = machine.limit_ms(case.work, case.backward_work)
     common = {
         **dict.fromkeys(FIELDS, ""),
         **{"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")},
-        **machine.ceilings(case.work),
         **{"device": machine.device, "threads": machine.threads, "load": load(), "status": "ok"},
         **environment,
     }
@@ -180,6 +180,9 @@ def measure(
     for provider in providers:
         say(f"{case.op} {case.shape} {common['dtype']}: {provider.name}")
         row = rows[provider.name] = {**common, "provider": provider.name, "note": provider.note}
+        if time.monotonic() >= deadline:
+            row.update(status="skipped", note="no time was left")
+            continue
         try:
             calls[provider.name] = _check(module, case, provider, row, worker)
         except Skip as reason:
@@ -199,9 +202,10 @@ def measure(
         for row in group:
             total = total_ms(row)
             row["speedup"] = base / total if base and total else ""
-        set_limit(group, limit_ms)
         finished += group
-    return finished
+    machine.measure_again(case.work)  # other load at the beginning must not lower the limit of rows that had none
+    set_limit(finished, machine.limit_ms(case.work, case.backward_work))
+    return [row | machine.ceilings(case.work) for row in finished]
 
 
 def _check(module: str, case: Case, provider: Provider, row: Row, worker: memory.Worker | None) -> Callable[[], Any]:

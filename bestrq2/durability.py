@@ -1,10 +1,12 @@
-"""Ask the system to bring what was written to the disk, where the file system can."""
+"""Ask the system to bring what was written to the disk, where the file system can; say which file could not be."""
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush_file", "flush_folder"]
+__all__ = ["flush_file", "flush_folder", "named_in_errors"]
 
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
 
@@ -39,3 +41,14 @@ def flush_folder(folder: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an OSError of the block the name of the file, which a failed ``write`` (a full disk) does not have."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
+from bestrq2.durability import named_in_errors
 from bestrq2.errors import printable
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
@@ -69,12 +70,13 @@ class NpyWriter:
     def close(self) -> list[Path]:
         _write_array(self.folder / "clips.npy", np.stack(self.clips))
         partial = self.folder / ".index.csv.partial"
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        index = self.folder / "index.csv"
+        with named_in_errors(index), partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-        partial.replace(self.folder / "index.csv")
-        return [self.folder / "features", self.folder / "clips.npy", self.folder / "index.csv"]
+        partial.replace(index)
+        return [self.folder / "features", self.folder / "clips.npy", index]
 
 
 class ParquetWriter:
@@ -111,7 +113,7 @@ def _write_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file that is either complete or absent."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with named_in_errors(path), partial.open("wb") as file:
             np.save(file, array)
         partial.replace(path)
     except OSError:
@@ -132,19 +134,21 @@ def _fitting(name: str) -> str:
     return os.sep.join(parts)
 
 
-def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list[str]]:
-    """Audio files of folders, manifests and single files, each with a unique output name, and messages on skips.
+def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list[Skip], list[str]]:
+    """Audio files of folders, manifests and single files, each with a unique output name, skips, and messages on them.
 
     Raises:
         DataError, ManifestError, AudioError: if an input has no usable audio.
     """
     named: list[tuple[str, AudioFile]] = []
+    skips: list[Skip] = []
     messages: list[str] = []
     used: set[str] = set()
     repeats: Counter[str] = Counter()
     for source in inputs:
         files, report = collect(source, split=None)
         messages += report.notes
+        skips += report.skips
         if report.skips:
             messages += [f"{source}: {report}", *(f"  {line}" for line in report.examples())]
         for file in files:
@@ -158,7 +162,7 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
                 unique = f"{name}-{repeats[name] + 1}"
             used.add(unique)
             named.append((unique, file))
-    return named, messages
+    return named, skips, messages
 
 
 @torch.inference_mode()
@@ -255,13 +259,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.layer is not None and not 0 <= options.layer < depth:
         raise ConfigError(f"--layer: expected 0..{depth - 1}, got {options.layer}")
     layers = parse_layers(options.layers, depth) if options.layers is not None else None
-    named, messages = find_files(options.inputs)
+    named, unusable, messages = find_files(options.inputs)
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine, "rows": options.rows}
-    return run(encoder, named, writer, options.batch_size, reading, options.pooling)
+    return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
 
 
 def run(
@@ -271,8 +275,12 @@ def run(
     batch_size: int,
     reading: dict[str, Any],
     pooling: str = "mean",
+    unusable: int = 0,
 ) -> int:
-    """Write the features of all files; exit code 0, or 2 if there are none. ``reading``: arguments of :func:`embed`."""
+    """Write the features of all files; exit code 0, or 2 if there are none.
+
+    ``reading``: arguments of :func:`embed`; ``unusable``: files that were skipped before, for the last message.
+    """
     layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
     files = [file for _, file in named]
     written, skips = 0, []
@@ -308,7 +316,7 @@ def run(
         print(f"error: none of {len(files)} files could be embedded", file=sys.stderr)
         return 2
     paths = ", ".join(str(path) for path in writer.close())
-    print(f"{written} files embedded, {len(skips)} skipped: {paths}")
+    print(f"{written} files embedded, {unusable + len(skips)} skipped: {paths}")
     return 0
 
 

@@ -22,9 +22,11 @@ GPU_PEAKS = {
     "L4": 121e12,
 }
 
+APPLE = "mps"  # Apple's GPUs, which have no float64: see ops._impl.devices
+
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """``"auto"`` or a torch device name; the GPU of this rank where there are several.
+    """``"auto"`` (a GPU if there is one, CUDA's or Apple's) or a torch device name; the GPU of this rank of several.
 
     Raises:
         ConfigError: for an unknown or absent device.
@@ -32,7 +34,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
+        return torch.device(APPLE if torch.backends.mps.is_available() else "cpu")
     if name == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:

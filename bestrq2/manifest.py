@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".csv":
         parser.error(f"--out must end in .csv, got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)  # before anything is decoded
     files, report = collect(
         options.source,
         min_seconds=options.min_seconds,

@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="YAML file to write (default: print)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # before anything is measured
     try:
         values = {"model.front_end.normalize": "none"}
         if options.data is not None:

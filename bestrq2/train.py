@@ -30,7 +30,7 @@ from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
-from bestrq2.hardware import choose_device
+from bestrq2.hardware import APPLE, choose_device
 from bestrq2.hashing import mix
 from bestrq2.interchange.opening import open_teacher
 from bestrq2.models import BestRQ, BestRQ2, build_model
@@ -249,7 +249,10 @@ def seeded_model(config: Config, ranks: Ranks | None = None) -> BestRQ2 | BestRQ
 
 
 def device_of(config: Config, ranks: Ranks) -> torch.device:
-    return choose_device(config.train.device, ranks.local_rank)
+    device = choose_device(config.train.device, ranks.local_rank)
+    if config.train.device == "auto" and device.type == APPLE and ranks.size > 1:
+        return torch.device("cpu")  # several ranks cannot exchange gradients of an Apple GPU
+    return device
 
 
 if __name__ == "__main__":

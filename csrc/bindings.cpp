@@ -114,6 +114,7 @@ bestrq2::SoftmaxGradient softmax_gradient_call(const Arguments& arguments) {
   arguments.read("label_smoothing", chunk.label_smoothing);
   arguments.read("z_loss", chunk.z_loss);
   arguments.read("gradient", chunk.gradient);
+  arguments.read_if_given("bias", chunk.bias);
   arguments.read("losses", chunk.losses);
   arguments.read("correct", chunk.correct);
   arguments.read("threads", chunk.threads);

@@ -7,6 +7,8 @@ import signal
 # Before torch loads OpenMP, here and in every process that a test starts: threads that wait sleep. Where others compute
 # on the same cores, spinning doubles the processor time of a training test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# numpy's and scipy's BLAS has no such choice: one thread waits for no other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # cuBLAS refuses torch.use_deterministic_algorithms without it; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

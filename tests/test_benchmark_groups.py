@@ -8,6 +8,7 @@ import pytest
 from benchmark_cases import FACTS, FOLDER, MACHINE
 
 from benchmarks import groups, measure, processes, report, run
+from benchmarks.gpu.rows import group_seconds
 
 SQUARE = """
 import os, torch
@@ -64,16 +65,50 @@ def test_a_group_that_cannot_begin_gets_one_row_with_the_reason():
     assert "a shape reads like" in row["note"]
 
 
+def test_providers_behind_the_deadline_are_skipped():
+    """Those before it have their times: a slow peer at the end costs no row of others."""
+    group, named = groups.Group("quantize", "8x8->8x8", "float32"), []
+    options = plan(providers=("reference", "bestrq2[cpu]", "eager"))
+    rows = groups.run_group(group, options, None, named.append, deadline=time.monotonic() - 1)
+    assert len(rows) > 1
+    assert {(row["status"], row["note"]) for row in rows} == {("skipped", "no time was left")}
+    assert all(row["status"] == "ok" for row in groups.run_group(group, plan(providers=("reference",)), None, print))
+
+
+def test_attempts_share_the_time_of_a_group(monkeypatch):
+    """A group whose processes all hang takes its own time, not that time for every attempt."""
+    given = []
+
+    def hangs(command, log, seconds, environment):
+        given.append(seconds)
+        (Path(command[-1]) / "at.txt").write_text(f"peer {len(given)}")
+        log.write_text("")
+        clock[0] += seconds
+        return processes.Ended(-15, True, seconds)
+
+    clock = [0.0]
+    monkeypatch.setattr(groups.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(groups, "run_process", hangs)
+    rows = groups.run_isolated(groups.Group("quantize", "8x8->8x8", "float32"), plan(group_seconds=100.0))
+    assert [row["provider"] for row in rows] == ["peer 1", "peer 2", "peer 3"]
+    assert given == pytest.approx([60.0, 24.0, 16.0])
+
+
+@pytest.mark.parametrize(("left", "groups_left", "expected"), [(110, 7, 220 / 7), (20, 7, 12), (8, 2, 8), (50, 1, 50)])
+def test_a_group_of_a_gpu_run_takes_at_most_twice_its_share(left, groups_left, expected):
+    assert group_seconds(left, groups_left) == pytest.approx(expected)
+
+
 def test_rows_are_saved_group_by_group(tmp_path, monkeypatch, capsys):
     """A run that is interrupted in its second group has the first on disk; the ceilings are in every row."""
     monkeypatch.setattr(run, "describe_machine", lambda device: MACHINE)
     measured = []
 
-    def fails_later(group, plan, worker, say):
+    def fails_later(*arguments):
         if measured:
             raise KeyboardInterrupt
-        measured.append(group)
-        return groups.run_group(group, plan, worker, say)
+        measured.append(arguments)
+        return groups.run_group(*arguments)
 
     monkeypatch.setattr(run, "run_group", fails_later)
     path = tmp_path / "rows.csv"

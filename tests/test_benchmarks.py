@@ -119,6 +119,23 @@ def test_forward_and_backward_are_timed_separately():
         assert slow["pct_of_limit"] == pytest.approx(100 * 0.02 / total)
 
 
+def test_limit_is_that_of_the_whole_group(monkeypatch):
+    """A machine that was busy when a group began and free when it ended would else have rows above 100 %."""
+    again = iter((1.0, 4.0))
+
+    def measure_again(self, work):
+        self.bandwidth *= next(again)
+
+    monkeypatch.setattr(type(MACHINE), "measure_again", measure_again)
+    before = MACHINE.bandwidth
+    try:
+        row = rows_of([GOOD])["good", "cold"]
+    finally:
+        MACHINE.bandwidth = before
+    assert row["ceiling_gb_per_s"] == pytest.approx(4 * before / 1e9)
+    assert next(again, None) is None
+
+
 def test_budget_limits_repeats():
     budget = measure.Budget(seconds=1.0, at_least=3, at_most=10)
     assert budget.wants_more(measure.Times([900.0, 900.0]))

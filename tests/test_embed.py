@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 def test_npy(run, folder, tmp_path, capsys):
     assert embed.main([str(run), str(folder), "--out", str(tmp_path / "out"), "--batch-size", "3"]) == 0
-    assert "5 files embedded" in (captured := capsys.readouterr()).out
+    assert "5 files embedded, 1 skipped" in (captured := capsys.readouterr()).out
     assert "broken.ogg" in captured.err
     encoder = load(run)
     clips = np.load(tmp_path / "out" / "clips.npy")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bestrq2.ops._impl import library
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import os, setuptools
@@ -38,3 +40,11 @@ def test_architectures_come_from_the_environment(variable, value, expected):
         assert expected in result.stderr
     else:
         assert result.stdout.strip() == str(expected), result.stderr
+
+
+def test_library_from_a_path_that_the_locale_cannot_decode():
+    """torch hands the file name of the caller to C++ in UTF-8: with LC_ALL=C and a path in UTF-8 the import failed."""
+    source = Path(library.__file__).read_text()
+    names: dict = {}
+    exec(compile(source, "/pfad mit \udcc3\udcbc/library.py", "exec"), names)
+    assert names["fragment"]().ns == "bestrq2"

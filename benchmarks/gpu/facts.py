@@ -57,7 +57,10 @@ def _smi() -> list[str]:
         return []
     query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ["nvidia-smi did not answer"]
     return [f"nvidia-smi ({query}): {line}" for line in result.stdout.splitlines()[:1]]
 
 

@@ -17,6 +17,7 @@ from benchmarks.measure import Budget
 WITHOUT = ("torch.compile max-autotune", "SpeechBrain formula", "eager in row blocks")
 UNFIT = {"1000000x256->16x8192": ("reference", "vector-quantize-pytorch")}  # stored scores of 33 GB, and slow
 LEAST_SECONDS = 12.0  # a group is not begun with less
+MOST_SHARE = 2.0
 
 
 def main(request: Request) -> int:
@@ -42,11 +43,11 @@ def main(request: Request) -> int:
     if again:
         wanted = [group for group in wanted if plan.tiles.get(group.op)]
     done = 0
-    for group in wanted:
+    for place, group in enumerate(wanted):
         if request.left() < (1.0 if request.rehearse else LEAST_SECONDS):
             print(f"no time for {group}")
             continue
-        plan.group_seconds = request.left() - 1.0
+        plan.group_seconds = group_seconds(request.left() - 1.0, len(wanted) - place)
         plan.without = (*WITHOUT, *UNFIT.get(group.shape, ()))
         if request.rehearse:  # ours and the baseline: compilers of peers take longer than everything else
             keep = ("bestrq2[triton]", load_operation(group.op).BASELINE)
@@ -57,6 +58,11 @@ def main(request: Request) -> int:
         done += 1
         request.note({"line": f"{done} of {len(wanted)} groups"})
     return 0 if done == len(wanted) else 1
+
+
+def group_seconds(left: float, groups: int) -> float:
+    """Time of the next of so many groups: twice its share, so that a peer that hangs cannot take all of it."""
+    return min(left, max(LEAST_SECONDS, MOST_SHARE * left / groups))
 
 
 def _device(request: Request):  # type: ignore[no-untyped-def]

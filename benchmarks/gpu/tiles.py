@@ -48,16 +48,20 @@ def main(request: Request) -> int:
         for kernel in kernels:
             if kernel not in candidates or request.left() < 3:
                 continue
-            trials = tune.tune_kernel(
-                op,
-                kernel,
-                candidates[kernel],
-                chosen,
-                device=request.device,
-                shape="40x16->16x64" if request.rehearse else None,
-                seconds=request.left() - 1,
-                budget=Budget(repeats=1) if request.rehearse else Budget(seconds=0.1, at_least=5, at_most=30),
-            )
+            try:
+                trials = tune.tune_kernel(
+                    op,
+                    kernel,
+                    candidates[kernel],
+                    chosen,
+                    device=request.device,
+                    shape="40x16->16x64" if request.rehearse else None,
+                    seconds=request.left() - 1,
+                    budget=Budget(repeats=1) if request.rehearse else Budget(seconds=0.1, at_least=5, at_most=30),
+                )
+            except RuntimeError as error:  # its process died before the first tile; other kernels may do better
+                print(error, flush=True)
+                continue
             best = tune.choose(trials, chosen.get(kernel))
             tried += len(trials)
             if best is not None:

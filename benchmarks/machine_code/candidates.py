@@ -5,7 +5,8 @@ python benchmarks/machine_code/candidates.py                        every propos
 python benchmarks/machine_code/candidates.py chunked_attention --kernels forward/64
 
 A proposal that spills or does not fit is dropped; of the others the MOST with most warps on a multiprocessor stay, the
-shortest code for a multiply-add first among equals. Written to ``candidates_sm_<architecture>.json`` beside this file,
+shortest code for a multiply-add first among equals. On sm_90, tiles whose products are ``mma.sync`` come last: those
+reach 0.6 of the rate of ``wgmma``. Written to ``candidates_sm_<architecture>.json`` beside this file,
 which ``benchmarks/tune.py --preselected`` and ``benchmarks/gpu_run.py`` read. Nothing is measured.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 if not __package__:  # a script: make `benchmarks` and, in an uninstalled checkout, `bestrq2` importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bestrq2.kernels import aot, tuning
+from bestrq2.kernels import aot, quantize, tuning
 
 from benchmarks.machine_code import rates, sass
 
@@ -52,15 +53,21 @@ PROPOSALS: dict[str, dict[str, list[Config]]] = {
         "table_gradient/64": _tiles(
             *((64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2)),
         ),
-    }
+    },
+    "quantize": {
+        key: [config for config in quantize.CANDIDATES[key] if config["num_stages"] == 3]  # stages change few registers
+        for key in ("quantize/16", "quantize/16/few")
+    },
 }
 """What is looked at; the entries of other operations in the file were chosen by hand from ``CANDIDATES``."""
 
 
 def case_of(op: str, kernel: str, config: Config) -> aot.CompileCase:
     """The compile case of one proposal."""
+    if op == "quantize":
+        return quantize.compile_case(kernel, config, "fp32", int(kernel.split("/")[1]), layer_norm=True, select=True)
     if op != "chunked_attention":
-        raise ValueError(f"no proposals for {op}: expected chunked_attention")
+        raise ValueError(f"no proposals for {op}: expected one of {', '.join(PROPOSALS)}")
     from bestrq2.kernels.chunked_attention.compile_cases import compile_case
 
     configs = tuning.merged(tuning.FOLDER, op, None, None) | {kernel: config, f"{kernel}/key_mask": config}
@@ -69,7 +76,7 @@ def case_of(op: str, kernel: str, config: Config) -> aot.CompileCase:
 
 def ranked(
     op: str, kernel: str, configs: Sequence[Config], architecture: int
-) -> Iterator[tuple[tuple[float, float], Config]]:
+) -> Iterator[tuple[tuple[bool, float, float], Config]]:
     """(rank, configuration) of every proposal that compiles without spills."""
     for config in configs:
         try:
@@ -84,7 +91,8 @@ def ranked(
         cost = hot.instructions / hot.fmas if hot and hot.fmas else float("inf")
         print(f"{kernel} {config}: {report}, {held.warps} warps, {1e3 * cost:.2f} instructions a 1000 FMAs", flush=True)
         if report.spill_bytes == 0 and held.warps and cost < float("inf"):
-            yield (-held.warps, cost), config
+            slow = architecture == 90 and not any("wgmma" in name for name in report.matrix_instructions)
+            yield (slow, -held.warps, cost), config
 
 
 def main(arguments: list[str] | None = None) -> int:

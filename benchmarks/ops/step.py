@@ -131,7 +131,7 @@ def _ours(compiled: bool) -> Callable[[Case], Callable[[], Tensor]]:
             output.loss.backward()
             mark("backward")
             usage.update(output.codes, output.plan.predicted_valid())
-            clip_gradients(model, config.optimizer.max_grad_norm)
+            clip_gradients(model, config.optimizer.max_grad_norm, optimizer=optimizer)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss = output.loss.detach().cpu()

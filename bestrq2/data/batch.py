@@ -47,7 +47,8 @@ class Batch:
     On its way from a cache the waveform is int16, half as many bytes; :meth:`as_float` makes it float32.
 
     ``lengths`` counts the samples before the padding and stays on the CPU; ``index`` is the global sample index (CPU);
-    ``skips`` are the files that could not be read on the way; ``domains`` has the domain of every sample.
+    ``skips`` are the files that could not be read on the way; ``domains`` has the domain of every sample; ``prepared``
+    is what the model computed of the whole batch ahead of its step, or None.
     """
 
     waveform: Tensor
@@ -55,6 +56,7 @@ class Batch:
     index: Tensor
     skips: list[Skip] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
+    prepared: Any = None
 
     def __len__(self) -> int:
         return self.waveform.shape[0]
@@ -75,6 +77,7 @@ class Batch:
             index=self.index[begin:end],
             skips=[],
             domains=self.domains[begin:end],
+            prepared=None,
         )
 
     def as_float(self) -> "Batch":

@@ -78,7 +78,11 @@ def _located(source: Path, row: dict[str, Any], path: str) -> str:
     folder: str | Path = source.parent
     if "client_id" in row and "sentence" in row and (source.parent / "clips").is_dir():
         folder = source.parent / "clips"  # of Common Voice
-    return os.path.normpath(os.path.join(folder, path))
+    located = os.path.normpath(os.path.join(folder, path))
+    if "\\" in path and os.sep == "/" and not os.path.lexists(located):  # written on Windows
+        there = os.path.normpath(os.path.join(folder, path.replace("\\", "/")))
+        return there if os.path.lexists(there) else located
+    return located
 
 
 def _number(where: str, row: dict[str, Any], names: tuple[str, ...], low: float) -> float | None:

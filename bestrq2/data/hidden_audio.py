@@ -67,7 +67,7 @@ def _long_chunk(file: BinaryIO, size: int, name: bytes, number: str) -> str | No
             return None
         (length,) = struct.unpack(number, header[4:])
         if header[:4] == name:
-            if length == 0 or length >= 0x7FF00000:
+            if length >= 0x7FF00000:
                 return None  # a placeholder: libsndfile reads to the end
             end = position + 8 + length
             if size - end <= max(_LEAST_BYTES, _SLACK * length) or _are_chunks(file, size, end + length % 2, number):

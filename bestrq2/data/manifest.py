@@ -15,7 +15,7 @@ from bestrq2.data.fields import audio_file
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
-from bestrq2.durability import flush_file
+from bestrq2.durability import flush_file, named_in_errors
 from bestrq2.errors import ManifestError
 
 __all__ = [
@@ -127,7 +127,10 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
     # read_manifest joins to the folder as it is named, so the comparison is by name too, without resolving links
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            named_in_errors(target),
+            open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             writer = csv.writer(file)
             parts = any(item.is_part for item in listed)
             writer.writerow((*_WRITTEN, "start", "end") if parts else _WRITTEN)

@@ -107,6 +107,11 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
     parts = sum(item.place != item.path for item in files)
     found.notes.append(f"{path}: {len(rows)} rows" + (f", {parts} of them parts of longer files" if parts else ""))
     found.notes += [note] if note else []
+    repeats = len(files) - len({(item.path, item.start, item.end) for item in files})
+    if repeats:
+        found.notes.append(
+            f"{path}: {repeats} rows name a clip that is listed before; it is used as often as it is listed"
+        )
     found.files += files
 
 

@@ -5,6 +5,8 @@ stay symbols: the discrete Fourier transform is a matrix product in float64, eve
 of a Conformer is the reference formula, whose scores take memory quadratic in the length whatever the chunk size.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -220,6 +222,7 @@ class ExportableConformer(ExportableEncoder):
 
 
 def exportable(encoder: ViTEncoder | ConformerEncoder) -> ExportableViT | ExportableConformer:
-    """The graph of an encoder, on the CPU and in evaluation mode."""
+    """The graph of a copy of an encoder, on the CPU, in float32 and in evaluation mode; ``encoder`` stays as it is."""
+    encoder = copy.deepcopy(encoder).to("cpu", torch.float32)
     whole = ExportableViT(encoder) if isinstance(encoder, ViTEncoder) else ExportableConformer(encoder)
     return whole.cpu().eval().requires_grad_(False)

@@ -4,6 +4,7 @@ Inputs ``waveform (batch, samples)`` float32 and ``lengths (batch,)`` int64, out
 float32 and ``feature_lengths (batch,)`` int64; see :class:`~bestrq2.interchange.exportable.ExportableEncoder`.
 """
 
+import io
 import json
 import logging
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_to_dict
+from bestrq2.durability import named_in_errors
 from bestrq2.models import ConformerEncoder, ViTEncoder
 from bestrq2.version import __version__
 
@@ -120,7 +122,11 @@ def write_torch_export(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.export.save(program, partial, extra_files=extra)
+            # In memory first: where a disk is full, torch's own writer of files ends the process.
+            content = io.BytesIO()
+            torch.export.save(program, content, extra_files=extra)
+        with named_in_errors(path):
+            partial.write_bytes(content.getbuffer())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

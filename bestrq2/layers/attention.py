@@ -8,8 +8,10 @@ On CPUs, in this order (docs/benchmarks.md has the measurements):
 - clips of different lengths, or bf16 and more keys: ``ops.chunked_attention`` with one chunk, which skips padding.
 - fp32 without padding and with more keys: ``scaled_dot_product_attention``.
 
-On GPUs ``scaled_dot_product_attention`` chooses among its kernels; with padding, which it takes as a mask and not with
-its fastest kernel, ``ops.chunked_attention``. Under torch.compile and in other dtypes it is always the former.
+On GPUs ``scaled_dot_product_attention`` chooses among its kernels by PyTorch's rule: in bf16 and fp16 on sm_90 and
+sm_100 cuDNN first (torch 2.13 with cuDNN 9.15.1 or later), else flash attention. With padding, which it takes as a mask
+and not with its fastest kernel, ``ops.chunked_attention``. Under torch.compile and in other dtypes it is always the
+former.
 """
 
 from collections.abc import Sequence

@@ -5,9 +5,12 @@ front end (torchaudio ``MelSpectrogram(normalized=True)`` then ``AmplitudeToDB``
 power 2, HTK mel scale without area normalisation.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from bestrq2.errors import BestRQError
 from bestrq2.ops._impl.devices import exact_device, has_float64
 
 from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
@@ -219,7 +222,14 @@ def check_waveform(waveform: Tensor, num_clips: int | str = "B") -> None:
     Raises:
         TypeError: for anything but a tensor.
         ValueError: if it is not floating ``(num_clips, S)``.
+        BestRQError: inside of ``torch.jit.trace`` or ``torch.export``, which would fix the lengths of this batch.
     """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise BestRQError(
+            "torch.jit.trace and torch.export cannot follow an encoder's lengths: take "
+            "bestrq2.interchange.graphs.trace(encoder), which gives a graph for every batch and length, or the command "
+            "bestrq2 export ENCODER --torch-export FILE.pt2 (or --onnx FILE.onnx)"
+        )
     if not isinstance(waveform, Tensor):
         raise TypeError(f"expected a waveform tensor ({num_clips}, S), got {type(waveform).__name__}")
     if not waveform.is_floating_point():
@@ -231,17 +241,30 @@ def check_waveform(waveform: Tensor, num_clips: int | str = "B") -> None:
         raise ValueError(f"expected a floating waveform ({num_clips}, S), got {waveform.dtype} {tuple(waveform.shape)}")
 
 
-def check_lengths(waveform: Tensor, lengths: Tensor | None) -> Tensor:
+def integer_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
+    """Lengths in samples as int64 on the CPU.
+
+    Raises:
+        ValueError: for other numbers: shares of the longest clip, as SpeechBrain counts, would be read as one sample.
+    """
+    lengths = torch.as_tensor(lengths, device="cpu")
+    if lengths.numel() and (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool):
+        hint = "; multiply relative lengths by the number of samples and round" if lengths.is_floating_point() else ""
+        raise ValueError(f"expected lengths in samples, integers, got {lengths.dtype}{hint}")
+    return lengths.to(torch.int64)
+
+
+def check_lengths(waveform: Tensor, lengths: Tensor | Sequence[int] | None) -> Tensor:
     """Validate a padded batch and return its lengths in samples as int64 on the CPU.
 
     Raises:
-        ValueError: if ``waveform`` is not floating ``(B, S)`` or a length is outside ``1..S``.
+        ValueError: if ``waveform`` is not floating ``(B, S)``, or a length is no integer or outside ``1..S``.
     """
     check_waveform(waveform)
     num_clips, num_samples = waveform.shape
     if lengths is None:
         lengths = torch.full((num_clips,), num_samples, dtype=torch.int64, device="cpu")
-    lengths = lengths.to("cpu", torch.int64)
+    lengths = integer_lengths(lengths)
     if lengths.shape != (num_clips,):
         raise ValueError(f"expected one length per clip, ({num_clips},), got {tuple(lengths.shape)}")
     if num_clips and (int(lengths.min()) < 1 or int(lengths.max()) > num_samples):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bestrq2.ops._impl import native
 from bestrq2.ops._impl.dispatch import forced_backend
+from bestrq2.ops._impl.library import fragment
 
 from .log_mel_tables import Tables, passes, tables
 
@@ -84,7 +85,7 @@ def fused_log_mel(
     )
 
 
-_library = torch.library.Library("bestrq2", "FRAGMENT")
+_library = fragment()
 _library.define(
     "log_mel(Tensor waveform, Tensor lengths, Tensor counts, SymInt num_frames, bool centred, int hop_length, "
     "Tensor mean, Tensor std, int n_fft, int win_length, int num_mels, int sampling_rate, float f_min, float f_max) "

@@ -14,10 +14,12 @@ from bestrq2.hashing import mix, uniform
 from bestrq2.ops._impl.devices import exact_device
 
 from .counter_random import random_keys
+from .pytrees import tree_of_tensors
 
 SMALLEST_WEIGHT = 1e-6  # of a patch without any variation: it is taken last, but may be taken
 
 
+@tree_of_tensors()
 @dataclass(frozen=True)
 class MaskPlan:
     """Seen and predicted tokens of a batch: the object that travels from the masking to encoder, predictor and loss.

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pytrees import tree_of_tensors
 
+
+@tree_of_tensors("rows")
 @dataclass(frozen=True)
 class Patches:
     """The patches of a padded batch. Token ``t * rows + f`` covers frequency row f, time column t, so that the valid

@@ -9,8 +9,10 @@ from bestrq2.hashing import mix
 
 from .counter_random import random_keys
 from .masking import MaskPlan
+from .pytrees import tree_of_tensors
 
 
+@tree_of_tensors()
 @dataclass(frozen=True)
 class ThinnedPlan(MaskPlan):
     """A plan that predicts a part of the masked tokens.

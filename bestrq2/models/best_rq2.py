@@ -1,7 +1,8 @@
 """BEST-RQ-2: contextualize, then predict (Tuncay, Labbé and Pellegrini, arXiv 2606.30700)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import PairMixing
 from bestrq2.layers.patches import Patches, extract_patches
+from bestrq2.layers.pytrees import tree_of_tensors
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.thinning import num_kept, thin
 from bestrq2.layers.transformer import TransformerSettings
@@ -23,9 +25,15 @@ from .predictor import Predictor
 from .teacher import Teacher
 
 
+@tree_of_tensors("clip_weight")
 @dataclass
 class PretrainOutput:
     """Results of one pretraining pass.
+
+    Also by name and place, as outputs of transformers: ``output["loss"]``, ``dict(output)``, and ``output[0]``, the
+    objective, which other libraries minimise. A loop or an assignment to several names gives the values in this order:
+    objective, loss, accuracy, codes, plan, patches, hidden, and clip_loss if there is one. Wrappers of modules (DDP,
+    FSDP) find its tensors, for it is registered as a pytree.
 
     Attributes:
         loss, accuracy: 0-d float32; mean cross-entropy and top-1 accuracy over the predicted patches.
@@ -51,9 +59,42 @@ class PretrainOutput:
         """The loss to minimise, 0-d float32."""
         return self.loss if self.clip_loss is None else self.loss + self.clip_weight * self.clip_loss
 
+    def keys(self) -> tuple[str, ...]:
+        """Names of what is there, the objective first."""
+        names = ("objective", "loss", "accuracy", "codes", "plan", "patches", "hidden", "clip_loss")
+        return names if self.clip_loss is not None else names[:-1]
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return tuple(self)[key]
+        if key not in self.keys():
+            raise KeyError(f"{key!r}, expected one of {', '.join(self.keys())}")
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, name) for name in self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
     def touching_share(self) -> Tensor:
         """Share of the masked patches with a visible one beside them in time or frequency, 0-d float32."""
         return touching_share(self.plan, self.patches.values.shape[1], self.patches.rows)
+
+
+class Prepared(NamedTuple):
+    """Patches, mask, and codes ``(B, Np, G)`` at the predicted places of a batch."""
+
+    patches: Patches
+    plan: MaskPlan
+    codes: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        found = [*vars(self.patches).values(), *vars(self.plan).values(), self.codes]
+        return [value for value in found if isinstance(value, Tensor)]
 
 
 def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int, int]]:
@@ -125,10 +166,12 @@ class _Pretraining(nn.Module):
         return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
 
     @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
-    def _prepare(
-        self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor
-    ) -> tuple[Patches, MaskPlan, Tensor]:
-        """Patches (mixed, if clips are mixed), mask and codes at the predicted places."""
+    def prepare(self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor) -> Prepared:
+        """Patches (mixed, if clips are mixed), mask and codes: the beginning of a forward pass.
+
+        A function of the arguments and of frozen tensors alone, so it may be computed before the updates of earlier
+        steps and handed to the forward pass.
+        """
         patches = single = self.encoder.patches(waveform, lengths)
         mixture = None
         if self.mixing is not None and self.training:
@@ -140,9 +183,9 @@ class _Pretraining(nn.Module):
         plan = self.masking.plan(patches.lengths, step, index, waveform.device, patches.rows, weights)
         plan = thin(plan, self.share, self.masking.seed, step, index)
         if mixture is None:
-            return patches, plan, self.target_codes(waveform, lengths, patches, plan.predicted)
+            return Prepared(patches, plan, self.target_codes(waveform, lengths, patches, plan.predicted))
         codes = mixture.codes(self.target_codes(waveform, lengths, single))
-        return patches, plan, take(codes, plan.predicted)
+        return Prepared(patches, plan, take(codes, plan.predicted))
 
     def num_predicted(self, lengths: Tensor, step: int) -> int:
         """Targets in a batch with these ``lengths (B,)`` in samples, known before its forward pass: the loss is their
@@ -184,7 +227,8 @@ class BestRQ2(_Pretraining):
 
     Shapes:
         waveform ``(B, S)``, lengths ``(B,)`` samples on the CPU (None: all), step, index ``(B,)`` global clip index in
-        the training order (None: 0..B-1; step and index seed the mask) -> :class:`PretrainOutput`.
+        the training order (None: 0..B-1; step and index seed the mask), prepared: result of ``prepare`` for the other
+        arguments (None: it is computed) -> :class:`PretrainOutput`.
 
     Raises:
         TypeError: for an encoder that lacks members of :class:`PretrainableEncoder`, listing them.
@@ -209,10 +253,16 @@ class BestRQ2(_Pretraining):
         self._add_clip_head()
 
     def forward(
-        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        step: int,
+        index: Tensor | None = None,
+        prepared: Prepared | None = None,
     ) -> PretrainOutput:
         index = torch.arange(len(waveform), device="cpu") if index is None else index
-        patches, plan, codes = self._prepare(waveform, lengths, step, index)
+        patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
 
         context = self.encoder.context(patches, plan, step)
         hidden = self.predictor(context, patches.positions(), plan)
@@ -266,10 +316,16 @@ class BestRQ(_Pretraining):
         self._add_clip_head()
 
     def forward(
-        self, waveform: Tensor, lengths: Tensor | None = None, *, step: int, index: Tensor | None = None
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        step: int,
+        index: Tensor | None = None,
+        prepared: Prepared | None = None,
     ) -> PretrainOutput:
         index = torch.arange(len(waveform), device="cpu") if index is None else index
-        patches, plan, codes = self._prepare(waveform, lengths, step, index)
+        patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
 
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)

@@ -10,7 +10,7 @@ from bestrq2.layers.chunk_sampling import ChunkSampler
 from bestrq2.layers.conformer import Conformer, ConformerSettings
 from bestrq2.layers.conformer_subsampling import ConvSubsampling
 from bestrq2.layers.frame_grid import FrameGrid
-from bestrq2.layers.log_mel import LogMel, check_lengths, check_waveform
+from bestrq2.layers.log_mel import LogMel, check_lengths, check_waveform, integer_lengths
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
 from bestrq2.layers.masking import MaskPlan, valid_mask
 from bestrq2.layers.patches import Patches, extract_patches
@@ -263,24 +263,31 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             frames on the CPU.
 
         Raises:
-            ValueError: for wrong shapes, or audio after the end of all clips.
+            ValueError: for wrong shapes, audio after the end of all clips, a waveform that requires a gradient (the
+                state carries none, so it would end at the border of the piece), or a state whose last call failed.
         """
         num_clips = state.num_clips
         check_waveform(waveform, num_clips)
         num_samples = waveform.shape[1]
         if state.front_end.over:
             raise ValueError("all clips of this state have ended: start a new one with start_stream()")
+        if state.broken:
+            raise ValueError("an earlier call with this state failed midway: start a new one with start_stream()")
         if self.training:
             raise ValueError("stream() needs the encoder in evaluation mode: call .eval()")
+        if waveform.requires_grad and torch.is_grad_enabled():
+            raise ValueError("stream() gives no gradient of the waveform: use encode(), or pass waveform.detach()")
         if lengths is None:
             lengths = torch.full((num_clips,), num_samples, device="cpu")
-        lengths = lengths.to("cpu", torch.int64)
+        lengths = integer_lengths(lengths)
         if lengths.shape != (num_clips,) or int(lengths.min()) < 0 or int(lengths.max()) > num_samples:
             raise ValueError(f"expected {num_clips} lengths in 0..{num_samples}, got {lengths.tolist()}")
         ends = torch.ones(num_clips, dtype=torch.bool, device="cpu") if final else lengths < num_samples
-        before = state.tokens
+        state.settle()
+        before, state.broken = state.tokens, True
         tokens, grid = self._advance(waveform, lengths, ends, state, state.layout)
         features = self._through_blocks(tokens, grid, state, [None])[0].float()
+        state.broken = False
         valid = self._valid_tokens(state, before, features.shape[1])
         mask = valid_mask(valid, features.shape[1], features.device)
         return features if mask is None else features * mask[..., None], valid

@@ -17,7 +17,8 @@ UNLIMITED = -1
 class StreamingState:
     """Made by ``ConformerEncoder.start_stream``, updated in place by ``stream``.
 
-    Its size is bounded with a limited left context; with an unlimited one, keys and values of all frames are kept.
+    Its size is bounded with a limited left context; with an unlimited one, keys and values of all frames are kept. It
+    carries no gradient, and calls under ``no_grad``, ``inference_mode`` and neither may follow each other.
 
     Attributes:
         layout: the window of attention.
@@ -26,6 +27,7 @@ class StreamingState:
         tokens: feature frames given out so far.
         subsampling: last input frame of every stage.
         blocks: keys, values and last convolution inputs of every block.
+        broken: a call of ``stream`` failed midway (out of memory, Ctrl-C): part of its piece is in the state.
     """
 
     layout: ChunkLayout
@@ -34,6 +36,24 @@ class StreamingState:
     tokens: int
     subsampling: list[Tensor]
     blocks: list[BlockCache]
+    broken: bool = False
+
+    def settle(self) -> None:
+        """Outside of inference mode, replace tensors that were made in it: they could not be written to, or used where
+        a gradient flows."""
+        if torch.is_inference_mode_enabled():
+            return
+
+        def normal(tensor: Tensor) -> Tensor:
+            return tensor.clone() if tensor.is_inference() else tensor
+
+        front = self.front_end
+        front.signal, front.reflection, front.totals = map(normal, (front.signal, front.reflection, front.totals))
+        self.frames, self.subsampling = normal(self.frames), [normal(tensor) for tensor in self.subsampling]
+        for block in self.blocks:
+            attention = block.attention
+            attention.key, attention.value = normal(attention.key), normal(attention.value)
+            block.convolution = normal(block.convolution)
 
     @property
     def num_clips(self) -> int:

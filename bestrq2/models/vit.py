@@ -205,7 +205,9 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         if waveform.shape[1] < least:
             waveform = nn.functional.pad(waveform, (0, least - waveform.shape[1]))
         if bool((lengths < least).any()):  # of no other clip is anything read behind its end
-            inside = torch.arange(least, device=waveform.device) < lengths.to(waveform.device)[:, None]
+            inside = (
+                torch.arange(least, device=waveform.device) < lengths.to(waveform.device, non_blocking=True)[:, None]
+            )
             waveform = torch.cat((torch.where(inside, waveform[:, :least], 0), waveform[:, least:]), 1)
         lengths = lengths.clamp(min=self.min_samples)
         totals = [self.output_length(int(samples)) for samples in lengths]

@@ -10,11 +10,20 @@ import torch
 
 from bestrq2.config import Config
 from bestrq2.errors import TrainingError
-from bestrq2.hardware import choose_device, choose_precision, describe_device, is_out_of_memory, peak_memory
+from bestrq2.hardware import (
+    choose_device,
+    choose_precision,
+    describe_device,
+    is_out_of_memory,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+)
 from bestrq2.models import BestRQ, BestRQ2
 
+from .compilation import compile_blocks, compiles
 from .distributed import Ranks
-from .optimizer import make_optimizer, set_schedule
+from .optimizer import accept_bf16_gradients, clip_gradients, make_optimizer, set_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +34,12 @@ WORTH = 1.03  # a larger batch has to be this much faster to go on on a CPU
 
 @dataclass(frozen=True)
 class Trial:
-    """``clips`` in one pass: seconds of a step, and the largest memory so far in MiB."""
+    """``clips`` in one pass: seconds of a step, the largest memory so far in MiB, and matrix-product operations."""
 
     clips: int
     step_seconds: float
     memory: float
+    flops: float
 
     @property
     def clips_per_second(self) -> float:
@@ -48,8 +58,15 @@ def find_batch(config: Config, model: BestRQ2 | BestRQ, ranks: Ranks) -> int:
     device = choose_device(config.train.device)
     autocast = choose_precision(config.train.precision, device)
     model = model.to(device).train()
+    if compiles(config.train.compile, device):
+        compile_blocks(model)
+    if device.type == "cpu":
+        keep_freed_memory()
+        accept_bf16_gradients(model, config, autocast, ranks.size)
+    peak, source = peak_flops(device, autocast)
     logger.info(f"Passes of {config.data.crop_seconds:g} s clips, {config.recipe}, on {describe_device(device)}")
-    logger.info("   clips     s/step    clips/s   peak MiB")
+    logger.info(f"MFU: share of {peak / 1e12:.1f} TFLOP/s ({source})")
+    logger.info("   clips     s/step    clips/s   peak MiB    MFU")
     trials: list[Trial] = []
     clips, failed = 1, LARGEST + 1
     why = f"{LARGEST} clips is the most that is tried"
@@ -66,7 +83,10 @@ def find_batch(config: Config, model: BestRQ2 | BestRQ, ranks: Ranks) -> int:
             if clips in (largest, failed) or (failed - largest) * 8 < failed:
                 break
             continue
-        logger.info(f"{clips:8d} {trial.step_seconds:10.3f} {trial.clips_per_second:10.1f} {trial.memory:10.0f}")
+        logger.info(
+            f"{clips:8d} {trial.step_seconds:10.3f} {trial.clips_per_second:10.1f} {trial.memory:10.0f}"
+            f"{trial.flops / trial.step_seconds / peak:7.0%}"
+        )
         trials.append(trial)
         if device.type == "cpu" and len(trials) > 2:
             before = max(t.clips_per_second for t in trials[:-2])
@@ -95,18 +115,21 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     try:
         waveform = 0.1 * torch.randn(clips, samples, generator=generator)
+        if device.type == "cuda":
+            waveform = waveform.pin_memory()  # as the loader's batches are: else the copy is the longest part of a step
         lengths, index = torch.full((clips,), samples), torch.arange(clips)
         times: list[float] = []
         while len(times) < 2 or (sum(times[1:]) < TIMED_SECONDS and len(times) < 10):
             start = time.perf_counter()
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                output = model(waveform.to(device), lengths, step=len(times), index=index)
+                output = model(waveform.to(device, non_blocking=True), lengths, step=len(times), index=index)
             output.objective.backward()
+            clip_gradients(model, config.optimizer.max_grad_norm, optimizer=optimizer)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             output.loss.item()
             times.append(time.perf_counter() - start)
-        return Trial(clips, min(times[1:]), peak_memory(device))
+        return Trial(clips, min(times[1:]), peak_memory(device), model.flops(output.plan))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

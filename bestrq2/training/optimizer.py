@@ -65,14 +65,23 @@ def is_plain(tensor: Tensor | None, *dtypes: torch.dtype) -> bool:
 
 class AdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` whose update is one loop over all tensors on CPUs (csrc/optimizer), where it also takes
-    bf16 gradients of float32 parameters."""
+    bf16 gradients of float32 parameters.
+
+    Attributes:
+        gradient_factor: the next update multiplies the gradients by it, as it reads them.
+    """
+
+    gradient_factor = 1.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        factor, self.gradient_factor = self.gradient_factor, 1.0
         updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if closure is not None or not all(
             is_plain(p, torch.float32) and is_plain(p.grad, torch.float32, torch.bfloat16) for p in updated
         ):
+            if factor != 1.0:
+                torch._foreach_mul_([p.grad for p in updated], factor)
             return super().step(closure)
         for group in self.param_groups:
             tensors, numbers = [], []
@@ -91,7 +100,7 @@ class AdamW(torch.optim.AdamW):
                 numbers.append(
                     (1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - low**count), (1 - high**count) ** -0.5)
                 )
-            native.extension().adamw(tensors, numbers, low, high, group["eps"], 1.0, torch.get_num_threads())
+            native.extension().adamw(tensors, numbers, low, high, group["eps"], factor, torch.get_num_threads())
         return None
 
 
@@ -99,15 +108,15 @@ def accept_bf16_gradients(model: nn.Module, config: Config, autocast: torch.dtyp
     """Let the weights of Transformer blocks have the bf16 gradients that autocast computes, on a CPU.
 
     They are not copied to float32 then; their values are the same. Not done where it would change a result: sums of
-    gradients (accumulation, several ranks) and rescaled ones (clipping) would be rounded to bf16.
+    gradients (accumulation, several ranks) would be rounded to bf16. Clipping is left to the update, see
+    :func:`clip_gradients`.
 
     Returns:
         whether it was done.
     """
-    clipped = config.optimizer.max_grad_norm is not None
     summed = ranks > 1 or config.train.accumulate > 1
     # torch before 2.10 has one dtype for a tensor and its gradient.
-    if autocast != torch.bfloat16 or summed or clipped or not hasattr(Tensor, "grad_dtype"):
+    if autocast != torch.bfloat16 or summed or not hasattr(Tensor, "grad_dtype"):
         return False
     blocks = (module for module in model.modules() if isinstance(module, (Block, CrossBlock)))
     for layer in (layer for block in blocks for layer in block.modules()):
@@ -139,12 +148,20 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
         raise ConfigError(f"optimizer: {error}") from error
 
 
-def clip_gradients(model: nn.Module, most: float | None, loss_scale: float = 1.0) -> Tensor:
+def clip_gradients(
+    model: nn.Module, most: float | None, loss_scale: float = 1.0, optimizer: torch.optim.Optimizer | None = None
+) -> Tensor:
     """Divide the gradients by ``loss_scale``, then rescale them to a norm of ``most`` at most (None: as they are).
+
+    Args:
+        optimizer: rescales them in its next update instead, where it is an :class:`AdamW` and they are on a CPU. That
+            costs no pass over them, and does not round bf16 gradients once more.
 
     Returns:
         the norm before rescaling, 0-d float32 on the device (a collective call when sharded).
     """
+    if isinstance(optimizer, AdamW):
+        optimizer.gradient_factor = 1.0  # an update that was skipped left its own
     parameters = [p for p in model.parameters() if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
     if loss_scale != 1.0:
@@ -152,8 +169,12 @@ def clip_gradients(model: nn.Module, most: float | None, loss_scale: float = 1.0
     if grads and all(is_plain(g, torch.float32, torch.bfloat16) for g in grads):
         tensors = [(g.data_ptr(), g.dtype == torch.bfloat16, g.numel()) for g in grads]
         norm = torch.tensor(native.extension().norm_of(tensors, torch.get_num_threads()), dtype=torch.float32)
-        if most is not None and most / (float(norm) + 1e-6) < 1:  # else the factor is 1
-            nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        factor = 1.0 if most is None else float(most / (norm + 1e-6))  # that of torch's clip_grads_with_norm_
+        if factor < 1:  # else nothing to do, or the norm is NaN
+            if isinstance(optimizer, AdamW):
+                optimizer.gradient_factor = factor
+            else:
+                torch._foreach_mul_(grads, factor)
         return norm
     norm = nn.utils.get_total_norm(grads) if most is None else nn.utils.clip_grad_norm_(parameters, most)
     return whole(norm).float()

@@ -38,7 +38,7 @@ from .compilation import compile_blocks, compiles
 from .describe import about_model, describe_run, is_finite, postfix
 from .distributed import Ranks, only_accumulate
 from .evaluation import Evaluation
-from .feeder import Feeder
+from .feeder import Feeder, Preparation, preparation
 from .first_look import first_look
 from .health import HealthCheck
 from .interrupt import StopSignal
@@ -136,7 +136,8 @@ class Trainer:
             disable=not self.ranks.is_first,
         )
         stopping = False
-        with closing(self.saver), self.bar, StopSignal() as stop, closing(Feeder(stream, self.device)) as feeder:
+        feeder = Feeder(stream, self.device, self._preparation(), progress.step)
+        with closing(self.saver), self.bar, StopSignal() as stop, closing(feeder):
             feeder.prefetch()
             self._agree_on_data(self.ranks.sum([feeder.error is not None])[0] > 0, feeder)
             for fed in feeder:
@@ -152,6 +153,10 @@ class Trainer:
             self.log.close()
         # The others wait: torchrun ends all processes as soon as one of them has stopped.
         return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
+
+    def _preparation(self) -> Preparation | None:
+        whole = self.ranks.size == 1 and self.settings.accumulate == 1
+        return preparation(self.model, self.device, self.autocast) if self.device.type == "cuda" and whole else None
 
     def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
         """The batches of this rank, on the CPU."""
@@ -226,7 +231,7 @@ class Trainer:
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
         for number, (codes, valid) in enumerate(found):  # only now: a step that fails must leave the state as it was
             state.usage.update(codes, valid, decay=number == 0)
-        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value)
+        norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value, state.optimizer)
         values = torch.cat((torch.stack(losses).sum(0), norm[None]))
         queued = self.device.type == "cuda" and self.ranks.size == 1
         if queued:  # handed over before anybody has seen whether loss and norm are finite
@@ -259,7 +264,8 @@ class Trainer:
         torch.manual_seed(mix(self.settings.seed, 2, step, *([place] if place else [])) >> 1)
         with only_accumulate(self.state.parallel, last):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                output = self.state.parallel(*part.inputs, step=step, index=part.index)
+                ahead = {} if part.prepared is None else {"prepared": part.prepared}
+                output = self.state.parallel(*part.inputs, step=step, index=part.index, **ahead)
             # Ranks are averaged, micro-batches are added: so every target of the step weighs the same.
             factor = weight * self.ranks.size * self.state.scale.value
             objective = output.objective

@@ -5,7 +5,7 @@
 
 namespace bestrq2 {
 
-// For every row r of the chunk, with z = logits[r], i = index[r] (r where index is null), t = targets[i],
+// For every row r of the chunk, with z = logits[r] + bias, i = index[r] (r where index is null), t = targets[i],
 // w = scale * row_weights[i] (scale where they are null) and lse = log sum_v exp(z_v):
 //
 //   losses[i]  = w * (lse - (1 - label_smoothing) * z_t - label_smoothing * mean(z) + z_loss * lse^2)
@@ -23,8 +23,9 @@ struct SoftmaxGradient {
   const float* row_weights;  // by index, or null
   float scale, label_smoothing, z_loss;
   bool gradient;
-  float* losses;   // by index
-  float* correct;  // by index
+  const float* bias;  // (classes) or null
+  float* losses;      // by index
+  float* correct;     // by index
   int threads;
 };
 

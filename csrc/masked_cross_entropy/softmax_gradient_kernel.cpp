@@ -1,9 +1,9 @@
 // Softmax gradient of rows of logits, in place. Compiled once per instruction set; the loops are written so that the
 // compiler vectorises them (-fopenmp-simd allows it to reorder the marked sums and maxima, and nothing else).
 //
-//   row of logits (fp32 or bf16)      scratch (fp32)              row, now its gradient
+//   row of products (fp32 or bf16)    scratch (fp32)              row, now the gradient of z
 //   +-----------------------+  pass 1 +-------------------+ pass 3 +-----------------------+
-//   | z_0 z_1 ...     z_V-1 | ------> | z, then           | -----> | w (p f - s/V)         |
+//   | z_0 z_1 ...     z_V-1 | ------> | z + bias, then    | -----> | w (p f - s/V)         |
 //   +-----------------------+ maximum | e = exp(z - max)  |        +-----------------------+
 //                                     +-------------------+        then -w (1 - s) at the target
 //                                       pass 2: sum of e
@@ -27,33 +27,45 @@ float widen(uint16_t bf16) { return from_bf16(bf16); }
 void narrow(float v, float& out) { out = v; }
 void narrow(float v, uint16_t& out) { out = to_bf16(v); }
 
+// One row; `e` holds its logits, then their exponentials.
 template <class T>
 void row_gradient(const SoftmaxGradient& c, T* z, int64_t target, float weight, float* loss, float* correct, float* e) {
   const int64_t classes = c.classes;
+  const float* bias = c.bias;
   float largest = -__builtin_inff();
+  if (bias != nullptr) {
 #pragma omp simd reduction(max : largest)
-  for (int64_t v = 0; v < classes; ++v) {
-    const float value = widen(z[v]);
-    largest = largest > value ? largest : value;
+    for (int64_t v = 0; v < classes; ++v) {
+      const float value = widen(z[v]) + bias[v];
+      e[v] = value;
+      largest = largest > value ? largest : value;
+    }
+  } else {
+#pragma omp simd reduction(max : largest)
+    for (int64_t v = 0; v < classes; ++v) {
+      const float value = widen(z[v]);
+      e[v] = value;
+      largest = largest > value ? largest : value;
+    }
   }
-  const float at_target = widen(z[target]);
+  const float at_target = e[target];
   int64_t first = target;
   if (at_target == largest)
     for (int64_t v = target - 1; v >= 0; --v)
-      if (widen(z[v]) == largest) first = v;
+      if (e[v] == largest) first = v;
   *correct = at_target == largest && first == target ? 1.0f : 0.0f;
 
   float mean = 0.0f;
   if (c.label_smoothing != 0.0f) {
     // Relative to the maximum, so that large common offsets do not round the small differences away.
 #pragma omp simd reduction(+ : mean)
-    for (int64_t v = 0; v < classes; ++v) mean += widen(z[v]) - largest;
+    for (int64_t v = 0; v < classes; ++v) mean += e[v] - largest;
     mean /= static_cast<float>(classes);
   }
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t v = 0; v < classes; ++v) {
-    e[v] = exp_nonpositive(widen(z[v]) - largest);
+    e[v] = exp_nonpositive(e[v] - largest);
     sum += e[v];
   }
   const float log_sum = logf(sum), lse = largest + log_sum;

@@ -13,6 +13,7 @@ from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_ker
 from .softmax_gradient import softmax_gradient_kernel
 
 FLAGS = (False, True)
+SELECTIONS = ((False, False), (False, True), (True, True))  # a list of rows and row weights: a list has always weights
 SIZES = {
     "row_stride": "i32",
     "rows": "i32",
@@ -72,7 +73,7 @@ def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
     for dtype in ("bf16", "fp16", "fp32"):
         rows = {"p_logits": f"*{dtype}", "p_sums": "*fp32", **dict.fromkeys(("rows", "start", "num_classes"), "i32")}
         rows |= ROWS | RESULTS | OPTIONS
-        for index, weights in ((i, w) for i in FLAGS for w in FLAGS):
+        for index, weights in SELECTIONS:
             for key, whole in (("softmax_gradient", False), ("softmax_gradient/whole", True)):
                 flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights, "GRADIENT": True, "SUM": False, "WHOLE": whole}
                 if key in configs:
@@ -112,7 +113,7 @@ def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
     yield _case(weight_gradient_kernel, f"{file}-mixed", mixed, exact, configs["weight_gradient/16"])
 
     merge = {**PARTS, **ROWS, **RESULTS, **OPTIONS, "N": "i32", "V": "i32", "shares": "i32"}
-    for index, weights in ((i, w) for i in FLAGS for w in FLAGS):
+    for index, weights in SELECTIONS:
         flags = {"HAS_INDEX": index, "HAS_WEIGHTS": weights}
         yield _case(merge_kernel, file, merge, flags, {"BM": MERGE_ROWS, "num_warps": 4, "num_stages": 3})
 

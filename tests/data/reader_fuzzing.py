@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gzip
 import io
 import json
 import os
@@ -160,7 +161,18 @@ def write_lhotse(path: Path, rows) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-# tool -> (name of the file, writer, whether clips without start and end may stand beside others)
+def write_fairseq(path: Path, rows) -> None:
+    """A folder, then a path and a number of samples a line."""
+    lines = (f"{name}\t{1600 + 16 * len(words)}\n" for name, _, _, words in rows)
+    path.write_text(f"{path.parent}\n" + "".join(lines), encoding="utf-8")
+
+
+def write_gzipped(path: Path, rows) -> None:
+    write_nemo(path.with_suffix(""), rows)
+    path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+
+
+# tool -> (name of the file, writer)
 TOOLS = {
     "csv": ("clips.csv", lambda path, rows: write_table(path, rows, ",")),
     "semicolons": ("clips.csv", lambda path, rows: write_table(path, rows, ";")),
@@ -170,12 +182,14 @@ TOOLS = {
     "SpeechBrain": ("clips.json", write_speechbrain),
     "Kaldi": ("wav.scp", write_kaldi),
     "Lhotse": ("cuts.jsonl", write_lhotse),
+    "fairseq": ("train.tsv", write_fairseq),
+    "gzip": ("clips.jsonl.gz", write_gzipped),
 }
 
 
 def expected(folder: Path, tool: str, rows) -> list[tuple[str, float, float | None]]:
     """(path, start, end) that a reader must give."""
-    segments = tool != "Kaldi" or all(start is not None for _, start, _, _ in rows)
+    segments = tool != "fairseq" and (tool != "Kaldi" or all(start is not None for _, start, _, _ in rows))
     return [
         (os.path.normpath(os.path.join(folder, name)), start / 1000, end / 1000)
         if start is not None and segments
@@ -199,3 +213,69 @@ def tar_bytes() -> bytes:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+CLIPS = 6
+
+
+def samples_of(number: int) -> np.ndarray:
+    """int16 samples of one clip of an archive, of another length than the others."""
+    return (NOISE[: 3000 + 100 * number] * 32767).astype(np.int16)
+
+
+def _hdf5(layout: str) -> bytes:
+    import h5py
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        if layout == "table":
+            rows = np.stack([samples_of(0)] * CLIPS)
+            file.create_dataset("waveform", data=rows, chunks=(1, 1000), compression="gzip")
+        elif layout == "group":
+            for number in range(CLIPS):
+                file[f"waveform/clip{number}"] = samples_of(number)
+        else:
+            rows = file.create_dataset("waveform", (CLIPS,), h5py.vlen_dtype(np.int16))
+            for number in range(CLIPS):
+                rows[number] = samples_of(number)
+        file["label"] = [f"é{number}" for number in range(CLIPS)]
+        file.attrs["sample_rate"] = RATE
+    return buffer.getvalue()
+
+
+def _arrow(form: str) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    clips = []
+    for number in range(CLIPS):
+        clip = io.BytesIO()
+        soundfile.write(clip, samples_of(number), RATE, format="WAV")
+        clips.append({"bytes": clip.getvalue(), "path": f"{number}.wav"})
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    columns = {"audio": pyarrow.array(clips, kind), "label": [f"é{number}" for number in range(CLIPS)]}
+    table = pyarrow.table(columns)
+    if form == "parquet":
+        pyarrow.parquet.write_table(table, buffer, row_group_size=2)
+    else:
+        new = pyarrow.ipc.new_stream if form == "stream" else pyarrow.ipc.new_file
+        with new(buffer, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    return buffer.getvalue()
+
+
+# name of the file -> its content: six clips
+ARCHIVES = {
+    "table.h5": lambda: _hdf5("table"),
+    "group.hdf5": lambda: _hdf5("group"),
+    "arrays.h5": lambda: _hdf5("arrays"),
+    "stream.arrow": lambda: _arrow("stream"),
+    "file.arrow": lambda: _arrow("file"),
+    "rows.parquet": lambda: _arrow("parquet"),
+}
+
+
+@functools.cache
+def archive_bytes(name: str) -> bytes:
+    return ARCHIVES[name]()

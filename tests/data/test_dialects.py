@@ -10,6 +10,7 @@ import soundfile
 from bestrq2.data import AudioFile, CropDataset, DataError, ManifestError, collect, iterate_clips, read_manifest
 from bestrq2.data.manifest import write_manifest
 from bestrq2.data.shards import pack
+from bestrq2.manifest import main as manifest_command
 
 RATE = 16000
 
@@ -249,3 +250,37 @@ def test_a_name_like_a_placeholder(tmp_path):
     (tmp_path / "{root}").mkdir()
     (tmp_path / "{root}" / "a.wav").touch()
     assert [item.path for item in read_manifest(manifest)] == [str(tmp_path / "{root}" / "a.wav")]
+
+
+def test_paths_written_on_windows(folder):
+    (folder / "audio").mkdir()
+    (folder / "short.wav").rename(folder / "audio" / "short.wav")
+    soundfile.write(folder / "a\\b.wav", np.zeros(RATE), RATE)  # a name of this system
+    (folder / "list").mkdir()
+    table = folder / "list" / "clips.csv"
+    table.write_bytes("\ufeffpath,label\r\n..\\audio\\short.wav,x\r\n../a\\b.wav,y\r\nC:\\x.wav,z\r\n".encode())
+    wanted = [folder / "audio" / "short.wav", folder / "a\\b.wav", folder / "list" / "C:\\x.wav"]
+    assert [item.path for item in read_manifest(table)] == [str(path) for path in wanted]
+
+
+def test_clips_that_are_listed_twice_are_spoken_of(folder):
+    rows = ["long.wav,0,1", "long.wav,1,2", "long.wav,0,1", "short.wav,,", "short.wav,,"]
+    (folder / "clips.csv").write_text("\n".join(["path,start,end", *rows]) + "\n")
+    files, report = collect(folder / "clips.csv")
+    assert len(files) == 5
+    assert any("2 rows name a clip that is listed before" in note for note in report.notes)
+
+
+def test_archives_without_a_clip(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    parquet.write_table(pyarrow.table({"audio": pyarrow.array([], kind)}), folder / "empty.parquet")
+    with pytest.raises(DataError, match=r"empty\.parquet: no samples \(an archive without a single clip\)"):
+        collect(folder / "empty.parquet")
+
+
+def test_the_folder_of_a_manifest_is_made_before_the_work(folder):
+    out = folder / "new" / "er" / "clips.csv"
+    assert manifest_command([str(folder), "--out", str(out)]) == 0
+    assert len(read_manifest(out)) == 2

@@ -5,6 +5,7 @@ equal parts for the tests, and prints how many there were.
 """
 
 import contextlib
+import gzip
 import os
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from bestrq2.errors import AudioError, BestRQError, ManifestError
 from . import reader_fuzzing as fuzz
 
 SECONDS = float(os.environ.get("BESTRQ2_FUZZ_SECONDS", "0"))
-TESTS = 4
+TESTS = 5
 _LARGEST_GROWTH = 300e6  # bytes; the largest right input has 64 KB
 
 
@@ -164,7 +165,9 @@ def damaged_manifests(folder, tool, rows, changes):
         return
     content = path.read_bytes()
     lines = [line for line in content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n") if line.strip()]
-    if tool in ("NeMo", "Lhotse"):
+    if tool == "gzip":
+        lines = [line for line in gzip.decompress(content).split(b"\n") if line.strip()]
+    if tool in ("NeMo", "Lhotse", "gzip"):
         assert len(got) in (len(lines), 1)  # one object over several lines is a document
     elif tool != "Kaldi" and tool != "SpeechBrain" and b'"' not in content:
         assert len(got) == len(lines) - 1
@@ -193,5 +196,24 @@ def tar_shards(folder, changes):
     Path(f"{path}.index.json").unlink(missing_ok=True)
 
 
-test_audio, test_manifests, test_damaged_manifests, test_tar_shards = audio, manifests, damaged_manifests, tar_shards
-del audio, manifests, damaged_manifests, tar_shards
+@fuzzed(120, name=st.sampled_from(sorted(fuzz.ARCHIVES)), changes=fuzz.damage)
+def archives(folder, name, changes):
+    """A damaged HDF5, Arrow or Parquet file: every clip is read, or its loss is reported."""
+    pytest.importorskip("h5py" if name.endswith(("h5", "hdf5")) else "pyarrow")
+    path = folder / name
+    path.write_bytes(fuzz.damaged(fuzz.archive_bytes(name), changes))
+    try:
+        found = find_audio(path)
+    except BestRQError as error:
+        assert str(path) in str(error)  # noqa: PT017 (most inputs raise none)
+        return
+    assert len(found.files) >= fuzz.CLIPS or found.skips
+    assert all(str(path) in skip.path for skip in found.skips)
+    for item in found.files:
+        waveform = readable(load_audio, item.path)
+        assert waveform is None or (waveform.dtype == np.float32 and waveform.size)
+
+
+test_audio, test_manifests, test_damaged_manifests = audio, manifests, damaged_manifests
+test_tar_shards, test_archives = tar_shards, archives
+del audio, manifests, damaged_manifests, tar_shards, archives

@@ -166,3 +166,18 @@ def test_without_h5py(published, monkeypatch):
     monkeypatch.setattr("bestrq2.data.archives.hdf5._files", {})
     with pytest.raises(DataError, match=r'HDF5 needs h5py: pip install "bestrq2\[hdf5\]"'):
         collect(path)
+
+
+def test_a_file_that_another_process_writes_anew(tmp_path):
+    """libhdf5 knows an open file by its inode: without closing it first, the lengths of the old one were used."""
+    path = tmp_path / "x.h5"
+    for number, samples, value in ((3, 1600, 100), (5, 1200, 300)):
+        with h5py.File(tmp_path / "new.h5", "w") as file:
+            file["waveform"] = np.full((number, samples), value, np.int16)
+            file.attrs["sample_rate"] = 16000
+        with open(path, "wb") as target:  # in place: the same inode
+            target.write((tmp_path / "new.h5").read_bytes())
+        files, _ = collect(path)
+        assert len(files) == number
+        for item in files:
+            np.testing.assert_array_equal(load_audio(item.path), np.full(samples, value / 32768, np.float32))

@@ -36,6 +36,7 @@ def flac(stated):
 
 HIDDEN = {
     "short.wav": lambda: wav(RATE),
+    "zero.wav": lambda: wav(0),
     "short.flac": lambda: flac(RATE // 2),
     "chain.ogg": lambda: encoded("OGG", subtype="VORBIS") * 2,
     "chain.opus": lambda: encoded("OGG", subtype="OPUS") + encoded("OGG", NOISE[::-1], subtype="OPUS"),

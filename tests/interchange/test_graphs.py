@@ -1,6 +1,7 @@
 """Encoders as graphs: torch.export always, ONNX where onnxruntime is installed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,3 +185,14 @@ def test_description_is_text(case):
     values = describe(encoder, config)
     assert all(isinstance(value, str) for value in values.values())
     assert values["output_dim"] == "32"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error(tmp_path):
+    """torch's writer would end the process: its destructor raises."""
+    config = load_config("best_rq2_tiny", SMALL)
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    (tmp_path / ".partial-a.pt2").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.pt2"):
+        write_torch_export(tmp_path / "a.pt2", program, build_encoder(config.model), config)
+    assert not list(tmp_path.iterdir())

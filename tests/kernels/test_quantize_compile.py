@@ -65,9 +65,9 @@ def check(rows, features, dims, codes, books=1, offset=0.0, scale=1.0, dtype=tor
     assert torch.equal(ops.quantize(turned, p, c, backend="triton"), ops.quantize(x, p, c, backend="triton"))
     return x, p, c
 
-check(300, 256, 16, 1024, offset=-50.0, scale=15.0)
-check(129, 80, 16, 1000, books=3)
-check(33, 1280, 16, 300, offset=-50.0, scale=15.0)
+check(130, 256, 16, 600, offset=-50.0, scale=15.0)
+check(70, 80, 16, 500, books=3)
+check(5, 1280, 16, 100, offset=-50.0, scale=15.0)
 check(70, 37, 13, 131, dtype=torch.float16)
 check(70, 37, 13, 131, dtype=torch.bfloat16)
 check(5, 40, 64, 257)
@@ -75,12 +75,12 @@ check(3, 9, 50, 3)
 check(1, 1, 1, 1)
 assert ops.quantize(torch.zeros(0, 8), torch.zeros(8, 4), torch.zeros(5, 4), backend="triton").shape == (0,)
 
-x, p, c = check(200, 40, 16, 97)
+x, p, c = check(120, 40, 16, 97)
 whole = ops.quantize(x, p, c, backend="triton")
-few = x[:9]  # equal codes make every row take the slow way
+few = x[:4]  # equal codes make every row take the slow way
 for times in (2, 9):  # every code again at distances that share a lane, a tile, a pair of tiles
-    assert torch.equal(ops.quantize(few, p, c.repeat(1, times, 1), backend="triton"), whole[:9])
-assert torch.equal(ops.quantize(few, p, c.repeat_interleave(3, 1), backend="triton"), 3 * whole[:9])
+    assert torch.equal(ops.quantize(few, p, c.repeat(1, times, 1), backend="triton"), whole[:4])
+assert torch.equal(ops.quantize(few, p, c.repeat_interleave(3, 1), backend="triton"), 3 * whole[:4])
 assert (ops.quantize(few, p, c[:, :1].expand(-1, 300, -1), backend="triton") == 0).all()
 
 assert torch.equal(torch.cat([ops.quantize(part, p, c, backend="triton") for part in x.split(23)]), whole)
@@ -97,13 +97,13 @@ for rows, columns, peel in ((32, 128, 0), (256, 64, 1), (16, 256, 1)):
 
 x[3], x[5, 3], x[6, 2] = 0.0, float("nan"), float("inf")
 codes = ops.quantize(x, p, c, backend="triton")[:, 0]
-assert codes[3] == 0 and codes[5] == codes[6] == -1 and (codes >= 0).sum() == 198
-mask = torch.ones(200, dtype=torch.bool)
+assert codes[3] == 0 and codes[5] == codes[6] == -1 and (codes >= 0).sum() == 118
+mask = torch.ones(120, dtype=torch.bool)
 mask[5] = mask[6] = False
 ops.check_codes(ops.quantize(x, p, c, mask=mask, backend="triton"), mask)
 for scale in (2.0**-120, 2.0**100):
-    assert torch.equal(ops.quantize(x[7:] * scale, p, c, backend="triton")[:, 0], codes[7:])
-for extreme, ordinary in rows_of_extreme_size(9, 40):
+    assert torch.equal(ops.quantize(x[7:16] * scale, p, c, backend="triton")[:, 0], codes[7:16])
+for extreme, ordinary in rows_of_extreme_size(3, 40):
     for normalize in ("none", "layer_norm") if extreme.dtype != torch.float64 else ():
         codes = ops.quantize(extreme, p[0], c[0], normalize=normalize, backend="triton")
         assert count_wrong(codes, ordinary, p[0], c[0], normalize == "layer_norm")[0] == 0

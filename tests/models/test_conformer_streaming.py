@@ -229,3 +229,58 @@ def test_bad_calls():
         model.stream(torch.zeros(2, 100), state)
     with pytest.raises(ValueError, match="evaluation mode"):
         model.train().stream(torch.zeros(2, 100), model.start_stream(2))
+
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("second", MODES)
+def test_autograd_mode_between_pieces(first, second):
+    """The state is made in one mode and used in another, through a ragged end, where it is written in place."""
+    model, layout = encoder(), ChunkLayout(2, 4)
+    waveform = torch.randn(2, 14000, generator=torch.Generator().manual_seed(3))
+    lengths = torch.tensor([14000, 9500])
+    with torch.no_grad():
+        expected, counts = model.encode(waveform, lengths, layout=layout)
+    with MODES[first]():
+        state = model.start_stream(2, layout, allow_untrained=True)
+    outputs, found = [], torch.zeros(2, dtype=torch.int64)
+    for number, begin in enumerate(range(0, 14000, 3500)):
+        piece = waveform[:, begin : begin + 3500]
+        with MODES[(first, second)[number % 2]]():
+            part, new = model.stream(piece, state, (lengths - begin).clamp(0, 3500), final=begin == 10500)
+        assert part.requires_grad == ((first, second)[number % 2] == "grad")
+        outputs.append(part.detach().clone())
+        found += new
+    assert torch.equal(found, counts)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_weights_and_waveform():
+    model = encoder()
+    state = model.start_stream(1, ChunkLayout(2, 4), allow_untrained=True)
+    waveform = torch.randn(1, 6000)
+    for _ in range(2):  # backward through one piece at a time: the state holds no graph
+        features, _ = model.stream(waveform, state)
+        features.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"no gradient of the waveform: use encode\(\)"):
+        model.stream(waveform.requires_grad_(), state)
+    with torch.no_grad():
+        model.stream(waveform, state)
+
+
+def test_a_call_that_failed_midway(monkeypatch):
+    model = encoder()
+    state = model.start_stream(1, ChunkLayout(2, 4), allow_untrained=True)
+    waveform = torch.randn(1, 6000)
+    with pytest.raises(ValueError, match="waveform"):  # refused before anything is taken in
+        model.stream(waveform[0], state)
+    model.stream(waveform, state)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.encoder, "forward", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model.stream(waveform, state)
+    with pytest.raises(ValueError, match="failed midway"):
+        model.stream(waveform, state)

@@ -9,8 +9,20 @@ import pytest
 pytest.importorskip("torch.utils.backend_registration")
 TESTS = Path(__file__).resolve().parent.parent
 SCRIPT = """
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
 from device_stand_in import NAME, StandIn
+import numpy as np
 import torch
+import bestrq2
+from bestrq2 import embed, train
+from bestrq2.config import load_config
+from bestrq2.hardware import choose_device
+from bestrq2.train import device_of
+from bestrq2.training.distributed import Ranks
 from model_kinds import features_of, model_of, ragged, relative_error
 
 def refused(call):
@@ -58,6 +70,20 @@ with StandIn():
         parts.append(encoder.stream(there[:, :0], state, final=True)[0].cpu())
     whole = features_of(model_of("streaming"), waveform, None)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    # The commands choose the device by themselves.
+    with tempfile.TemporaryDirectory() as runs:
+        data = str(Path(bestrq2.__file__).parent / "data" / "tiny")
+        small = [f"model.{part}.{size}" for part in ("encoder", "predictor") for size in ("width=32", "depth=1")]
+        small += ["train.steps=2", "train.batch_size=3", "train.pictures_every=0", "data.workers=0"]
+        small += [f"validation.source={data}", "validation.every=2", "validation.clips=3"]
+        recipe = ["--config", "best_rq2_tiny", "--data", data, *small]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert train.main(["--runs", runs, "--name", "run", *recipe]) == 0
+            assert embed.main([f"{runs}/run", f"{data}/env_14_level-crossing.ogg", "--out", f"{runs}/features"]) == 0
+        assert f"Device: {NAME}" in said.getvalue()
+        assert np.isfinite(np.load(f"{runs}/features/clips.npy")).all()
+assert choose_device("auto").type == NAME
+assert device_of(load_config("best_rq2_tiny"), Ranks(0, 2, 0)).type == "cpu"
 print("all the same")
 """
 

@@ -1,5 +1,7 @@
 """AdamW and the gradient norm in C++, against PyTorch's in float64."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -97,15 +99,14 @@ def test_norm_and_clipping(most):
 @pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has one dtype for a tensor and its grad"
 )
-def test_bf16_gradients_change_no_result():
+@pytest.mark.parametrize("most", [None, 0.01])
+def test_bf16_gradients_change_no_result(most):
     results, norms = [], []
     for accept in (False, True):
         torch.manual_seed(0)
         block = Block(TransformerSettings(width=64, depth=1, heads=2))
         if accept:
-            accept_bf16_gradients(
-                block, load_config("best_rq2_tiny", ["optimizer.max_grad_norm=null"]), torch.bfloat16, 1
-            )
+            accept_bf16_gradients(block, load_config("best_rq2_tiny", []), torch.bfloat16, 1)
         optimizer = make_optimizer(block, CONFIG)
         x = torch.randn(2, 20, 64)
         for step in range(3):
@@ -115,13 +116,36 @@ def test_bf16_gradients_change_no_result():
             loss.backward()
             assert (block.mlp.fc1.weight.grad.dtype == torch.bfloat16) == accept
             assert block.mlp.fc1.bias.grad.dtype == torch.float32
-            norm = clip_gradients(block, None)
+            norm = clip_gradients(block, most, optimizer=optimizer)
+            assert (optimizer.gradient_factor < 1) == (most is not None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         norms.append(norm)
         results.append([loss, *block.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-    torch.testing.assert_close(*norms)  # only logged; threads add the two dtypes in another order
+    for a, b in zip(*results):
+        assert torch.equal(a, b) if most is None else torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(*norms)  # squares of the two dtypes are added in another order
+
+
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["fused", "torch"])
+def test_update_clips_gradients(backend):
+    """The update applies the factor to the gradients of its step alone, also where torch computes it."""
+    mine, plain = model(), model()
+    optimizers = [make_optimizer(m, CONFIG) for m in (mine, plain)]
+    for seed, most in ((1, 0.5), (2, None), (3, 0.1)):
+        optimizers[0].gradient_factor = 0.0  # of an update that was skipped
+        for module, optimizer in zip((mine, plain), optimizers):
+            gradients(module, seed)
+            norm = clip_gradients(module, None if module is plain else most, optimizer=optimizer)
+        if most is not None:
+            nn.utils.clip_grads_with_norm_(plain.parameters(), most, norm)
+            assert optimizers[0].gradient_factor < 1
+        with contextlib.nullcontext() if backend is None else ops.use_backend(backend):
+            for optimizer in optimizers:
+                optimizer.step()
+        assert optimizers[0].gradient_factor == 1.0
+    for p, q in zip(mine.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
 def test_where_bf16_gradients_change_no_result():
@@ -130,7 +154,7 @@ def test_where_bf16_gradients_change_no_result():
         return accept_bf16_gradients(Block(TransformerSettings(width=8, depth=1, heads=2)), config, autocast, ranks)
 
     assert taken("optimizer.max_grad_norm=null") == hasattr(torch.Tensor, "grad_dtype")
-    assert not taken("optimizer.max_grad_norm=1")
+    assert taken("optimizer.max_grad_norm=1") == hasattr(torch.Tensor, "grad_dtype")
     assert not taken("optimizer.max_grad_norm=null", "train.accumulate=2")
     assert not taken("optimizer.max_grad_norm=null", autocast=None)
     assert not taken("optimizer.max_grad_norm=null", ranks=2)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from bestrq2.errors import CheckpointError
 from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main, seeded_model
+from bestrq2.training import batch_finder
 from bestrq2.training.averaging import WeightAverage
 from bestrq2.training.loss_scale import LossScale
 from bestrq2.training.optimizer import learning_rate, make_optimizer, set_schedule, weight_decay
@@ -214,7 +216,28 @@ def test_batch_finder_prints_a_table_and_the_settings(capsys, monkeypatch):
     assert main(["--find-batch", *QUICK, "train.batch_size=64"]) == 0
     output = capsys.readouterr().out
     assert "clips/s" in output
+    shares = re.findall(r"^ +\d+ +[\d.]+ +[\d.]+ +\d+ +(\d+)%$", output, re.MULTILINE)
+    assert len(shares) >= 3
+    assert "TFLOP/s (measured" in output
     assert "For train.batch_size=64 on one rank: train.accumulate=" in output
+
+
+def test_batch_finder_times_what_will_run(capsys, monkeypatch):
+    """Blocks are compiled where training would compile them, and gradients clipped as in training."""
+    compiled, clipped = [], []
+    monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.01)
+    monkeypatch.setattr("bestrq2.training.batch_finder.LARGEST", 1)
+    monkeypatch.setattr("bestrq2.training.batch_finder.compile_blocks", compiled.append)
+    real = batch_finder.clip_gradients
+    monkeypatch.setattr(
+        "bestrq2.training.batch_finder.clip_gradients",
+        lambda model, most, **more: clipped.append(most) or real(model, most, **more),
+    )
+    assert main(["--find-batch", *QUICK, "train.compile=true", "optimizer.max_grad_norm=0.5"]) == 0
+    assert len(compiled) == 1
+    assert set(clipped) == {0.5}
+    assert main(["--find-batch", *QUICK]) == 0
+    assert len(compiled) == 1
 
 
 def test_batch_finder_stops_where_memory_ends(capsys, monkeypatch):

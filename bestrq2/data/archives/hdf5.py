@@ -37,6 +37,9 @@ def _open(path: str) -> Any:
     if key in _files and _files[key][0] == stamp:
         _files.move_to_end(key)
         return _files[key][1]
+    if key in _files:
+        # Closed first, with all clips: libhdf5 knows an open file by its inode, and would give the old one again.
+        _files.pop(key)[1].close()
     # Without HDF5's file locks, which fail on many network file systems: nothing is written.
     file = h5py.File(path, "r", locking=False)
     _files[key] = (stamp, file)

@@ -48,7 +48,13 @@ def open_member(path: str) -> BinaryIO | SampleReader | None:
 
 
 def _list_archive(item: tuple[str, str]) -> Listing:
-    path, domain = item
+    listing = _listed(*item)
+    if not (listing.files or listing.skips or listing.ignored):
+        return Listing([], skips=[Skip(item[0], "no samples", "an archive without a single clip")])
+    return listing
+
+
+def _listed(path: str, domain: str) -> Listing:
     suffix = Path(path).suffix.lower()
     try:
         if suffix == ".tar":

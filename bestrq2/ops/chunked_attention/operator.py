@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._impl.dispatch import choose_backend
+from .._impl.library import fragment
 from .._impl.native import triton_obstacle
 from . import cpu, reference
 from .checks import check_table
@@ -45,7 +46,7 @@ class Options(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "backend"}
 
 
-_library = torch.library.Library("bestrq2", "FRAGMENT")
+_library = fragment()
 _SCHEMA = (
     "Tensor? position, Tensor? content_bias, Tensor? position_bias, Tensor? lengths, Tensor? starts, "
     "Tensor? key_mask, SymInt? chunk_size, SymInt? left_context, SymInt? right_context, SymInt query_offset, "

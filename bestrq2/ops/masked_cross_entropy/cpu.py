@@ -3,8 +3,8 @@
 
 for each codebook, for each chunk of masked rows    (rows, V) is the only thing of its size
     h      = hidden[rows]                           gathered here, in the compute dtype
-    logits = h @ weight.T + bias
-    logits = softmax gradient, losses, accuracy     in place, one C++ pass
+    logits = h @ weight.T
+    logits = softmax gradient, losses, accuracy     in place, one C++ pass that adds the bias
     grad_hidden[rows] += logits @ weight            fp32; with one codebook written, once
     grad_weight       += logits.T @ h               fp32
     grad_bias         += logits.sum(0)              fp32
@@ -95,7 +95,7 @@ def run(
             _run_library(
                 hidden,
                 weight[g].to(dtype),
-                None if bias is None else bias[g].to(dtype),
+                None if bias is None else bias[g].to(dtype).float().contiguous(),
                 of_codebook,
                 index,
                 row_weights if row_weights is None or row_weights.dim() == 1 else row_weights[g],
@@ -119,7 +119,7 @@ def run(
 def _run_library(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D) in the dtype of the products
-    bias: Tensor | None,  # (V,) the same
+    bias: Tensor | None,  # (V,) fp32 contiguous
     targets: Tensor,  # (N,) contiguous
     index: Tensor | None,  # (M,)
     row_weights: Tensor | None,  # (N,) fp32 contiguous
@@ -142,10 +142,7 @@ def _run_library(
         logits = buffer[: stop - start]  # (rows of the chunk, V)
         chosen = None if index is None else index[start:stop]
         h = (hidden[start:stop] if chosen is None else hidden.index_select(0, chosen)).to(dtype)
-        if bias is None:
-            torch.mm(h, weight.T, out=logits)
-        else:
-            torch.addmm(bias, h, weight.T, out=logits)
+        torch.mm(h, weight.T, out=logits)
         offset = start if chosen is None else 0
         native.extension().softmax_gradient(
             {
@@ -160,6 +157,7 @@ def _run_library(
                 "label_smoothing": label_smoothing,
                 "z_loss": z_loss,
                 "gradient": gradient,
+                "bias": 0 if bias is None else bias.data_ptr(),
                 "losses": losses[offset:].data_ptr(),
                 "correct": correct[offset:].data_ptr(),
                 "threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .._impl import native
 from .._impl.dispatch import choose_backend
+from .._impl.library import fragment
 from .._impl.transforms import is_batched
 from . import cpu, reference
 from .checks import check_rows
@@ -88,7 +89,7 @@ def _graph_is_retained() -> bool:
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
-_library = torch.library.Library("bestrq2", "FRAGMENT")
+_library = fragment()
 _library.define(
     "masked_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_weights, Tensor? bias, "
     "bool grad_hidden, bool grad_weight, bool grad_bias, bool normalize, ScalarType dtype, float label_smoothing, "

@@ -6,12 +6,13 @@ from torch import Tensor
 from .._impl import native
 from .._impl.devices import has_float64
 from .._impl.dispatch import choose_backend
+from .._impl.library import fragment
 from . import cpu, cuda, reference
 from .checks import num_codebooks
 
 TRITON_MAX_DIMS = 64
 
-_library = torch.library.Library("bestrq2", "FRAGMENT")
+_library = fragment()
 _library.define(
     "quantize(Tensor x, Tensor projection, Tensor codebook, Tensor? mask, str normalize, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
