@@ -20,7 +20,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def spill_limit() -> int:
-    """Bytes a thread may spill: none, but Triton 3.6 assembles nine cases with 8 or 16 (README.md)."""
+    """Bytes a thread may spill: none, but Triton 3.6 assembles some cases with 8 or 16 (kernels/README.md)."""
     import triton
 
     return 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 16
