@@ -80,7 +80,7 @@ def compare(plan: Plan, suite: Suite, source: str | None, out: Path, results: Pa
 def minutes_of(run: Path) -> float | str:
     """Minutes from the start of a run to its last step, by its metrics log; "" if it cannot be read."""
     try:
-        return round(float(read_metrics(run / "metrics.csv")[-1]["elapsed_seconds"]) / 60, 2)
+        return round(float(read_metrics(run)[-1]["elapsed_seconds"]) / 60, 2)
     except (OSError, KeyError, IndexError, ValueError, TypeError):
         return ""
 

@@ -43,6 +43,7 @@ def test_quick_and_again(tmp_path, monkeypatch, capsys):
     budgets = {row["candidate"]: float(row["flops"]) for row in rows if row["flops"]}
     assert budgets["one-stage"] == pytest.approx(budgets["two-step"], rel=0.05)
     assert all(row["commit"] for row in rows)
+    assert all(float(row["minutes"]) >= 0 for row in rows if row["steps"])
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
     # A score that is lost is computed again, without training, and is the same.
     (tmp_path / "scores" / "two-step-seed0--packaged.npz").unlink()
