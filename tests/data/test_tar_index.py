@@ -17,6 +17,7 @@ from bestrq2.data import (
     DataError,
     audio_info,
     collect,
+    find_audio,
     load_audio,
     read_manifest,
     tiny_dataset,
@@ -29,6 +30,7 @@ from bestrq2.data.audio import audio_digest
 from bestrq2.data.files import split_address
 from bestrq2.data.sources import expand_pattern
 
+from . import reader_fuzzing
 from .conftest import FORMATS, convert, encoded
 
 
@@ -328,3 +330,12 @@ def test_folders_of_shards(tmp_path):
     files, report = collect(tmp_path)
     assert _relative_paths(files, tmp_path) == ["e.ogg"]
     assert report.ignored == {".tar": 2}
+
+
+def test_members_that_are_not_at_block_borders(tmp_path):
+    """Bytes put in and zeroed: what follows the zeros has no header where one may be, and is no end of the archive."""
+    content = reader_fuzzing.damaged(reader_fuzzing.tar_bytes(), [(47200, ("repeat", 513)), (47436, ("zero", 194))])
+    (tmp_path / "shard.tar").write_bytes(content)
+    found = find_audio(tmp_path / "shard.tar")
+    assert len(found.files) == 3
+    assert "members are lost" in found.skips[0].detail

@@ -209,6 +209,8 @@ def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
                 ended = True
                 if found and size - at > _LONGEST_END:
                     damage.append(f"{size - at} zeros at the end of {size} bytes: members may be lost")
+                elif found and _anything_from(file, at):
+                    damage.append(f"{size - at} bytes that are not empty have no header: members are lost")
                 break
             if found or not zeros or following is not None:
                 until = size if following is None else following
@@ -267,6 +269,11 @@ def _pax_records(data: bytes) -> dict[str, str]:
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         data = data[int(length) :]
     return records
+
+
+def _anything_from(file: BinaryIO, at: int) -> bool:
+    file.seek(at)
+    return any(file.read(_LONGEST_END))
 
 
 def _next_header(file: BinaryIO, at: int, size: int) -> int | None:
