@@ -123,11 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
                 suite(options.corpora / "clips.csv", **plan.readout),
             )
         results = out / "held_out" if options.held_out else out
-        identity = {"plan": asdict(plan), "source": source, "tasks": {k: asdict(v) for k, v in tasks.items()}}
+        described = asdict(plan)
+        if plan.precision == "fp32":  # folders from before there was a choice
+            del described["precision"]
+        identity = {"plan": described, "source": source, "tasks": {k: asdict(v) for k, v in tasks.items()}}
         check_identity(results, identity)
         try:
             if not options.table:
-                compare(plan, Suite(tasks), source, out, results)
+                compare(plan, Suite(tasks, precision=plan.precision), source, out, results)
         finally:
             report(plan, list(tasks), results)
     except Interrupted as error:
@@ -146,6 +149,7 @@ def report(plan: Plan, tasks: list[str], out: Path) -> None:
     if not results.rows:
         return
     readout = " ".join(f"{name}={value}" for name, value in plan.readout.items())
+    readout += " precision=bf16" if plan.precision == "bf16" else ""
     table.write_csv(out / "scores.csv", scores, {"plan": plan.name, "readout": readout})
     shown = table.text(results)
     (out / "table.md").write_text(shown + "\n")

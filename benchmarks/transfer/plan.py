@@ -14,6 +14,7 @@ from bestrq2.config import Config, ConfigError, load_config
 from bestrq2.models import build_model
 
 READOUT = ("layers", "combine", "rows", "pooling")
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Plan:
         flops: of the training of each run; None: every run does ``steps`` steps.
         steps: of every run, if ``flops`` is None.
         readout: ``layers``, ``combine``, ``rows``, ``pooling``, the same for all.
+        precision: in which trained encoders compute the features: "fp32", or "bf16" by autocast.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Plan:
     flops: float | None = None
     steps: int | None = None
     readout: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
 
 
 def read_plan(path: Path) -> Plan:
@@ -52,6 +55,7 @@ def read_plan(path: Path) -> Plan:
         seeds: [0, 1, 2]
         common: [train.batch_size=32, data.crop_seconds=4.0]
         readout: {layers: middle, combine: average, pooling: mean+std}
+        precision: bf16                # of the encoders that are probed; default fp32
         candidates:
           two-step: {config: best_rq2_small}
           one-stage: {config: best_rq_vit_small, set: [optimizer.learning_rate=5e-4]}
@@ -65,7 +69,7 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("candidates"), dict):
         raise ConfigError(f"{path}: expected a mapping with 'candidates'")
-    unknown = set(document) - {"flops", "steps", "seeds", "common", "readout", "candidates"}
+    unknown = set(document) - {"flops", "steps", "seeds", "common", "readout", "precision", "candidates"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {sorted(map(str, unknown))[0]!r}")
     if (document.get("flops") is None) == (document.get("steps") is None):
@@ -73,6 +77,9 @@ def read_plan(path: Path) -> Plan:
     readout = document.get("readout") or {}
     if set(readout) - set(READOUT):
         raise ConfigError(f"{path}: readout: expected some of {', '.join(READOUT)}, got {sorted(readout)}")
+    precision = document.get("precision", "fp32")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"{path}: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     common = tuple(map(str, document.get("common") or ()))
     candidates = []
     for name, entry in document["candidates"].items():
@@ -90,6 +97,7 @@ def read_plan(path: Path) -> Plan:
         None if flops is None else float(flops),
         None if steps is None else int(steps),
         dict(readout),
+        precision,
     )
 
 

@@ -121,10 +121,11 @@ class Suite:
     Args:
         tasks: by name.
         sampling_rate: Hz.
+        precision: "fp32", or "bf16": encoders compute under autocast.
     """
 
-    def __init__(self, tasks: dict[str, ProbeTask], sampling_rate: int = 16000) -> None:
-        self.tasks, self.sampling_rate = tasks, sampling_rate
+    def __init__(self, tasks: dict[str, ProbeTask], sampling_rate: int = 16000, precision: str = "fp32") -> None:
+        self.tasks, self.sampling_rate, self.precision = tasks, sampling_rate, precision
         self.labels: dict[str, LabelledClips] = {name: read_clips(task) for name, task in tasks.items()}
         self._audio: dict[str, list[Clip | Skip]] = {}
         self._asked: tuple[Any, ...] = ()
@@ -152,16 +153,17 @@ class Suite:
         fresh = [item for file, item in zip(files, self.clips(name)) if str(file) not in self._known]
         names = {id(item): str(file) for file, item in zip(files, self.clips(name))}
         fresh.sort(key=lambda item: 0 if isinstance(item, Skip) else len(item[1]))
-        found = extract(
-            fresh,
-            encoders,
-            sampling_rate=self.sampling_rate,
-            hop=0.01,  # not used: clips are pooled
-            wanted=wanted,
-            rows=task.rows,
-            pooling=task.pooling,
-            with_log_mel=with_log_mel,
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+            found = extract(
+                fresh,
+                encoders,
+                sampling_rate=self.sampling_rate,
+                hop=0.01,  # not used: clips are pooled
+                wanted=wanted,
+                rows=task.rows,
+                pooling=task.pooling,
+                with_log_mel=with_log_mel,
+            )
         for place, number in enumerate(found.usable):
             self._known[names[id(fresh[number])]] = {kind: vectors[place] for kind, vectors in found.of.items()}
         for item in fresh:

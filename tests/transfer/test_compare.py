@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -12,7 +13,8 @@ pytest.importorskip("matplotlib")
 from benchmarks.transfer import compare as command
 from benchmarks.transfer import scores, table
 from benchmarks.transfer.plan import Candidate, Plan, quick_plan, read_plan, steps_of
-from bestrq2.config import ConfigError
+from bestrq2.config import ConfigError, load_config
+from bestrq2.models import build_encoder
 
 
 def values(out):
@@ -89,6 +91,18 @@ def test_equal_beginnings_are_scored_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(before["a"].samples, before["b"].samples)
 
 
+def test_encoders_are_read_in_the_precision_of_the_plan():
+    torch.manual_seed(0)
+    encoder = build_encoder(load_config("best_rq2_tiny", []).model).eval()
+    found = {}
+    for precision in ("fp32", "bf16"):
+        suite = scores.Suite(command.packaged_tasks(), precision=precision)
+        found[precision] = np.stack(suite.features("packaged", {"encoder": encoder}, False).of["encoder"])
+        assert found[precision].dtype == np.float32
+    error = np.abs(found["bf16"] - found["fp32"]).max() / np.abs(found["fp32"]).max()
+    assert 1e-5 < error < 0.05
+
+
 def test_equal_compute():
     plan = quick_plan()
     candidate = plan.candidates[0]
@@ -139,6 +153,7 @@ def test_plan_files(tmp_path):
     )
     plan = read_plan(path)
     assert (plan.name, plan.seeds, plan.steps, plan.flops) == ("masks", (0, 2), 5, None)
+    assert plan.precision == "fp32"
     assert plan.candidates[0] == Candidate("a", "best_rq2_tiny", ("train.batch_size=4",))
     assert plan.candidates[1].config == str(tmp_path / "own.yaml")
     assert plan.candidates[1].overrides == ("train.batch_size=4", "data.crop_seconds=1")
@@ -148,6 +163,7 @@ def test_plan_files(tmp_path):
         ("steps: 1\ncandidates: {a: {recipe: x}}", "candidates.a: expected config"),
         ("steps: 1\nseed: 1\ncandidates: {a: {config: x}}", "unknown key 'seed'"),
         ("steps: 1", "expected a mapping with 'candidates'"),
+        ("steps: 1\nprecision: fp8\ncandidates: {a: {config: x}}", "precision: expected one of fp32, bf16, got 'fp8'"),
         ("steps: 1\nreadout: {layer: 2}\ncandidates: {a: {config: x}}", "readout: expected some of"),
     ):
         path.write_text(text)
