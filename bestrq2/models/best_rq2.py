@@ -124,6 +124,7 @@ class _Pretraining(nn.Module):
     one_stage = False
     share = 1.0  # of the masked tokens, predicted
     clip_head: ClipHead | None
+    head: CodeHead
 
     def __init__(
         self,
@@ -203,10 +204,29 @@ class _Pretraining(nn.Module):
         column = extract_patches(bands.expand(1, width, -1), torch.tensor([width], device="cpu"), height, width).values
         return column.repeat(1, patches.columns, 1)
 
-    def _clip_loss(self, context: Tensor, codes: Tensor, plan: MaskPlan) -> Tensor | None:
-        if self.clip_head is None:
-            return None
-        return self.clip_head(context, plan.seen_lengths, codes, plan.predicted_valid())
+    def forward(
+        self,
+        waveform: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        step: int,
+        index: Tensor | None = None,
+        prepared: Prepared | None = None,
+    ) -> PretrainOutput:
+        index = torch.arange(len(waveform), device="cpu") if index is None else index
+        patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
+
+        hidden, seen = self._predict(patches, plan, step, index, with_seen=self.clip_head is not None)
+        valid = plan.predicted_valid()
+        loss, accuracy = self.head(hidden, codes, valid)
+        clip_loss = None if self.clip_head is None else self.clip_head(seen, plan.seen_lengths, codes, valid)
+        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden, clip_loss, self.clip_weight)
+
+    def _predict(
+        self, patches: Patches, plan: MaskPlan, step: int, index: Tensor, with_seen: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs at the predicted places ``(B, Np, D)``, and where patches are seen, if they are asked for."""
+        raise NotImplementedError
 
     def _clip_flops(self) -> float:
         return 0.0 if self.clip_head is None else self.clip_head.flops()
@@ -252,23 +272,11 @@ class BestRQ2(_Pretraining):
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
         self._add_clip_head()
 
-    def forward(
-        self,
-        waveform: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        step: int,
-        index: Tensor | None = None,
-        prepared: Prepared | None = None,
-    ) -> PretrainOutput:
-        index = torch.arange(len(waveform), device="cpu") if index is None else index
-        patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
-
+    def _predict(
+        self, patches: Patches, plan: MaskPlan, step: int, index: Tensor, with_seen: bool
+    ) -> tuple[Tensor, Tensor | None]:
         context = self.encoder.context(patches, plan, step)
-        hidden = self.predictor(context, patches.positions(), plan)
-        loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
-        clip_loss = self._clip_loss(context, codes, plan)
-        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden, clip_loss, self.clip_weight)
+        return self.predictor(context, patches.positions(), plan), context
 
     def flops(self, plan: MaskPlan) -> float:
         """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
@@ -315,24 +323,12 @@ class BestRQ(_Pretraining):
         self.head = CodeHead(encoder.output_dim, quantizer.codebook_size, quantizer.num_codebooks)
         self._add_clip_head()
 
-    def forward(
-        self,
-        waveform: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        step: int,
-        index: Tensor | None = None,
-        prepared: Prepared | None = None,
-    ) -> PretrainOutput:
-        index = torch.arange(len(waveform), device="cpu") if index is None else index
-        patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
-
+    def _predict(
+        self, patches: Patches, plan: MaskPlan, step: int, index: Tensor, with_seen: bool
+    ) -> tuple[Tensor, Tensor | None]:
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
-        hidden = take(output, plan.predicted)
-        loss, accuracy = self.head(hidden, codes, plan.predicted_valid())
-        clip_loss = None if self.clip_head is None else self._clip_loss(take(output, plan.seen), codes, plan)
-        return PretrainOutput(loss, accuracy, codes, plan, patches, hidden, clip_loss, self.clip_weight)
+        return take(output, plan.predicted), take(output, plan.seen) if with_seen else None
 
     @torch.compiler.disable  # as the masks
     def _noise(self, patches: Patches, step: int, index: Tensor) -> Tensor:
