@@ -13,12 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """``seconds`` is its share of a run of 570 s. It runs ``python -m benchmarks.gpu.<module>``."""
+    """``seconds`` is its share of a run of 570 s, or with ``fixed`` its deadline. It runs
+    ``python -m benchmarks.gpu.<module>``."""
 
     name: str
     seconds: float
     module: str
     background: bool = False  # beside the stages that follow, until the last of them
+    fixed: bool = False
 
 
 STAGES = (
@@ -47,7 +49,6 @@ class RunOptions:
 
     out: Path
     seconds: float
-    only: tuple[str, ...] = ()
     wheels: Path | None = None
     commit: str | None = None
     rehearse: bool = False
