@@ -161,8 +161,7 @@ def compile_cases() -> list[CompileCase]:
     decibels = CompileCase(
         "mel_decibels",
         mel_decibels,
-        dict(zip(pointers, types))
-        | dict.fromkeys(("spectrum_stride", "first", "last", "frames", "bands"), "i32"),
+        dict(zip(pointers, types)) | dict.fromkeys(("spectrum_stride", "first", "last", "frames", "bands"), "i32"),
         {"FRAMES": TILE.frames, "BANDS": TILE.bands, "BINS": TILE.bins},
         num_warps=TILE.num_warps,
         num_stages=TILE.num_stages,

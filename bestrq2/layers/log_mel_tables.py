@@ -43,9 +43,7 @@ class Tables:
         num_blocks = -(-len(counts) // bands)
         filters = torch.zeros(len(self.places) + 1 + bins, num_blocks * bands, dtype=torch.float64, device="cpu")
         edges = torch.zeros(num_blocks, 2, dtype=torch.int32, device="cpu")
-        for band, (first, count, offset) in enumerate(
-            zip(self.bins.tolist(), counts.tolist(), self.offsets.tolist())
-        ):
+        for band, (first, count, offset) in enumerate(zip(self.bins.tolist(), counts.tolist(), self.offsets.tolist())):
             filters[first : first + count, band] = 4 * self.weights[offset : offset + count]
         for block, columns in enumerate(filters.split(bands, dim=1)):
             used = columns.any(dim=1).nonzero().flatten().tolist()
