@@ -156,15 +156,15 @@ def compile_cases() -> list[CompileCase]:
         {"BLOCK": SAMPLES},
         divisible_by_16=(*pointers, "n_fft", "window_length"),
     )
-    pointers = ("spectrum_ptr", "filters_ptr", "edges_ptr", "counts_ptr", "mean_ptr", "std_ptr", "out_ptr")
+    inputs = ("spectrum_ptr", "filters_ptr", "edges_ptr", "counts_ptr", "mean_ptr", "std_ptr", "out_ptr")
     types = ("*fp64", "*fp64", "*i32", "*i64", "*fp32", "*fp32", "*fp32")
     decibels = CompileCase(
         "mel_decibels",
         mel_decibels,
-        dict(zip(pointers, types)) | dict.fromkeys(("spectrum_stride", "first", "last", "frames", "bands"), "i32"),
+        dict(zip(inputs, types)) | dict.fromkeys(("spectrum_stride", "first", "last", "frames", "bands"), "i32"),
         {"FRAMES": TILE.frames, "BANDS": TILE.bands, "BINS": TILE.bins},
         num_warps=TILE.num_warps,
         num_stages=TILE.num_stages,
-        divisible_by_16=(*pointers, "bands"),
+        divisible_by_16=(*inputs, "bands"),
     )
     return [window, decibels]
