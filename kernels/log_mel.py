@@ -136,8 +136,8 @@ def log_mel(
             )  # fmt: skip
             spectrum = torch.view_as_real(torch.fft.rfft(framed))
             mel_decibels[(edges.shape[0], triton.cdiv(rows, TILE.frames))](
-                spectrum, filters, edges, mean, std, counts, out, spectrum.shape[1], first, first + rows, num_frames,
-                bands, FRAMES=TILE.frames, BANDS=TILE.bands, BINS=TILE.bins, num_warps=TILE.num_warps,
+                spectrum, filters, edges, mean, std, counts, out, spectrum.stride(0) // 2, first, first + rows,
+                num_frames, bands, FRAMES=TILE.frames, BANDS=TILE.bands, BINS=TILE.bins, num_warps=TILE.num_warps,
                 num_stages=TILE.num_stages,
             )  # fmt: skip
             del spectrum  # the next group takes the same memory, part of which is still in the L2 cache
