@@ -151,7 +151,7 @@ def _run(
         else:
             losses, *results = (cpu.run if chosen == "cpu" else _run_reference)(*arguments)
     # A row that counts for another codebook was computed: its loss was multiplied by 0, which NaN and infinity survive.
-    return losses if keep is None or len(weight) == 1 else torch.where(keep, losses, 0), *results
+    return losses if keep is None or len(weight) == 1 else losses.masked_fill(~keep, 0), *results
 
 
 def _without_ignored(row_weights: Tensor | None, keep: Tensor) -> Tensor:
