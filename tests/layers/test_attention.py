@@ -98,10 +98,16 @@ def test_self_attend_adds_the_bias(dim, first, padded, short, dtype, monkeypatch
         return exact(query[:, :, first:], key, value, lengths)
 
     results = []
-    for function, wide in ((lambda x, b: self_attend(x.clone(), lengths, first, b), False), (plain, False), (plain, True)):
+    for function, wide in (
+        (lambda x, b: self_attend(x.clone(), lengths, first, b), False),
+        (plain, False),
+        (plain, True),
+    ):
         inputs = [x.detach().double().requires_grad_() if wide else x for x in (layer, bias)]
         out = function(*inputs)
-        results.append((out if not padded else out[:, :, :31], *torch.autograd.grad(out, inputs, upstream.to(out.dtype))))
+        results.append(
+            (out if not padded else out[:, :, :31], *torch.autograd.grad(out, inputs, upstream.to(out.dtype)))
+        )
     for mine, theirs, true in zip(*results):
         assert error(mine, true) <= 2 * error(theirs, true) + torch.finfo(dtype).eps
 
