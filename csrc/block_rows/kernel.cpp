@@ -292,9 +292,8 @@ void gelu_forward(const GeluRows& a, int64_t first, int64_t last) {
 template <class T>
 void gelu_backward(const GeluRows& a, int64_t first, int64_t last, float* partial) {
   for (int64_t row = first; row < last; ++row)
-    gelu_row_backward(static_cast<const T*>(a.x) + row * a.width, a.bias,
-                      static_cast<const T*>(a.grad) + row * a.width, a.width,
-                      static_cast<T*>(a.grad_x) + row * a.width, partial);
+    gelu_row_backward(static_cast<const T*>(a.x) + row * a.width, a.bias, static_cast<const T*>(a.grad) + row * a.width,
+                      a.width, static_cast<T*>(a.grad_x) + row * a.width, partial);
 }
 
 template <class T>

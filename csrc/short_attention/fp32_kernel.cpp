@@ -202,7 +202,8 @@ void forward(const ShortAttention& a, int64_t batch, int64_t head, int64_t next,
   Ahead ahead(h.dim);
   ahead.add(a.out, batch, head, h.queries);
   if (next >= 0) {
-    ahead.add(a.key, next / a.heads, next % a.heads, a.keys), ahead.add(a.value, next / a.heads, next % a.heads, a.keys);
+    ahead.add(a.key, next / a.heads, next % a.heads, a.keys),
+        ahead.add(a.value, next / a.heads, next % a.heads, a.keys);
     ahead.add(a.query, next / a.heads, next % a.heads, a.queries);
   }
   ahead.divide(blocks(h.queries, h.wide_keys) + blocks(h.queries, h.wide_dim));
@@ -287,7 +288,8 @@ void backward(const ShortAttention& a, int64_t batch, int64_t head, int64_t next
   }
   finish(a.grad_query, batch, head, 0, h.queries, a.queries, h);
   if (a.bias_sums != nullptr) {
-    // The bias of the keys adds the same to all scores of a row, which has no effect. That of the values is added to out.
+    // The bias of the keys adds the same to all scores of a row, which has no effect. That of the values is added to
+    // out.
     const int64_t width = a.heads * h.dim;
     float* sums = a.bias_sums + batch * 3 * width + head * h.dim;
     sum_columns(a.grad_query.at<float>(batch, head), a.grad_query.token, h.queries, h.dim, sums);
@@ -297,8 +299,7 @@ void backward(const ShortAttention& a, int64_t batch, int64_t head, int64_t next
   // The left operand is a transpose: one float of every row of P or dS for each of a block's rows.
   const auto of_keys = [&](const float* left, const float* right, const TokenRows& to) {
     const Target out = target(to, batch, head, 0, h);
-    if (any)
-      product(ahead, h.keys, h.wide_dim, h.queries, left, 1, h.wide_keys, right, h.wide_dim, out.rows, out.row);
+    if (any) product(ahead, h.keys, h.wide_dim, h.queries, left, 1, h.wide_keys, right, h.wide_dim, out.rows, out.row);
     finish(to, batch, head, 0, any ? h.keys : 0, a.keys, h);
   };
   of_keys(h.score_grad, h.query, a.grad_key);

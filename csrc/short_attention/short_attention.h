@@ -28,7 +28,7 @@ struct ShortAttention {
   const int64_t* lengths;  // (batch) valid keys, and valid queries where there are as many, or null
   float scale;
   TokenRows query, key, value, out;
-  float* logsumexp;  // (batch, heads, queries), of the scaled scores; bf16: in powers of two
+  float* logsumexp;                      // (batch, heads, queries), of the scaled scores; bf16: in powers of two
   const float *query_bias, *value_bias;  // (heads, dim) or null
   int threads;
 
