@@ -78,7 +78,7 @@ def test_autocast_runs_products_like_linear(backend, device, dtype):
     gold_value, gold_grads = grads_of(gold, (hidden.double(), weight.double(), bias.double()))
     for inputs in ((hidden, weight, bias), (hidden.to(dtype), weight, bias)):
         value, grads = grads_of(run, inputs)
-        base, base_grads = grads_of(torchs, inputs)
+        _, base_grads = grads_of(torchs, inputs)
         assert value.dtype == torch.float32
         # Of a mean the rounding errors may cancel in one of the two.
         rows, base_rows = run(*inputs, reduction="none")[mask], torchs(*inputs, reduction="none")
