@@ -25,6 +25,7 @@ def main(request: Request) -> int:
     if request.rehearse or importlib.util.find_spec("xdist") is None:
         parallel = []
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--maxfail=30", "-p", "no:cacheprovider"]
+    command += ["-p", "benchmarks.gpu.failures"]
     # A file whose packages are missing here may not keep the others from running, nor may a missing plugin.
     command += ["--continue-on-collection-errors", "-o", "addopts=-ra --import-mode=importlib"]
     command += [*chosen, *parallel, f"--device={request.device}"]

@@ -107,7 +107,7 @@ def stage_seconds(ahead: Sequence[Stage], left: float) -> float:
 
 
 def stage_environment(options: RunOptions, work: Path) -> dict[str, str]:
-    """The checkout and the wheels on the path; caches of compiled kernels shared by all stages."""
+    """The checkout and the wheels on the path; caches of compiled kernels for all stages, the caller's own if set."""
     environment = child_environment()
     site = work / "site"
     if options.wheels:
@@ -115,8 +115,9 @@ def stage_environment(options: RunOptions, work: Path) -> dict[str, str]:
             with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
     path = [environment["PYTHONPATH"], *([str(site)] if site.exists() else [])]
-    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(work / "triton")}
-    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "OMP_WAIT_POLICY": "passive"}
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "OMP_WAIT_POLICY": "passive"}
+    environment.setdefault("TRITON_CACHE_DIR", str(work / "triton"))
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
     if options.commit:
         environment["BESTRQ2_COMMIT"] = options.commit
     if options.rehearse:

@@ -24,14 +24,14 @@ class Stage:
 
 
 STAGES = (
-    Stage("facts", 15, "facts"),
+    Stage("facts", 10, "facts"),
     Stage("build", 150, "build", background=True),
     Stage("warm", 45, "warm"),
     Stage("smoke", 30, "smoke"),
     Stage("rows", 110, "rows"),
-    Stage("step", 80, "training_step"),
-    Stage("tests", 110, "gpu_tests"),
-    Stage("tune", 90, "tiles"),
+    Stage("step", 110, "training_step"),
+    Stage("tests", 90, "gpu_tests"),
+    Stage("tune", 70, "tiles"),
     Stage("rows-tuned", 25, "rows"),
     Stage("train", 40, "short_run"),
     Stage("sanitizer", 20, "sanitizer"),

@@ -19,7 +19,11 @@ FIELDS = (
     *("commit", "date", "note"),
 )
 TABLE_LINES = 40
-PEERS = (("base-256x10s", "bfloat16"), ("base-256x10s", "float32"), ("small-256x10s", "bfloat16"))
+PEERS = (
+    ("base-256x10s", "bfloat16", ()),
+    ("base-256x10s", "float32", ("published, eager",)),
+    ("small-256x10s", "bfloat16", ()),
+)
 LEAST_SECONDS = 12.0  # nothing is begun with less
 
 
@@ -93,7 +97,7 @@ def _against_peers(request: Request) -> None:
     machine = Machine(**known) if known else describe_machine(torch.device(request.device))
     facts = environment("python benchmarks/gpu_run.py", request.commit)
     plan = Plan(request.device, machine, facts, ("cold",), Budget(seconds=1.5, at_least=3, at_most=20), memory=False)
-    for shape, dtype in PEERS:
+    for shape, dtype, plan.providers in PEERS:
         if request.left() < LEAST_SECONDS:
             return
         plan.group_seconds = request.left() - 1
@@ -161,12 +165,12 @@ class Step:
             torch.cuda.synchronize(self.device)
 
     def measure(self, steps: int) -> dict[str, Any]:
-        """Milliseconds of a step on average over ``steps``, after three that compile and warm up."""
+        """Milliseconds of a step on average over ``steps``, after twelve that compile and warm up."""
         import torch
 
         from bestrq2.hardware import peak_flops
 
-        for _ in range(min(steps, 3)):
+        for _ in range(min(steps, 12)):
             self()
         self.synchronize()
         if self.device.type == "cuda":
