@@ -2,7 +2,7 @@
 """Everything a GPU has to show about bestrq2, within a fixed time, in at most eight files.
 
 python benchmarks/gpu_run.py --out DIR --seconds 570       all stages; DIR/summary.md is printed last
-python benchmarks/gpu_run.py --out DIR --only smoke rows
+python benchmarks/gpu_run.py --out DIR --only smoke step=90   these, in this order, one with a time of its own
 python benchmarks/gpu_run.py --merge DIR                   rows to benchmarks/results/, tiles to kernels/configs/
 python benchmarks/gpu_run.py --out DIR --rehearse          every stage at tiny sizes, without a GPU
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # a script: make `benchmarks` and, in an uninstalled checkout, `bestrq2` importable
@@ -33,14 +34,28 @@ if not __package__:  # a script: make `benchmarks` and, in an uninstalled checko
 
 from benchmarks.gpu.merge import merge
 from benchmarks.gpu.orchestration import run_stages
-from benchmarks.gpu.plan import STAGES, RunOptions
+from benchmarks.gpu.plan import STAGES, RunOptions, Stage
+
+
+def stage_choice(text: str) -> Stage:
+    """A stage by its name, or ``name=seconds``."""
+    name, _, seconds = text.partition("=")
+    stage = next((stage for stage in STAGES if stage.name == name), None)
+    if stage is None:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(s.name for s in STAGES)}, got {name!r}")
+    if not seconds:
+        return stage
+    try:
+        return replace(stage, seconds=float(seconds), fixed=True)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected STAGE=SECONDS, got {text!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; made if it does not exist")
     parser.add_argument("--seconds", type=float, default=570.0, help="time for everything (default: 570)")
-    parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], metavar="STAGE", help="of " +
+    parser.add_argument("--only", nargs="+", type=stage_choice, metavar="STAGE[=SECONDS]", help="in this order, of " +
                         ", ".join(stage.name for stage in STAGES))  # fmt: skip
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to unpack first, where packages are missing")
     parser.add_argument("--commit", help="commit of these files where they are no git checkout")
@@ -56,12 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     run = RunOptions(
         options.out.resolve(),
         options.seconds,
-        tuple(options.only or ()),
         options.wheels.resolve() if options.wheels else None,
         options.commit,
         options.rehearse,
     )
-    return run_stages(run)
+    return run_stages(run, options.only or STAGES)
 
 
 if __name__ == "__main__":

@@ -139,14 +139,16 @@ void define_blocks(py::module_& m) {
     const py::gil_scoped_release release;
     bestrq2::sum_rows(a);
   });
-  // sizes: batch, heads, queries, keys, dim. Rows: address, then strides of batch, head and token.
+  // sizes: batch, heads, queries, keys, dim. Rows: address, then strides of batch, head and token. Biases: of queries
+  // and of values; their sums are for backward.
+  using Addresses = std::array<std::uintptr_t, 2>;
   const auto short_attention = [](bool bf16, const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths,
                                   float scale, const std::vector<std::array<std::int64_t, 4>>& rows,
-                                  std::uintptr_t logsumexp, int threads) {
+                                  const Addresses& biases, std::uintptr_t logsumexp, int threads) {
     bestrq2::ShortAttention a{};
     a.bf16 = bf16, a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.keys = sizes[3], a.dim = sizes[4];
     a.lengths = at<const std::int64_t>(lengths), a.scale = scale, a.logsumexp = at<float>(logsumexp);
-    a.threads = threads;
+    a.query_bias = at<const float>(biases[0]), a.value_bias = at<const float>(biases[1]), a.threads = threads;
     bestrq2::TokenRows* const fields[] = {&a.query, &a.key,        &a.value,    &a.out,
                                           &a.grad,  &a.grad_query, &a.grad_key, &a.grad_value};
     for (std::size_t i = 0; i < std::min(rows.size(), std::size(fields)); ++i)
@@ -155,15 +157,18 @@ void define_blocks(py::module_& m) {
   };
   m.def("short_attention_forward",
         [short_attention](bool bf16, const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
-                          const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
-          const auto a = short_attention(bf16, sizes, lengths, scale, rows, logsumexp, threads);
+                          const std::vector<std::array<std::int64_t, 4>>& rows, const Addresses& biases,
+                          std::uintptr_t logsumexp, int threads) {
+          const auto a = short_attention(bf16, sizes, lengths, scale, rows, biases, logsumexp, threads);
           const py::gil_scoped_release release;
           bestrq2::short_attention_forward(a);
         });
   m.def("short_attention_backward",
         [short_attention](bool bf16, const std::array<std::int64_t, 5>& sizes, std::uintptr_t lengths, float scale,
-                          const std::vector<std::array<std::int64_t, 4>>& rows, std::uintptr_t logsumexp, int threads) {
-          const auto a = short_attention(bf16, sizes, lengths, scale, rows, logsumexp, threads);
+                          const std::vector<std::array<std::int64_t, 4>>& rows, const Addresses& biases,
+                          std::uintptr_t logsumexp, std::uintptr_t bias_sums, int threads) {
+          auto a = short_attention(bf16, sizes, lengths, scale, rows, biases, logsumexp, threads);
+          a.bias_sums = at<float>(bias_sums);
           const py::gil_scoped_release release;
           bestrq2::short_attention_backward(a);
         });

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+from collections import Counter
 
 # Before torch loads OpenMP, here and in every process that a test starts: threads that wait sleep. Where others compute
 # on the same cores, spinning doubles the processor time of a training test.
@@ -46,14 +47,12 @@ def pytest_cmdline_main(config):
     if everything and not watched and getattr(option, "numprocesses", 0) is None and option.dist == "no":
         option.numprocesses = min(PROCESSES, os.cpu_count() or 1)
         option.dist = "loadfile"
+        option.loadscopereorder = False  # the order of pytest_collection_modifyitems
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file stays in one process, with its fixtures; compilations are single tests that use the remaining time.
-
-    xdist begins with the files of most tests, so a single test comes last.
-    """
+    """A file stays in one process, with its fixtures; compilations are single tests that use the remaining time."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -82,6 +81,8 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(config, items):
     """With ``--device cuda`` the tests that take ``device`` are GPU tests, and no others run. See also --help."""
+    if hasattr(config, "workerinput"):
+        _long_files_first(items)
     if config.option.other_libraries:
         others = [item for item in items if not needs_other_library(item)]
         config.hook.pytest_deselected(items=others)
@@ -96,6 +97,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):  # item.keywords also holds the names of the folders above
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _long_files_first(items):
+    """Of several processes none shall begin with a file of minutes when the others are done."""
+    file_of = {item: item.nodeid.partition("::")[0] for item in items}
+    slow = {file for item, file in file_of.items() if item.get_closest_marker("slow")}
+    count = Counter(file_of.values())
+    items.sort(
+        key=lambda i: (file_of[i].endswith("_compile.py"), file_of[i] not in slow, -count[file_of[i]], file_of[i])
+    )
 
 
 # torch keeps a list of its factories, made at first use, for `with torch.device(...)`. It must hold torch.empty itself

@@ -140,6 +140,45 @@ def test_time_that_is_left_over_is_given_to_later_stages():
     assert sum(stage.seconds for stage in STAGES if not stage.background) + PACK_SECONDS <= 570
 
 
+def test_stages_in_the_order_and_with_the_times_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_run, "run_stages", lambda options, stages: asked.extend(stages) or 0)
+    assert gpu_run.main(["--out", str(tmp_path), "--only", "step=90", "facts"]) == 0
+    assert [(stage.name, orchestration.stage_seconds([stage], 500.0)) for stage in asked] == [
+        ("step", 90.0),
+        ("facts", 20.0),
+    ]
+
+
+@pytest.mark.parametrize("stage", ["stepp", "step=soon"])
+def test_a_stage_that_does_not_exist(stage, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--out", str(tmp_path), "--only", stage])
+    assert "expected" in capsys.readouterr().err
+
+
+def test_failures_are_printed_before_the_end(tmp_path):
+    """A run of tests that is stopped has told what failed."""
+    test = tmp_path / "test_two.py"
+    test.write_text("import os\ndef test_bad():\n    assert 1 + 1 == 3, 'no sum'\ndef test_end():\n    os.abort()\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "benchmarks.gpu.failures",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    result = subprocess.run([*command, str(test)], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert "FAILED test_two.py::test_bad (call)" in result.stdout
+    assert "no sum" in result.stdout
+
+
 def test_a_stage_without_time_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(orchestration, "_gpu", lambda: True)
     assert orchestration.run_stages(RunOptions(tmp_path / "out", PACK_SECONDS), stages("good"), faulty) == 1

@@ -49,17 +49,16 @@ def run_stages(options: RunOptions, stages: Sequence[Stage] = STAGES, command: C
     work = Path(tempfile.mkdtemp(prefix="bestrq2-gpu-"))
     outcomes: list[Outcome] = []
     behind: list[tuple[Stage, Running]] = []
-    wanted = [stage for stage in stages if not options.only or stage.name in options.only]
     try:
         environment = stage_environment(options, work)
-        for place, stage in enumerate(wanted):
+        for place, stage in enumerate(stages):
             left = end - time.monotonic() - PACK_SECONDS
             outcome = Outcome(stage.name, None)
             outcomes.append(outcome)
             if left <= 1:
                 outcome.reason = "no time was left"
             else:
-                seconds = left if options.rehearse else stage_seconds(wanted[place:], left)
+                seconds = left if options.rehearse else stage_seconds(stages[place:], left)
                 print(
                     f"[{options.seconds - (end - time.monotonic()):5.0f} s] {stage.name}: up to {seconds:.0f} s",
                     flush=True,
@@ -101,12 +100,14 @@ def stage_seconds(ahead: Sequence[Stage], left: float) -> float:
     stage = ahead[0]
     if stage.background:
         return left
+    if stage.fixed:
+        return min(left, stage.seconds)
     shares = sum(other.seconds for other in ahead if not other.background)
     return min(left, stage.seconds * min(max(1.0, left / shares), MOST_STRETCH))
 
 
 def stage_environment(options: RunOptions, work: Path) -> dict[str, str]:
-    """The checkout and the wheels on the path; caches of compiled kernels shared by all stages."""
+    """The checkout and the wheels on the path; caches of compiled kernels for all stages, the caller's own if set."""
     environment = child_environment()
     site = work / "site"
     if options.wheels:
@@ -114,8 +115,9 @@ def stage_environment(options: RunOptions, work: Path) -> dict[str, str]:
             with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
     path = [environment["PYTHONPATH"], *([str(site)] if site.exists() else [])]
-    environment |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(work / "triton")}
-    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"), "OMP_WAIT_POLICY": "passive"}
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "OMP_WAIT_POLICY": "passive"}
+    environment.setdefault("TRITON_CACHE_DIR", str(work / "triton"))
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(work / "inductor"))
     if options.commit:
         environment["BESTRQ2_COMMIT"] = options.commit
     if options.rehearse:

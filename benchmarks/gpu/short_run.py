@@ -15,7 +15,10 @@ END_SECONDS = 5.0  # kept for reading what the run has written
 
 def main(request: Request) -> int:
     run = request.work / "run"
-    recipe, settings = "best_rq2_base", ["train.steps=150", "data.crop_seconds=2.0", "train.compile=true"]
+    recipe, settings = (
+        "best_rq2_base",
+        ["train.steps=150", "data.join_short=true", f"data.cache={request.work / 'cache'}"],
+    )
     settings += [f"data.workers={max(1, min(14, cores() - 2))}", "train.log_every=10", "train.save_every=150"]
     if request.rehearse:
         recipe, settings = "best_rq2_tiny", ["train.steps=2", "train.batch_size=2", "train.save_every=2"]

@@ -47,7 +47,9 @@ Check = dict[str, Any]
 
 
 def main(request: Request) -> int:
-    names = ["chunked_attention", MODELS[0]] if request.rehearse else [*SHAPES, *MODELS]
+    # A process for every shape: most of the time goes to compilations.
+    parts = [f"{op}:{number}" for op, shapes in SHAPES.items() for number in range(len(shapes))]
+    names = ["chunked_attention", MODELS[0]] if request.rehearse else [*parts, *MODELS]
     running = [
         (name, Running(command(request, name), request.work / f"smoke-{name}.log", environment_of(name)))
         for name in names
@@ -79,7 +81,9 @@ def _report(request: Request, names: list[str], failed: list[tuple[str, str]] | 
         if path.exists():
             checks += [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     for name, how in failed or ():
-        checks.append({"op": name, "what": name, "status": "died", "note": f"{how} after the checks above"})
+        checks.append(
+            {"op": name.partition(":")[0], "what": name, "status": "died", "note": f"{how} after the checks above"}
+        )
     bad = [check for check in checks if check["status"] not in ("ok", "skipped")]
     good = sum(check["status"] == "ok" for check in checks)
     broken = list(dict.fromkeys(check["op"] for check in bad))
@@ -88,11 +92,11 @@ def _report(request: Request, names: list[str], failed: list[tuple[str, str]] | 
 
 
 def run_checks(request: Request, name: str, backends: tuple[str, ...] = BACKENDS) -> int:
-    """Check one operation or model; a line of ``smoke-<name>.jsonl`` each."""
+    """Check an operation, one of its shapes (``operation:number``) or a model: lines of ``smoke-<name>.jsonl``."""
     bad = 0
     with (request.work / f"smoke-{name}.jsonl").open("w") as file:
         for check in _model(request, name) if name in MODELS else _operation(request, name, backends):
-            print(json.dumps({"op": name, **check}), file=file, flush=True)
+            print(json.dumps({"op": name.partition(":")[0], **check}), file=file, flush=True)
             print(check, flush=True)
             bad += check["status"] not in ("ok", "skipped")
     return 1 if bad else 0
@@ -104,8 +108,10 @@ def _operation(request: Request, op: str, backends: tuple[str, ...]) -> Iterator
     from benchmarks.common import Skip, evaluate, load_operation
     from benchmarks.memory import short_reason
 
+    op, _, number = op.partition(":")
     module = load_operation(op)
-    for shape, dtypes in (TINY if request.rehearse else SHAPES)[op]:
+    shapes = (TINY if request.rehearse else SHAPES)[op]
+    for shape, dtypes in shapes[int(number) :][:1] if number else shapes:
         for dtype in dtypes:
             case = module.make_case(shape, getattr(torch, dtype), torch.device(request.device))
             for provider in (p for p in module.PROVIDERS if p.name in backends):

@@ -40,7 +40,7 @@ def run_job(op: str, shape: str, dtype: str, name: str, device: str) -> int:
     """One forward and backward: everything it needs is compiled then. A provider that does not apply is none."""
     import torch
 
-    from benchmarks.common import Skip, evaluate, load_operation
+    from benchmarks.common import Skip, first, load_operation
 
     module = load_operation(op)
     provider = next((p for p in module.PROVIDERS if p.name == name), None)
@@ -48,7 +48,9 @@ def run_job(op: str, shape: str, dtype: str, name: str, device: str) -> int:
         return 0
     case = module.make_case(shape, getattr(torch, dtype), torch.device(device))
     try:
-        evaluate(case, provider.prepare(case))
+        out = first(provider.prepare(case)())
+        if case.differentiable:
+            case.backward(out)
     except Skip as reason:
         print(f"{op} {name}: {reason}")
     return 0

@@ -26,6 +26,8 @@ from bestrq2 import ops
 from bestrq2.ops._impl import native
 from bestrq2.ops._impl.dispatch import forced_backend
 
+from .block_rows import add_bias
+
 MOST_KEYS = 384
 """Keys of the cached kernel. Its scratch memory, 20 bytes a score, leaves the second cache level not far above."""
 
@@ -43,7 +45,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
         ``(B, H, Nq, d)``; on CPUs in the memory order ``(B, Nq, H, d)``.
     """
     if _is_eager(query) and _is_short(query, key):
-        return _ShortAttention.apply(lengths, 0, query, key, value)
+        return _ShortAttention.apply(lengths, 0, None, query, key, value)
     if _is_eager(query) and _prefers_chunks(query, lengths):
         return ops.chunked_attention(query, key, value, right_context=None, lengths=lengths)
     mask = None
@@ -52,15 +54,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def self_attend(qkv: Tensor, lengths: Tensor | None = None, first: int = 0) -> Tensor:
+def self_attend(qkv: Tensor, lengths: Tensor | None = None, first: int = 0, bias: Tensor | None = None) -> Tensor:
     """:func:`attend` for queries, keys and values of one linear layer, ``(B, N, 3, H, d)`` -> ``(B, H, N - first, d)``.
 
-    The queries are those from ``first`` on. Gradients of queries, keys and values are written side by side, as the
-    layer needs them.
+    The queries are those from ``first`` on. ``bias (3 H d,)`` of the layer is still to be added, in place: qkv has no
+    other reader. Gradients of queries, keys and values are written side by side, as the layer needs them.
     """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     if _is_eager(qkv) and _is_short(query, key):
-        return _ShortAttention.apply(lengths, first, qkv)
+        return _ShortAttention.apply(lengths, first, bias, qkv)
+    if bias is not None:
+        query, key, value = add_bias(qkv.flatten(2), bias).view(qkv.shape).permute(2, 0, 3, 1, 4)
     return attend(query[:, :, first:], key, value, lengths)
 
 
@@ -106,10 +110,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Of query, key and value ``(B, H, N, d)``, or of qkv ``(B, N, 3, H, d)`` with the queries from ``first`` on."""
+    """Of query, key and value ``(B, H, N, d)``, or of qkv ``(B, N, 3, H, d)`` with the queries from ``first`` on, plus
+    ``bias (3 H d,)`` or None.
+
+    The bias of the keys adds the same number to all scores of a row, so it has no effect and its gradient is 0.
+    """
 
     @staticmethod
-    def forward(ctx: Any, lengths: Tensor | None, first: int, *frames: Tensor) -> Tensor:
+    def forward(ctx: Any, lengths: Tensor | None, first: int, bias: Tensor | None, *frames: Tensor) -> Tensor:
         frames = tuple(map(_rows, frames))
         query, key, value = _split(frames, first)
         batch, heads, num_queries, dim = query.shape
@@ -119,15 +127,15 @@ class _ShortAttention(torch.autograd.Function):
         rows = [*map(_place, (query, key, value, out))]
         native.extension().short_attention_forward(
             query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
-            logsumexp.data_ptr(), torch.get_num_threads(),
+            _biases(bias, heads * dim), logsumexp.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        ctx.save_for_backward(lengths, logsumexp, *frames)
+        ctx.save_for_backward(lengths, logsumexp, bias, *frames)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lengths, logsumexp, *frames = ctx.saved_tensors
+        lengths, logsumexp, bias, *frames = ctx.saved_tensors
         if len(frames) == 1:
             grads = [torch.empty(frames[0].shape, dtype=frames[0].dtype, device="cpu")]
             grads[0][:, : ctx.first, 0] = 0
@@ -138,11 +146,21 @@ class _ShortAttention(torch.autograd.Function):
         rows = [
             *map(_place, (query, key, value, grad, grad, *_split(grads, ctx.first)))
         ]  # the fourth, the output, is not read
+        batch, heads, _, _, dim = ctx.sizes
+        sums = None  # of each clip
+        if ctx.needs_input_grad[2]:
+            sums = torch.empty(batch, 3 * heads * dim, dtype=torch.float32, device="cpu")
         native.extension().short_attention_backward(
             query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
-            logsumexp.data_ptr(), torch.get_num_threads(),
+            _biases(bias, heads * dim), logsumexp.data_ptr(), 0 if sums is None else sums.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
-        return None, None, *grads
+        return None, None, None if sums is None else sums.sum(0), *grads
+
+
+def _biases(bias: Tensor | None, width: int) -> tuple[int, int]:
+    """Addresses of the biases of queries and values."""
+    return (0, 0) if bias is None else (bias.data_ptr(), bias.data_ptr() + 2 * width * bias.element_size())
 
 
 def _split(frames: Sequence[Tensor], first: int) -> Sequence[Tensor]:

@@ -191,8 +191,11 @@ def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """``layer(x)``, with a faster sum for the gradient of its bias."""
     values, bias = product(layer, x)
-    if bias is None:
-        return values
+    return values if bias is None else add_bias(values, bias)
+
+
+def add_bias(values: Tensor, bias: Tensor) -> Tensor:
+    """``values (..., D) + bias (D,)``, in place on CPUs: of a product that has no other reader."""
     return Bias.apply(values, bias) if is_fused(values, bias) else values + bias.to(values.dtype)
 
 

@@ -126,8 +126,7 @@ def _run(
             begin,
             hop_length,
             n_fft,
-            *constants.on(device),
-            constants.longest,
+            *constants.on(device, kernel.TILE.bands, kernel.TILE.bins),
             mean,
             std,
         )

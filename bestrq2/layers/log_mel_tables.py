@@ -16,7 +16,6 @@ class Tables:
         window: ``(W)`` of even length; a zero is appended to a window of odd length.
         radices, twiddles, places, half_turns: the complex FFT of ``n_fft / 2`` points.
         bins, offsets, weights: of the filters; the weights contain ``1 / (4 sum(window^2))``.
-        longest: the largest number of bins of a filter.
     """
 
     window: Tensor
@@ -27,16 +26,36 @@ class Tables:
     bins: Tensor
     offsets: Tensor
     weights: Tensor
-    longest: int
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Window, bins, offsets and weights on a device, copied there once."""
-        return _copied(self, device)
+    def on(self, device: torch.device, bands: int, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Window and :meth:`blocks` on a device, copied there once."""
+        return _copied(self, device, bands, bins)
+
+    def blocks(self, bands: int, bins: int) -> tuple[Tensor, Tensor]:
+        """The filters for kernels that compute blocks of ``bands`` neighbouring bands, ``bins`` bins at a time.
+
+        Returns:
+            filters: ``(n_fft / 2 + 1 + bins, blocks * bands)`` float64, dense, ``1 / sum(window^2)`` in them. The rows
+                and columns that are added are zero.
+            edges: ``(blocks, 2)`` int32, the first bin of a block with a weight and the one after the last.
+        """
+        counts = self.offsets.diff()
+        num_blocks = -(-len(counts) // bands)
+        filters = torch.zeros(len(self.places) + 1 + bins, num_blocks * bands, dtype=torch.float64, device="cpu")
+        edges = torch.zeros(num_blocks, 2, dtype=torch.int32, device="cpu")
+        for band, (first, count, offset) in enumerate(zip(self.bins.tolist(), counts.tolist(), self.offsets.tolist())):
+            filters[first : first + count, band] = 4 * self.weights[offset : offset + count]
+        for block, columns in enumerate(filters.split(bands, dim=1)):
+            used = columns.any(dim=1).nonzero().flatten().tolist()
+            if used:
+                edges[block, 0], edges[block, 1] = used[0], used[-1] + 1
+        return filters, edges
 
 
 @cache
-def _copied(constants: Tables, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(t.to(device) for t in (constants.window, constants.bins, constants.offsets, constants.weights))  # type: ignore[return-value]
+def _copied(constants: Tables, device: torch.device, bands: int, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return tuple(t.to(device) for t in (constants.window, *constants.blocks(bands, bins)))  # type: ignore[return-value]
 
 
 def hertz_to_mel(hertz: float) -> float:
@@ -156,5 +175,4 @@ def tables(n_fft: int, win_length: int, num_mels: int, sampling_rate: int, f_min
             bins=bins,
             offsets=offsets,
             weights=weights.contiguous(),
-            longest=int(offsets.diff().max()),
         )

@@ -115,11 +115,12 @@ class Attention(nn.Module):
         """Results for the tokens from ``first`` on, ``(B, N - first, D)``, and the bias that is still to be added or
         None."""
         B, N, D = x_BND.shape
-        qkv = linear(self.qkv, x_BND).view(B, N, 3, self.heads, D // self.heads)
+        shape = (B, N, 3, self.heads, D // self.heads)
         if rotation is None and isinstance(self.q_norm, nn.Identity):
-            mixed = self_attend(qkv, lengths, first)
+            qkv, bias = product(self.qkv, x_BND)
+            mixed = self_attend(qkv.view(shape), lengths, first, bias)
         else:
-            q, k, v = split_heads(qkv, self.q_norm, self.k_norm, rotation)
+            q, k, v = split_heads(linear(self.qkv, x_BND).view(shape), self.q_norm, self.k_norm, rotation)
             mixed = attend(q[:, :, first:], k, v, lengths)
         return product(self.proj, mixed.transpose(1, 2).reshape(B, N - first, D))
 

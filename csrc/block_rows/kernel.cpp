@@ -2,7 +2,7 @@
 // it to reorder the marked sums, and nothing else). A row stays in the first cache between its passes.
 #include "block_rows/kernel.h"
 
-#include "common/half.h"
+#include "block_rows/gelu.h"
 
 extern "C" float sqrtf(float);
 
@@ -10,60 +10,12 @@ namespace bestrq2 {
 namespace BESTRQ2_ISA {
 namespace {
 
-inline float widen(float v) { return v; }
-inline float widen(uint16_t v) { return from_bf16(v); }
-
-inline void narrow(float v, float& out) { out = v; }
-inline void narrow(float v, uint16_t& out) { out = to_bf16(v); }
-
-// exp(t) to about 2 ulp for t within [-87, 88], and NaN.
-inline float exponential(float t) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x / log 2) in the low mantissa bits
-  const float shifted = t * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  float r = t - n * 0.693359375f;  // log 2 in two parts; the first has few bits, so n times it is exact
-  r = r + n * 2.12194440e-4f;
-  float q = 1.0f / 720;
-  q = q * r + 1.0f / 120;
-  q = q * r + 1.0f / 24;
-  q = q * r + 1.0f / 6;
-  q = q * r + 0.5f;
-  q = q * r + 1.0f;
-  q = q * r + 1.0f;
-  return q * as_float((as_bits(shifted) + 127u) << 23);
-}
-
 // 1 / (1 + exp(-x)) to about 3 ulp, for every x and NaN.
 inline float logistic(float x) {
   float t = -x;
   t = t > 88.0f ? 88.0f : t;
   t = t < -87.0f ? -87.0f : t;
   return 1.0f / (1.0f + exponential(t));
-}
-
-struct Normal {
-  float bell, below;  // exp(-x^2 / 2), and the normal distribution function at x
-};
-
-// The tail at -|x| is bell * t Q(t) with t = 1 / (1 + 0.3 |x|): Q is a polynomial fitted to the scaled complementary
-// error function, relative error below 4e-9 before rounding for |x| <= 13.
-inline Normal normal(float x) {
-  const float a = x < 0.0f ? -x : x;
-  float t = -0.5f * x * x;
-  t = t < -87.0f ? -87.0f : t;
-  const float bell = exponential(t), s = 1.0f / (1.0f + 0.3f * a);
-  float q = -0.02060525491833687f;
-  q = q * s + 0.11233314126729965f;
-  q = q * s - 0.22796329855918884f;
-  q = q * s + 0.1914367973804474f;
-  q = q * s - 0.07912132143974304f;
-  q = q * s + 0.09598688781261444f;
-  q = q * s + 0.07845137268304825f;
-  q = q * s + 0.1102214977145195f;
-  q = q * s + 0.11957358568906784f;
-  q = q * s + 0.11968659609556198f;
-  const float tail = bell * s * q;
-  return {bell, x > 0.0f ? 1.0f - tail : tail};
 }
 
 struct Moments {
@@ -333,49 +285,15 @@ void gated_backward(const GatedRows& a, int64_t first, int64_t last) {
 
 template <class T>
 void gelu_forward(const GeluRows& a, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.width;
-    T* out = static_cast<T*>(a.out) + row * a.width;
-    if (a.bias != nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < a.width; ++i) {
-        const float v = widen(x[i]) + a.bias[i];
-        narrow(v * normal(v).below, out[i]);
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < a.width; ++i) {
-        const float v = widen(x[i]);
-        narrow(v * normal(v).below, out[i]);
-      }
-    }
-  }
+  for (int64_t row = first; row < last; ++row)
+    gelu_row(static_cast<const T*>(a.x) + row * a.width, a.bias, a.width, static_cast<T*>(a.out) + row * a.width);
 }
 
 template <class T>
 void gelu_backward(const GeluRows& a, int64_t first, int64_t last, float* partial) {
-  constexpr float kDensity = 0.398942280401432678f;  // 1 / sqrt(2 pi)
-  for (int64_t row = first; row < last; ++row) {
-    const T *x = static_cast<const T*>(a.x) + row * a.width, *grad = static_cast<const T*>(a.grad) + row * a.width;
-    T* grad_x = static_cast<T*>(a.grad_x) + row * a.width;
-    if (a.bias != nullptr) {
-#pragma omp simd
-      for (int64_t i = 0; i < a.width; ++i) {
-        const float v = widen(x[i]) + a.bias[i];
-        const Normal n = normal(v);
-        const float g = widen(grad[i]) * (n.below + v * n.bell * kDensity);
-        narrow(g, grad_x[i]);
-        partial[i] += g;
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < a.width; ++i) {
-        const float v = widen(x[i]);
-        const Normal n = normal(v);
-        narrow(widen(grad[i]) * (n.below + v * n.bell * kDensity), grad_x[i]);
-      }
-    }
-  }
+  for (int64_t row = first; row < last; ++row)
+    gelu_row_backward(static_cast<const T*>(a.x) + row * a.width, a.bias, static_cast<const T*>(a.grad) + row * a.width,
+                      a.width, static_cast<T*>(a.grad_x) + row * a.width, partial);
 }
 
 template <class T>

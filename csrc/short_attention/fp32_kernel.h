@@ -5,10 +5,12 @@
 
 namespace bestrq2 {
 
+// One head of one clip at a time; `next` is the number batch * heads + head that this thread will probably take
+// next, or -1.
 struct Fp32ShortAttention {
   int64_t (*scratch_bytes)(const ShortAttention& a, bool backward);
-  void (*forward)(const ShortAttention& a, int64_t batch, int64_t head, void* scratch);
-  void (*backward)(const ShortAttention& a, int64_t batch, int64_t head, void* scratch);
+  void (*forward)(const ShortAttention& a, int64_t batch, int64_t head, int64_t next, void* scratch);
+  void (*backward)(const ShortAttention& a, int64_t batch, int64_t head, int64_t next, void* scratch);
 };
 
 namespace portable {

@@ -1,6 +1,6 @@
 // One head of one clip at a time. Sizes are padded to blocks of 32 with zeros; Q is queries, K keys, D channels.
 //
-// forward    S = q k^T (Q, K) fp32 -> P = 2^(S - max) bf16 -> out = P v / sum
+// forward    S = q k^T (Q, K) fp32 -> P = 2^(S - max) bf16 -> out = P v / sum + value_bias
 // backward   P = 2^(S - logsumexp); dP = dout v^T; dS = P (dP - sum_j P dP) scale
 //            dv = P^T dout, dq = dS k, dk = dS^T q
 #include <type_traits>
@@ -61,17 +61,22 @@ Head divide(const ShortAttention& a, bool backward, Arena& arena) {
   return h;
 }
 
-struct Rows {  // 16 channels of a row, zeros beyond its end and behind the last valid row
+struct Rows {  // 16 channels of a row plus a bias, zeros beyond its end and behind the last valid row
   const u16* data;
   int64_t token, valid, dim;
+  const float* bias;
 
   __m256i operator()(int64_t row, int64_t d) const {
-    return row < valid ? bf16::load(data + row * token + d, first_lanes(dim - d)) : _mm256_setzero_si256();
+    if (row >= valid) return _mm256_setzero_si256();
+    const __mmask16 mask = first_lanes(dim - d);
+    const __m256i x = bf16::load(data + row * token + d, mask);
+    if (bias == nullptr) return x;
+    return (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(widen(x), _mm512_maskz_loadu_ps(mask, bias + d)));
   }
 };
 
-Rows rows_of(const TokenRows& x, int64_t batch, int64_t head, int64_t valid, int64_t dim) {
-  return {x.at<const u16>(batch, head), x.token, valid, dim};
+Rows rows_of(const TokenRows& x, int64_t batch, int64_t head, int64_t valid, int64_t dim, const float* bias = nullptr) {
+  return {x.at<const u16>(batch, head), x.token, valid, dim, bias != nullptr ? bias + head * dim : nullptr};
 }
 
 void copy_rows(const Rows& from, int64_t rows, int64_t dim, u16* out) {
@@ -118,6 +123,24 @@ void multiply(Dot dot, const u16* a, const u16* b, int64_t rows, int64_t inner, 
     }
 }
 
+// sums[d] = the sum of the valid rows.
+void sum_columns(const float* rows, int64_t stride, int64_t valid, int64_t dim, float* sums) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const __mmask16 mask = first_lanes(dim - d);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t r = 0; r < valid; ++r) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, rows + r * stride + d));
+    _mm512_mask_storeu_ps(sums + d, mask, sum);
+  }
+}
+
+void sum_columns(const Rows& rows, float* sums) {
+  for (int64_t d = 0; d < rows.dim; d += kLanes) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t r = 0; r < rows.valid; ++r) sum = _mm512_add_ps(sum, widen(rows(r, d)));
+    _mm512_mask_storeu_ps(sums + d, first_lanes(rows.dim - d), sum);
+  }
+}
+
 void write_rows(const float* in, int64_t stride, const TokenRows& to, int64_t batch, int64_t head, int64_t rows,
                 int64_t valid, int64_t dim) {
   for (int64_t r = 0; r < rows; ++r)
@@ -148,7 +171,7 @@ void forward(const ShortAttention& a, Dot dot, int64_t batch, int64_t head, void
   Head h = divide(a, false, arena);
   count_valid(a, batch, h);
   const Tiles tiles(dot);
-  copy_rows(rows_of(a.query, batch, head, h.valid_queries, a.dim), h.queries, h.dim, h.query);
+  copy_rows(rows_of(a.query, batch, head, h.valid_queries, a.dim, a.query_bias), h.queries, h.dim, h.query);
   pack_by_dim(rows_of(a.key, batch, head, h.valid_keys, a.dim), h.keys, h.dim, h.key_by_dim);
   pack_by_row(rows_of(a.value, batch, head, h.valid_keys, a.dim), h.keys, h.dim, h.value_by_key);
   multiply(dot, h.query, h.key_by_dim, h.queries, h.dim, h.keys, h.scores);
@@ -185,8 +208,13 @@ void forward(const ShortAttention& a, Dot dot, int64_t batch, int64_t head, void
   multiply(dot, h.weights, h.value_by_key, h.queries, h.keys, h.dim, h.frames);
   for (int64_t r = 0; r < h.valid_queries; ++r) {
     const __m512 factor = _mm512_set1_ps(h.scores[r * h.keys]);
-    for (int64_t d = 0; d < h.dim; d += kLanes)
-      _mm512_storeu_ps(h.frames + r * h.dim + d, _mm512_mul_ps(_mm512_loadu_ps(h.frames + r * h.dim + d), factor));
+    for (int64_t d = 0; d < h.dim; d += kLanes) {
+      const __mmask16 mask = first_lanes(a.dim - d);
+      const float* bias = a.value_bias != nullptr ? a.value_bias + head * a.dim + d : nullptr;
+      const __m512 added = bias != nullptr ? _mm512_maskz_loadu_ps(mask, bias) : _mm512_setzero_ps();
+      float* out = h.frames + r * h.dim + d;
+      _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_loadu_ps(out), factor, added));
+    }
   }
   write_rows(h.frames, h.dim, a.out, batch, head, a.queries, h.valid_queries, a.dim);
 }
@@ -196,7 +224,7 @@ void backward(const ShortAttention& a, Dot dot, int64_t batch, int64_t head, voi
   Head h = divide(a, true, arena);
   count_valid(a, batch, h);
   const Tiles tiles(dot);
-  const Rows query = rows_of(a.query, batch, head, h.valid_queries, a.dim);
+  const Rows query = rows_of(a.query, batch, head, h.valid_queries, a.dim, a.query_bias);
   const Rows key = rows_of(a.key, batch, head, h.valid_keys, a.dim);
   const Rows value = rows_of(a.value, batch, head, h.valid_keys, a.dim);
   const Rows grad = rows_of(a.grad, batch, head, h.valid_queries, a.dim);
@@ -243,6 +271,13 @@ void backward(const ShortAttention& a, Dot dot, int64_t batch, int64_t head, voi
   }
   multiply(dot, h.score_grad, h.key_by_key, h.queries, h.keys, h.dim, h.frames);
   write_rows(h.frames, h.dim, a.grad_query, batch, head, a.queries, h.valid_queries, a.dim);
+  if (a.bias_sums != nullptr) {
+    const int64_t width = a.heads * a.dim;
+    float* sums = a.bias_sums + batch * 3 * width + head * a.dim;
+    sum_columns(h.frames, h.dim, h.valid_queries, a.dim, sums);
+    __builtin_memset(sums + width, 0, a.dim * sizeof(float));
+    sum_columns(grad, sums + 2 * width);
+  }
   transpose(h.score_grad, h.queries, h.keys, h.score_grad_T);
   multiply(dot, h.score_grad_T, h.query_by_row, h.keys, h.queries, h.dim, h.frames);
   write_rows(h.frames, h.dim, a.grad_key, batch, head, a.keys, h.valid_keys, a.dim);

@@ -35,8 +35,10 @@ void run(const ShortAttention& a, bool backward) {
   if (!a.bf16) {
     const Fp32ShortAttention& kernels = fp32_kernels();
     const auto pass = backward ? kernels.backward : kernels.forward;
-    every_head(a, kernels.scratch_bytes(a, backward),
-               [&](int64_t batch, int64_t head, void* scratch) { pass(a, batch, head, scratch); });
+    every_head(a, kernels.scratch_bytes(a, backward), [&](int64_t batch, int64_t head, void* scratch) {
+      const int64_t next = batch * a.heads + head + std::max(a.threads, 1);
+      pass(a, batch, head, next < a.batch * a.heads ? next : -1, scratch);
+    });
     return;
   }
 #ifdef BESTRQ2_X86

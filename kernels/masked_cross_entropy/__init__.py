@@ -5,6 +5,7 @@
 | ``softmax_gradient.py`` | logits -> gradient, loss and accuracy, in place |
 | ``products.py`` | the three matrix products over a number of rows that is read on the device |
 | ``loss.py`` | losses and accuracy without logits, where no gradient is wanted |
+| ``scale.py`` | gradients times the upstream gradient, in place |
 | ``launch.py`` | which of them runs, chunk by chunk |
 """
 

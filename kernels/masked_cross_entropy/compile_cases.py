@@ -10,6 +10,7 @@ from . import CANDIDATES
 from .launch import MERGE_ROWS, OP, hidden_gradient_tile, precision
 from .loss import loss_kernel, merge_kernel
 from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
+from .scale import BLOCK, scale_kernel
 from .softmax_gradient import softmax_gradient_kernel
 
 FLAGS = (False, True)
@@ -102,6 +103,8 @@ def _cases(file: str, configs: dict[str, Any]) -> Iterator[CompileCase]:
             tile = configs[f"{hidden_gradient_tile(add)}/{bits}"]
             yield _case(hidden_gradient_kernel, f"{file}-{dtype}", signature | out, flags, tile)
         yield _case(weight_gradient_kernel, f"{file}-{dtype}", signature, exact, configs[f"weight_gradient/{bits}"])
+        grad = {"p_grad": f"*{dtype}", "p_factor": "*fp32", "size": "i32"}
+        yield _case(scale_kernel, f"{file}-{dtype}", grad, {}, {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 3})
     # Under autocast the rows are fp32 and the products 16-bit.
     mixed = {"p_hidden": "*fp32", "p_weight": "*bf16", "p_bias": "*bf16", "p_logits": "*bf16", "p_dz": "*bf16"}
     mixed |= {"p_total": "*fp32", **ROWS, **SIZES, **PARTS}

@@ -7,7 +7,8 @@
         grad_weight       += logits.T @ h               fp32
         grad_bias         += logits.sum(0)              fp32, in the pass before
 
-* Every row counts, or the caller gave an upper bound of their number: the products are the library's.
+* Every row counts, or the caller gave an upper bound of their number: the products are the library's. Rows are gathered
+  for them only where the bound leaves rows out.
 * Row weights without a bound: the rows that count are listed first on the device, and Triton products stop at their
   number (products.py).
 * No gradient is wanted: one fused kernel and no logits (loss.py).
@@ -31,6 +32,7 @@ from torch import Tensor
 from ..tuning import load_configs
 from .loss import loss_kernel, merge_kernel
 from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
+from .scale import BLOCK, scale_kernel
 from .softmax_gradient import softmax_gradient_kernel
 
 OP = "masked_cross_entropy"
@@ -88,8 +90,13 @@ def chunk_rows(rows: int, num_classes: int, item_bytes: int, config: dict[str, i
 
 def rows_that_count(row_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Row numbers (N,) and how many count, on the device: rows of any weight (N,) or (G, N) other than 0 come first."""
-    selected = row_weights != 0 if row_weights.dim() == 1 else (row_weights != 0).any(0)
+    selected = counts(row_weights)
     return torch.argsort(selected, descending=True, stable=True), selected.sum()
+
+
+def counts(row_weights: Tensor) -> Tensor:
+    """Rows (N,) of any weight (N,) or (G, N) other than 0."""
+    return row_weights != 0 if row_weights.dim() == 1 else (row_weights != 0).any(0)
 
 
 def softmax_config(configs: Mapping[str, Any], classes: int, summed: bool = False) -> dict[str, Any]:
@@ -283,9 +290,12 @@ def masked_cross_entropy(
     factor = torch.ones((), dtype=torch.float32, device=device)
 
     weights, index, count, scale, total = None, None, None, 1.0, factor * rows
+    # Where nearly every row counts none is gathered: the others are zeros with a weight of 0.
+    dense = row_weights is not None and max_rows is not None and max_rows >= rows and any(wanted)
     if row_weights is not None:
         weights = row_weights.float()
-        index, count = rows_that_count(row_weights)
+        if not dense:
+            index, count = rows_that_count(row_weights)
         total = weights.sum(-1)  # () or (G,)
     divisor = total * codebooks if total.dim() == 0 else total.sum()
     divisor, total = (torch.where(x == 0, 1, x) for x in (divisor, total))
@@ -312,6 +322,8 @@ def masked_cross_entropy(
         if wanted[i]:
             grads[i] = create(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     h = hidden if hidden.stride(1) == 1 or hidden.shape[1] == 1 else hidden.contiguous()
+    if dense and row_weights is not None:  # NaN in a row that does not count must not reach others
+        h = torch.where(counts(row_weights).unsqueeze(1), h, 0)
     w, b = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype).contiguous()
     configs = load_configs(OP, device)
     books = [
@@ -342,6 +354,12 @@ def masked_cross_entropy(
         for grad, source, kind in zip(grads, sources, dtypes)
     )
     return losses * factor, accuracy, factor, *results
+
+
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous tensor by a 0-d fp32 tensor on its GPU, in place; a factor of 1 costs a launch only."""
+    with torch.cuda.device(grad.device) if grad.is_cuda else nullcontext():
+        scale_kernel[(triton.cdiv(grad.numel(), BLOCK),)](grad, factor, grad.numel(), BLOCK=BLOCK)
 
 
 def _each_codebook(form: Callable[..., None], books: list[_Rows], grads: list[Tensor | None], add: bool) -> None:

@@ -11,7 +11,8 @@ from interpreter import INTERPRETED, run_interpreted
 
 from bestrq2.layers import LogMel
 
-SETTINGS = [(64, 64, 40, 8), (40, 29, 20, 5)]
+# Several blocks of bands and several tiles of bins in one; a last block that is not full, bands without a bin.
+SETTINGS = [(256, 256, 40, 20), (40, 29, 20, 13)]
 
 
 def test_run_in_the_interpreter():
@@ -23,7 +24,7 @@ def test_run_in_the_interpreter():
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter")
 @pytest.mark.parametrize(("n_fft", "win_length", "hop_length", "num_mels"), SETTINGS)
 def test_the_pytorch_form(monkeypatch, device, n_fft, win_length, hop_length, num_mels):
-    monkeypatch.setattr(kernel, "GROUP", 16)  # several groups, the last one not full
+    monkeypatch.setattr(kernel, "GROUP", 24)  # several groups, the last one not full, nor their tiles of frames
     log_mel = LogMel(
         n_fft=n_fft, win_length=win_length, hop_length=hop_length, num_mels=num_mels, mean=-40.0, std=13.0
     ).to(device)

@@ -90,6 +90,7 @@ with tuning.override("masked_cross_entropy", configs):
         for count in sorted({0, min(rows, 33), rows}):
             check(rows, features, classes, count)
             check(rows, features, classes, count, max_rows=count)
+        check(rows, features, classes, rows // 2, max_rows=rows)  # none is gathered
     launch.PROGRAMS = 3  # fewer than rows: each adds up several
     buffer = check(32, 20, 50, count=7)
     check(49, 20, 50, count=40)
@@ -98,6 +99,10 @@ with tuning.override("masked_cross_entropy", configs):
     check(40, 20, 333, count=21)  # one share of all classes
     launch.PROGRAMS = 9
     check(40, 20, 333, count=21)
+for size, factor in ((1, 3.0), (4096, 0.5), (5000, 1.0), (5000, float("inf"))):
+    grad = torch.ones(size)
+    launch.scale(grad, torch.tensor(factor))
+    assert (grad == factor).all()
 print("checked")
 """
 

@@ -78,6 +78,40 @@ def test_self_attend_from_a_token_on(dtype):
     assert error(of_late, of_every) <= 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize(("first", "padded"), [(0, False), (0, True), (9, False)])
+@pytest.mark.parametrize("dim", [16, 24])
+def test_self_attend_adds_the_bias(dim, first, padded, short, dtype, monkeypatch):
+    if not short:
+        monkeypatch.setattr(attention, "_is_short", lambda query, key: False)
+    lengths = torch.tensor([70, 31]) if padded else None
+    generator = torch.Generator().manual_seed(3)
+    layer = torch.randn(2, 70, 3, 2, dim, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(3 * 2 * dim, generator=generator).requires_grad_()
+    upstream = torch.randn(2, 2, 70 - first, dim, generator=generator).to(dtype)
+    if padded:
+        upstream[1, :, 31:] = 0
+
+    def plain(of_layer, of_bias):
+        query, key, value = (of_layer + of_bias.to(of_layer.dtype).view(3, 2, dim)).permute(2, 0, 3, 1, 4)
+        return exact(query[:, :, first:], key, value, lengths)
+
+    results = []
+    for function, wide in (
+        (lambda x, b: self_attend(x.clone(), lengths, first, b), False),
+        (plain, False),
+        (plain, True),
+    ):
+        inputs = [x.detach().double().requires_grad_() if wide else x for x in (layer, bias)]
+        out = function(*inputs)
+        results.append(
+            (out if not padded else out[:, :, :31], *torch.autograd.grad(out, inputs, upstream.to(out.dtype)))
+        )
+    for mine, theirs, true in zip(*results):
+        assert error(mine, true) <= 2 * error(theirs, true) + torch.finfo(dtype).eps
+
+
 @pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_fp32_kernel_on_every_instruction_set(isa, monkeypatch):

@@ -191,6 +191,25 @@ def test_gelu(dtype):
     assert (found - layer.bias.grad).abs().max() <= 2 * torch.finfo(dtype).eps * found.abs().max()
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_gelu_on_every_instruction_set(isa):
+    extension = native.extension()
+    before = extension.isa()
+    if not extension.force_isa(isa):
+        pytest.skip(f"no {isa} here")
+    try:
+        x = torch.linspace(-9, 9, 40_001).requires_grad_()
+        out = gelu(x)
+        (slope,) = torch.autograd.grad(out.sum(), x)
+    finally:
+        extension.force_isa(before)
+    wide = x.detach().double().requires_grad_()
+    true = torch.nn.functional.gelu(wide)
+    (true_slope,) = torch.autograd.grad(true.sum(), wide)
+    assert float(((out.detach() - true.detach()).abs() / true.detach().abs().clamp(min=1)).max()) < 3e-7
+    assert float((slope - true_slope).abs().max()) < 4e-7
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_linear(autocast):
     layer, x = nn.Linear(24, 40), normal(3, 50, 24)

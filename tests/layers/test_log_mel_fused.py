@@ -7,7 +7,7 @@ from bestrq2 import ops
 from bestrq2.data import load_audio, tiny_dataset
 from bestrq2.layers import LogMel, RandomProjectionQuantizer, extract_patches
 from bestrq2.layers.log_mel_fused import log_mel_obstacle
-from bestrq2.layers.log_mel_tables import passes
+from bestrq2.layers.log_mel_tables import passes, tables
 from bestrq2.ops._impl import native
 
 needs_extension = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
@@ -172,3 +172,22 @@ def test_the_operator_is_registered_and_compiles():
     torch.library.opcheck(torch.ops.bestrq2.log_mel.default, arguments)
     compiled = torch.compile(lambda x: log_mel(x)[0] * 2, backend="aot_eager")
     assert torch.equal(compiled(waveform), log_mel(waveform)[0] * 2)
+
+
+@pytest.mark.parametrize(("n_fft", "num_mels"), [(2048, 128), (1024, 80), (64, 41)])
+def test_blocks_of_filters_hold_every_weight(n_fft, num_mels):
+    log_mel = LogMel(n_fft=n_fft, win_length=n_fft, num_mels=num_mels)
+    constants = tables(*log_mel.settings)
+    assert constants is not None
+    filters, edges = constants.blocks(bands=8, bins=32)
+    expected = log_mel.filters / log_mel.window.square().sum()
+    assert filters.shape == (len(expected) + 32, 8 * len(edges))
+    torch.testing.assert_close(filters[: len(expected), :num_mels], expected, rtol=1e-15, atol=0)
+    assert not filters[len(expected) :].any()
+    assert not filters[:, num_mels:].any()
+    for block, (first, last) in enumerate(edges.tolist()):
+        columns = filters[:, 8 * block : 8 * block + 8]
+        assert 0 <= first < last <= len(expected)
+        assert columns[first].any()
+        assert columns[last - 1].any()
+        assert torch.equal(columns[first:last].count_nonzero(), columns.count_nonzero())

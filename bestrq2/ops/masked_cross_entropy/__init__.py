@@ -179,4 +179,5 @@ def masked_cross_entropy(
         tuple(with_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)),
         Options(reduction == "mean", dtype, label_smoothing, z_loss, ignore_index, max_rows, requested(backend)),
     )
-    return (loss, accuracy) if return_accuracy else loss
+    # detach: torch.compile of torch 2.11 takes it for differentiable otherwise.
+    return (loss, accuracy.detach()) if return_accuracy else loss

@@ -80,6 +80,11 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     free = not (torch.compiler.is_compiling() or is_batched(scale) or _graph_is_retained())
     if free and scale.device.type == "cpu" and scale.item() == 1.0:
         return grad.to(dtype)
+    if free and grad.is_cuda and grad.is_contiguous() and native.triton_obstacle(grad.device) is None:
+        from bestrq2.kernels.masked_cross_entropy.launch import scale as scale_in_place
+
+        scale_in_place(grad, scale.float())
+        return grad.to(dtype)
     scale = scale.reshape(1)  # a tensor without dimensions would first be rounded to the dtype of grad
     return (grad.mul_(scale) if free else grad * scale).to(dtype)
 
@@ -146,7 +151,7 @@ def _run(
         else:
             losses, *results = (cpu.run if chosen == "cpu" else _run_reference)(*arguments)
     # A row that counts for another codebook was computed: its loss was multiplied by 0, which NaN and infinity survive.
-    return losses if keep is None or len(weight) == 1 else torch.where(keep, losses, 0), *results
+    return losses if keep is None or len(weight) == 1 else losses.masked_fill(~keep, 0), *results
 
 
 def _without_ignored(row_weights: Tensor | None, keep: Tensor) -> Tensor:
