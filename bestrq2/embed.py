@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
     if options.layer is not None and options.layers is not None:
         raise ConfigError("--layer and --layers: give one of them")
-    device = choose_device(options.device)
+    device = choose_device(options.device, option="--device")
     encoder = open_encoder(options.encoder, device, trust_remote_code=options.trust_remote_code)
     depth = encoder.depth
     if options.layer is not None and not 0 <= options.layer < depth:

@@ -25,8 +25,10 @@ GPU_PEAKS = {
 APPLE = "mps"  # Apple's GPUs, which have no float64: see ops._impl.devices
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, option: str = "train.device") -> torch.device:
     """``"auto"`` (a GPU if there is one, CUDA's or Apple's) or a torch device name; the GPU of this rank of several.
+
+    ``option`` is what the user gave the name to, for the message.
 
     Raises:
         ConfigError: for an unknown or absent device.
@@ -41,7 +43,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"train.device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        why = f"{str(error).splitlines()[0]}; expected auto, cpu, cuda, cuda:N or mps"
+        raise ConfigError(f"{option}: {name!r} cannot be used: {why}") from error
     return device
 
 

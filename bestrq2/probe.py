@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
     heads = heads_of(options, task)
     labels = read_clips(task)
     encoder, untrained, origin = open_pair(options)
-    device = choose_device(options.device)
+    device = choose_device(options.device, option="--device")
     pair = {ENCODER: encoder.to(device), RANDOM: untrained.to(device)}
     features = extract_all(labels, pair, task, options.batch_size)
     for skip in features.skips:

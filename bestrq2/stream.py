@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         if out.is_dir():
             raise ConfigError(f"--out {options.out}: {out} is a folder, expected the name of a file")
     try:
-        encoder = load(options.encoder, device=choose_device(options.device))
+        encoder = load(options.encoder, device=choose_device(options.device, option="--device"))
         if not isinstance(encoder, ConformerEncoder):
             raise ConfigError(f"{options.encoder}: only a Conformer can stream, this is a {type(encoder).__name__}")
         layout = encoder.layout

@@ -30,7 +30,7 @@ from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
-from bestrq2.hardware import APPLE, choose_device
+from bestrq2.hardware import APPLE, choose_device, choose_precision
 from bestrq2.hashing import mix
 from bestrq2.interchange.opening import open_teacher
 from bestrq2.models import BestRQ, BestRQ2, build_model
@@ -111,6 +111,10 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         with alone_in(folder, ranks):
             return resume(folder, options.overrides, values, ranks)
     config = load_config(default_recipe(options), options.overrides, values)
+    # What would end the run later is refused before the data are read, which may take long.
+    ranks.all_agree(lambda: choose_precision(config.train.precision, device_of(config, ranks)))
+    if not options.find_batch:
+        ranks.from_first(lambda: RunFolder.check_new(options.runs, options.name, options.resume is not None))
     dataset = ranks.from_first(lambda: open_dataset(config))
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:

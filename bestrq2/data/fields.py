@@ -5,6 +5,8 @@ change which audio a row stands for is used or refused; all others are labels.
 """
 
 import os
+import re
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,49 @@ _REFUSED = {
     "tempo": (None, "", 1, 1.0, "1", "1.0"),
     "gain": (None, "", 0, 0.0, 1, 1.0, "0", "1"),
 }
+# Names such as start_sample, "Start (s)", clip_end, frameOffset: words of the first kind, beside none but the second.
+_PLACES = r"(?:start|begin|onset|offset|end|stop|from|to|tmin|tmax|xmin|xmax)"
+_UNITS = (
+    r"(?:s|secs?|seconds?|ms|t|times?|timestamp|samples?|frames?|idx|index|pos|position|segment|seg|clip|audio|file|"
+    r"utterance|utt|chunk|crop|in|of)"
+)
+_LIKE_A_PLACE = re.compile(rf"(?:{_UNITS} )*{_PLACES}(?: {_PLACES}| {_UNITS})*")
+_KNOWN = frozenset(
+    [*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *_REFUSED, "onset", "domain", "label", "audio"]
+).union(("split", "subset", "partition", "set"))
+
+
+def known_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, with columns such as ``Path`` and ``Start`` also under the names that are known."""
+    renamed = _renamed(tuple(row))
+    return row | {known: row[name] for known, name in renamed} if renamed else row
+
+
+@lru_cache(256)
+def _renamed(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    folded = ((name.strip().lower(), name) for name in names)
+    return tuple((known, name) for known, name in folded if known in _KNOWN and known not in names)
+
+
+@lru_cache(4096)
+def _is_like_a_place(column: str) -> bool:
+    words = " ".join(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", column).lower()))
+    return column.strip().lower() not in _KNOWN and _LIKE_A_PLACE.fullmatch(words) is not None
+
+
+def _check_columns(where: str, row: dict[str, Any]) -> None:
+    """Refuse a number under a name that looks like the place of a part, and is none of those that are read."""
+    for name in filter(_is_like_a_place, row):
+        value = row[name]
+        try:
+            number = None if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = None
+        if number is not None:
+            raise ManifestError(
+                f"{where}: {name} = {value!r} may stand for a part of the file: name the column start or end, in "
+                "seconds, or start_ms or end_ms, or remove it"
+            )
 
 
 def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
@@ -42,6 +87,7 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     """
     where = f"{source}:{line}"
     row = _flattened(where, row)
+    _check_columns(where, row)
     for name, neutral in _REFUSED.items():
         if name in row and row[name] not in neutral:
             raise ManifestError(
@@ -63,8 +109,8 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
         path=located,
         duration=duration,
         sampling_rate=None if rate is None else int(rate),
-        domain=str(_first(row, ("domain",)) or ""),
-        label=str(_first(row, ("label",)) or ""),
+        domain=str(_first(row, ("domain",)) or "").strip(),
+        label=str(_first(row, ("label",)) or "").strip(),
         start=start if segment else 0.0,
         end=end if segment else None,
     )
@@ -79,6 +125,9 @@ def _located(source: Path, row: dict[str, Any], path: str) -> str:
     if "client_id" in row and "sentence" in row and (source.parent / "clips").is_dir():
         folder = source.parent / "clips"  # of Common Voice
     located = os.path.normpath(os.path.join(folder, path))
+    if path != path.strip() and not os.path.lexists(located):  # spaces around a delimiter
+        there = os.path.normpath(os.path.join(folder, path.strip()))
+        located, path = (there, path.strip()) if os.path.lexists(there) else (located, path)
     if "\\" in path and os.sep == "/" and not os.path.lexists(located):  # written on Windows
         there = os.path.normpath(os.path.join(folder, path.replace("\\", "/")))
         return there if os.path.lexists(there) else located

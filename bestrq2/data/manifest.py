@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bestrq2.data.fields import audio_file
+from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
@@ -88,7 +88,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, A
     """As :func:`read_manifest`, each file with all columns of its row."""
     source = Path(path)
     rows = kaldi_rows(source) if source.name == "wav.scp" else rows_of(source)
-    files = [(audio_file(source, line, row), row) for line, row in rows]
+    named = [(line, known_columns(row)) for line, row in rows]
+    files = [(audio_file(source, line, row), row) for line, row in named]
     if not files:
         raise ManifestError(f"{source}: no rows")
     return files
@@ -131,24 +132,30 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
             named_in_errors(target),
             open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
-            writer = csv.writer(file)
             parts = any(item.is_part for item in listed)
+            rows = [_row(item, base, parts) for item in listed]
+            # Without quotes a space before a field may be taken for a part of the delimiter.
+            spaced = any(isinstance(field, str) and field.startswith(" ") for row in rows for field in row)
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL)
             writer.writerow((*_WRITTEN, "start", "end") if parts else _WRITTEN)
-            for item in listed:
-                name = os.path.abspath(item.path)
-                if os.path.commonpath([base, name]) == base:
-                    name = os.path.relpath(name, base)
-                duration = "" if item.duration is None else repr(float(item.duration))  # to the last bit
-                row = [name, duration, item.sampling_rate or "", item.domain, item.label]
-                if parts:
-                    row += [repr(item.start), "" if item.end is None else repr(item.end)] if item.is_part else ["", ""]
-                writer.writerow(row)
+            writer.writerows(rows)
             file.flush()
             flush_file(file.fileno())
         os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _row(item: AudioFile, base: str, parts: bool) -> list[Any]:
+    name = os.path.abspath(item.path)
+    if os.path.commonpath([base, name]) == base:
+        name = os.path.relpath(name, base)
+    duration = "" if item.duration is None else repr(float(item.duration))  # to the last bit
+    row = [name, duration, item.sampling_rate or "", item.domain, item.label]
+    if parts:
+        row += [repr(item.start), "" if item.end is None else repr(item.end)] if item.is_part else ["", ""]
+    return row
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bestrq2.data.fields import PATH_NAMES
+from bestrq2.data.files import is_audio
 from bestrq2.errors import ManifestError
 
 __all__ = ["is_manifest", "rows_of"]
@@ -79,9 +80,13 @@ def _table_rows(source: Path, lines: list[str], delimiters: str) -> list[Row]:
         raise ManifestError(f"{source}: the file is empty; expected a header line with a column 'path'")
     if (listed := _fairseq_rows(source, lines)) is not None:
         return listed
-    fitting = [mark for mark in delimiters if set(PATH_NAMES) & set(_header(first, mark))]
+    fitting = [mark for mark in delimiters if set(PATH_NAMES) & {name.lower() for name in _header(first, mark)}]
     if not fitting:
         names = max((_header(first, mark) for mark in delimiters), key=len)
+        if any(is_audio(name) for name in names):
+            raise ManifestError(
+                f"{source}: the first line must name the columns, for example path,label; it is {first.strip()!r}"
+            )
         raise ManifestError(
             f"{source}: no column 'path' in the header line; its columns are {names}. Names that are known: "
             f"{', '.join(PATH_NAMES)}"
@@ -118,8 +123,21 @@ def _whole(field: str) -> str:
     return quoted[1].replace('""', '"') if quoted else field
 
 
+def _spaced(first: str, lines: list[str], delimiter: str) -> bool:
+    """Whether a space behind the delimiter belongs to it: always so in the header line, or a quoted field follows."""
+    try:
+        names = next(csv.reader([first], delimiter=delimiter), [])
+    except csv.Error:
+        names = []
+    behind = [name.startswith(" ") for name in names[1:]]
+    mark = f'{delimiter} "'
+    return (all(behind) and bool(behind)) or any(mark in re.sub(r" +", " ", line) for line in lines)
+
+
 def _quoted(source: Path, lines: list[str], delimiter: str) -> list[Row]:
-    reader = csv.reader(iter(lines), delimiter=delimiter, strict=True)
+    first = next(line for line in lines if line.strip())
+    spaced = _spaced(first, lines, delimiter)
+    reader = csv.reader(iter(lines), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     rows: list[Row] = []
     header: list[str] = []
     begin = 1

@@ -81,7 +81,7 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     left_out: Counter[str] = Counter()
     files, values, groups, parts = [], [], [], []
     for file, row in rows:
-        if any(str(row.get(name)) not in allowed for name, allowed in task.where):
+        if any(str(row.get(name)).strip() not in allowed for name, allowed in task.where):
             left_out["outside of --where"] += 1
             continue
         part = _part(task, row, left_out)
@@ -97,7 +97,7 @@ def read_clips(task: ProbeTask) -> LabelledClips:
             )
         files.append(file)
         values.append(value)
-        groups.append(str(row[task.group]) if task.group else file.path)
+        groups.append(str(row[task.group]).strip() if task.group else file.path)
         parts.append(part)
     if not files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
@@ -125,7 +125,7 @@ def _part(task: ProbeTask, row: dict[str, Any], left_out: Counter[str]) -> int |
     if not task.split:
         return TEST
     retrieval = task.kind == "retrieval"
-    value = "" if _missing(row.get(task.split)) else str(row[task.split])
+    value = "" if _missing(row.get(task.split)) else str(row[task.split]).strip()
     if value in (task.train_values or (("gallery",) if retrieval else ("train",))):
         return TRAIN
     if value in (task.test_values or (("query",) if retrieval else ("test",))):
@@ -148,7 +148,7 @@ def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
             raise ManifestError(f"{task.path}: {file.path}: {task.label!r} is no number: {cells[0]!r}") from error
         return number if isfinite(number) else None
     if task.kind != "multilabel":
-        return str(cells[0])
+        return str(cells[0]).strip()
     if len(cells) == 1:
         parts = cells[0] if isinstance(cells[0], list) else str(cells[0]).split(task.separator)
         return sorted({str(part).strip() for part in parts if str(part).strip()})

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bestrq2.config import recipe_names
 from bestrq2.durability import flush_file, flush_folder
 from bestrq2.errors import CheckpointError
 
@@ -201,7 +202,12 @@ def find_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: if there is none that is intact.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder (expected a run folder or a checkpoint)")
+        hint = ""
+        if str(path) in recipe_names():
+            hint = f"; this is a recipe, which is trained first: bestrq2 train --config {path} --data FOLDER"
+        elif (named := Path("runs") / path).is_dir():
+            hint = f"; did you mean {named}?"
+        raise CheckpointError(f"{path}: no such file or folder (expected a run folder or a checkpoint){hint}")
     if path.suffix == ".safetensors" and (path.parent / STATE).exists():
         if path.name not in (WEIGHTS, AVERAGED):
             raise CheckpointError(f"{path}: expected {WEIGHTS} or {AVERAGED} of a checkpoint")

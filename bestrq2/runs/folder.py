@@ -66,9 +66,11 @@ class RunFolder:
             runs.mkdir(parents=True, exist_ok=True)
             if name is not None:
                 folder = runs / name
-                if folder.exists() and not reuse:
-                    raise ConfigError(f"--name {name}: {folder} exists; use --resume {folder} to continue it")
-                folder.mkdir(exist_ok=reuse)
+                try:
+                    folder.mkdir(exist_ok=reuse)
+                except FileExistsError:
+                    cls.check_new(runs, name)  # its message
+                    raise
             else:
                 number = 1
                 while True:
@@ -85,6 +87,25 @@ class RunFolder:
             raise ConfigError(f"cannot make a run folder in {runs}: {error}") from error
         return run
 
+    @staticmethod
+    def check_new(runs: Path, name: str | None, reuse: bool = False) -> None:
+        """Refuse what :meth:`create` would refuse, before the work that comes first. Nothing is written.
+
+        Raises:
+            ConfigError: if ``name`` is none or exists already, or nothing can be written to ``runs``.
+        """
+        if name is not None and (name in ("", ".", "..") or os.path.basename(name) != name):
+            raise ConfigError(f"--name {name}: expected a name without folders; --runs FOLDER says where runs are made")
+        if name is not None and not reuse and (folder := runs / name).exists():
+            raise ConfigError(f"--name {name}: {folder} exists; use --resume {shlex.quote(str(folder))} to continue it")
+        there = next(folder for folder in (runs, *runs.parents) if os.path.lexists(folder))
+        if not there.is_dir():
+            raise ConfigError(f"--runs {runs}: {there} is not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"--runs {runs}: {there} cannot be written: change its permissions, or use another folder"
+            )
+
     def remove_unused(self) -> None:
         """Remove the folder of a run that failed before anything was logged."""
         try:
@@ -98,16 +119,16 @@ class RunFolder:
 
     @classmethod
     def existing(cls, runs: Path, path: str | None) -> "RunFolder":
-        """The run at ``path``, or the one in ``runs`` whose checkpoints are newest.
+        """The run at ``path``, or of that name in ``runs``; without it the one whose checkpoints are newest.
 
         Raises:
             ConfigError: if there is no run with a checkpoint.
         """
         if path:
-            run = cls(Path(path))
-            if not (run.path / "config.yaml").exists():
-                raise ConfigError(f"--resume {path}: expected a run folder with config.yaml")
-            return run
+            for folder in (Path(path), runs / path):
+                if (folder / "config.yaml").exists():
+                    return cls(folder)
+            raise ConfigError(f"--resume {path}: expected a run folder with config.yaml, or the name of one in {runs}")
         found = [cls(p.parent) for p in runs.glob("*/config.yaml")]
         found = [run for run in found if list_checkpoints(run.checkpoints)]
         if not found:

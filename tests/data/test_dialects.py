@@ -45,6 +45,11 @@ FORMS = {
     "nemo.json": rows({"audio_filepath": "long.wav", "offset": 5.0, "duration": 1.0, "text": '"'})
     + rows({"audio_filepath": "long.wav", "offset": 0, "duration": 2, "text": "a"}),
     "ours.csv": "path,start,end\nlong.wav,5,6\nlong.wav,0,2\n",
+    "spaces.csv": "path, start, end, label\nlong.wav, 5, 6, a b\nlong.wav, 0, 2, c\n",
+    "spaces_behind.csv": "end ,start ,path \n6 ,5 ,long.wav \n2 ,0 ,long.wav\n",
+    "spaces_in_rows.csv": "start,end,path\n5,6, long.wav\n0,2, long.wav\n",
+    "spaces_and_quotes.csv": 'start,end,path,text\n5,6, "long.wav", "a, b"\n0,2, "long.wav", c\n',
+    "capitals.csv": "Path,Start,END\nlong.wav,5,6\nlong.wav,0,2\n",
     "events.csv": "path,onset,offset,label\nlong.wav,5,6,dog\nlong.wav,0,2,cat\n",
     "semicolons.csv": 'path;start;end;text\nlong.wav;5;6;a, b\n"long.wav";0;2;"a; b"\n',
     "milliseconds.csv": "file,start_ms,end_ms\nlong.wav,5000,6000\nlong.wav,0,2000\n",
@@ -143,6 +148,9 @@ def test_common_voice(folder):
         ("path,channel\na.wav,1\n", "m.csv:2: channel = '1' cannot be applied"),
         ("path,speed\na.wav,0.9\n", "m.csv:2: speed = '0.9' cannot be applied"),
         ("ID,wav\na,{data_root}/a.wav\n", "m.csv:2: put the folder in place of the placeholder"),
+        ("path,start_sample\na.wav,16000\n", "m.csv:2: start_sample = '16000' may stand for a part of the file: name"),
+        ("path,Start (s),End (s)\na.wav,1,2\n", r"Start \(s\) = '1' may stand for a part"),
+        ("a.wav,dog\nb.wav,cat\n", "the first line must name the columns, for example path,label; it is 'a.wav,dog'"),
         ("path,duration,duration_ms\na.wav,1,2000\n", "two different values of duration: 1 s and 2000 ms"),
     ],
 )
@@ -176,6 +184,27 @@ def test_encodings(tmp_path):
         read_manifest(tmp_path / "m.csv.gz")
     (tmp_path / "m.csv").write_bytes(b"path\rcaf\xe9.wav\r")
     assert read_manifest(tmp_path / "m.csv")[0].path.endswith("caf\udce9.wav")
+
+
+def test_spaces_around_fields(tmp_path):
+    """They belong to the delimiter where that is its form, and to a name that there is, or that was written by us."""
+    table = tmp_path / "m.csv"
+    table.write_text('path, label, Domain\na.wav, dog, "x, y"\n')
+    assert read_manifest(table) == [AudioFile(str(tmp_path / "a.wav"), label="dog", domain="x, y")]
+    (tmp_path / " b.wav").touch()
+    table.write_text("label,path\ndog , b.wav\ncat, c.wav\n")
+    assert [(f.path, f.label) for f in read_manifest(table)] == [
+        (str(tmp_path / " b.wav"), "dog"),
+        (str(tmp_path / " c.wav"), "cat"),  # neither is there: the name as it is written
+    ]
+    files = [AudioFile(str(tmp_path / name), label='a, "b"') for name in (" d.wav", "e.wav ", " f, g.wav")]
+    write_manifest(table, files)
+    assert read_manifest(table) == files
+
+
+def test_labels_that_look_like_places_are_labels(tmp_path):
+    (tmp_path / "m.csv").write_text("path,end_reason,start_date,num_frames,stop\na.wav,3,20200101,16000,\n")
+    assert not read_manifest(tmp_path / "m.csv")[0].is_part
 
 
 @pytest.mark.parametrize("unit", [1000, 16000])

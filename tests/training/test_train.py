@@ -1,6 +1,7 @@
 """The training command end to end: learning, resuming after SIGKILL, damaged checkpoints, full disks, bad input."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 import soundfile
 import torch
 
+import bestrq2
+from bestrq2 import train as train_module
 from bestrq2.data import tiny_dataset
+from bestrq2.errors import CheckpointError
 from bestrq2.runs import checkpoint as checkpoint_module
 from bestrq2.runs.checkpoint import list_checkpoints
-from bestrq2.runs.folder import read_metrics
+from bestrq2.runs.folder import RunFolder, read_metrics
 from bestrq2.train import main
 
 QUICK = [
@@ -213,6 +217,7 @@ def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
         (["train.device=quantum"], "train.device: 'quantum' cannot be used"),
         (["--resume", "MISSING"], "expected a run folder"),
         (["--resume"], "no run with a checkpoint"),
+        (["--config", "best_rq2_smal"], "did you mean 'best_rq2_small'"),
         (["model.front_end.normalize=global", "model.targets.normalize=global"], "already standardises"),
         (["data.crop_seconds=0.01"], "data: "),
     ],
@@ -230,9 +235,45 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "Traceback" not in error
-    import re
-
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "there"], "--name there: .*there exists; use --resume .*there to continue it"),
+        (["--name", "a/b"], "--name a/b: expected a name without folders; --runs FOLDER"),
+        (["--name", ".."], "expected a name without folders"),
+        (["--runs", "FILE"], "--runs .*file: .*file is not a folder"),
+        (["--runs", "FILE/below"], "--runs .*below: .*file is not a folder"),
+        (["train.device=gpu"], "train.device: 'gpu' cannot be used: .*; expected auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_what_ends_a_run_is_refused_before_the_data_are_read(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(train_module, "open_dataset", lambda config: pytest.fail("the data were read"))
+    (tmp_path / "runs" / "there").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [text.replace("FILE", str(tmp_path / "file")) for text in arguments]
+    assert main(["--runs", str(tmp_path / "runs"), *arguments]) == 2
+    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_resumed_by_its_name(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").touch()
+    assert RunFolder.existing(tmp_path, "one").path == tmp_path / "one"
+    assert RunFolder.existing(tmp_path / "elsewhere", str(tmp_path / "one")).path == tmp_path / "one"
+
+
+def test_a_name_in_place_of_an_encoder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"did you mean runs/one\?"):
+        bestrq2.load("one")
+    with pytest.raises(CheckpointError, match="this is a recipe, which is trained first: bestrq2 train --config best_"):
+        bestrq2.load("best_rq2_small")
 
 
 def test_changed_data_is_refused(tmp_path, capsys):
