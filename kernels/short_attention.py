@@ -140,7 +140,7 @@ def short_attention_backward_kernel(
 
 def config_key(kernel: str, head_dim: int, keys: int) -> str:
     """Name of a configuration: kernel, head size rounded up to 64 or 128, keys rounded up to one of TILES."""
-    tile = next(size for size in TILES if keys <= size)
+    tile = next((size for size in TILES if keys <= size), keys)
     return f"{kernel}/{64 if head_dim <= 64 else 128}/{tile}"
 
 
@@ -148,7 +148,9 @@ def constants(kernel: str, query: Tensor, keys: int) -> dict[str, Any]:
     """Constants and launch options of a call."""
     dim = query.shape[-1]
     key = config_key(kernel, dim, keys)
-    config = load_configs("short_attention", query.device)[key]
+    config = load_configs("short_attention", query.device).get(key)
+    if config is None:
+        raise ValueError(f"key: expected fewer than {keys} keys of {dim} channels, no tile {key} fits this GPU")
     return {"D": dim, "BD": max(16, triton.next_power_of_2(dim)), "BN": int(key.rsplit("/", 1)[1]), **config}
 
 
@@ -159,7 +161,7 @@ def forward(
 
     Args:
         query: ``(B, H, Nq, d)`` bf16 or fp16, as views with any strides.
-        key, value: ``(B, H, Nk, d)``, Nk at most 256, with d > 64 at most 128: more spills registers.
+        key, value: ``(B, H, Nk, d)``, Nk at most 256 (128 where d > 64, and on sm_80): more spills registers.
         lengths: ``(B,)`` int64 valid keys, contiguous, or None.
         of_self: the queries are the last Nq of the Nk tokens, and those behind ``lengths`` give zero.
     """

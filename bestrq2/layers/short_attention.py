@@ -21,7 +21,7 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor |
 
     Args:
         query: ``(B, H, Nq, d)`` bf16 or fp16. Where Nq = Nk, queries from ``lengths`` on give zero.
-        key, value: ``(B, H, Nk, d)``, on GPUs Nk at most 256, with d > 64 at most 128.
+        key, value: ``(B, H, Nk, d)``, on GPUs Nk at most 256 (128 where d > 64, and before sm_90).
         lengths: ``(B,)`` int64 on the device, at least 1; None: all.
 
     Returns:

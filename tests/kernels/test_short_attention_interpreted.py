@@ -30,7 +30,18 @@ needs_kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()
 @needs_kernels
 @pytest.mark.parametrize(("tokens", "dim", "padded", "first"), SHAPES)
 def test_self_attention(tokens, dim, padded, first, device):
-    compare_self(short_self_attention, tokens, dim, padded, first, torch.bfloat16, device, heads=1 + (tokens < 70))
+    from bestrq2.kernels import tuning
+
+    heads = 1 + (tokens < 70)
+    with tuning.override("short_attention", tuning.merged(tuning.FOLDER, "short_attention", None, 90)):
+        compare_self(short_self_attention, tokens, dim, padded, first, torch.bfloat16, device, heads)
+
+
+@needs_kernels
+def test_a_tile_that_does_not_fit_is_refused(device):
+    qkv = packed(257, 16, torch.bfloat16, device)
+    with pytest.raises(ValueError, match=r"key: expected fewer than 257 keys of 16 channels"):
+        short_self_attention(qkv)
 
 
 @needs_kernels

@@ -164,6 +164,8 @@ by_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=
 @by_half
 @pytest.mark.parametrize(("tokens", "dim", "padded", "first"), SHAPES)
 def test_short_attention(tokens, dim, padded, first, dtype):
+    if tokens > attention.GPU_KEYS and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tile of more than 128 keys on this GPU")
     compare_self(short_self_attention, tokens, dim, padded, first, dtype, "cuda", heads=12)
 
 
