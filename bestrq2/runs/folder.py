@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,12 @@ class RunFolder:
                     except FileExistsError:
                         number += 1
             run = cls(folder)
-            run.write_config(config)
-            run.checkpoints.mkdir(exist_ok=reuse)
+            try:
+                run.write_config(config)
+                run.checkpoints.mkdir(exist_ok=reuse)
+            except BaseException:
+                run.remove_unused()  # its name must not be taken by what is no run
+                raise
         except OSError as error:
             raise ConfigError(f"cannot make a run folder in {runs}: {error}") from error
         return run
@@ -109,7 +113,7 @@ class RunFolder:
     def remove_unused(self) -> None:
         """Remove the folder of a run that failed before anything was logged."""
         try:
-            if any(self.checkpoints.iterdir()):
+            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 return
             kept = {path.name for path in self.path.iterdir()} - {".lock", "checkpoints", "config.yaml", "skipped.txt"}
             if not kept:
@@ -280,8 +284,13 @@ def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefi
 def _write(path: Path, text: str) -> None:
     """Replace a file whole: a kill in the middle must not leave a run that cannot be resumed."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def processor_name() -> str:
