@@ -27,7 +27,8 @@ from bestrq2.config import (
     read_yaml,
 )
 from bestrq2.data import Skip
-from bestrq2.errors import TrainingError
+from bestrq2.durability import has_utf8_name
+from bestrq2.errors import TrainingError, printable
 from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
 
@@ -100,9 +101,11 @@ class RunFolder:
         """
         if name is not None and (name in ("", ".", "..") or os.path.basename(name) != name):
             raise ConfigError(f"--name {name}: expected a name without folders; --runs FOLDER says where runs are made")
-        if name is not None and not reuse and (folder := runs / name).exists():
+        if not has_utf8_name(folder := runs / (name or "")):  # weights could be written there, and not be read
+            raise ConfigError(f"--name, --runs: expected names in UTF-8, got {printable(str(folder))}")
+        if name is not None and not reuse and folder.exists():
             raise ConfigError(f"--name {name}: {folder} exists; use --resume {shlex.quote(str(folder))} to continue it")
-        there = next(folder for folder in (runs, *runs.parents) if os.path.lexists(folder))
+        there = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
         if not there.is_dir():
             raise ConfigError(f"--runs {runs}: {there} is not a folder")
         if not os.access(there, os.W_OK | os.X_OK):
