@@ -108,7 +108,7 @@ def _against_peers(request: Request) -> None:
 
 class Step:
     """Model, optimizer and an endless stream of one pinned int16 batch; a call is one training step, as the trainer
-    makes it: the next batch is copied and prepared while the device works, loss and norm are read once."""
+    makes it: the next batch is copied and prepared while the device works, loss and norm are read one step later."""
 
     def __init__(self, request: Request, recipe: str, batch: int, dtype: Any, compiled: bool) -> None:
         import torch
@@ -136,11 +136,14 @@ class Step:
         self.feeder = Feeder((one for _ in itertools.count()), self.device, ahead)
         self.fed = iter(self.feeder)
         self.step, self.flops = 0, 0.0
+        self.late: Any = None
 
     def __call__(self) -> None:
         import torch
 
+        from bestrq2.training.late import Reading
         from bestrq2.training.optimizer import clip_gradients, set_schedule, step_if_finite
+        from bestrq2.training.step import StepTotals
 
         set_schedule(self.optimizer, self.step, self.config.train.steps, self.config.optimizer)
         batch = next(self.fed).batch
@@ -155,7 +158,10 @@ class Step:
         else:
             self.optimizer.step()
         self.feeder.prefetch()
-        values.tolist()
+        if self.late is not None:
+            self.late.read()
+        self.late = Reading(self.step, batch, StepTotals(), values, queued=True)
+        self.late.start()
         self.optimizer.zero_grad(set_to_none=True)
         self.flops = self.model.flops(out.plan)
         self.step += 1
