@@ -124,7 +124,7 @@ def _whole(field: str) -> str:
 
 
 def _spaced(first: str, lines: list[str], delimiter: str) -> bool:
-    """Return True if spaces behind the delimiter belong to it: the header line has them, or a quoted field follows."""
+    """Return True if a space behind the delimiter belongs to it: so it is in the header, or before a quoted field."""
     try:
         names = next(csv.reader([first], delimiter=delimiter), [])
     except csv.Error:

@@ -8,7 +8,14 @@ pytest.importorskip("triton")
 
 MOST = 26
 MODULES = (
-    *("quantize", "log_mel", "chunked_attention.forward", "chunked_attention.backward", "chunked_attention.position"),
+    *(
+        "quantize",
+        "log_mel",
+        "short_attention",
+        "chunked_attention.forward",
+        "chunked_attention.backward",
+        "chunked_attention.position",
+    ),
     *("masked_cross_entropy.loss", "masked_cross_entropy.products", "masked_cross_entropy.softmax_gradient"),
 )
 

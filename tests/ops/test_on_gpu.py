@@ -5,8 +5,12 @@ import torch
 from cross_entropy_cases import grads_of
 from cross_entropy_cases import make as make_cross_entropy
 from quantize_cases import cosines, count_wrong, problem, rows_of_extreme_size
+from short_attention_cases import SHAPES, compare_self, compare_separate, packed
 
 from bestrq2 import ops
+from bestrq2.layers import attention
+from bestrq2.layers.attention import self_attend
+from bestrq2.layers.short_attention import short_attention, short_self_attention
 
 pytestmark = pytest.mark.gpu
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,6 +156,53 @@ def test_attention_and_quantize_are_deterministic(dtype):
     upstream = torch.randn_like(attend(*inputs))
     first, second = (torch.autograd.grad(attend(*inputs), inputs, upstream) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+by_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@by_half
+@pytest.mark.parametrize(("tokens", "dim", "padded", "first"), SHAPES)
+def test_short_attention(tokens, dim, padded, first, dtype):
+    if tokens > attention.GPU_KEYS and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tile of more than 128 keys on this GPU")
+    compare_self(short_self_attention, tokens, dim, padded, first, dtype, "cuda", heads=12)
+
+
+@by_half
+@pytest.mark.parametrize(("queries", "keys"), [(40, 70), (90, 20), (33, 33), (128, 128)])
+def test_short_attention_of_separate_inputs(queries, keys, dtype):
+    compare_separate(short_attention, queries, keys, 64, dtype, "cuda")
+
+
+@by_half
+def test_short_attention_under_torch_compile(dtype):
+    """One graph for every number of tokens up to the limit of the kernel, one for those above it."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(self_attend, backend=counter, fullgraph=True)
+    for tokens in (20, 64, 65, 100, attention.GPU_KEYS, attention.GPU_KEYS + 40):
+        qkv = packed(tokens, 64, dtype, "cuda")
+        torch._dynamo.maybe_mark_dynamic(qkv, 1)
+        plain, other = self_attend(qkv), compiled(qkv)
+        upstream = torch.randn_like(plain)
+        gradients = [torch.autograd.grad(out, qkv, upstream)[0] for out in (plain, other)]
+        if tokens <= attention.GPU_KEYS:
+            assert "bestrq2.short_attention" in str(counter.graphs[-1].code)
+            assert counter.frame_count == 1
+            assert torch.equal(plain, other)
+            assert torch.equal(*gradients)
+    assert counter.frame_count == 2
+    assert "bestrq2.short_attention" not in str(counter.graphs[-1].code)
+
+
+def test_short_attention_is_deterministic():
+    qkv = packed(77, 64, torch.bfloat16, "cuda", heads=12, clips=64)
+    upstream = torch.randn(64, 12, 77, 64, device="cuda", dtype=torch.bfloat16)
+    first, second = (torch.autograd.grad(short_self_attention(qkv), qkv, upstream)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_another_device_than_the_current_one(backend):

@@ -1,0 +1,186 @@
+"""Attention over few keys as a registered operator: Triton kernels on NVIDIA GPUs, the formula in PyTorch elsewhere.
+
+Other than ``scaled_dot_product_attention`` it takes queries, keys and values as the views that a linear layer gives,
+writes their gradients side by side, and prepares nothing for a new number of tokens. torch.compile takes it as one
+operator. ``layers/attention.py`` has the rule for when it runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bestrq2.ops._impl.library import fragment
+from bestrq2.ops._impl.native import triton_obstacle
+
+
+def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` over the first ``lengths[b]`` keys of every clip.
+
+    Args:
+        query: ``(B, H, Nq, d)`` bf16 or fp16. Where Nq = Nk, queries from ``lengths`` on give zero.
+        key, value: ``(B, H, Nk, d)``, on GPUs Nk at most 256 (128 where d > 64, and before sm_90).
+        lengths: ``(B,)`` int64 on the device, at least 1; None: all.
+
+    Returns:
+        ``(B, H, Nq, d)`` in the memory order ``(B, Nq, H, d)``.
+    """
+    return torch.ops.bestrq2.short_attention.default(query, key, value, lengths, 0)[0].transpose(1, 2)
+
+
+def short_self_attention(qkv: Tensor, lengths: Tensor | None = None, first: int = 0) -> Tensor:
+    """:func:`short_attention` of one linear layer's ``(B, N, 3, H, d)`` for the queries from ``first`` on."""
+    return torch.ops.bestrq2.short_attention.default(qkv, None, None, lengths, first)[0].transpose(1, 2)
+
+
+# query: (B, H, Nq, d) with key and value, or all three packed (B, N, 3, H, d). Output (B, Nq, H, d).
+_INPUTS = "Tensor query, Tensor? key, Tensor? value, Tensor? lengths, SymInt first"
+_library = fragment()
+_library.define(f"short_attention({_INPUTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"short_attention_backward(Tensor grad, Tensor logsumexp, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+Frames = tuple[Tensor, Tensor, Tensor]
+
+
+def _split(frames: Sequence[Tensor | None], first: int) -> Frames:
+    """Query, key and value ``(B, H, N, d)`` as views."""
+    query, key, value = frames
+    assert query is not None
+    if key is None or value is None:
+        query, key, value = query.permute(2, 0, 3, 1, 4).unbind()
+        query = query[:, :, first:]
+    return query, key, value
+
+
+def _is_of_self(frames: Frames, packed: bool) -> bool:
+    return packed or frames[0].shape[2] == frames[1].shape[2]
+
+
+def _results(query: Tensor, packed: bool, first: int) -> tuple[Tensor, Tensor]:
+    """Memory for output and log-sum-exp."""
+    if packed:
+        batch, tokens, _, heads, dim = query.shape
+        queries = tokens - first
+    else:
+        batch, heads, queries, dim = query.shape
+    logsumexp = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    return query.new_empty((batch, queries, heads, dim)), logsumexp
+
+
+def _gradients(query: Tensor, key: Tensor | None, value: Tensor | None) -> Frames:
+    """Memory for the gradients, which of packed inputs are one tensor."""
+    if key is None or value is None:
+        return query.new_empty(query.shape), query.new_empty((0,)), query.new_empty((0,))
+    return _by_token(query), _by_token(key), _by_token(value)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+
+
+@torch.library.impl("bestrq2::short_attention", "CompositeExplicitAutograd", lib=_library)
+def _forward(
+    query: Tensor, key: Tensor | None, value: Tensor | None, lengths: Tensor | None, first: int
+) -> tuple[Tensor, Tensor]:
+    packed = key is None
+    out, logsumexp = _results(query, packed, first)
+    frames = _split((query, key, value), first)
+    if out.numel() == 0:
+        return out, logsumexp
+    if triton_obstacle(query.device) is None:
+        from bestrq2.kernels import short_attention as kernel
+
+        lengths = None if lengths is None else lengths.contiguous()
+        kernel.forward(*frames, out.transpose(1, 2), logsumexp, lengths, _is_of_self(frames, packed))
+        return out, logsumexp
+    query, key, value, valid, scores = _scores(frames, lengths, _is_of_self(frames, packed))
+    logsumexp.copy_(scores.logsumexp(-1))
+    out.transpose(1, 2).copy_(scores.softmax(-1) @ value * valid)
+    return out, logsumexp
+
+
+@torch.library.impl("bestrq2::short_attention_backward", "CompositeExplicitAutograd", lib=_library)
+def _backward(
+    grad: Tensor,
+    logsumexp: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    lengths: Tensor | None,
+    first: int,
+) -> Frames:
+    packed = key is None
+    results = _gradients(query, key, value)
+    if packed and first:
+        results[0][:, :first, 0].zero_()
+    frames = _split((query, key, value), first)
+    targets = _split((results[0], None, None), first) if packed else results
+    grad = grad.to(query.dtype).transpose(1, 2)
+    if grad.numel() == 0:
+        return tuple(x.zero_() for x in results)  # type: ignore[return-value]
+    if triton_obstacle(query.device) is None:
+        from bestrq2.kernels import short_attention as kernel
+
+        lengths = None if lengths is None else lengths.contiguous()
+        kernel.backward(grad, *frames, logsumexp, lengths, _is_of_self(frames, packed), targets)
+        return results
+    query, key, value, valid, scores = _scores(frames, lengths, _is_of_self(frames, packed))
+    weights, upstream = (scores - logsumexp[..., None].to(scores.dtype)).exp(), grad.to(scores.dtype) * valid
+    of_weights = upstream @ value.mT
+    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * query.shape[-1] ** -0.5
+    for target, gradient in zip(targets, (of_scores @ key, of_scores.mT @ query, weights.mT @ upstream)):
+        target.copy_(gradient)
+    return results
+
+
+def _scores(frames: Frames, lengths: Tensor | None, of_self: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Query, key and value with zeros in padding, valid queries ``(B, 1, Nq, 1)`` and scores ``(B, H, Nq, Nk)``, in
+    fp32 or float64."""
+    query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in frames)
+    tokens = torch.arange(key.shape[2], device=key.device)
+    if lengths is None:
+        lengths = tokens.new_full((len(key),), key.shape[2])
+    valid = (tokens < lengths[:, None])[:, None, :, None]
+    key, value = key.masked_fill(~valid, 0.0), value.masked_fill(~valid, 0.0)
+    of_queries = valid[:, :, key.shape[2] - query.shape[2] :] if of_self else valid.new_ones(len(key), 1, 1, 1)
+    query = query.masked_fill(~of_queries, 0.0)
+    scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(~valid.mT, float("-inf"))
+    return query, key, value, of_queries, scores
+
+
+@torch.library.register_fake("bestrq2::short_attention", lib=_library)
+def _fake_forward(
+    query: Tensor, key: Tensor | None, value: Tensor | None, lengths: Tensor | None, first: int
+) -> tuple[Tensor, Tensor]:
+    return _results(query, key is None, first)
+
+
+@torch.library.register_fake("bestrq2::short_attention_backward", lib=_library)
+def _fake_backward(
+    grad: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None, *_: Any
+) -> Frames:
+    return _gradients(query, key, value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.first = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *tensors)
+
+
+@once_differentiable
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    logsumexp, query, key, value, lengths = ctx.saved_tensors
+    gradients = torch.ops.bestrq2.short_attention_backward.default(
+        grad, logsumexp, query, key, value, lengths, ctx.first
+    )
+    wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]
+    return *wanted, None, None
+
+
+torch.library.register_autograd("bestrq2::short_attention", _autograd, setup_context=_setup_context, lib=_library)
