@@ -29,6 +29,7 @@ from benchmarks.machine import Machine, load
 from benchmarks.memory import Failed, short_reason
 
 Row = dict[str, Any]
+NO_TIME = "no time was left"  # note of a provider that was not begun
 _FLUSH_BYTES = 256 * 2**20
 _WAIT_CYCLES = 4_000_000  # clock cycles, about 2 ms: time to queue every launch of a timed call
 
@@ -181,7 +182,7 @@ def measure(
         say(f"{case.op} {case.shape} {common['dtype']}: {provider.name}")
         row = rows[provider.name] = {**common, "provider": provider.name, "note": provider.note}
         if time.monotonic() >= deadline:
-            row.update(status="skipped", note="no time was left")
+            row.update(status="skipped", note=NO_TIME)
             continue
         try:
             calls[provider.name] = _check(module, case, provider, row, worker)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush_file", "flush_folder", "named_in_errors"]
+__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors"]
 
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
 
@@ -52,3 +52,12 @@ def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = os.fspath(path)
         raise
+
+
+def has_utf8_name(path: str | os.PathLike[str]) -> bool:
+    """Return False for a path that safetensors, onnxruntime and torch.export cannot open."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeError:
+        return False
+    return True

@@ -155,7 +155,9 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
             base = Path(source) if Path(source).is_dir() else Path(file.path).parent
             relative = os.path.relpath(file.path, base)
             name = relative if not relative.startswith("..") else Path(file.path).name
-            name = _fitting(printable(name + file.place[len(file.path) :]))
+            name = printable(name + file.place[len(file.path) :])
+            system = sys.getfilesystemencoding()  # of a C or Latin-1 locale: not every name can be written
+            name = _fitting(name.encode(system, "backslashreplace").decode(system))
             unique = name
             while unique in used:
                 repeats[name] += 1

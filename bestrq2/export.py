@@ -19,6 +19,8 @@ from bestrq2.command import command, leave
 
 # isort: split
 from bestrq2.config import ConfigError
+from bestrq2.durability import has_utf8_name
+from bestrq2.errors import printable
 from bestrq2.interchange.graphs import trace, write_onnx, write_torch_export
 from bestrq2.interchange.hugging_face_folder import write_folder
 from bestrq2.interchange.opening import OpenedModel, open_source
@@ -95,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     graphs = options.onnx is not None or options.torch_export is not None
     if not wanted and not graphs:
         raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}, --onnx, --torch-export")
+    for out in (*(out for _, out in wanted), options.onnx, options.torch_export):
+        if out is not None and not has_utf8_name(out):
+            raise ConfigError(f"{printable(str(out))}: expected a name in UTF-8")
     source = open_source(options.encoder, heads=options.heads, hop_length=options.hop_length)
     for write, out in wanted:
         for line in write(source, out):

@@ -94,7 +94,9 @@ def test_attempts_share_the_time_of_a_group(monkeypatch):
     assert given == pytest.approx([60.0, 24.0, 16.0])
 
 
-@pytest.mark.parametrize(("left", "groups_left", "expected"), [(110, 7, 220 / 7), (20, 7, 12), (8, 2, 8), (50, 1, 50)])
+@pytest.mark.parametrize(
+    ("left", "groups_left", "expected"), [(400, 7, 800 / 7), (110, 7, 40), (20, 7, 20), (50, 1, 50)]
+)
 def test_a_group_of_a_gpu_run_takes_at_most_twice_its_share(left, groups_left, expected):
     assert group_seconds(left, groups_left) == pytest.approx(expected)
 

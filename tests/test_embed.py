@@ -126,6 +126,14 @@ def test_bad_input(run, folder, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_names_in_a_locale_without_them(tmp_path, monkeypatch):
+    """In a C or Latin-1 locale, what cannot be a name of a file is escaped."""
+    for name in ("plain.wav", "\u97f3.wav"):
+        soundfile.write(tmp_path / name, np.zeros(1600), 16000)
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    assert [name for name, _ in embed.find_files([str(tmp_path)])[0]] == ["plain.wav", r"\u97f3.wav"]
+
+
 def test_load_is_frozen(run):
     encoder = load(run)
     assert not encoder.training

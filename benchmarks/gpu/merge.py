@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.gpu.summary import tuned
+from benchmarks.measure import NO_TIME
 
 
 def merge(folder: Path) -> int:
@@ -24,6 +25,7 @@ def merge(folder: Path) -> int:
             path = tune.write(op, found["device"], found["architecture"], configs, tuning.FOLDER)
             print(f"wrote {path}: {', '.join(configs)}")
     rows = report.read_csv(folder / "rows.csv") if (folder / "rows.csv").exists() else []
+    rows = [row for row in rows if row["note"] != NO_TIME]
     if rows:
         target = report.default_path(rows)
         known = [_identity(row) for row in report.read_csv(target)] if target.exists() else []
@@ -34,7 +36,9 @@ def merge(folder: Path) -> int:
     train = folder / "train.csv"
     if train.exists() and rows:
         target = report.RESULTS / f"{report.default_path(rows).stem}_training.csv"
-        target.write_text(train.read_text())
+        before = target.read_text().splitlines() if target.exists() else []
+        lines = [line for line in train.read_text().splitlines() if line not in before]
+        target.write_text("\n".join([*before, *lines]) + "\n")
         print(f"wrote {target}")
     return 0
 

@@ -26,15 +26,15 @@ class Stage:
 STAGES = (
     Stage("facts", 10, "facts"),
     Stage("build", 150, "build", background=True),
-    Stage("warm", 45, "warm"),
-    Stage("smoke", 30, "smoke"),
-    Stage("rows", 110, "rows"),
-    Stage("step", 110, "training_step"),
-    Stage("tests", 90, "gpu_tests"),
-    Stage("tune", 70, "tiles"),
-    Stage("rows-tuned", 25, "rows"),
-    Stage("train", 40, "short_run"),
-    Stage("sanitizer", 20, "sanitizer"),
+    Stage("warm", 40, "warm"),
+    Stage("smoke", 45, "smoke"),
+    Stage("rows", 200, "rows"),
+    Stage("step", 100, "training_step"),
+    Stage("tests", 80, "gpu_tests"),
+    Stage("tune", 40, "tiles"),
+    Stage("rows-tuned", 10, "rows"),
+    Stage("train", 30, "short_run"),
+    Stage("sanitizer", 10, "sanitizer"),
 )
 INTERPRETED = ("warm", "smoke", "rows", "tune", "rows-tuned", "sanitizer")
 """Stages of a rehearsal whose kernels run in Triton's interpreter."""

@@ -16,7 +16,7 @@ from benchmarks.measure import Budget
 
 WITHOUT = ("torch.compile max-autotune", "SpeechBrain formula", "eager in row blocks")
 UNFIT = {"1000000x256->16x8192": ("reference", "vector-quantize-pytorch")}  # stored scores of 33 GB, and slow
-LEAST_SECONDS = 12.0  # a group is not begun with less
+LEAST_SECONDS = 40.0  # a group is not begun with less: its imports, inputs and float64 results take up to 20 s
 MOST_SHARE = 2.0
 
 

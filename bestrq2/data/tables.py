@@ -124,7 +124,7 @@ def _whole(field: str) -> str:
 
 
 def _spaced(first: str, lines: list[str], delimiter: str) -> bool:
-    """Whether a space behind the delimiter belongs to it: always so in the header line, or a quoted field follows."""
+    """Return True if a space behind the delimiter belongs to it: so it is in the header, or before a quoted field."""
     try:
         names = next(csv.reader([first], delimiter=delimiter), [])
     except csv.Error:

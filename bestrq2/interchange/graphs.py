@@ -7,6 +7,7 @@ float32 and ``feature_lengths (batch,)`` int64; see :class:`~bestrq2.interchange
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +180,8 @@ def write_onnx(
         import onnxruntime
     except ImportError:
         return f"{path}: NOT checked, because onnxruntime is not installed: pip install 'bestrq2[onnx]'"
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = os.fsencode(path).decode("utf-8")  # as onnxruntime encodes it, whatever the locale is
+    session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
 
     def run(waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         features, counts = session.run(OUTPUTS, {"waveform": waveform.numpy(), "lengths": lengths.numpy()})

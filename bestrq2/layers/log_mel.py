@@ -267,6 +267,11 @@ def check_lengths(waveform: Tensor, lengths: Tensor | Sequence[int] | None) -> T
     lengths = integer_lengths(lengths)
     if lengths.shape != (num_clips,):
         raise ValueError(f"expected one length per clip, ({num_clips},), got {tuple(lengths.shape)}")
+    if torch.compiler.is_dynamo_compiling():  # here it leaves the graph in any case; fullgraph=True shows this text
+        torch._dynamo.graph_break(
+            msg="the lengths of clips are values, which no single graph can follow: compile without fullgraph=True, or "
+            "compile bestrq2.interchange.graphs.trace(encoder).module(), one graph for every batch and length"
+        )
     if num_clips and (int(lengths.min()) < 1 or int(lengths.max()) > num_samples):
         raise ValueError(f"lengths must lie in 1..{num_samples} samples, got {lengths.tolist()}")
     return lengths

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
+from bestrq2.errors import BestRQError
 
 from .layer_choice import Layer, check_layers
 
@@ -116,6 +117,14 @@ class ReadoutMixin:
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`encode` with its defaults, for hooks, wrappers and other libraries."""
         return self.encode(waveform, lengths)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse ``torch.jit.script``, which calls this first: it knows too little of Python for these modules."""
+        raise BestRQError(
+            "torch.jit.script cannot compile an encoder: take torch.compile, or for one graph without Python "
+            "bestrq2.interchange.graphs.trace(encoder) or bestrq2 export ENCODER --torch-export FILE.pt2 "
+            "(or --onnx FILE.onnx)"
+        )
 
     def encode(
         self,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from bestrq2.config import (
     read_yaml,
 )
 from bestrq2.data import Skip
-from bestrq2.errors import TrainingError
+from bestrq2.durability import has_utf8_name
+from bestrq2.errors import TrainingError, printable
 from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
 
@@ -81,8 +82,12 @@ class RunFolder:
                     except FileExistsError:
                         number += 1
             run = cls(folder)
-            run.write_config(config)
-            run.checkpoints.mkdir(exist_ok=reuse)
+            try:
+                run.write_config(config)
+                run.checkpoints.mkdir(exist_ok=reuse)
+            except BaseException:
+                run.remove_unused()  # its name must not be taken by what is no run
+                raise
         except OSError as error:
             raise ConfigError(f"cannot make a run folder in {runs}: {error}") from error
         return run
@@ -96,9 +101,11 @@ class RunFolder:
         """
         if name is not None and (name in ("", ".", "..") or os.path.basename(name) != name):
             raise ConfigError(f"--name {name}: expected a name without folders; --runs FOLDER says where runs are made")
-        if name is not None and not reuse and (folder := runs / name).exists():
+        if not has_utf8_name(folder := runs / (name or "")):  # weights could be written there, and not be read
+            raise ConfigError(f"--name, --runs: expected names in UTF-8, got {printable(str(folder))}")
+        if name is not None and not reuse and folder.exists():
             raise ConfigError(f"--name {name}: {folder} exists; use --resume {shlex.quote(str(folder))} to continue it")
-        there = next(folder for folder in (runs, *runs.parents) if os.path.lexists(folder))
+        there = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
         if not there.is_dir():
             raise ConfigError(f"--runs {runs}: {there} is not a folder")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -109,7 +116,7 @@ class RunFolder:
     def remove_unused(self) -> None:
         """Remove the folder of a run that failed before anything was logged."""
         try:
-            if any(self.checkpoints.iterdir()):
+            if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 return
             kept = {path.name for path in self.path.iterdir()} - {".lock", "checkpoints", "config.yaml", "skipped.txt"}
             if not kept:
@@ -280,8 +287,13 @@ def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefi
 def _write(path: Path, text: str) -> None:
     """Replace a file whole: a kill in the middle must not leave a run that cannot be resumed."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def processor_name() -> str:

@@ -86,7 +86,7 @@ class MetricsLog:
         self._board: SummaryWriter | None = None
         try:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1 if existed else None)
-        except OSError as error:
+        except Exception as error:  # also a name of a folder that is not UTF-8
             self._give_up("TensorBoard", error)
 
     def write(self, row: Mapping[str, float]) -> None:

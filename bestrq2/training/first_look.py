@@ -1,5 +1,7 @@
 """Code usage before any training: random targets can start collapsed."""
 
+import logging
+
 import torch
 
 from bestrq2.config import Config
@@ -8,6 +10,8 @@ from bestrq2.layers.code_usage import CodeUsage
 from bestrq2.models import BestRQ, BestRQ2
 
 from .open_data import FIRST_LOOK_CLIPS
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -22,3 +26,14 @@ def first_look(model: BestRQ2 | BestRQ, dataset: CropDataset, config: Config, de
         inside = torch.arange(codes.shape[1]) < patches.lengths[:, None]
         usage.update(codes, inside.to(device))
     return usage
+
+
+def describe_targets(look: CodeUsage, codebook_size: int) -> None:
+    """Log what the targets use, and advice if it is little."""
+    found = look.metrics()
+    logger.info(
+        f"Targets: {found['codes_used']:.0f} of {codebook_size} codes used by {float(look.total):.0f} patches, "
+        f"perplexity {found['perplexity']:.1f}, commonest code {found['unigram']:.1%}"
+    )
+    if (advice := look.advice()) is not None:
+        logger.warning("%s", advice)

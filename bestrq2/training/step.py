@@ -1,8 +1,11 @@
 """Totals of a step or of several steps, as sums that add up over micro-batches, ranks and steps."""
 
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
+from bestrq2.config import Config
 from bestrq2.data import Batch
+from bestrq2.errors import TrainingError
 from bestrq2.layers.masking import MaskPlan
 
 from .distributed import Ranks
@@ -101,3 +104,28 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
         result.append(batch.part(begin, end))
         begin = end
     return result
+
+
+def check_batch(config: Config, dataset: Any, size: int) -> None:
+    """
+    Raises:
+        TrainingError: for a batch that ``size`` ranks and their micro-batches cannot share.
+    """
+    settings = config.train
+    share = size * settings.accumulate
+    if settings.batch_size % size or settings.batch_size < share:
+        raise TrainingError(
+            f"train.batch_size: expected a multiple of {size} ranks, and at least {share} for "
+            f"train.accumulate={settings.accumulate}, got {settings.batch_size}"
+        )
+    if config.model.mixing.share and settings.batch_size % (2 * share):
+        raise TrainingError(
+            f"train.batch_size: expected pairs of clips for model.mixing.share, a multiple of {2 * share} with "
+            f"{size} ranks and train.accumulate={settings.accumulate}, got {settings.batch_size}"
+        )
+    # Ranks that cut a step into different numbers of micro-batches would wait for each other forever.
+    if (rows := dataset.plan(settings.batch_size).min_rows) < share:
+        raise TrainingError(
+            f"data.batch_seconds: expected room for {share} clips of full length ({size} ranks times "
+            f"train.accumulate={settings.accumulate}), got room for {rows}"
+        )

@@ -39,13 +39,14 @@ from .describe import about_model, describe_run, is_finite, postfix
 from .distributed import Ranks, only_accumulate
 from .evaluation import Evaluation
 from .feeder import Feeder, Preparation, preparation
-from .first_look import first_look
+from .first_look import describe_targets, first_look
 from .health import HealthCheck
 from .interrupt import StopSignal
+from .late import Reading, measures
 from .optimizer import accept_bf16_gradients, clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
-from .step import StepTotals, micro_batches
+from .step import StepTotals, check_batch, micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -71,23 +72,7 @@ class Trainer:
     ) -> None:
         settings = config.train
         self.config, self.settings, self.dataset, self.run, self.ranks = config, settings, dataset, run, ranks
-        share = ranks.size * settings.accumulate
-        if settings.batch_size % ranks.size or settings.batch_size < share:
-            raise TrainingError(
-                f"train.batch_size: expected a multiple of {ranks.size} ranks, and at least {share} for "
-                f"train.accumulate={settings.accumulate}, got {settings.batch_size}"
-            )
-        if config.model.mixing.share and settings.batch_size % (2 * share):
-            raise TrainingError(
-                f"train.batch_size: expected pairs of clips for model.mixing.share, a multiple of {2 * share} with "
-                f"{ranks.size} ranks and train.accumulate={settings.accumulate}, got {settings.batch_size}"
-            )
-        # Ranks that cut a step into different numbers of micro-batches would wait for each other forever.
-        if (rows := dataset.plan(settings.batch_size).min_rows) < share:
-            raise TrainingError(
-                f"data.batch_seconds: expected room for {share} clips of full length ({ranks.size} ranks times "
-                f"train.accumulate={settings.accumulate}), got room for {rows}"
-            )
+        check_batch(config, dataset, ranks.size)
         self.device = choose_device(settings.device, ranks.local_rank)
         self.autocast = choose_precision(settings.precision, self.device)
         self.resumed = checkpoint is not None
@@ -101,6 +86,7 @@ class Trainer:
         self.fingerprint = ranks.from_first(self._fingerprint)
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
+        self.late: Reading | None = None
         self.health = HealthCheck(config, self.model, dataset, ranks, self.device)
 
     def train(self) -> int:
@@ -218,7 +204,7 @@ class Trainer:
                 output = self._forward_backward(
                     part, step, number, count / max(1, total_count), number == len(parts) - 1
                 )
-                losses.append(self._measures(output, step + 1) * count)
+                losses.append(measures(output, touching=self._is_logged(step + 1)) * count)
                 found.append((output.codes, output.plan.predicted_valid()))
                 totals.add_plan(output.plan, self.model.flops(output.plan))
         except (RuntimeError, MemoryError) as error:
@@ -226,6 +212,7 @@ class Trainer:
                 raise
             longest = int(batch.lengths.max()) / self.dataset.sampling_rate
             state.optimizer.zero_grad(set_to_none=True)
+            self._read_late()
             if self.ranks.size == 1 and step > self.saver.saved_step:  # several ranks could not agree on it now
                 self._save(wait=True)
             raise out_of_memory(error, self.model, self.device, len(parts[0]), longest) from error
@@ -233,27 +220,47 @@ class Trainer:
             state.usage.update(codes, valid, decay=number == 0)
         norm = clip_gradients(self.model, self.config.optimizer.max_grad_norm, state.scale.value, state.optimizer)
         values = torch.cat((torch.stack(losses).sum(0), norm[None]))
-        queued = self.device.type == "cuda" and self.ranks.size == 1
-        if queued:  # handed over before anybody has seen whether loss and norm are finite
+        if queued := self._queues():  # handed over before anybody has seen whether loss and norm are finite
             step_if_finite(state.optimizer, torch.stack((values[0], values[-1])))
         feeder.prefetch()
-        totals.failures = float(feeder.error is not None)
-        # The only wait for the device in a step; where the update is queued, at its end.
-        *sums, self.grad_norm = values.tolist()
-        totals.loss, totals.accuracy, totals.clip_loss, totals.touching = sums
-        own_loss, totals.targets = totals.loss, sum(counts)
-        totals = totals.summed(self.ranks)
-        self._update(batch, totals, own_loss, queued)
+        totals.failures, totals.targets = float(feeder.error is not None), sum(counts)
+        self._read_late()  # the step before, which the device may have ended by now
+        if self._may_wait(reading := Reading(step + 1, batch, totals, values, queued)):
+            reading.start()
+            self.late = reading
+        else:
+            totals = self._read(reading)
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch, totals)
         return totals
 
-    def _measures(self, output: PretrainOutput, number: int) -> Tensor:
-        """Loss, accuracy, loss of whole clips, and on steps that are logged the touching share: ``(4,)``."""
-        loss = output.loss.detach()
-        clip = torch.zeros_like(loss) if output.clip_loss is None else output.clip_loss.detach()
-        touching = output.touching_share() if self._is_logged(number) else torch.zeros_like(loss)
-        return torch.stack((loss, output.accuracy, clip, touching))
+    def _queues(self) -> bool:
+        """Return True if updates are handed to the device without a look at loss and norm."""
+        return self.device.type == "cuda" and self.ranks.size == 1
+
+    def _may_wait(self, reading: Reading) -> bool:
+        """Return True if nothing depends on the values of a step before the next one has been queued."""
+        number, totals, state = reading.number, reading.totals, self.state
+        steady = state.average is None and not state.scale.enabled and self.bad_in_a_row == 0
+        due = self._is_logged(number) or number % self.settings.save_every == 0 or self.evaluation.due(number, False)
+        return reading.queued and steady and not (due or totals.stops or totals.overdue or totals.failures)
+
+    def _read_late(self) -> None:
+        """Read the values of the step before, if they were left on the device."""
+        if self.late is not None:
+            found, self.late = self._read(self.late), None
+            sums = StepTotals(found.loss, found.accuracy, clip_loss=found.clip_loss, touching=found.touching)
+            self.since_log.add(sums)
+            self.since_save.add(sums)
+
+    def _read(self, reading: Reading) -> StepTotals:
+        """Wait for a step and act on its values. Returns its totals over all ranks."""
+        totals = reading.totals
+        *sums, self.grad_norm = reading.read()
+        totals.loss, totals.accuracy, totals.clip_loss, totals.touching = sums
+        own_loss, totals = totals.loss, totals.summed(self.ranks)
+        self._update(reading, totals, own_loss)
+        return totals
 
     def _is_logged(self, number: int) -> bool:
         return number % self.settings.log_every == 0 or number == self.settings.steps
@@ -272,18 +279,17 @@ class Trainer:
             (objective if factor == 1.0 else objective * factor).backward()
         return output
 
-    def _update(self, batch: Batch, totals: StepTotals, own_loss: float, queued: bool) -> None:
-        state = self.state
+    def _update(self, reading: Reading, totals: StepTotals, own_loss: float) -> None:
+        state, number = self.state, reading.number
         finite = is_finite(totals.loss) and is_finite(self.grad_norm)
         explained = state.scale.update(finite)
         if finite:
-            if not queued:
+            if not reading.queued:
                 state.optimizer.step()
             if state.average is not None:
                 state.average.update()
             self.bad_in_a_row = 0
             return
-        number = state.progress.step + 1
         state.progress.skipped_steps += 1
         if explained:
             self._warn(f"step {number}: fp16 overflow, update skipped, loss scale now {state.scale.value:g}")
@@ -291,7 +297,7 @@ class Trainer:
         self.bad_in_a_row += 1
         own = [is_finite(value) for value in self.ranks.gathered(own_loss)]
         if not own[self.ranks.rank] or all(own):  # the rank whose loss it was, or an unknown rank
-            path = save_bad_batch(self.run.path, number, self.ranks.rank, batch, own_loss, self.grad_norm)
+            path = save_bad_batch(self.run.path, number, self.ranks.rank, reading.batch, own_loss, self.grad_norm)
             if path is not None:
                 logger.info(f"note: the batch is kept in {path} (bestrq2 report --bad-batch {path})")
         self._warn(f"step {number}: loss {totals.mean_loss}, gradient norm {self.grad_norm}: update skipped")
@@ -394,13 +400,7 @@ class Trainer:
             return
         look = first_look(self.model, self.dataset, self.config, self.device)
         found = look.metrics()
-        logger.info(
-            f"Targets: {found['codes_used']:.0f} of {self.model.quantizer.codebook_size} codes used by "
-            f"{float(look.total):.0f} patches, perplexity {found['perplexity']:.1f}, "
-            f"commonest code {found['unigram']:.1%}"
-        )
-        if (advice := look.advice()) is not None:
-            logger.warning("%s", advice)
+        describe_targets(look, self.model.quantizer.codebook_size)
         self.log.write({"step": 0, **found, "learning_rate": 0.0, **health})
 
     def _finish(self, stop: StopSignal | None) -> int:

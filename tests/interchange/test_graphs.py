@@ -8,6 +8,7 @@ import torch
 
 from bestrq2 import export
 from bestrq2.config import ConfigError, config_from_dict, load_config
+from bestrq2.errors import BestRQError
 from bestrq2.interchange.exportable import ExportableLogMel, exportable
 from bestrq2.interchange.graphs import describe, largest_error, trace, write_onnx, write_torch_export
 from bestrq2.interchange.tensors import write_encoder_file
@@ -175,9 +176,20 @@ def test_command(case, tmp_path, capsys, monkeypatch):
     for option, name in (("--onnx", "a.pt2"), ("--torch-export", "a.onnx")):
         assert export.main([*arguments, option, str(tmp_path / name)]) == 2
         assert "expected a file name ending in" in capsys.readouterr().err
+    assert export.main([*arguments, "--onnx", str(tmp_path / "l\udce4t.onnx")]) == 2
+    assert r"l\xe4t.onnx: expected a name in UTF-8" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     assert export.main([*arguments, "--onnx", str(tmp_path / "a.onnx")]) == 2
     assert "pip install 'bestrq2[onnx]'" in capsys.readouterr().err
+
+
+def test_what_cannot_become_a_graph_is_told_what_can(case):
+    _, encoder, _ = case
+    with pytest.raises(BestRQError, match=r"torch\.jit\.script cannot compile an encoder: .*graphs\.trace"):
+        torch.jit.script(torch.nn.Sequential(encoder))
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"no single graph can follow: compile without fullgraph"):
+        compiled(torch.zeros(1, 1600))
 
 
 def test_description_is_text(case):

@@ -149,6 +149,16 @@ def test_failing_tensorboard_does_not_stop_the_csv(tmp_path, caplog, monkeypatch
     assert caplog.text.count("TensorBoard stopped: OSError") == 1
 
 
+def test_a_folder_that_tensorboard_cannot_name(tmp_path, caplog):
+    folder = tmp_path / "l\udce4t"
+    folder.mkdir()
+    log = MetricsLog(folder, 0)
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    assert len(read_metrics(folder)) == 1
+    assert "TensorBoard stopped: UnicodeEncodeError" in caplog.text
+
+
 def test_unwritable_folder_is_said(tmp_path):
     with pytest.raises(TrainingError, match=r"the log cannot be written: .*No such file or directory"):
         MetricsLog(tmp_path / "vanished", 0)

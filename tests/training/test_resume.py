@@ -1,6 +1,7 @@
 """Resuming compares, says what changes, refuses what cannot change, and only then writes."""
 
 import dataclasses
+import errno
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from bestrq2.config import ConfigError, config_from_dict, load_config, with_over
 from bestrq2.durability import flush_file, flush_folder
 from bestrq2.runs.changes import changed_keys, check_resume
 from bestrq2.runs.checkpoint import list_checkpoints
+from bestrq2.runs.folder import RunFolder
 from bestrq2.train import main
 from bestrq2.training.interrupt import StopSignal
 
@@ -92,6 +94,28 @@ def test_changes_by_key():
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, override, capsys):
     assert main(["--runs", str(tmp_path), "train.steps=2", *QUICK, override]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_at_the_start_leaves_the_name_free(tmp_path, monkeypatch, capsys):
+    def full(path, text, **options):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = load_config("best_rq2_tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            RunFolder.create(tmp_path, "run", config)
+    assert list(tmp_path.iterdir()) == []
+    run = RunFolder.create(tmp_path, "run", config)
+    before = (run.path / "config.yaml").read_bytes()
+    (run.path / "metrics.csv").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            RunFolder.create(tmp_path, "run", config, reuse=True)
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+    assert (run.path / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

@@ -244,6 +244,7 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys, arguments, message):
         (["--name", "there"], "--name there: .*there exists; use --resume .*there to continue it"),
         (["--name", "a/b"], "--name a/b: expected a name without folders; --runs FOLDER"),
         (["--name", ".."], "expected a name without folders"),
+        (["--name", "l\udce4t"], r"--name, --runs: expected names in UTF-8, got .*l\\xe4t"),
         (["--runs", "FILE"], "--runs .*file: .*file is not a folder"),
         (["--runs", "FILE/below"], "--runs .*below: .*file is not a folder"),
         (["train.device=gpu"], "train.device: 'gpu' cannot be used: .*; expected auto, cpu, cuda, cuda:N or mps"),
