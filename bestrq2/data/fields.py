@@ -11,7 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from bestrq2.data.files import AudioFile
+from bestrq2.data.files import AudioFile, from_text
 from bestrq2.errors import ManifestError
 
 # The first name of each is ours.
@@ -121,6 +121,7 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _located(source: Path, row: dict[str, Any], path: str) -> str:
+    path = from_text(path)
     folder: str | Path = source.parent
     if "client_id" in row and "sentence" in row and (source.parent / "clips").is_dir():
         folder = source.parent / "clips"  # of Common Voice

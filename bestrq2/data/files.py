@@ -18,10 +18,12 @@ __all__ = [
     "AudioFile",
     "Listing",
     "address",
+    "from_text",
     "group_of",
     "is_archive",
     "is_audio",
     "split_address",
+    "to_text",
 ]
 
 _TAR, _HDF5, _ARROW = {".tar"}, {".h5", ".hdf5"}, {".arrow", ".parquet"}
@@ -34,6 +36,22 @@ _ADDRESS = re.compile(rf"(.+?(?:{'|'.join(re.escape(suffix) for suffix in sorted
 def is_archive(path: str | os.PathLike[str]) -> bool:
     """Return True for the extension of an archive of clips: tar, HDF5, Arrow or Parquet."""
     return Path(path).suffix.lower() in ARCHIVES
+
+
+def from_text(name: str) -> str:
+    """The name of a file as this process sees it, of a name in a text in UTF-8: the same but for other locales."""
+    try:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    except UnicodeError:  # half of a surrogate pair, out of JSON: the name of no file
+        return name
+
+
+def to_text(name: str) -> str:
+    """The inverse of :func:`from_text`."""
+    try:
+        return os.fsencode(name).decode("utf-8", "surrogateescape")
+    except UnicodeError:
+        return name
 
 
 def address(archive: str, member: str | int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bestrq2.data.fields import audio_file, known_columns
-from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio
+from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, to_text
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
 from bestrq2.durability import flush_file, named_in_errors
@@ -152,7 +152,7 @@ def _row(item: AudioFile, base: str, parts: bool) -> list[Any]:
     if os.path.commonpath([base, name]) == base:
         name = os.path.relpath(name, base)
     duration = "" if item.duration is None else repr(float(item.duration))  # to the last bit
-    row = [name, duration, item.sampling_rate or "", item.domain, item.label]
+    row = [to_text(name), duration, item.sampling_rate or "", item.domain, item.label]
     if parts:
         row += [repr(item.start), "" if item.end is None else repr(item.end)] if item.is_part else ["", ""]
     return row

@@ -60,7 +60,7 @@ def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], or
         (folder / name).write_text(json.dumps(document, indent=2) + "\n")
     code = resources.files("bestrq2.interchange.hugging_face")
     for name in CODE:
-        (folder / name).write_text(code.joinpath(name).read_text())
+        (folder / name).write_text(code.joinpath(name).read_text(encoding="utf-8"), encoding="utf-8")
     return [folder / name for name in ("model.safetensors", *documents, *CODE)]
 
 

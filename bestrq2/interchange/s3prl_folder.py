@@ -127,5 +127,5 @@ def write_s3prl(folder: Path, config: Config, weights: Mapping[str, Tensor], ori
     )
     texts = {"expert.py": expert, "hubconf.py": HUBCONF.replace("{name}", name), "__init__.py": ""}
     for file, text in texts.items():
-        (folder / file).write_text(text)
+        (folder / file).write_text(text, encoding="utf-8")
     return [folder / file for file in (*texts, WEIGHTS)]

@@ -160,7 +160,7 @@ def write_encoder_module(out: Path, config: Config, weights: Mapping[str, Tensor
         weights=beside.name,
         base="XaresModule" if interface == "xares" else "XaresLlmModule",
     )
-    out.write_text(text)
+    out.write_text(text, encoding="utf-8")
     return beside
 
 

@@ -1,6 +1,7 @@
 """Real audio in every format: the packaged clips, converted through soxr and libsndfile."""
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,13 +38,18 @@ def clip(name: str) -> np.ndarray:
     return soundfile.read(path, dtype="float32")[0]
 
 
+def on_disk(name: str) -> str:
+    """A name as this process sees it whose bytes on the disk are UTF-8, also in a locale that is not."""
+    return os.fsdecode(name.encode())
+
+
 def convert(
     path: Path, waveform: np.ndarray, rate: int, channels: int = 1, format: str = "WAV", subtype: str = "PCM_16"
 ) -> Path:
     """Write a 16 kHz waveform at another rate, its mono mix spread over the channels as 1 1/2 and 1/2."""
     samples = waveform if rate == 16000 else soxr.resample(waveform, 16000, rate)
     frames = samples[:, None] if channels == 1 else np.stack([1.5 * samples, 0.5 * samples], axis=1)
-    with soundfile.SoundFile(path, "w", rate, channels, format=format, subtype=subtype) as file:
+    with soundfile.SoundFile(os.fsencode(path), "w", rate, channels, format=format, subtype=subtype) as file:
         for start in range(0, len(frames), 16384):  # libsndfile's Vorbis encoder crashes on a long single write
             file.write(frames[start : start + 16384])
     return path
@@ -95,7 +101,7 @@ def write_wav(tmp_path: Path, speech: np.ndarray) -> Callable[..., Path]:
     """Write ``seconds`` of real speech (repeated if longer than four) as int16 WAV at 16 kHz."""
 
     def write(name: str, seconds: float, gain: float = 1.0) -> Path:
-        path = tmp_path / name
+        path = tmp_path / on_disk(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         count = round(seconds * 16000)
         return convert(path, gain * np.tile(speech, -(-count // len(speech)))[:count], 16000)

@@ -8,7 +8,7 @@ import soundfile
 
 from bestrq2.data import AudioError, audio, audio_info, load_audio, tiny_dataset
 
-from .conftest import FORMATS, convert
+from .conftest import FORMATS, convert, on_disk
 
 
 def _relative(value: np.ndarray, gold: np.ndarray) -> float:
@@ -147,7 +147,7 @@ def test_wav_written_to_a_pipe(tmp_path, speech, stated):
 
 def test_unusual_names(tmp_path, speech):
     for name in ("with space.wav", "Übung 音声 🎵.wav", "new\nline.wav", "-dash.wav", "UPPER.WAV", "a'b\"c.wav"):
-        path = convert(tmp_path / name, speech, 16000)
+        path = convert(tmp_path / on_disk(name), speech, 16000)
         assert len(load_audio(path)) == len(load_audio(str(path))) == len(speech)
     not_utf8 = os.fsdecode(os.fsencode(path.parent) + b"/latin-\xe9.wav")
     path.rename(not_utf8)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from bestrq2.data import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
 
+from .conftest import on_disk
+
 
 def _touch(folder, *names):
     for name in names:
-        path = folder / name
+        path = folder / on_disk(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
 
@@ -28,7 +32,7 @@ def test_discover_folder(tmp_path):
         ("folder.wav/inside.wav", "folder.wav"),
         ("music/q.aiff", "music"),
         ("music/z.mp3", "music"),
-        ("speech/ä.opus", "speech"),
+        (on_disk("speech/ä.opus"), "speech"),
         ("speech/it/x y.ogg", "speech"),
     ]
     hidden = {"(hidden file)": 2, "(hidden folder)": 1}
@@ -80,7 +84,7 @@ def test_jsonl_manifest(tmp_path):
     rows = [{"audio_filepath": "ä.wav", "duration": 2, "label": 3, "text": "hi"}, {"path": "b.wav", "duration": None}]
     path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     assert read_manifest(path) == [
-        AudioFile(str(tmp_path / "ä.wav"), 2.0, label="3", end=2.0),  # NeMo: the first two seconds
+        AudioFile(str(tmp_path / on_disk("ä.wav")), 2.0, label="3", end=2.0),  # NeMo: the first two seconds
         AudioFile(str(tmp_path / "b.wav")),
     ]
 
@@ -113,7 +117,7 @@ def test_bad_manifests_name_the_line(tmp_path, name, text, message):
 def test_written_manifest_reads_back(tmp_path):
     files = [
         AudioFile(str(tmp_path / "a, b.wav"), 1.25, 44100, "speech", "x"),
-        AudioFile(str(tmp_path / "sub" / "new\nline ü.wav"), 0.1),
+        AudioFile(str(tmp_path / "sub" / on_disk("new\nline ü.wav")), 0.1),
         AudioFile(os.fsdecode(os.fsencode(tmp_path) + b"/latin-\xe9.wav")),
         AudioFile("/elsewhere/c.wav", 3.0),
     ]
@@ -124,6 +128,26 @@ def test_written_manifest_reads_back(tmp_path):
     moved.mkdir()
     os.replace(tmp_path / "m.csv", moved / "m.csv")
     assert read_manifest(moved / "m.csv")[0].path == str(moved / "a, b.wav")
+
+
+def test_names_in_a_locale_that_is_not_utf8(tmp_path):
+    """A manifest holds the bytes of names; a process of another locale finds the same files, and lists them alike."""
+    program = (
+        "import sys, os; from bestrq2.data import discover_folder, read_manifest, write_manifest\n"
+        "assert sys.getfilesystemencoding() == 'ascii'\n"
+        "folder, *tables = sys.argv[1:]\n"
+        "listed = discover_folder(folder).files\n"
+        "assert [os.path.exists(file.path) for table in tables for file in read_manifest(table)] == [True] * 3\n"
+        "write_manifest(tables[0], listed)\n"
+    )
+    _touch(tmp_path, "ä.wav", "音.wav")
+    write_manifest(tmp_path / "m.csv", discover_folder(tmp_path).files)
+    before = (tmp_path / "m.csv").read_bytes()
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "ä.wav"}))
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = [str(tmp_path), str(tmp_path / "m.csv"), str(tmp_path / "m.jsonl")]
+    subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=True)
+    assert (tmp_path / "m.csv").read_bytes() == before
 
 
 def test_failed_write_leaves_the_old_manifest(tmp_path):
