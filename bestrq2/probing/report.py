@@ -25,7 +25,7 @@ from .retrieval import COLUMNS
 logger = logging.getLogger(__name__)
 
 Outcomes = Mapping[str, Mapping[str, Outcome]]  # by features, by head
-HEAD_TITLES = {"linear": "linear", "mlp": "MLP", "knn": "10 nearest neighbours", "cosine": "cosine"}
+HEAD_TITLES = {"linear": "linear", "ridge": "ridge", "mlp": "MLP", "knn": "10 nearest neighbours", "cosine": "cosine"}
 
 
 def differences(outcomes: Outcomes, head: str, metric: str) -> dict[str, Estimate]:
