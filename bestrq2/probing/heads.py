@@ -99,26 +99,31 @@ def ridge_scores(
     """Least squares with an L2 penalty on membership of 0 or 1 in every class, or on the number: one matrix of scores
     ``(N_test, C)`` or ``(N_test, 1)`` for each of ``strengths``, all from one eigendecomposition.
 
-    The penalty is ``t |w|^2 / strength`` beside the sum of squares over N rows, with t the mean squared norm of a row:
-    so one strength means the same for any width. Membership of a single label is shifted and scaled to probabilities,
-    which keeps the order of a row's classes; of several labels it may leave 0..1.
+    Rows of a single label weigh as if every class had as many (mean weight 1), because balanced accuracy is asked for.
+    The penalty is ``t |w|^2 / strength`` beside the sum of weighted squares over N rows, with t the mean squared norm
+    of a row: so one strength means the same for any width. Membership of a single label is shifted and scaled to
+    probabilities, which keeps the order of a row's classes; of several labels it may leave 0..1.
 
     Args:
-        train, test: ``(N, D)`` with columns of mean 0 over the training rows.
+        train, test: ``(N, D)``.
         targets: of the training rows.
     """
     single = targets.ndim == 1 and targets.dtype.kind != "f"
     values = np.eye(num_classes)[targets] if single else targets.reshape(len(targets), -1).astype(np.float64)
-    mean = values.mean(0)
-    wide = train.shape[1] > len(train)
-    gram = train @ train.T if wide else train.T @ train
-    size = float(np.trace(gram)) / len(train) or 1.0
-    eigenvalues, basis = np.linalg.eigh(gram.astype(np.float64))
-    known = basis.T @ (values - mean if wide else train.T @ (values - mean))
-    asked = (test @ train.T if wide else test) @ basis
+    weights = 1 / values.sum(0)[targets] if single else np.ones(len(targets))
+    weights /= weights.mean()
+    root = np.sqrt(weights)[:, None]
+    mean, centre = np.average(values, 0, weights), np.average(train, 0, weights)
+    known, asked, wanted = root * (train - centre), test - centre, root * (values - mean)
+    wide = known.shape[1] > len(known)
+    gram = known @ known.T if wide else known.T @ known
+    size = float(np.trace(gram)) / len(known) or 1.0
+    eigenvalues, basis = np.linalg.eigh(gram)
+    inner = basis.T @ (wanted if wide else known.T @ wanted)
+    asked = (asked @ known.T if wide else asked) @ basis
     found = []
     for strength in strengths:
-        scores = (asked / (np.maximum(eigenvalues, 0) + size / strength)) @ known + mean
+        scores = (asked / (np.maximum(eigenvalues, 0) + size / strength)) @ inner + mean
         if single:
             present = mean > 0
             scores[:, present] -= np.minimum(scores[:, present].min(1, keepdims=True), 0)

@@ -297,19 +297,22 @@ def test_ridge_is_least_squares_with_a_penalty(width):
     """Against scikit-learn, with fewer and more columns than clips; one strength means the same for any scale."""
     from sklearn.linear_model import Ridge
 
-    from bestrq2.probing.heads import ridge_scores, standardise
+    from bestrq2.probing.heads import ridge_scores
 
     generator = np.random.default_rng(0)
-    x, asked = standardise(generator.normal(size=(40, width)), generator.normal(size=(9, width)))
-    targets = np.arange(40) % 3
+    x, asked = 3 + generator.normal(size=(40, width)), generator.normal(size=(9, width))
+    targets = np.arange(40) ** 2 % 3  # 14 zeros, 26 ones; 2 and 3 have no row
+    weights = np.where(targets == 0, 20 / 14, 20 / 26)
+    centred = x - np.average(x, 0, weights)
+    size = (weights[:, None] * centred**2).sum() / 40
     found = ridge_scores(x, targets, asked, 4, (2.0, 50.0))
     for strength, scores in zip((2.0, 50.0), found):
-        model = Ridge(alpha=(x**2).sum() / 40 / strength).fit(x, np.eye(4)[targets])
-        expected = model.predict(asked)[:, :3]
+        model = Ridge(alpha=size / strength).fit(x, np.eye(2)[targets], sample_weight=weights)
+        expected = model.predict(asked)
         expected -= np.minimum(expected.min(1, keepdims=True), 0)
-        np.testing.assert_allclose(scores[:, :3], expected / expected.sum(1, keepdims=True), atol=1e-9)
-        assert not scores[:, 3].any()
+        np.testing.assert_allclose(scores[:, :2], expected / expected.sum(1, keepdims=True), atol=1e-9)
+        assert not scores[:, 2:].any()
     np.testing.assert_allclose(ridge_scores(7 * x, targets, 7 * asked, 4, (50.0,))[0], found[1], atol=1e-9)
     numbers = generator.normal(size=40)
-    model = Ridge(alpha=(x**2).sum() / 40 / 50).fit(x, numbers)
+    model = Ridge(alpha=((x - x.mean(0)) ** 2).sum() / 40 / 50).fit(x, numbers)
     np.testing.assert_allclose(ridge_scores(x, numbers, asked, 0, (50.0,))[0][:, 0], model.predict(asked), atol=1e-9)
