@@ -142,7 +142,7 @@ class TooSlow(Exception):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise :class:`TooSlow` in the block after ``seconds``: between two steps of Python, so not inside a native call."""
+    """Raise :class:`TooSlow` in the block after ``seconds``: between two steps of Python, not in a native call."""
     if seconds == float("inf"):
         yield
         return

@@ -71,7 +71,7 @@ def short_attention_forward_kernel(
     H, Nq, Nk, scale,
     SELF: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # The tiles of a clip and head are neighbours, so all but the first find its keys and values in the second cache level.
+    # The tiles of a clip and head are neighbours: all but the first find keys and values in the second cache level.
     tiles = tl.cdiv(Nq, BM)
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H

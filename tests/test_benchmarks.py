@@ -290,15 +290,15 @@ def test_attention_providers_of_cpus_agree(shape, dtype):
     module = common.load_operation("short_attention")
     case = module.make_case(shape, getattr(torch, dtype), CPU)
     right = set()
-    for provider in module.PROVIDERS:
-        if provider.name == "torch.compile" or "cpu" not in provider.on:
+    for peer in module.PROVIDERS:
+        if peer.name == "torch.compile" or "cpu" not in peer.on:
             continue
         try:
-            error, where = case.errors(common.evaluate(case, provider.prepare(case)))
+            error, where = case.errors(common.evaluate(case, peer.prepare(case)))
         except common.Skip:
             continue
-        assert error <= (2e-6 if dtype == "float32" else 2e-2), f"{provider.name}: {error} {where}"
-        right.add(provider.name)
+        assert error <= (2e-6 if dtype == "float32" else 2e-2), f"{peer.name}: {error} {where}"
+        right.add(peer.name)
     assert right >= {"bestrq2", "SDPA", "stored scores"}
 
 
