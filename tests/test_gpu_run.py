@@ -158,7 +158,7 @@ def test_the_most_wanted_providers_exist_and_ours_is_among_them():
 
 
 def test_rows_are_written_group_by_group_within_the_time_of_the_stage(tmp_path, monkeypatch):
-    """Where every group takes all of its time, the four most wanted have rows, and the stage ends in time."""
+    """The four most wanted have rows where every group takes all of its time, and the stage ends in time."""
     clock, begun = [0.0], []
     row = next(iter(rows_of([GOOD]).values()))
 

@@ -125,7 +125,7 @@ def _only(backend: str) -> Callable[[Case], Callable[[], Tensor]]:
 
 
 def _layer(case: Case) -> Callable[[], Tensor]:
-    """What a layer does here: the rule of bestrq2/layers/attention.py."""
+    """Attention as a layer runs it here, by the rule of bestrq2/layers/attention.py."""
     from bestrq2.layers.attention import self_attend
 
     # On CPUs outputs of padding are undefined: they count as zero for everybody.
