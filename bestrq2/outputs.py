@@ -47,9 +47,8 @@ def check_writable(option: str, folder: Path) -> None:
     if not there.is_dir():
         raise ConfigError(f"{option} {printable(str(folder))}: {name} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{option} {printable(str(folder))}: {name} cannot be written: change its permissions, or use another folder"
-        )
+        remedy = "change its permissions, or use another folder"
+        raise ConfigError(f"{option} {printable(str(folder))}: {name} cannot be written: {remedy}")
 
 
 def numbered(stem: str) -> Path:

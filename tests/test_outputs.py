@@ -81,10 +81,15 @@ def test_numbers_of_folders(tmp_path):
 def test_a_file_is_whole_or_as_it_was(tmp_path, error):
     path = tmp_path / "x.csv"
     path.write_text("before")
-    with pytest.raises(type(error)) as raised, whole_file(path) as file:
-        file.write("half")
-        file.flush()
-        raise error
+
+    def fail():
+        with whole_file(path) as file:
+            file.write("half")
+            file.flush()
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        fail()
     assert getattr(raised.value, "filename", str(path)) == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]
     assert path.read_text() == "before"
