@@ -5,8 +5,8 @@ column in the matrix; it stores bf16 as integers, multiplies those as integers, 
 even, and reads subnormal numbers wrongly. :func:`install` replaces that: products are summed in float64, one after the
 other along the summed axis, and rounded once.
 
-:func:`install` also keeps what the interpreter looks up again for every tile: the members of ``triton.language`` at each
-call of a helper function, and the numpy type of each result. That was more than half of its time.
+:func:`install` also keeps what the interpreter looks up again and again: the members of ``triton.language`` at each
+call of a helper function, and the numpy type of each result. That was two fifths of its time.
 """
 
 import functools
