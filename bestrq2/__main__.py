@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from bestrq2.command import command, leave
+from bestrq2.command import command, importing, leave
 from bestrq2.version import __version__
 
 COMMANDS = {
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
-    return import_module(COMMANDS[name][0]).main(rest)
+    with importing():
+        module = import_module(COMMANDS[name][0])
+    return module.main(rest)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Import this before torch: it sets what OpenMP reads when torch is loaded.
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 from bestrq2.console import console_log
 from bestrq2.errors import BestRQError, printable
 
-__all__ = ["command", "leave", "sentence"]
+__all__ = ["command", "importing", "leave", "sentence"]
 
 # Threads that wait must not spin: on a laptop whose other core is busy, spinning made small models 2.7 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -205,6 +206,53 @@ def _safe_output() -> Iterator[tuple[_Output, _Output]]:
             sys.stderr = before[1]
 
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n" if number == signal.SIGINT else b"stopped\n")
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """A signal while modules are imported ends the process at once; nothing has been written by then.
+
+    An exception there is caught by libraries: torch went on with half of numpy, and failed later with a traceback.
+    """
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                previous[number] = signal.signal(number, _leave_at_once)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _begin_imports() -> None:
+    """The same for ``python -m bestrq2.train``, from here until its ``main`` begins."""
+    name = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")
+    worker = multiprocessing.parent_process() is not None
+    if name.split(".")[0] == "bestrq2" and not worker and threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, _leave_at_once)
+
+
+def _end_imports() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _leave_at_once:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+_begin_imports()
+
+
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the work as Ctrl-C does, unless somebody chose otherwise (``nohup``)."""
@@ -215,9 +263,8 @@ def _stop_signals() -> Iterator[None]:
         raise Stopped(number)
 
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
                 previous[number] = signal.signal(number, stop)
     try:
         yield
@@ -235,6 +282,7 @@ def command(main: Main) -> Main:
 
     @wraps(main)
     def guarded(arguments: Sequence[str] | None = None) -> int:
+        _end_imports()
         with _safe_output() as (out, err), console_log():
             try:
                 with _stop_signals():

@@ -3,10 +3,11 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
-__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors"]
+__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors", "whole_file"]
 
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
 
@@ -51,6 +52,27 @@ def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = os.fspath(path)
+        raise
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file (text in UTF-8, or bytes) that is complete when the block ends, and as it was before if that fails.
+
+    Raises:
+        OSError: it cannot be written; the error has its name.
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    try:
+        with named_in_errors(target):
+            with open(partial, mode, **text) as file:  # type: ignore[call-overload]
+                yield file
+            os.replace(partial, target)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
 
 

@@ -36,12 +36,14 @@ from tqdm import tqdm
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
-from bestrq2.durability import named_in_errors
+from bestrq2.durability import whole_file
 from bestrq2.errors import printable
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, parse_layers, pool_frames
+from bestrq2.outputs import add_overwrite, check_new
 
+NPY_RESULTS, PARQUET_RESULTS = ("index.csv", "clips.npy"), ("features.parquet",)
 _LONGEST_NAME = 200  # bytes
 _BATCH_SECONDS = 60.0  # on average, of the clips encoded together
 
@@ -51,12 +53,16 @@ class Writer(Protocol):
 
     def close(self) -> list[Path]: ...
 
+    def discard(self) -> None: ...
+
 
 class NpyWriter:
     """One array file per audio file, and an index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for name in NPY_RESULTS:  # of earlier features, some of which these may replace before all are written
+            (folder / name).unlink(missing_ok=True)
         self.rows: list[dict[str, Any]] = []
         self.clips: list[np.ndarray] = []
 
@@ -69,14 +75,15 @@ class NpyWriter:
 
     def close(self) -> list[Path]:
         _write_array(self.folder / "clips.npy", np.stack(self.clips))
-        partial = self.folder / ".index.csv.partial"
         index = self.folder / "index.csv"
-        with named_in_errors(index), partial.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(index) as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-        partial.replace(index)
         return [self.folder / "features", self.folder / "clips.npy", index]
+
+    def discard(self) -> None:
+        """Every array is whole; without an index they are no results."""
 
 
 class ParquetWriter:
@@ -108,17 +115,14 @@ class ParquetWriter:
         self.partial.replace(self.path)
         return [self.path]
 
+    def discard(self) -> None:
+        """Remove what was written of an unfinished table."""
+        self.partial.unlink(missing_ok=True)
+
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    """Write an .npy file that is either complete or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with named_in_errors(path), partial.open("wb") as file:
-            np.save(file, array)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with whole_file(path, "wb") as file:
+        np.save(file, array)
 
 
 def _fitting(name: str) -> str:
@@ -250,7 +254,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code of a transformers folder")
+    add_overwrite(parser)
     options = parser.parse_args(arguments)
+    results = PARQUET_RESULTS if options.format == "parquet" else NPY_RESULTS
+    check_new("--out", [options.out / name for name in results], options.overwrite)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
     if options.layer is not None and options.layers is not None:
@@ -267,7 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine, "rows": options.rows}
-    return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
+    try:
+        return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def run(

@@ -28,6 +28,7 @@ from bestrq2.interchange.published import to_published
 from bestrq2.interchange.s3prl_folder import write_s3prl
 from bestrq2.interchange.tensors import assemble_encoder, write_tensors
 from bestrq2.interchange.xares import Interface, check_encoder_module, write_encoder_module
+from bestrq2.outputs import add_overwrite, check_new
 
 
 def export_published(source: OpenedModel, out: Path) -> list[str]:
@@ -68,6 +69,20 @@ def export_graphs(source: OpenedModel, onnx: Path | None, torch_export: Path | N
     return [write(out, program, encoder, source.config) for write, out in wanted if out is not None]
 
 
+def results_of(options: argparse.Namespace) -> dict[str, list[Path]]:
+    """The files that each option given writes."""
+    found: dict[str, list[Path]] = {}
+    if options.hf is not None:
+        found["--hf"] = [options.hf / name for name in ("config.json", "model.safetensors")]
+    if options.s3prl is not None:
+        found["--s3prl"] = [options.s3prl / name for name in ("expert.py", "hubconf.py")]
+    for option, out in (("--xares", options.xares), ("--xares-llm", options.xares_llm)):
+        if out is not None:
+            found[option] = [out, out.with_suffix(".safetensors")]
+    single = {"--published": options.published, "--onnx": options.onnx, "--torch-export": options.torch_export}
+    return found | {option: [out] for option, out in single.items() if out is not None}
+
+
 @command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -85,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--hop-length", type=int, help="samples between frames, if a published ENCODER does not state them"
     )
+    add_overwrite(parser)
     options = parser.parse_args(arguments)
     forms: dict[str, tuple[Callable[[OpenedModel, Path], list[str]], Path | None]] = {
         "--hf": (export_folder, options.hf),
@@ -97,9 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     graphs = options.onnx is not None or options.torch_export is not None
     if not wanted and not graphs:
         raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}, --onnx, --torch-export")
-    for out in (*(out for _, out in wanted), options.onnx, options.torch_export):
-        if out is not None and not has_utf8_name(out):
-            raise ConfigError(f"{printable(str(out))}: expected a name in UTF-8")
+    for option, files in results_of(options).items():
+        if not has_utf8_name(files[0]):
+            raise ConfigError(f"{printable(str(files[0]))}: expected a name in UTF-8")
+        check_new(option, files, options.overwrite)
     source = open_source(options.encoder, heads=options.heads, hop_length=options.hop_length)
     for write, out in wanted:
         for line in write(source, out):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from bestrq2.command import command, leave
 from bestrq2.data import collect, write_manifest
+from bestrq2.durability import whole_file
+from bestrq2.outputs import add_overwrite, check_new
 
 
 @command
@@ -24,11 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="decode everything; find silent and duplicate files too")
     parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
     parser.add_argument("--threads", type=int, default=None, help="files opened at once")
+    add_overwrite(parser)
     options = parser.parse_args(arguments)
     out = Path(options.out)
     if out.suffix.lower() != ".csv":
         parser.error(f"--out must end in .csv, got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)  # before anything is decoded
+    check_new("--out", [out], options.overwrite)  # before anything is decoded
+    out.parent.mkdir(parents=True, exist_ok=True)
     files, report = collect(
         options.source,
         min_seconds=options.min_seconds,
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_manifest(out, files)
     skipped = out.with_suffix(".skipped.csv")
     if report.skips:
-        with open(skipped, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with whole_file(skipped) as file:
             writer = csv.writer(file)
             writer.writerow(["path", "reason", "detail"])
             writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)

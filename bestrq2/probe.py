@@ -42,6 +42,7 @@ from bestrq2.hardware import choose_device
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
 from bestrq2.models.readout import POOLINGS, ROW_JOINS
+from bestrq2.outputs import add_overwrite, check_new, check_writable, numbered
 from bestrq2.probing import controls, report
 from bestrq2.probing.evaluation import Outcome
 from bestrq2.probing.experiment import Experiment, assemble
@@ -132,6 +133,10 @@ def extract_all(
 def run(options: argparse.Namespace) -> int:
     """Probe, print and write; 1 if a control fails, else 0."""
     require_sklearn()
+    if options.out is None:
+        check_writable("--out", Path())
+    else:
+        check_new("--out", [options.out / name for name in report.FILES], options.overwrite)
     task = task_of(options)
     heads = heads_of(options, task)
     labels = read_clips(task)
@@ -167,7 +172,8 @@ def run(options: argparse.Namespace) -> int:
     if sum(name.startswith(ENCODER) for name in experiment.values) > 1:
         print("The best of several layers was chosen on the test clips: its score is optimistically biased.")
     shown = {name: str(value) for name, value in vars(options).items() if value not in (None, [])}
-    written = report.write(options.out, outcomes, experiment, {**origin, "options": shown})
+    out = numbered("probe") if options.out is None else options.out
+    written = report.write(out, outcomes, experiment, {**origin, "options": shown})
     print(f"Written: {', '.join(map(str, written))}")
     return 1 if any(rung.holds is False for rung in rungs) else 0
 
@@ -274,7 +280,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layer", type=int, help="the same as --layers with one number")
     add("--threshold", type=float, default=0.5, help="score above which a label counts as predicted (default: 0.5)")
     add("--segment-seconds", type=float, default=1.0, help="segment length for the F1 of events (default: 1)")
-    add("--out", type=Path, default=Path("probe"), help="output folder (default: probe)")
+    add("--out", type=Path, help="output folder (default: probe-001, or the next number that is free)")
+    add_overwrite(parser)
     add("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     add("--seed", type=int, default=0, help="seed of folds, random initialisation, MLP and bootstrap")
     add("--device", default="auto")

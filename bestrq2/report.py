@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bestrq2.command import command, leave
 from bestrq2.errors import TrainingError
+from bestrq2.outputs import add_overwrite, check_new
 from bestrq2.runs.bad_batch_report import describe_bad_batch
 from bestrq2.runs.record import RunRecord
 from bestrq2.runs.report import write_report
@@ -27,25 +28,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, help="HTML file (default: report.html in the run folder; comparison.html for several runs)"
     )
     parser.add_argument("--bad-batch", type=Path, metavar="FILE", help="print and draw a batch kept in RUN/bad_batches")
+    add_overwrite(parser)
     options = parser.parse_args(arguments)
     if bool(options.runs) == bool(options.bad_batch):
         parser.error("expected run folders, or --bad-batch FILE")
     if options.bad_batch:
         if options.out is not None and options.out.suffix != ".png":
             raise TrainingError(f"--out: expected a name ending in .png, got {options.out}")
+        if options.out is not None:
+            check_new("--out", [options.out], options.overwrite)
         for line in describe_bad_batch(options.bad_batch, options.out):
             print(line)
     else:
-        for line in report(options.runs, options.out):
+        for line in report(options.runs, options.out, options.overwrite):
             print(line)
     return 0
 
 
-def report(folders: list[Path], out: Path | None) -> list[str]:
+def report(folders: list[Path], out: Path | None, overwrite: bool = False) -> list[str]:
     """Write the report; returns what to say.
 
     Raises:
         TrainingError: if a folder is no run, nothing was logged in any, or the report cannot be written.
+        ConfigError: if ``out`` exists, without ``overwrite``.
     """
     runs = [RunRecord(folder) for folder in folders]
     for run in runs:
@@ -53,10 +58,12 @@ def report(folders: list[Path], out: Path | None) -> list[str]:
             raise TrainingError(f"{run.folder}: expected a run folder with config.yaml")
         if not run.rows:
             raise TrainingError(f"{run.folder}: nothing was logged yet (no row in metrics.csv)")
+    own = out is None and len(folders) == 1  # part of the run, made again at any time
     if out is None:
-        out = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
+        out = folders[0] / "report.html" if own else Path("comparison.html")
     if out.suffix != ".html":
         raise TrainingError(f"--out: expected a name ending in .html, got {out}")
+    check_new("--out", [out, out.with_suffix(".png")], overwrite or own)
     title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     if len(runs) == 1:
         title += f" ({runs[0].setting('recipe', 'unknown recipe')}, {runs[0].step} steps)"

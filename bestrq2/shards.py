@@ -13,7 +13,9 @@ from pathlib import Path
 from bestrq2.command import command, leave
 from bestrq2.data import collect
 from bestrq2.data.shards import pack
+from bestrq2.durability import whole_file
 from bestrq2.errors import DataError
+from bestrq2.outputs import check_writable
 
 
 @command
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-seconds", type=float, default=0.0, help="leave out shorter files (default: keep all)")
     options = parser.parse_args(arguments)
     out = Path(options.out)
+    check_writable("--out", out)  # before anything is read
     try:
         files, report = collect(
             options.source, min_seconds=options.min_seconds, check=options.check, progress=sys.stderr.isatty()
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         packed = pack(files, out, max_bytes=int(options.max_bytes), prefix=options.prefix, progress=sys.stderr.isatty())
         report.skips += packed.skips
         if report.skips:
-            with open(out / "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with whole_file(out / "skipped.csv") as file:
                 writer = csv.writer(file)
                 writer.writerow(["path", "reason", "detail"])
                 writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from bestrq2.config import ConfigError, load_config, recipe_names, write_yaml
 from bestrq2.data import batches
+from bestrq2.durability import whole_file
 from bestrq2.errors import printable
 from bestrq2.models import build_encoder
+from bestrq2.outputs import add_overwrite, check_new
 from bestrq2.train import default_recipe
 from bestrq2.training.open_data import open_dataset
 from bestrq2.training.statistics import measure_statistics
@@ -40,10 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--clips", type=int, default=1000, help="random clips to measure, at most one epoch (default: 1000)"
     )
     parser.add_argument("--out", type=Path, help="YAML file to write (default: print)")
+    add_overwrite(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)  # before anything is measured
+    if options.out is not None:  # before anything is measured
+        check_new("--out", [options.out], options.overwrite)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         values = {"model.front_end.normalize": "none"}
         if options.data is not None:
@@ -65,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is None:
             print(text, end="")
         else:
-            options.out.write_text(text, encoding="utf-8")
+            with whole_file(options.out) as file:
+                file.write(text)
             print(f"mean {found.mean:.2f} dB, deviation {found.std:.2f} dB written to {options.out}")
         return 0
     except ValueError as error:

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from bestrq2.config import ConfigError
 from bestrq2.data import load_audio
+from bestrq2.durability import whole_file
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import load
 from bestrq2.models import ConformerEncoder
 from bestrq2.ops import ChunkLayout
+from bestrq2.outputs import add_overwrite, check_new
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 
@@ -98,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--left-context", type=int, help="feature frames before the chunk (default: the encoder's)")
     parser.add_argument("--out", type=Path, help="also write the features, (frames, width), to this .npy file")
     parser.add_argument("--device", default="auto")
+    add_overwrite(parser)
     options = parser.parse_args(arguments)
     out: Path | None = options.out
     if out is not None:  # before anything is computed
@@ -105,8 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             out = out.with_name(f"{out.name}.npy")
         if not out.parent.is_dir():
             raise ConfigError(f"--out {options.out}: the folder {out.parent} does not exist")
-        if out.is_dir():
-            raise ConfigError(f"--out {options.out}: {out} is a folder, expected the name of a file")
+        check_new("--out", [out], options.overwrite)
     try:
         encoder = load(options.encoder, device=choose_device(options.device, option="--device"))
         if not isinstance(encoder, ConformerEncoder):
@@ -142,7 +144,7 @@ def show(
     factor = arrival.compute_seconds / arrival.audio_seconds
     print(f"{frames} frames of {arrival.audio_seconds:.2f} s in {arrival.compute_seconds:.2f} s: {factor:.3f}")
     if out is not None:
-        with out.open("wb") as file:
+        with whole_file(out, "wb") as file:
             np.save(file, torch.cat(parts).numpy())
         print(f"written to {out}")
     return 0

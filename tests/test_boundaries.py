@@ -18,6 +18,7 @@ LAYERS = [
         "bestrq2.hashing",
         "bestrq2.errors",
         "bestrq2.durability",
+        "bestrq2.outputs",
         "bestrq2.console",
         "bestrq2.charts",
         "bestrq2.command",

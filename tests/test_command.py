@@ -122,6 +122,18 @@ def test_signals_end_with_their_code(number, code, capsys):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "stopped\n")])
+def test_a_signal_while_modules_are_imported(number, said):
+    """Libraries catch an exception there, and go on half imported."""
+    code = (
+        "import signal; from bestrq2.command import importing\n"
+        f"with importing():\n    try: signal.raise_signal({int(number)})\n    except BaseException: pass\n"
+        "print('went on')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout, result.stderr) == (128 + number, "", said)
+
+
 def test_output_that_nobody_reads_does_not_end_the_work(tmp_path):
     code = (
         "import sys; from bestrq2.command import command, leave\n"

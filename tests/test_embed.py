@@ -66,6 +66,27 @@ def test_parquet_equals_npy(run, folder, tmp_path):
         np.testing.assert_allclose(np.reshape(row["features"], (row["frames"], row["width"])), features, atol=1e-5)
 
 
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_an_interrupted_call_leaves_no_results(run, folder, tmp_path, monkeypatch, capsys, format):
+    """Not even those of the call before, whose index would name features of this one."""
+    pytest.importorskip("pyarrow")
+    blip = str(next(folder.rglob("blip.flac")))
+    arguments = [str(run), blip, blip, "--out", str(tmp_path / "out"), "--format", format]
+    assert embed.main(arguments) == 0
+    assert embed.main(arguments) == 2
+    assert "exists; choose another name, or replace it with --overwrite" in capsys.readouterr().err
+    whole = embed.embed
+
+    def interrupted(*arguments, **options):
+        yield next(whole(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed, "embed", interrupted)
+    assert embed.main([*arguments, "--overwrite"]) == 130
+    left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert left == ({"blip.flac.npy", "blip.flac-2.npy"} if format == "npy" else {"features.parquet"})
+
+
 def test_same_names_from_two_folders_are_kept_apart(run, folder, tmp_path):
     single = str(next(folder.rglob("long.wav")))
     assert embed.main([str(run), single, single, "--out", str(tmp_path / "out"), "--layer", "0"]) == 0

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bestrq2.data import AudioFile, CropDataset
+from bestrq2.data.files import to_text
 
 
 def data_fingerprint(dataset: CropDataset) -> str:
@@ -27,5 +28,5 @@ def file_list_digest(files: Iterable[AudioFile]) -> str:
         name = Path(file.path).name
         if file.place != file.path:  # a part
             name += file.place[len(file.path) :]
-        digest.update(f"{name}\0{file.duration}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{to_text(name)}\0{file.duration}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
+from bestrq2.durability import whole_file
 from bestrq2.errors import CheckpointError
 
 from .tensors import assemble_encoder, read_tensors, write_encoder_file
@@ -55,12 +56,15 @@ def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], or
             "sampling_rate": encoder.sampling_rate,
         },
     }
+    # The configuration goes first and comes last: no moment has the weights of one encoder and that of another.
+    (folder / "config.json").unlink(missing_ok=True)
     write_encoder_file(folder / "model.safetensors", config, weights)
-    for name, document in documents.items():
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n")
     code = resources.files("bestrq2.interchange.hugging_face")
-    for name in CODE:
-        (folder / name).write_text(code.joinpath(name).read_text(encoding="utf-8"), encoding="utf-8")
+    texts = {name: code.joinpath(name).read_text(encoding="utf-8") for name in CODE}
+    texts |= {name: json.dumps(document, indent=2) + "\n" for name, document in reversed(documents.items())}
+    for name, text in texts.items():
+        with whole_file(folder / name) as file:
+            file.write(text)
     return [folder / name for name in ("model.safetensors", *documents, *CODE)]
 
 

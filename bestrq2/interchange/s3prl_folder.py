@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.config import Config, ConfigError
+from bestrq2.durability import whole_file
 
 from .opening import open_own
 from .tensors import assemble_encoder, write_encoder_file
@@ -127,5 +128,6 @@ def write_s3prl(folder: Path, config: Config, weights: Mapping[str, Tensor], ori
     )
     texts = {"expert.py": expert, "hubconf.py": HUBCONF.replace("{name}", name), "__init__.py": ""}
     for file, text in texts.items():
-        (folder / file).write_text(text, encoding="utf-8")
+        with whole_file(folder / file) as written:
+            written.write(text)
     return [folder / file for file in (*texts, WEIGHTS)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.config import Config, ConfigError
+from bestrq2.durability import whole_file
 
 from .opening import open_own
 from .tensors import encoder_weights, write_encoder_file
@@ -160,7 +161,8 @@ def write_encoder_module(out: Path, config: Config, weights: Mapping[str, Tensor
         weights=beside.name,
         base="XaresModule" if interface == "xares" else "XaresLlmModule",
     )
-    out.write_text(text, encoding="utf-8")
+    with whole_file(out) as file:
+        file.write(text)
     return beside
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from bestrq2.durability import whole_file
+
 from .evaluation import Outcome
 from .experiment import Experiment
 from .features import ENCODER, LOG_MEL, RANDOM
@@ -24,6 +26,8 @@ from .retrieval import COLUMNS
 
 logger = logging.getLogger(__name__)
 
+FILES = ("results.json", "results.csv", "per_class.csv", "predictions.csv")
+PICTURES = ("confusion.png", "per_class.png")
 Outcomes = Mapping[str, Mapping[str, Outcome]]  # by features, by head
 HEAD_TITLES = {"linear": "linear", "ridge": "ridge", "mlp": "MLP", "knn": "10 nearest neighbours", "cosine": "cosine"}
 
@@ -107,10 +111,13 @@ def document(outcomes: Outcomes, experiment: Experiment, origin: dict[str, Any])
 def write(out: Path, outcomes: Outcomes, experiment: Experiment, origin: dict[str, Any]) -> list[Path]:
     """Write results.json, results.csv, per_class.csv, predictions.csv and pictures; their paths."""
     out.mkdir(parents=True, exist_ok=True)
+    for name in (*FILES, *PICTURES):  # of an earlier probe, perhaps of another kind
+        (out / name).unlink(missing_ok=True)
     found = document(outcomes, experiment, origin)
-    (out / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    with whole_file(out / "results.json") as file:
+        file.write(json.dumps(found, indent=2) + "\n")
     written = [out / "results.json", out / "results.csv"]
-    with written[-1].open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with whole_file(written[-1]) as file:
         writer = csv.writer(file)
         writer.writerow(["features", "head", "metric", "value", "low", "high", "minus", "minus_low", "minus_high"])
         for name, entry in outcomes.items():
@@ -122,7 +129,7 @@ def write(out: Path, outcomes: Outcomes, experiment: Experiment, origin: dict[st
     tables = [(n, head, row) for n, entry in outcomes.items() for head, o in entry.items() for row in o.per_class]
     if tables:
         written.append(out / "per_class.csv")
-        with written[-1].open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with whole_file(written[-1]) as file:
             writer = csv.writer(file)
             writer.writerow(["features", "head", *tables[0][2]])
             writer.writerows([name, head, *row.values()] for name, head, row in tables)
@@ -139,7 +146,7 @@ def _predictions(out: Path, outcomes: Outcomes, experiment: Experiment) -> Path:
     """One row per clip (retrieval: per query; events: per frame), a column for every features and head."""
     path, clips, rows = out / "predictions.csv", experiment.clips, experiment.rows
     columns = {f"{name} {head}": outcome.scores for name, entry in outcomes.items() for head, outcome in entry.items()}
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with whole_file(path) as file:
         writer = csv.writer(file)
         if rows is None:
             writer.writerow(["path", "label", *(f"{name} {c}" for name in columns for c in COLUMNS[1:])])

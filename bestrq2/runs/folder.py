@@ -29,6 +29,7 @@ from bestrq2.config import (
 from bestrq2.data import Skip
 from bestrq2.durability import has_utf8_name
 from bestrq2.errors import TrainingError, printable
+from bestrq2.outputs import check_writable
 from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
 
@@ -105,13 +106,7 @@ class RunFolder:
             raise ConfigError(f"--name, --runs: expected names in UTF-8, got {printable(str(folder))}")
         if name is not None and not reuse and folder.exists():
             raise ConfigError(f"--name {name}: {folder} exists; use --resume {shlex.quote(str(folder))} to continue it")
-        there = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
-        if not there.is_dir():
-            raise ConfigError(f"--runs {runs}: {there} is not a folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"--runs {runs}: {there} cannot be written: change its permissions, or use another folder"
-            )
+        check_writable("--runs", runs)
 
     def remove_unused(self) -> None:
         """Remove the folder of a run that failed before anything was logged."""

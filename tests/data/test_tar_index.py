@@ -27,7 +27,7 @@ from bestrq2.data.archives import tar as tar_index_module
 from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar import tar_index
 from bestrq2.data.audio import audio_digest
-from bestrq2.data.files import split_address
+from bestrq2.data.files import from_text, split_address
 from bestrq2.data.sources import expand_pattern
 
 from . import reader_fuzzing
@@ -40,7 +40,8 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def _tar(path, members, format=tarfile.GNU_FORMAT):
-    with tarfile.open(path, "w", format=format, errors="surrogateescape") as tar:
+    """A shard; names in UTF-8, whatever the locale."""
+    with tarfile.open(path, "w", format=format, encoding="utf-8", errors="surrogateescape") as tar:
         for name, content in members:
             header = tarfile.TarInfo(name)
             header.size = len(content)
@@ -87,13 +88,13 @@ def test_tagged_mp3(tmp_path, speech):
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_names(tmp_path, format):
     long = "folder/" * 12 + "y" * 90 + ".ogg" if format != tarfile.USTAR_FORMAT else "f/" * 40 + "y" * 80 + ".ogg"
-    latin = os.fsdecode(b"latin-\xe9.ogg")
+    latin = b"latin-\xe9.ogg".decode("utf-8", "surrogateescape")
     names = ["a.ogg", "./speech/b.ogg", "Übung 音声.ogg", latin, long, "new\nline.ogg", "x::y.ogg", "UP.OGG"]
     if format == tarfile.USTAR_FORMAT:
         names.remove(latin)
     shard = _tar(tmp_path / "s.tar", [(name, _clip()) for name in [*names, "._a.ogg", ".hidden/c.ogg"]], format)
     files, report = collect(shard)
-    assert [split_address(item.path) for item in files] == [(str(shard), os.path.normpath(name)) for name in names]
+    assert [split_address(item.path) for item in files] == [(str(shard), os.path.normpath(from_text(n))) for n in names]
     assert report.ignored == {"(hidden)": 2}
     assert files[1].domain == "speech"
     for item in files:

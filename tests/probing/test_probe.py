@@ -91,9 +91,9 @@ def test_own_manifest(encoder_file, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["clips"] == 12
     assert all(entry["linear"]["balanced_accuracy"]["value"] == 1.0 for entry in results["results"].values())
-    assert probe.main(arguments) == 0
+    assert probe.main([*arguments, "--overwrite"]) == 0
     assert "no --group" in capsys.readouterr().err
-    assert probe.main([*arguments, "--group", "singer"]) == 2
+    assert probe.main([*arguments, "--group", "singer", "--overwrite"]) == 2
     assert "no column 'singer'; its columns are ['path', 'kind', 'take']" in capsys.readouterr().err
 
 

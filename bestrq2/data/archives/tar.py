@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bestrq2.data.archives.readers import Section
-from bestrq2.data.files import AudioFile, Listing, address, is_audio
+from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.errors import AudioError, Skip
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
@@ -308,14 +308,14 @@ def list_tar(shard: str, domain: str = "") -> Listing:
     if index.size == 0:
         listing.skips[:] = [Skip(shard, "empty file")]
     for member in index.members:
-        path, end = address(shard, member.name), member.offset + member.size
+        path, end = address(shard, from_text(member.name)), member.offset + member.size
         if end > index.size:
             there = max(0, index.size - member.offset)
             listing.skips.append(Skip(path, "truncated", f"the shard ends after {there} of {member.size} bytes"))
             continue
         found = member.domain
         if found is None:
-            found = domain or (member.name.split("/")[0] if "/" in member.name else "")
+            found = domain or (from_text(member.name).split("/")[0] if "/" in member.name else "")
         listing.files.append(AudioFile(path, member.duration, member.sampling_rate, found, member.label))
     return listing
 
@@ -332,8 +332,8 @@ class _Lookup:
         self._places = self._places[order]
 
     def find(self, name: str) -> tuple[int, int] | None:
-        """(offset, size) of a member."""
-        key = np.uint64(_hash(name))
+        """(offset, size) of a member, by its name as this process sees it."""
+        key = np.uint64(_hash(to_text(name)))
         place = int(np.searchsorted(self._hashes, key))
         if place == len(self._hashes) or self._hashes[place] != key:
             return None
@@ -342,7 +342,8 @@ class _Lookup:
 
 
 def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
+    encoded = name.encode("utf-8", "surrogateescape")  # not the locale's encoding, which may not have its letters
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
 
 
 _lookups: dict[str, _Lookup] = {}

@@ -1,0 +1,63 @@
+"""Output places of commands: results are replaced only with ``--overwrite``, and a place that cannot be written is
+refused before anything is computed."""
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from bestrq2.errors import ConfigError, printable
+
+__all__ = ["add_overwrite", "check_new", "check_writable", "numbered"]
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse)")
+
+
+def check_new(option: str, paths: Iterable[Path], overwrite: bool = False) -> None:
+    """Refuse results that exist, or that cannot be written, before the work that comes first. Nothing is written.
+
+    Args:
+        option: named in the message.
+        paths: files that will be written.
+        overwrite: they may exist.
+
+    Raises:
+        ConfigError: if one exists, or its folder is none or cannot be written.
+    """
+    for path in paths:
+        if os.path.isdir(path):
+            raise ConfigError(f"{option}: {printable(str(path))} is a folder, expected the name of a file")
+        if not overwrite and os.path.lexists(path):
+            raise ConfigError(
+                f"{option}: {printable(str(path))} exists; choose another name, or replace it with --overwrite"
+            )
+        check_writable(option, path.parent)
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written.
+
+    Raises:
+        ConfigError: if the folder, or the nearest one above it that exists, is none or cannot be written.
+    """
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    name = printable(str(there))
+    if not there.is_dir():
+        raise ConfigError(f"{option} {printable(str(folder))}: {name} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "change its permissions, or use another folder"
+        raise ConfigError(f"{option} {printable(str(folder))}: {name} cannot be written: {remedy}")
+
+
+def numbered(stem: str) -> Path:
+    """Make the first of the folders ``stem-001``, ``stem-002``, ... that does not exist."""
+    number = 1
+    while True:
+        folder = Path(f"{stem}-{number:03d}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1

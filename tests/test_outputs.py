@@ -1,0 +1,98 @@
+"""No command replaces what is there unless it is told to, and files are whole or as they were."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bestrq2 import export, manifest, probe, report, stats, stream
+from bestrq2.data import tiny_dataset
+from bestrq2.durability import whole_file
+from bestrq2.errors import ConfigError
+from bestrq2.outputs import check_new, numbered
+
+CLIP = tiny_dataset()[0].path
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "there"),
+    [
+        (manifest, [CLIP, "--out", "clips.csv"], "clips.csv"),
+        (stats, ["--out", "stats.yaml"], "stats.yaml"),
+        (stream, ["run", CLIP, "--out", "features"], "features.npy"),
+        (probe, ["run", "--out", "probe"], "probe/results.json"),
+        (export, ["run", "--hf", "folder"], "folder/config.json"),
+        (export, ["run", "--s3prl", "upstream"], "upstream/expert.py"),
+        (export, ["run", "--xares", "encoder.py"], "encoder.safetensors"),
+        (export, ["run", "--onnx", "encoder.onnx"], "encoder.onnx"),
+        (export, ["run", "--published", "encoder.safetensors"], "encoder.safetensors"),
+    ],
+)
+def test_what_is_there_stays(tmp_path, monkeypatch, capsys, command, arguments, there):
+    monkeypatch.chdir(tmp_path)
+    Path(there).parent.mkdir(exist_ok=True)
+    Path(there).write_text("edited by hand")
+    assert command.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert f"{there} exists; choose another name, or replace it with --overwrite" in shown.err
+    assert [str(p) for p in Path().rglob("*") if p.is_file()] == [there]
+    assert Path(there).read_text() == "edited by hand"
+
+
+def test_a_manifest_is_replaced_when_asked(tmp_path, capsys):
+    out = tmp_path / "clips.csv"
+    out.write_text("old")
+    assert manifest.main([CLIP, "--out", str(out), "--overwrite"]) == 0
+    assert Path(CLIP).name in out.read_text()
+
+
+def test_a_comparison_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "both.html").write_text("-")
+    monkeypatch.setattr(report, "RunRecord", lambda folder: _Run(tmp_path))
+    with pytest.raises(ConfigError, match=r"both.html exists"):
+        report.report([tmp_path, tmp_path], tmp_path / "both.html")
+
+
+class _Run:
+    def __init__(self, folder):
+        self.folder, self.rows, self.name, self.step = folder, [{"step": 1}], "run", 1
+        (folder / "config.yaml").touch()
+
+    def setting(self, name, default):
+        return default
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out .*file/below: .*file is not a folder"):
+        check_new("--out", [tmp_path / "file" / "below" / "x.csv"])
+    with pytest.raises(ConfigError, match="is a folder, expected the name of a file"):
+        check_new("--out", [tmp_path], overwrite=True)
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # also where the tests run as root
+    with pytest.raises(ConfigError, match="cannot be written: change its permissions"):
+        check_new("--out", [tmp_path / "new" / "x.csv"])
+
+
+def test_numbers_of_folders(tmp_path):
+    assert [numbered(str(tmp_path / "deep" / "probe")).name for _ in range(2)] == ["probe-001", "probe-002"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_is_whole_or_as_it_was(tmp_path, error):
+    path = tmp_path / "x.csv"
+    path.write_text("before")
+
+    def fail():
+        with whole_file(path) as file:
+            file.write("half")
+            file.flush()
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        fail()
+    assert getattr(raised.value, "filename", str(path)) == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]
+    assert path.read_text() == "before"
+    with whole_file(path, "wb") as file:
+        file.write(b"after")
+    assert path.read_bytes() == b"after"
