@@ -1,4 +1,4 @@
-"""Where commands write: results are replaced only with ``--overwrite``, and a place that cannot be written is refused
+"""Paths of results: they are replaced only with ``--overwrite``, and a place that cannot be written is refused
 before anything is computed."""
 
 import argparse
