@@ -230,6 +230,18 @@ class ModuleAdapter(ForeignEncoder):
         check_declared(self, origin)
 
     def _run(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:
+        try:
+            return self._features(clips, wanted)
+        except RuntimeError as error:
+            kinds = {str(p.dtype) for p in self.parameters() if p.is_floating_point()} - {"torch.float32"}
+            if not kinds or "must have the same dtype" not in str(error) and "expected scalar type" not in str(error):
+                raise
+            raise ConfigError(
+                f"the encoder has weights in {', '.join(sorted(kinds))} and does not take audio in float32 ({error}); "
+                "convert it with .float(), or let its encode convert the audio"
+            ) from error
+
+    def _features(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:
         (clip,) = clips
         if self.xares:
             features = self.encoder(clip[None])
