@@ -75,7 +75,7 @@ __all__ = [
     "seeded",
 ]
 
-OPS = ("quantize", "masked_cross_entropy", "chunked_attention", "encode", "step")
+OPS = ("quantize", "masked_cross_entropy", "chunked_attention", "short_attention", "encode", "step")
 """Everything that has a benchmark, in the order of a full run."""
 
 FIELDS = (

@@ -1,5 +1,8 @@
 """From a case and its providers to rows: peak memory, then errors, then timings interleaved over the providers.
 
+Where a row may be the last one that there is time for, each provider is also timed alone as soon as it has been
+checked, and its row is handed over at once.
+
 Every repeat times one forward and one backward of *each* provider in turn, so that a machine that slows down meanwhile
 slows all of them. The backward is timed by itself, on the graph of the forward just timed (never as a difference of two
 timings). Medians with 20 % and 80 % quantiles.
@@ -13,10 +16,12 @@ timed call are queued before it starts; gaps that a provider causes by waiting f
 from __future__ import annotations
 
 import gc
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +35,8 @@ from benchmarks.memory import Failed, short_reason
 
 Row = dict[str, Any]
 NO_TIME = "no time was left"  # note of a provider that was not begun
+ALONE_SECONDS = 0.3  # of timed calls for such a row
+ALONE = "timed alone"  # note of a row that was handed over before the interleaved timing
 _FLUSH_BYTES = 256 * 2**20
 _WAIT_CYCLES = 4_000_000  # clock cycles, about 2 ms: time to queue every launch of a timed call
 
@@ -129,6 +136,29 @@ def time_calls(
     return times, failed
 
 
+class TooSlow(Exception):
+    """A provider took longer than it may to compile, run once and be checked."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise :class:`TooSlow` in the block after ``seconds``: between two steps of Python, not in a native call."""
+    if seconds == float("inf"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TooSlow(f"not ready after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def release(device: torch.device) -> None:
     """Give cached GPU memory back."""
     if device.type == "cuda":
@@ -162,11 +192,15 @@ def measure(
     worker: memory.Worker | None,
     say: Callable[[str], None] = lambda text: None,
     deadline: float = float("inf"),
+    provider_seconds: float = float("inf"),
+    keep: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Rows of one group (operation, shape, dtype), one per provider and cache state, in the order of ``providers``.
 
     ``worker`` measures CPU peak memory (None: leave it out). Skipped and failed providers get a row with the reason.
-    Providers that were not begun at ``deadline`` (of ``time.monotonic``) are skipped.
+    Providers that were not begun at ``deadline`` (of ``time.monotonic``) are skipped, and one that is not ready after
+    ``provider_seconds`` has failed. ``keep`` gets the row of every provider as soon as there is one, timed alone in the
+    first cache state; at the deadline these are the rows that are returned.
     """
     torch.compiler.reset()  # else dynamo's recompilation limit would silently send later shapes to eager mode
     machine.measure_again(case.work)
@@ -178,6 +212,7 @@ def measure(
     }
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], Any]] = {}
+    alone: dict[str, Row] = {}
     for provider in providers:
         say(f"{case.op} {case.shape} {common['dtype']}: {provider.name}")
         row = rows[provider.name] = {**common, "provider": provider.name, "note": provider.note}
@@ -185,15 +220,23 @@ def measure(
             row.update(status="skipped", note=NO_TIME)
             continue
         try:
-            calls[provider.name] = _check(module, case, provider, row, worker)
+            with at_most(provider_seconds):
+                calls[provider.name] = _check(module, case, provider, row, worker)
         except Skip as reason:
             row.update(status="skipped", note=str(reason))
-        except Failed as reason:
+        except (Failed, TooSlow) as reason:
             row.update(status="failed", note=str(reason))
         except Exception as error:
             row.update(status="failed", note=short_reason(error))
         if row["status"] == "failed":
             release(case.device)
+        if keep is not None:
+            brief = replace(budget, seconds=min(budget.seconds, ALONE_SECONDS))
+            alone[provider.name] = _alone(case, row, calls, caches[0], brief)
+            set_limit([alone[provider.name]], machine.limit_ms(case.work, case.backward_work))
+            keep(alone[provider.name] | machine.ceilings(case.work))
+    if alone and time.monotonic() >= deadline:
+        return [row | machine.ceilings(case.work) for row in (rows | alone).values()]
     say(f"{case.op} {case.shape} {common['dtype']}: timing {len(calls)} providers")
     finished: list[Row] = []
     for cache in caches:
@@ -207,6 +250,17 @@ def measure(
     machine.measure_again(case.work)  # other load at the beginning must not lower the limit of rows that had none
     set_limit(finished, machine.limit_ms(case.work, case.backward_work))
     return [row | machine.ceilings(case.work) for row in finished]
+
+
+def _alone(case: Case, row: Row, calls: dict[str, Callable[[], Any]], cache: str, budget: Budget) -> Row:
+    """The row of a provider, timed by itself if it was ready."""
+    name = row["provider"]
+    if name not in calls:
+        return dict(row)
+    times, failed = time_calls(case, {name: calls[name]}, cache, budget)
+    timed = _timed(row, times.get(name), failed.get(name), cache)
+    timed["note"] = "; ".join(filter(None, (str(timed["note"]), ALONE)))
+    return timed
 
 
 def _check(module: str, case: Case, provider: Provider, row: Row, worker: memory.Worker | None) -> Callable[[], Any]:

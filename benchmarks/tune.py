@@ -82,7 +82,7 @@ def milliseconds(
 def part_of(kernel: str) -> str:
     """The pass that is timed for a kernel: the one it is named after, else both."""
     parts = {"forward": "forward", "band": "forward", "backward_query": "backward", "backward_key": "backward"}
-    return (parts | {"table_gradient": "backward"}).get(kernel.partition("/")[0], "both")
+    return (parts | {"table_gradient": "backward", "backward": "backward"}).get(kernel.partition("/")[0], "both")
 
 
 def choose(trials: Sequence[Trial], present: Config | None) -> Config | None:

@@ -27,6 +27,20 @@ from .tuning import load_configs, shipped
 TILES = (16, 32, 64, 128, 256)  # keys of a tile: only so many variants of a kernel, whatever the lengths
 RUNTIME = ["H", "Nq", "Nk", "scale"]  # no variant of a kernel for each value
 
+CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    f"{kernel}/{dim}/{keys}": [
+        {"BM": rows, "num_warps": warps, "num_stages": stages}
+        for rows in TILES
+        for warps in (2, 4, 8)
+        for stages in (1, 2)
+        if rows <= min(keys, 128) and (stages == 1 or (kernel == "backward" and rows < keys))
+    ]
+    for kernel in ("forward", "backward")
+    for dim in (64, 128)
+    for keys in (16, 32, 64, 128)
+}
+"""Candidates of benchmarks/tune.py. More stages are for several tiles of queries in a loop."""
+
 
 class Gradients(NamedTuple):
     """Gradients of the output and of the inputs, or, as ``strides``, the :class:`Strides` of each."""
@@ -57,26 +71,34 @@ def short_attention_forward_kernel(
     H, Nq, Nk, scale,
     SELF: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    i_bh = tl.program_id(0).to(tl.int64)
+    # The tiles of a clip and head are neighbours: all but the first find keys and values in the second cache level.
+    tiles = tl.cdiv(Nq, BM)
+    i_bh = (tl.program_id(0) // tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     query_end, key_end = valid_ends(lengths_ptr, i_b, Nq, Nk, SELF)
-    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
-    o_n = tl.arange(0, BN)
-    m_row, m_key = o_m < query_end, o_n < key_end
-    q = load_rows(item_pointer(frames.q, i_b, i_h, strides.q, UNIT), o_m, strides.q, m_row, UNIT, D, BD)
-    k = load_rows(item_pointer(frames.k, i_b, i_h, strides.k, UNIT), o_n, strides.k, m_key, UNIT, D, BD)
-    v = load_rows(item_pointer(frames.v, i_b, i_h, strides.v, UNIT), o_n, strides.v, m_key, UNIT, D, BD)
-    s = tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634)
-    s = tl.where(m_key[None, :], s, float("-inf"))
-    largest = tl.max(s, axis=1)
-    p = tl.exp2(s - largest[:, None])
-    total = tl.sum(p, axis=1)
-    out = tl.dot(p.to(v.dtype), v) / total[:, None]
-    out = tl.where(m_row[:, None], out, 0.0)  # zero in padding
+    first = tl.program_id(0) % tiles * BM
+    o_m = first + tl.arange(0, BM)
     in_range = o_m < Nq
-    tl.store(lse_ptr + i_bh * Nq + o_m, (largest + tl.log2(total)) * 0.6931471805599453, mask=in_range)
+    lse_ptr += i_bh * Nq
     out_ptr = item_pointer(frames.out, i_b, i_h, strides.out, UNIT)
-    store_rows(out_ptr, o_m, strides.out, out, in_range, UNIT, D, BD)
+    if first >= query_end:  # padding alone: zero, and nothing is read
+        tl.store(lse_ptr + o_m, tl.zeros((BM,), tl.float32), mask=in_range)
+        store_rows(out_ptr, o_m, strides.out, tl.zeros((BM, BD), tl.float32), in_range, UNIT, D, BD)
+    else:
+        o_n = tl.arange(0, BN)
+        m_row, m_key = o_m < query_end, o_n < key_end
+        q = load_rows(item_pointer(frames.q, i_b, i_h, strides.q, UNIT), o_m, strides.q, m_row, UNIT, D, BD)
+        k = load_rows(item_pointer(frames.k, i_b, i_h, strides.k, UNIT), o_n, strides.k, m_key, UNIT, D, BD)
+        v = load_rows(item_pointer(frames.v, i_b, i_h, strides.v, UNIT), o_n, strides.v, m_key, UNIT, D, BD)
+        s = tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634)
+        s = tl.where(m_key[None, :], s, float("-inf"))
+        largest = tl.max(s, axis=1)
+        p = tl.exp2(s - largest[:, None])
+        total = tl.sum(p, axis=1)
+        out = tl.dot(p.to(v.dtype), v) / total[:, None]
+        out = tl.where(m_row[:, None], out, 0.0)  # zero in padding
+        tl.store(lse_ptr + o_m, (largest + tl.log2(total)) * 0.6931471805599453, mask=in_range)
+        store_rows(out_ptr, o_m, strides.out, out, in_range, UNIT, D, BD)
 
 
 @triton.jit
@@ -127,11 +149,16 @@ def short_attention_backward_kernel(
             dk, dv, UNIT, D, BD, BM, BN,
         )  # fmt: skip
     else:
-        for first in range(0, Nq, BM):
+        for first in range(0, tl.minimum(query_end, Nq), BM):
             dk, dv = _backward_of_queries(
                 frames, gradients, lse_ptr, strides, gradient_strides, i_b, i_h, first, query_end, key_end, Nq, scale,
                 k, v, dk, dv, UNIT, D, BD, BM, BN,
             )  # fmt: skip
+        dq_ptr = item_pointer(gradients.q, i_b, i_h, gradient_strides.q, UNIT)
+        zeros = tl.zeros((BM, BD), tl.float32)
+        for first in range(tl.cdiv(tl.maximum(query_end, 0), BM) * BM, Nq, BM):  # padding alone
+            o_m = first + tl.arange(0, BM)
+            store_rows(dq_ptr, o_m, gradient_strides.q, zeros, o_m < Nq, UNIT, D, BD)
     dk_ptr = item_pointer(gradients.k, i_b, i_h, gradient_strides.k, UNIT)
     store_rows(dk_ptr, o_n, gradient_strides.k, dk * scale, o_n < Nk, UNIT, D, BD)
     dv_ptr = item_pointer(gradients.v, i_b, i_h, gradient_strides.v, UNIT)
@@ -170,7 +197,7 @@ def forward(
     config = constants("forward", query, key.shape[2])
     unit, strides = in_units(query, key, value, out)
     with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
-        short_attention_forward_kernel[(batch * heads, triton.cdiv(queries, config["BM"]))](
+        short_attention_forward_kernel[(batch * heads * triton.cdiv(queries, config["BM"]),)](
             Frames(query, key, value, out), logsumexp, lengths, Frames(*strides),
             heads, queries, key.shape[2], dim**-0.5, SELF=of_self, UNIT=unit, **config,
         )  # fmt: skip

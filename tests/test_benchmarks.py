@@ -283,6 +283,25 @@ def test_every_installed_quantize_provider_is_exact_in_fp32(shape):
     assert {"bestrq2", "reference", "published eager", "SpeechBrain formula"} <= set(ran)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ["B3H2N21d24", "B5H2N21d24-ragged"])
+def test_attention_providers_of_cpus_agree(shape, dtype):
+    """Ours, PyTorch's kernels and stored scores, output and the gradient of qkv; padding counts as zero for all."""
+    module = common.load_operation("short_attention")
+    case = module.make_case(shape, getattr(torch, dtype), CPU)
+    right = set()
+    for peer in module.PROVIDERS:
+        if peer.name == "torch.compile" or "cpu" not in peer.on:
+            continue
+        try:
+            error, where = case.errors(common.evaluate(case, peer.prepare(case)))
+        except common.Skip:
+            continue
+        assert error <= (2e-6 if dtype == "float32" else 2e-2), f"{peer.name}: {error} {where}"
+        right.add(peer.name)
+    assert right >= {"bestrq2", "SDPA", "stored scores"}
+
+
 def test_limit_is_the_slowest_resource():
     assert MACHINE.limit_ms(common.Work(flops=3e6, bytes=1e6)) == pytest.approx(3.0)
     assert MACHINE.limit_ms(common.Work(flops=3e6, bytes=1e6, arithmetic="bfloat16")) == pytest.approx(1.5)

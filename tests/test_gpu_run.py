@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from benchmark_cases import FACTS, FOLDER, GOOD, MACHINE, rows_of
 
-from benchmarks import gpu_run, report
-from benchmarks.gpu import merge, orchestration, summary
+from benchmarks import common, gpu_run, report
+from benchmarks.gpu import merge, orchestration, plan, rows, summary, workloads
 from benchmarks.gpu.plan import PACK_SECONDS, STAGES, Request, RunOptions, Stage, read_request
 
 FILES = {
@@ -45,9 +46,9 @@ def test_rehearsal_of_every_stage(tmp_path):
     assert len(text.splitlines()) < 100
     for stage in STAGES:
         assert f"| {stage.name} | ok |" in text
-    rows = report.read_csv(out / "rows.csv")
-    assert {row["provider"] for row in rows} >= {"bestrq2[triton]", "published eager"}
-    assert all(row["status"] == "ok" for row in rows)
+    found = report.read_csv(out / "rows.csv")
+    assert {row["provider"] for row in found} >= {"bestrq2[triton]", "published eager"}
+    assert all(row["status"] == "ok" for row in found)
     with (out / "train.csv").open(newline="") as file:
         step, run = csv.DictReader(file)
     assert float(step["ms"]) > 0
@@ -140,6 +141,50 @@ def test_time_that_is_left_over_is_given_to_later_stages():
     assert sum(stage.seconds for stage in STAGES if not stage.background) + PACK_SECONDS <= 570
 
 
+def test_rows_with_peers_have_their_time():
+    """A group of rows took up to 40 s on an H100, ours of the training step 40 and its peers 80."""
+    seconds = {stage.name: stage.seconds for stage in STAGES}
+    assert seconds["rows"] >= 40 * len(workloads.GROUPS)
+    assert seconds["step"] >= 120
+
+
+def test_the_most_wanted_providers_exist_and_ours_is_among_them():
+    for op, names in workloads.FIRST.items():
+        providers = {provider.name for provider in common.load_operation(op).PROVIDERS}
+        assert providers >= set(names), op
+        assert "bestrq2" in names
+        assert not set(names) & set(rows.WITHOUT)
+    assert {op for op, *_ in (*workloads.GROUPS, *workloads.MORE)} <= set(workloads.FIRST)
+
+
+def test_rows_are_written_group_by_group_within_the_time_of_the_stage(tmp_path, monkeypatch):
+    """The four most wanted have rows where every group takes all of its time, and the stage ends in time."""
+    clock, begun = [0.0], []
+    row = next(iter(rows_of([GOOD]).values()))
+
+    def takes_all(group, plan):
+        begun.append((group.op, plan.first[0]))
+        assert plan.provider_seconds == rows.PROVIDER_SECONDS
+        clock[0] += plan.group_seconds
+        return [{**row, "op": group.op}]
+
+    def compile_all(request, jobs, seconds):
+        assert jobs[0] == ("chunked_attention", "B8H12T6000d64-c16l128r0", "bfloat16", "bestrq2")
+        clock[0] += seconds
+        return 0
+
+    monkeypatch.setattr(plan.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(rows, "run_isolated", takes_all)
+    monkeypatch.setattr(rows.warm, "compile_all", compile_all)
+    notes = {"facts": {"machine": asdict(MACHINE)}}
+    request = Request("rows", tmp_path, tmp_path, 400.0, False, None, "cpu", notes, started=0.0)
+    assert rows.main(request) == 1
+    assert clock[0] <= 400.0
+    wanted = ["chunked_attention", "masked_cross_entropy", "quantize", "short_attention"]
+    assert [op for op, _ in begun] == wanted
+    assert [row["op"] for row in report.read_csv(tmp_path / "rows.csv")] == wanted
+
+
 def test_stages_in_the_order_and_with_the_times_asked_for(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(gpu_run, "run_stages", lambda options, stages: asked.extend(stages) or 0)
@@ -208,8 +253,8 @@ def test_a_long_summary_stays_short(tmp_path):
     """A hundred rows that failed: fewer than a hundred lines, the stages among them."""
     out = tmp_path / "out"
     out.mkdir()
-    rows = list(rows_of([GOOD]).values())
-    report.append_csv(out / "rows.csv", [{**rows[0], "provider": f"peer {i}"} for i in range(200)])
+    row = next(iter(rows_of([GOOD]).values()))
+    report.append_csv(out / "rows.csv", [{**row, "provider": f"peer {i}"} for i in range(200)])
     text = summary.write_summary(RunOptions(out, 1.0), tmp_path, [("facts", None, "no time was left")])
     assert len(text.splitlines()) < 100
     assert "| facts | no time was left |" in text

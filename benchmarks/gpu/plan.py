@@ -27,14 +27,14 @@ STAGES = (
     Stage("facts", 10, "facts"),
     Stage("build", 150, "build", background=True),
     Stage("warm", 40, "warm"),
-    Stage("smoke", 45, "smoke"),
-    Stage("rows", 200, "rows"),
-    Stage("step", 100, "training_step"),
-    Stage("tests", 80, "gpu_tests"),
-    Stage("tune", 40, "tiles"),
+    Stage("smoke", 40, "smoke"),
+    Stage("rows", 245, "rows"),  # 40 s for each of its groups
+    Stage("step", 120, "training_step"),  # 40 s for ours, 80 for those of peers
+    Stage("tests", 60, "gpu_tests"),
+    Stage("tune", 20, "tiles"),
     Stage("rows-tuned", 10, "rows"),
-    Stage("train", 30, "short_run"),
-    Stage("sanitizer", 10, "sanitizer"),
+    Stage("train", 15, "short_run"),
+    Stage("sanitizer", 5, "sanitizer"),
 )
 INTERPRETED = ("warm", "smoke", "rows", "tune", "rows-tuned", "sanitizer")
 """Stages of a rehearsal whose kernels run in Triton's interpreter."""

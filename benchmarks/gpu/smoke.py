@@ -35,11 +35,18 @@ SHAPES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("B1H3T97d128-c7l10r3", ALL),
         ("B2H2T30d20-c8l8r0", ALL),
     ),
+    "short_attention": (
+        ("B3H2N64d64", ALL[1:]),
+        ("B5H2N128d64-ragged", ALL[1:]),
+        ("B4H2N47d72-ragged", ALL[1:]),
+        ("B2H3N100d128", ALL[1:]),
+    ),
 }
 TINY: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "quantize": (("33x16->16x64", ALL[:1]),),
     "masked_cross_entropy": (("9of13x16->33", ALL[:1]),),
     "chunked_attention": (("B1H1T20d16-c8l8r0", ("float32", "float16")),),
+    "short_attention": (("B2H1N20d16-ragged", ("float16",)),),
 }
 MODELS = ("best_rq2_tiny", "best_rq2_conformer_tiny")
 BACKENDS = ("bestrq2[triton]", "bestrq2[cuda]")
@@ -49,7 +56,7 @@ Check = dict[str, Any]
 def main(request: Request) -> int:
     # A process for every shape: most of the time goes to compilations.
     parts = [f"{op}:{number}" for op, shapes in SHAPES.items() for number in range(len(shapes))]
-    names = ["chunked_attention", MODELS[0]] if request.rehearse else [*parts, *MODELS]
+    names = ["chunked_attention", "short_attention", MODELS[0]] if request.rehearse else [*parts, *MODELS]
     running = [
         (name, Running(command(request, name), request.work / f"smoke-{name}.log", environment_of(name)))
         for name in names

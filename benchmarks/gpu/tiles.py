@@ -17,6 +17,7 @@ from benchmarks.measure import Budget
 # The most valuable first: what the reference workloads launch.
 KERNELS = {
     "chunked_attention": ("forward/64", "backward_query/64", "backward_key/64", "band/64", "table_gradient/64"),
+    "short_attention": ("forward/64/64", "backward/64/64", "forward/64/128", "backward/64/128"),
     "quantize": ("quantize/16", "quantize/16/few"),
     "masked_cross_entropy": (
         *("chunk", "softmax_gradient/whole", "logits/16", "hidden_gradient/16", "weight_gradient/16", "loss/16"),

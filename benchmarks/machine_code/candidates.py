@@ -22,7 +22,7 @@ from typing import Any
 if not __package__:  # a script: make `benchmarks` and, in an uninstalled checkout, `bestrq2` importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bestrq2.kernels import aot, quantize, tuning
+from bestrq2.kernels import aot, quantize, short_attention, tuning
 
 from benchmarks.machine_code import rates, sass
 
@@ -33,6 +33,10 @@ Config = dict[str, Any]
 
 def _tiles(*tiles: tuple[int, int, int, int]) -> list[Config]:
     return [{"BM": m, "BN": n, "num_warps": w, "num_stages": s} for m, n, w, s in tiles]
+
+
+def _rows(*tiles: tuple[int, int, int]) -> list[Config]:
+    return [{"BM": m, "num_warps": w, "num_stages": s} for m, w, s in tiles]
 
 
 PROPOSALS: dict[str, dict[str, list[Config]]] = {
@@ -58,6 +62,12 @@ PROPOSALS: dict[str, dict[str, list[Config]]] = {
         key: [config for config in quantize.CANDIDATES[key] if config["num_stages"] == 3]  # stages change few registers
         for key in ("quantize/16", "quantize/16/few")
     },
+    "short_attention": {
+        "forward/64/64": _rows((64, 4, 1), (32, 4, 1), (16, 4, 1), (64, 8, 1)),
+        "backward/64/64": _rows((64, 4, 1), (32, 4, 1), (32, 4, 2), (16, 4, 1), (64, 8, 1)),
+        "forward/64/128": _rows((64, 4, 1), (128, 8, 1), (32, 4, 1), (128, 4, 1), (16, 4, 1)),
+        "backward/64/128": _rows((32, 4, 2), (128, 8, 1), (32, 8, 1), (16, 4, 1), (16, 4, 2), (64, 8, 1)),
+    },
 }
 """What is looked at; the entries of other operations in the file were chosen by hand from ``CANDIDATES``."""
 
@@ -66,6 +76,9 @@ def case_of(op: str, kernel: str, config: Config) -> aot.CompileCase:
     """The compile case of one proposal."""
     if op == "quantize":
         return quantize.compile_case(kernel, config, "fp32", int(kernel.split("/")[1]), layer_norm=True, select=True)
+    if op == "short_attention":
+        name, dim, keys = kernel.split("/")
+        return short_attention.compile_case(f"{kernel}-{config}", name, int(dim), int(keys), config)
     if op != "chunked_attention":
         raise ValueError(f"no proposals for {op}: expected one of {', '.join(PROPOSALS)}")
     from bestrq2.kernels.chunked_attention.compile_cases import compile_case
@@ -86,9 +99,10 @@ def ranked(
             continue
         report = compiled.report
         held = rates.occupancy(architecture, report.registers, report.shared_bytes, config["num_warps"])
-        loops = sass.parse(aot.disassemble(compiled.cubin)).loops
-        hot = max((loop.counts for loop in loops), key=lambda counts: counts.fmas, default=None)
-        cost = hot.instructions / hot.fmas if hot and hot.fmas else float("inf")
+        code = sass.parse(aot.disassemble(compiled.cubin))
+        # A kernel that has all its operands in one tile has no loop.
+        hot = max((*(loop.counts for loop in code.loops), code.outside), key=lambda counts: counts.fmas)
+        cost = hot.instructions / hot.fmas if hot.fmas else float("inf")
         print(f"{kernel} {config}: {report}, {held.warps} warps, {1e3 * cost:.2f} instructions a 1000 FMAs", flush=True)
         if report.spill_bytes == 0 and held.warps and cost < float("inf"):
             slow = architecture == 90 and not any("wgmma" in name for name in report.matrix_instructions)

@@ -34,6 +34,7 @@ OPS = {
     "quantize": "bestrq2.kernels.quantize",
     "masked_cross_entropy": "bestrq2.kernels.masked_cross_entropy.compile_cases",
     "chunked_attention": "bestrq2.kernels.chunked_attention.compile_cases",
+    "short_attention": "bestrq2.kernels.short_attention",
 }
 LABEL = "computed from machine code, not measured"
 PARTS = ("issue", "fma pipe", "alu pipe", "special functions", "shuffles", "mma", "shared memory", "L2", "HBM")

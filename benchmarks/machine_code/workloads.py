@@ -182,6 +182,8 @@ def workload_of(op: str, case: Any) -> Workload | None:
         if kernel == "merge":
             return None
         found = _cross_entropy(kernel, constants, warps)
-    else:
+    elif op == "chunked_attention":
         found = _attention(constants, warps) if case.name.startswith("default.json-forward/64") else None
+    else:
+        found = None
     return found if found and found.case == case.name else None

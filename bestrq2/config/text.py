@@ -35,8 +35,8 @@ _SHIELD = "\0text:"
 
 _MOST_ALIASES = 16  # more can stand for billions of values
 
-# YAML 1.2 for numbers (1e-4 is one, 010 is ten) and none of YAML 1.1's dates and sums of minutes (1:30), the same in both
-# directions: what would be read as a number is written in quotes.
+# YAML 1.2 for numbers (1e-4 is one, 010 is ten) and none of YAML 1.1's dates and sums of minutes (1:30), the same in
+# both directions: what would be read as a number is written in quotes.
 _FLOAT = re.compile(
     r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"

@@ -27,7 +27,7 @@ def other_normal_form(name: str) -> str:
 
 
 def not_audio(name: str) -> str:
-    """What a file that no decoder takes is instead, by its first bytes; empty if unknown."""
+    """A name for the content of a file that no decoder takes, by its first bytes; empty if unknown."""
     try:
         with open(name, "rb") as file:
             start = file.read(256).lstrip()

@@ -1,6 +1,7 @@
 """Adapters that give other encoders our ``encode``: clips one by one or in safe groups, long ones in windows."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ class ModuleAdapter(ForeignEncoder):
             return self._features(clips, wanted)
         except RuntimeError as error:
             kinds = {str(p.dtype) for p in self.parameters() if p.is_floating_point()} - {"torch.float32"}
-            if not kinds or "must have the same dtype" not in str(error) and "expected scalar type" not in str(error):
+            if not kinds or not re.search("must have the same dtype|expected scalar type", str(error)):
                 raise
             raise ConfigError(
                 f"the encoder has weights in {', '.join(sorted(kinds))} and does not take audio in float32 ({error}); "

@@ -20,7 +20,8 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor |
     """``softmax(q k^T / sqrt(d)) v`` over the first ``lengths[b]`` keys of every clip.
 
     Args:
-        query: ``(B, H, Nq, d)`` bf16 or fp16. Where Nq = Nk, queries from ``lengths`` on give zero.
+        query: ``(B, H, Nq, d)``. Where Nq = Nk, queries from ``lengths`` on give zero. The kernels take bf16 and fp16;
+            other dtypes take the formula.
         key, value: ``(B, H, Nk, d)``, on GPUs Nk at most 256 (128 where d > 64, and before sm_90).
         lengths: ``(B,)`` int64 on the device, at least 1; None: all.
 
@@ -33,6 +34,11 @@ def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor |
 def short_self_attention(qkv: Tensor, lengths: Tensor | None = None, first: int = 0) -> Tensor:
     """:func:`short_attention` of one linear layer's ``(B, N, 3, H, d)`` for the queries from ``first`` on."""
     return torch.ops.bestrq2.short_attention.default(qkv, None, None, lengths, first)[0].transpose(1, 2)
+
+
+def runs_kernels(query: Tensor) -> bool:
+    """Return True if the Triton kernels take tensors of this dtype on this device."""
+    return query.dtype in (torch.bfloat16, torch.float16) and triton_obstacle(query.device) is None
 
 
 # query: (B, H, Nq, d) with key and value, or all three packed (B, N, 3, H, d). Output (B, Nq, H, d).
@@ -92,7 +98,7 @@ def _forward(
     frames = _split((query, key, value), first)
     if out.numel() == 0:
         return out, logsumexp
-    if triton_obstacle(query.device) is None:
+    if runs_kernels(query):
         from bestrq2.kernels import short_attention as kernel
 
         lengths = None if lengths is None else lengths.contiguous()
@@ -123,7 +129,7 @@ def _backward(
     grad = grad.to(query.dtype).transpose(1, 2)
     if grad.numel() == 0:
         return tuple(x.zero_() for x in results)  # type: ignore[return-value]
-    if triton_obstacle(query.device) is None:
+    if runs_kernels(query):
         from bestrq2.kernels import short_attention as kernel
 
         lengths = None if lengths is None else lengths.contiguous()

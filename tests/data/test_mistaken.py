@@ -20,7 +20,7 @@ def test_a_name_in_another_normal_form(tmp_path, form):
         pytest.skip("a file system that takes the two for one")
     with pytest.raises(AudioError, match=rf"missing \(a file of this name in Unicode normal form {form} is there"):
         load_audio(tmp_path / asked)
-    with pytest.raises(AudioError, match="missing$"):
+    with pytest.raises(AudioError, match=r"missing$"):
         load_audio(tmp_path / "\u00e4ndern.wav")
 
 

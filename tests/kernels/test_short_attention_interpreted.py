@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels already run in this process")
 def test_few_in_the_interpreter():
-    assert "3 passed" in run_interpreted(__file__, "-k", "17-32 or 33-33 or 63-48")
+    assert "4 passed" in run_interpreted(__file__, "-k", "17-32 or 33-33 or 63-48 or precision")
 
 
 @pytest.mark.slow
@@ -45,9 +45,15 @@ def test_a_tile_that_does_not_fit_is_refused(device):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("queries", "keys", "dim"), [(40, 70, 32), (90, 20, 24), (33, 33, 12)])
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(40, 70, 32), (90, 20, 24), (33, 33, 12), (70, 70, 40)])
 def test_separate_inputs(queries, keys, dim, device):
     compare_separate(short_attention, queries, keys, dim, torch.float16, device)
+
+
+@needs_kernels
+def test_single_precision_takes_the_formula(device):
+    """The kernels multiply with 16-bit matrix units; fp32 asked for by name is as accurate as PyTorch's fp32."""
+    compare_self(short_self_attention, 21, 24, True, 2, torch.float32, device)
 
 
 @needs_kernels
