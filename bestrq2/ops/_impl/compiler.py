@@ -17,6 +17,6 @@ never_compiled = getattr(torch._compile, "_disable_dynamo", torch.compiler.disab
 
 
 def constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """What ``torch.compiler.assume_constant_result`` does: its result is part of the graph."""
+    """Put its result into graphs as a constant, as ``torch.compiler.assume_constant_result`` does."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
