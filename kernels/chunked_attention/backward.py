@@ -10,6 +10,7 @@ from .window import (
     add_bias,
     band_start,
     item_pointer,
+    load_band,
     load_rows,
     row_pointers,
     store_rows,
@@ -79,14 +80,22 @@ def chunked_attention_backward_query_kernel(
     dq = tl.zeros((BM, BD), tl.float32)
     first = tl.min(tl.where(m_row, low, key_end), axis=0)
     last = tl.max(tl.where(m_row, high, 0), axis=0)
-    for i_n in range(first // BN, tl.cdiv(last, BN)):
+    o_n = tl.arange(0, BN)
+    begin_tile, end_tile = first // BN, tl.cdiv(last, BN)
+    if positions.band is not None:
+        by_offset = load_band(band_ptr, i_row, m_row, begin_tile * BN, o_n, band_row, band_shift)
+    for i_n in range(begin_tile, end_tile):
         j_0 = i_n * BN
-        o_n = tl.arange(0, BN)
         j = j_0 + o_n
         m_n = visible_keys(given, i_b, j, begin, key_end, Tk)
         k = load_rows(k_ptr, j, strides.k, m_n, UNIT, D, BD)
         v = load_rows(v_ptr, j, strides.v, m_n, UNIT, D, BD)
-        s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if positions.band is not None:
+            # Only operands of products are copied ahead by Triton: here those of the next tile while this one is used.
+            s += by_offset.to(tl.float32)
+            m_next = m_row & (i_n + 1 < end_tile)
+            by_offset = load_band(band_ptr, i_row, m_next, j_0 + BN, o_n, band_row, band_shift)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
         if given.key_mask is not None:
             visible &= m_n[None, :]
@@ -94,7 +103,7 @@ def chunked_attention_backward_query_kernel(
         ds = ds.to(k.dtype)
         dq += tl.dot(ds, k, input_precision=PRECISION)
         if positions.band is not None:
-            store_score_gradients(dscores_ptr, ds, o_row, o_m < row_end, j_0 - nearest, o_n, width)
+            store_score_gradients(dscores_ptr, ds, row_end - row_begin - tl.program_id(0) * BM, j_0 - nearest, o_row, o_n, width)
 
     if gradients.content_bias is not None:
         _store_sum(gradients.content_bias, dq, i_bh, scale, D, BD)

@@ -41,6 +41,7 @@ def compile_case(
     dtype, padded = "fp32" if key.endswith("fp32") else "bf16", int(key.split("/")[1])
     config = dict(choose_config(configs, key, key_mask))
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
+    options["maxnreg"] = config.pop("maxnreg", None)
     size = head_dim or padded
     constexprs = {
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",

@@ -45,14 +45,15 @@ def load_table(table_ptr, x, width, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def store_score_gradients(tile_ptr, ds, o_m, m_row, x_0, o_n, width):
+def store_score_gradients(tile_ptr, ds, rows, x_0, o_m, o_n, width):
     """Store a tile by key whose first row has column ``x_0`` at its first key: row m has x_0 - m there.
 
-    ``tile_ptr``: of the first row. Zeros of hidden pairs are written, too: no window has to be known for the mask.
+    ``tile_ptr``: of the first of ``rows``. Zeros of hidden pairs are written, too: the mask needs no window, which in
+    the layout of these stores would be that of 16 rows a thread.
     """
     row_width = tl.cdiv(width, 16) * 16
-    x = (x_0 - o_m)[:, None] + o_n[None, :]
-    inside = m_row[:, None] & (x >= 0) & (x < row_width)
+    from_first = o_n[None, :] - o_m[:, None]
+    inside = (o_m < rows)[:, None] & (from_first >= -x_0) & (from_first < row_width - x_0)
     tl.store(tile_ptr + x_0 + ((o_m * (row_width - 1))[:, None] + o_n[None, :]), ds, mask=inside)
 
 
