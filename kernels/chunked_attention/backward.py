@@ -46,7 +46,7 @@ def _store_sum(sums_ptr, rows, i_bh, scale, D: tl.constexpr, BD: tl.constexpr):
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_backward_query_kernel(
     frames, rows, gradients, positions, given,  # Frames, Rows, QueryGradients, Positions, Given
-    strides, do_strides,  # Frames of Strides; Strides of the output's gradient
+    strides,  # Frames of Strides
     H, Tq, Tk, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, width, highest, scale,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -63,7 +63,7 @@ def chunked_attention_backward_query_kernel(
 
     q = load_rows(item_pointer(frames.q, i_b, i_h, strides.q, UNIT), o_m, strides.q, m_row, UNIT, D, BD)
     q = add_bias(q, given, i_h, D, BD)
-    do = load_rows(item_pointer(gradients.out, i_b, i_h, do_strides, UNIT), o_m, do_strides, m_row, UNIT, D, BD)
+    do = load_rows(item_pointer(gradients.out, i_b, i_h, strides.do, UNIT), o_m, strides.do, m_row, UNIT, D, BD)
     out = load_rows(item_pointer(frames.out, i_b, i_h, strides.out, UNIT), o_m, strides.out, m_row, UNIT, D, BD)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(rows.delta + i_bh * Tq + o_m, delta, mask=o_m < row_end)
@@ -103,7 +103,9 @@ def chunked_attention_backward_query_kernel(
         ds = ds.to(k.dtype)
         dq += tl.dot(ds, k, input_precision=PRECISION)
         if positions.band is not None:
-            store_score_gradients(dscores_ptr, ds, row_end - row_begin - tl.program_id(0) * BM, j_0 - nearest, o_row, o_n, width)
+            store_score_gradients(
+                dscores_ptr, ds, row_end - row_begin - tl.program_id(0) * BM, j_0 - nearest, o_row, o_n, width
+            )
 
     if gradients.content_bias is not None:
         _store_sum(gradients.content_bias, dq, i_bh, scale, D, BD)
@@ -127,7 +129,7 @@ def chunked_attention_backward_query_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def chunked_attention_backward_key_kernel(
     frames, rows, gradients, band_ptr, given,  # Frames, Rows, KeyGradients; None without positions; Given
-    strides, do_strides, gradient_strides,  # Frames of Strides; Strides of the output's gradient; of dk and dv
+    strides, gradient_strides,  # Frames of Strides; Strides of dk and dv
     H, Tq, Tk, chunk, left, right, offset, row_begin, row_end, band_row, band_shift, scale,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -150,7 +152,7 @@ def chunked_attention_backward_key_kernel(
     k = load_rows(item_pointer(frames.k, i_b, i_h, strides.k, UNIT), j, strides.k, m_n, UNIT, D, BD)
     v = load_rows(item_pointer(frames.v, i_b, i_h, strides.v, UNIT), j, strides.v, m_n, UNIT, D, BD)
     q_ptr = item_pointer(frames.q, i_b, i_h, strides.q, UNIT)
-    do_ptr = item_pointer(gradients.out, i_b, i_h, do_strides, UNIT)
+    do_ptr = item_pointer(gradients.out, i_b, i_h, strides.do, UNIT)
     if band_ptr is not None:
         band_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row)
     to_log2 = scale * 1.4426950408889634
@@ -164,7 +166,7 @@ def chunked_attention_backward_key_kernel(
         m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
         q = load_rows(q_ptr, o_m, strides.q, m_row, UNIT, D, BD)
         q = add_bias(q, given, i_h, D, BD)
-        do = load_rows(do_ptr, o_m, do_strides, m_row, UNIT, D, BD)
+        do = load_rows(do_ptr, o_m, strides.do, m_row, UNIT, D, BD)
         lse = tl.load(rows.lse + i_bh * Tq + o_m, mask=m_row, other=0.0)
         delta = tl.load(rows.delta + i_bh * Tq + o_m, mask=m_row, other=0.0)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])

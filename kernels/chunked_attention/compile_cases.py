@@ -74,8 +74,8 @@ def _types(kernel: str, frame: str, key_mask: bool) -> dict[str, Any]:
         gradients = QueryGradients(frame, frame, "*fp32", "*fp32")
     return {
         "frames": Frames(frame, frame, frame, frame),
-        "strides": Frames(strides, strides, strides, strides),
-        **dict.fromkeys(("q_strides", "do_strides", "gradient_strides"), strides),
+        "strides": Frames(strides, strides, strides, strides, strides if kernel.startswith("backward") else None),
+        **dict.fromkeys(("q_strides", "gradient_strides"), strides),
         "given": Given(frame, "*i64", "*i64", "*u8" if key_mask else None),
         "rows": Rows("*fp32", "*fp32"),
         "gradients": gradients,

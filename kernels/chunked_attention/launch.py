@@ -223,7 +223,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Te
     call, out = _Call(query, key, value, options), _written_like(query)
     constants = call.constants("forward")
     frames = Frames(call.query, call.key, call.value, out)
-    unit, strides = in_units(*frames)
+    unit, strides = in_units(*frames[:4])
     with _on(query.device):
         for segment in call.segments():
             chunked_attention_forward_kernel[(triton.cdiv(segment.rows, constants["BM"]), call.batch * call.heads)](
@@ -293,11 +293,11 @@ def _backward_segment(
     shape = (len(biases), call.batch, call.heads, tiles, call.head_dim)
     partial = torch.empty(shape, dtype=torch.float32, device=grad.device)
     of_bias = dict(zip(biases, partial))
-    unit, (*strides, of_grad) = in_units(*frames, grad)
+    unit, strides = in_units(*frames[:4], grad)
     gradients = QueryGradients(grad, dq, of_bias.get("content_bias"), of_bias.get("position_bias"))
     positions = Positions(band, dscores, table, None if table is None else table.stride(0))
     chunked_attention_backward_query_kernel[(tiles, pairs)](
-        frames, rows, gradients, positions, call.given, Frames(*strides), of_grad,
+        frames, rows, gradients, positions, call.given, Frames(*strides),
         *sizes, segment.width, segment.highest, call.scale, UNIT=unit, **constants,
     )  # fmt: skip
     if biases:
@@ -305,9 +305,9 @@ def _backward_segment(
             sums[name] += of_tiles
 
     constants = call.constants("backward_key")
-    unit, (*strides, of_grad, of_gradients) = in_units(*frames, grad, dk)
+    unit, (*strides, of_gradients) = in_units(*frames[:4], grad, dk)
     chunked_attention_backward_key_kernel[(triton.cdiv(call.keys, constants["BN"]), pairs)](
-        frames, rows, KeyGradients(grad, dk, dv), band, call.given, Frames(*strides), of_grad, of_gradients,
+        frames, rows, KeyGradients(grad, dk, dv), band, call.given, Frames(*strides), of_gradients,
         *sizes, call.scale, ACCUMULATE=segment.rows < call.frames, UNIT=unit, **constants,
     )  # fmt: skip
     if dscores is not None:

@@ -14,6 +14,7 @@ class Frames(NamedTuple):
     k: Any
     v: Any
     out: Any
+    do: Any = None  # of strides alone: those of the output's gradient
 
 
 class Strides(NamedTuple):
