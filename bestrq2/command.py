@@ -280,9 +280,7 @@ def command(main: Main) -> Main:
     cannot be written never ends the work: if its reader went away nothing more is printed, else the exit code is 2.
     """
 
-    @wraps(main)
-    def guarded(arguments: Sequence[str] | None = None) -> int:
-        _end_imports()
+    def watched(arguments: Sequence[str] | None) -> int:
         with _safe_output() as (out, err), console_log():
             try:
                 with _stop_signals():
@@ -305,6 +303,16 @@ def command(main: Main) -> Main:
                 return code or 2
             return code
 
+    @wraps(main)
+    def guarded(arguments: Sequence[str] | None = None) -> int:
+        _end_imports()
+        try:
+            return watched(arguments)
+        except KeyboardInterrupt:  # between the last line of the command and here
+            with contextlib.suppress(OSError, ValueError):
+                print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+
     return guarded  # type: ignore[return-value]
 
 
@@ -314,6 +322,8 @@ def leave(code: int) -> None:
     Among several ranks everything is written and closed by then, and taking the interpreter down would race with the
     threads of gloo, to which sharded models hold on: a run that had ended well was once aborted there (torch 2.13).
     """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: no traceback out of the interpreter's end
     if _several_ranks():
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -1,5 +1,5 @@
-"""Where commands write: results are replaced only with ``--overwrite``, and a place that cannot be written is refused
-before anything is computed."""
+"""Output places of commands: results are replaced only with ``--overwrite``, and a place that cannot be written is
+refused before anything is computed."""
 
 import argparse
 import os

@@ -1,5 +1,6 @@
 """The command line: one command with its parts, and failures that end in one sentence."""
 
+import contextlib
 import errno
 import os
 import re
@@ -122,6 +123,17 @@ def test_signals_end_with_their_code(number, code, capsys):
     assert signal.getsignal(number) is before
 
 
+def test_an_interrupt_behind_the_last_line(monkeypatch, capsys):
+    @contextlib.contextmanager
+    def interrupted():
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bestrq2.command.console_log", interrupted)
+    assert command(lambda arguments: 0)() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "stopped\n")])
 def test_a_signal_while_modules_are_imported(number, said):
     """Libraries catch an exception there, and go on half imported."""
@@ -194,6 +206,10 @@ def test_an_output_keeps_its_first_failure():
 
 def test_errors_share_a_base_and_leave_ends():
     assert issubclass(DataError, BestRQError)
-    with pytest.raises(SystemExit) as ended:
-        leave(3)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            leave(3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 3

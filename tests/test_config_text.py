@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bestrq2.config import Config, config_from_yaml, config_to_yaml, load_config
-from bestrq2.config.text import PATHS, read_override
+from bestrq2.config.text import PATHS, read_override, read_yaml, write_yaml
 
 # Also half of a surrogate pair: a byte of a file name that is not UTF-8.
 TEXT = st.text() | st.text(
@@ -102,3 +102,14 @@ def test_paths_of_a_recipe_are_relative_to_it(key, tmp_path, monkeypatch):
     for part in key.split("."):
         config = getattr(config, part)
     assert config == os.path.join(folder, "audio/a.csv")
+
+
+def test_numbers_and_keys_of_yaml():
+    """YAML 1.1 would read 010 as 8, 1:30 as 90 and the keys no and 2024 as no text."""
+    text = "a: 010\nb: 1:30\nc: -0x1F\nd: 1_000\ne: 0o17\nno: 1\n2024: 2\n1.5: {on: 3, ~: 4}\n"
+    found = read_yaml(text, "x")
+    assert found == {
+        "a": 10, "b": "1:30", "c": -31, "d": 1000, "e": 15, "no": 1, "2024": 2, "1.5": {"on": 3, "~": 4},
+    }  # fmt: skip
+    assert read_yaml(write_yaml(found), "x") == found
+    assert read_override("train.steps=0100") == ("train.steps", 100)

@@ -35,13 +35,14 @@ _SHIELD = "\0text:"
 
 _MOST_ALIASES = 16  # more can stand for billions of values
 
-# YAML 1.2 for numbers (1e-4 is one) and none of YAML 1.1's dates and sums of minutes, the same in both directions:
-# what would be read as a number is written in quotes.
+# YAML 1.2 for numbers (1e-4 is one, 010 is ten) and none of YAML 1.1's dates and sums of minutes (1:30), the same in
+# both directions: what would be read as a number is written in quotes.
 _FLOAT = re.compile(
     r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
     r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
-_DROPPED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+_INT = re.compile(r"[-+]?(?:[0-9][0-9_]*|0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+)$")
+_DROPPED = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 
 
 def _resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
@@ -50,7 +51,8 @@ def _resolvers(base: Any) -> dict[str, list[tuple[str, Any]]]:
         for first, entries in base.yaml_implicit_resolvers.items()
     }
     for first in "-+0123456789.":
-        found[first] = [*found.get(first, []), ("tag:yaml.org,2002:float", _FLOAT)]
+        numbers = [("tag:yaml.org,2002:int", _INT), ("tag:yaml.org,2002:float", _FLOAT)]
+        found[first] = [*found.get(first, []), *numbers]
     return found
 
 
@@ -74,7 +76,15 @@ class _Loader(yaml.SafeLoader):
                 if key.value in seen:
                     raise yaml.YAMLError(f"the key {key.value!r} is there twice, line {key.start_mark.line + 1}")
                 seen.add(key.value)
+                key.tag = "tag:yaml.org,2002:str"  # all keys are text: a domain may be called no, or 2024
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 0) if re.match("[-+]?0[box]", text) else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):

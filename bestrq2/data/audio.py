@@ -20,6 +20,7 @@ from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
 from bestrq2.data.hidden_audio import audio_behind_end
+from bestrq2.data.mistaken import not_audio, other_normal_form
 from bestrq2.errors import AudioError, printable
 
 logger = logging.getLogger(__name__)
@@ -214,13 +215,14 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
     except AudioError:
         raise
     except FileNotFoundError as error:
-        raise AudioError(name, "missing") from error
+        raise AudioError(name, "missing", other_normal_form(name)) from error
     except OSError as error:
         raise AudioError(name, "not readable", error.strerror or str(error)) from error
     except soundfile.LibsndfileError as error:
         if member is None and not os.access(name, os.R_OK):
             raise AudioError(name, "not readable", "permission denied") from error
-        raise AudioError(name, "not decodable", error.error_string.strip()) from error
+        what = not_audio(name) if member is None else ""
+        raise AudioError(name, "not decodable", what or error.error_string.strip()) from error
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AudioError(name, "not decodable", str(error)) from error
 

@@ -114,12 +114,14 @@ class Listing:
     """Contents of a folder or an archive: audio ``files``, counts of other extensions, and unreadable entries.
 
     ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
+    ``notes`` are sentences about what was found.
     """
 
     files: list[AudioFile]
     ignored: Counter[str] = field(default_factory=Counter)
     skips: list[Skip] = field(default_factory=list)
     archives: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})

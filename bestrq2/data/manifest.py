@@ -7,6 +7,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
     ignored: Counter[str] = Counter()
     archives: list[tuple[str, str]] = []
     visited: set[tuple[int, int]] = set()
+    above = _folders_above(root)
+    links: set[str] = set()
 
     def unreadable(_: OSError) -> None:
         ignored["(unreadable folder)"] += 1
@@ -57,6 +60,10 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
             status = os.stat(where)
         except OSError as error:
             unreadable(error)
+            continue
+        if where != root and (status.st_dev, status.st_ino) in above:
+            folders.clear()  # it would bring in everything beside the source
+            ignored["(link to a folder above)"] += 1
             continue
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()  # reached by a link before: a loop, or the same files twice
@@ -69,6 +76,8 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
         if not folders and not names and is_audio(where):
             ignored["(empty folder named like audio)"] += 1
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        with suppress(OSError), os.scandir(where) as entries:  # tells links without a look at every file
+            links.update(entry.path for entry in entries if entry.is_symlink())
         below = os.path.relpath(where, root)
         domain = "" if below == "." else below.split(os.sep)[0]
         for name in sorted(names):
@@ -81,7 +90,33 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
                 ignored[Path(name).suffix.lower() or "(no extension)"] += 1
                 if is_archive(name):
                     archives.append((os.path.join(where, name), domain))
-    return Listing(files, ignored, archives=archives)
+    return Listing(files, ignored, archives=archives, notes=_linked_twice(files, links, root))
+
+
+def _folders_above(root: str) -> set[tuple[int, int]]:
+    above = set()
+    for folder in Path(os.path.realpath(root)).parents:
+        with suppress(OSError):
+            status = os.stat(folder)
+            above.add((status.st_dev, status.st_ino))
+    return above
+
+
+def _linked_twice(files: list[AudioFile], links: set[str], root: str) -> list[str]:
+    """A note if links make one file several: it is drawn as often, and may be on both sides of a split."""
+    if not links:
+        return []
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(item.path) for item in files}}
+    real = {
+        os.path.realpath(item.path)
+        if item.path in links
+        else os.path.join(folders[os.path.dirname(item.path)], os.path.basename(item.path))
+        for item in files
+    }
+    repeats = len(files) - len(real)
+    return [f"{root}: {repeats} of the files are links to others; each is used as often as it is listed"] * bool(
+        repeats
+    )
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, Any]]]:

@@ -44,6 +44,7 @@ class Found:
         self.files += listing.files
         self.skips += listing.skips
         self.ignored += listing.ignored
+        self.notes += listing.notes
 
 
 def find_audio(source: Source, *, progress: bool = False, split: str | None = "train") -> Found:

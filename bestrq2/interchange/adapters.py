@@ -1,6 +1,7 @@
 """Adapters that give other encoders our ``encode``: clips one by one or in safe groups, long ones in windows."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -230,6 +231,18 @@ class ModuleAdapter(ForeignEncoder):
         check_declared(self, origin)
 
     def _run(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:
+        try:
+            return self._features(clips, wanted)
+        except RuntimeError as error:
+            kinds = {str(p.dtype) for p in self.parameters() if p.is_floating_point()} - {"torch.float32"}
+            if not kinds or not re.search("must have the same dtype|expected scalar type", str(error)):
+                raise
+            raise ConfigError(
+                f"the encoder has weights in {', '.join(sorted(kinds))} and does not take audio in float32 ({error}); "
+                "convert it with .float(), or let its encode convert the audio"
+            ) from error
+
+    def _features(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:
         (clip,) = clips
         if self.xares:
             features = self.encoder(clip[None])

@@ -68,8 +68,8 @@ class ExportableEncoder(nn.Module):
     """Parts that both kinds of encoder share.
 
     Shapes: waveform ``(B, S)`` float32, lengths ``(B,)`` int64 in 1..S -> features ``(B, T, D)`` float32, zero behind a
-    clip's end, and feature_lengths ``(B,)`` int64. T is the largest of these, but at least 2: sizes of 1 would make
-    graphs of their own.
+    clip's end, and feature_lengths ``(B,)`` int64. T is the largest of these. Inside it is at least 2: sizes of 1 would
+    make graphs of their own.
     """
 
     def __init__(self, encoder: ViTEncoder | ConformerEncoder, frames_per_column: int) -> None:
@@ -90,6 +90,14 @@ class ExportableEncoder(nn.Module):
 
 def _inside(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def _cut(features: Tensor, totals: Tensor) -> Tensor:
+    """Without the second frame that sizes of at least 2 add where every clip has one."""
+    longest = totals.max().item()
+    torch._check(longest >= 1)
+    torch._check(longest <= features.shape[1])
+    return features.narrow(1, 0, longest)  # type: ignore[arg-type]
 
 
 class ExportableViT(ExportableEncoder):
@@ -128,7 +136,7 @@ class ExportableViT(ExportableEncoder):
         number = (counts.cumsum(0) - counts)[:, None] + torch.minimum(time // window, counts[:, None] - 1)
         place = (time - first[number]).clamp(min=0, max=inner - 1)
         features = features[number, place]  # (B, T, D)
-        return features * _inside(totals, columns).to(features.dtype)[..., None], totals
+        return _cut(features * _inside(totals, columns).to(features.dtype)[..., None], totals), totals
 
     def _encode_pieces(self, waveform: Tensor, clip: Tensor, begin: Tensor, lengths: Tensor, columns: int) -> Tensor:
         encoder = self.encoder
@@ -174,7 +182,7 @@ class ExportableConformer(ExportableEncoder):
         for block in self.encoder.encoder.blocks:
             x = self._block(block, x, valid, visible, table, row)  # type: ignore[arg-type]
         x = self.encoder.encoder.norm(x).float()
-        return x * valid.to(x.dtype)[..., None], totals
+        return _cut(x * valid.to(x.dtype)[..., None], totals), totals
 
     def _block(
         self, block: ConformerBlock, x: Tensor, valid: Tensor, visible: Tensor, table: Tensor, row: Tensor

@@ -144,8 +144,12 @@ class TransformersEncoder(ForeignEncoder):
         if self.form == "free":
             options["padding"] = True
         inputs = self.extractor(arrays, **options)
-        device = next(self.model.parameters()).device
-        values = {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        weight = next(p for p in self.model.parameters() if p.is_floating_point())
+        values = {  # audio in the type of the weights, as these models expect after .half() or .bfloat16()
+            name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
         mask = values.get("attention_mask")
         if self.form != "free":
             values.pop("attention_mask", None)

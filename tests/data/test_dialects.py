@@ -292,6 +292,24 @@ def test_paths_written_on_windows(folder):
     assert [item.path for item in read_manifest(table)] == [str(path) for path in wanted]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "x.jsonl",
+            '{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav", "duration": 3.0, "duration": 1.0}\n',
+            r"x.jsonl:2: 'duration' is there twice in one object",
+        ),
+        ("x.json", '{"utt": {"wav": "a.wav"},\n "utt": {"wav": "b.wav"}}\n', r"x.json: 'utt' is there twice"),
+    ],
+)
+def test_names_that_are_twice_in_an_object(tmp_path, name, text, message):
+    """json keeps the last of them: a row, or another duration, would be lost."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / name)
+
+
 def test_clips_that_are_listed_twice_are_spoken_of(folder):
     rows = ["long.wav,0,1", "long.wav,1,2", "long.wav,0,1", "short.wav,,", "short.wav,,"]
     (folder / "clips.csv").write_text("\n".join(["path,start,end", *rows]) + "\n")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bestrq2.data import AudioFile, ManifestError, discover_folder, read_manifest, write_manifest
+from bestrq2.data import AudioFile, ManifestError, discover_folder, find_audio, read_manifest, write_manifest
 
 from .conftest import on_disk
 
@@ -51,6 +51,30 @@ def test_links_are_followed_once(tmp_path):
     listing = discover_folder(root)
     assert [os.path.relpath(item.path, root) for item in listing.files] == ["a.wav", "more/b.wav"]
     assert listing.ignored == {"(link to a folder listed already)": 3, "(empty folder named like audio)": 1}
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    """It would train on everything beside the source."""
+    _touch(tmp_path, "data/train/a.wav", "data/test/b.wav", "private/c.wav")
+    root = tmp_path / "data" / "train"
+    (root / "up").symlink_to("..")
+    (root / "further").symlink_to(tmp_path)
+    (root / "beside").symlink_to(tmp_path / "private")
+    listing = discover_folder(root)
+    assert [os.path.relpath(item.path, root) for item in listing.files] == ["a.wav", "beside/c.wav"]
+    assert listing.ignored == {"(link to a folder above)": 2}
+
+
+def test_files_that_are_links_to_others(tmp_path):
+    _touch(tmp_path, "data/a.wav", "data/deep/b.wav", "elsewhere/c.wav")
+    root = tmp_path / "data"
+    (root / "c.wav").symlink_to(tmp_path / "elsewhere" / "c.wav")
+    assert discover_folder(root).notes == []
+    (root / "deep" / "again.wav").symlink_to("../a.wav")
+    (root / "once-more.wav").symlink_to("c.wav")
+    (note,) = discover_folder(root).notes
+    assert "2 of the files are links to others" in note
+    assert find_audio(root).notes == [note]
 
 
 def test_not_a_folder(tmp_path):

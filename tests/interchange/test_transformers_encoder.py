@@ -148,6 +148,17 @@ def test_long_clips_go_through_in_windows(family, folders):
     torch.testing.assert_close(features[:, -kept:], last[:, -kept:], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_type(folders, dtype):
+    encoder, clip = open_encoder(folders / "wav2vec2"), 0.1 * torch.randn(1, 16000)
+    expected, frames = encoder.encode(clip)
+    features, found = encoder.to(dtype).encode(clip)
+    assert torch.equal(found, frames)
+    assert features.dtype == torch.float32
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.2, torch.float64: 1e-4}[dtype]
+    assert (features - expected).abs().max() < tolerance * expected.abs().max()
+
+
 def test_short_clips_are_extended_with_silence(folders):
     for family in FAMILIES:
         features, counts = open_encoder(folders / family).encode(0.1 * torch.randn(2, 300), torch.tensor([300, 1]))

@@ -1,0 +1,39 @@
+"""Files that are missing or are no audio: the reason that a user can act on."""
+
+import os
+import unicodedata
+
+import pytest
+
+from bestrq2.data import AudioError, load_audio
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_in_another_normal_form(tmp_path, form):
+    other = "NFD" if form == "NFC" else "NFC"
+    there, asked = (unicodedata.normalize(f, "\u00dcbung.wav") for f in (form, other))
+    try:
+        (tmp_path / there).touch()
+    except UnicodeEncodeError:
+        pytest.skip("the locale has no such letter")
+    if os.path.exists(tmp_path / asked):
+        pytest.skip("a file system that takes the two for one")
+    with pytest.raises(AudioError, match=rf"missing \(a file of this name in Unicode normal form {form} is there"):
+        load_audio(tmp_path / asked)
+    with pytest.raises(AudioError, match=r"missing$"):
+        load_audio(tmp_path / "\u00e4ndern.wav")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer .* git lfs pull"),
+        (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
+        (b"ID3\x04\x00\x00\x00\x00\x02\x00" + bytes(256), "an ID3 tag without audio"),
+        (b"nothing that is known", "not decodable"),
+    ],
+)
+def test_what_is_there_instead_of_audio(tmp_path, content, message):
+    (tmp_path / "x.mp3").write_bytes(content)
+    with pytest.raises(AudioError, match=message):
+        load_audio(tmp_path / "x.mp3")
