@@ -59,7 +59,7 @@ def compile_case(
         member
         for member, _, kind in leaves(signature)
         if kind
-        # The first row of the table is a whole number of rows behind an allocation: 16 bytes for heads of multiples of 8.
+        # The first row of the table is whole rows behind an allocation: at 16 bytes for heads of multiples of 8.
         and not (member.endswith(("table", "table_ptr")) and size % 8)
         and (kind.startswith("*") or (constexprs["UNIT"] == 1 and ("strides" in member or "table_head" in member)))
     )
