@@ -22,7 +22,7 @@ from torch import Tensor
 from .aot import CompileCase
 
 # Frames of a group, 16 n_fft bytes of memory for each. A batch of one short clip costs a whole FFT call.
-GROUP = 4096
+GROUP = 8192
 SAMPLES = 1024  # of a frame at a time
 
 

@@ -153,6 +153,15 @@ def test_importing_the_operations_is_light():
     assert result.stdout.strip() == "[]"
 
 
+def test_importing_the_models_imports_no_compiler():
+    """It takes as long as torch itself."""
+    heavy = ("torch._dynamo", "triton", "sympy", "matplotlib")
+    names = f"import sys, bestrq2, bestrq2.embed; [getattr(bestrq2, name) for name in {bestrq2.__all__}]"
+    code = f"{names}; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_the_package_shows_its_public_names_and_nothing_else():
     code = "import bestrq2; bestrq2.ops.quantize; print(dir(bestrq2) == sorted(bestrq2.__all__), dir(bestrq2))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

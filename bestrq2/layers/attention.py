@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from bestrq2 import ops
 from bestrq2.ops._impl import native
+from bestrq2.ops._impl.compiler import constant_when_compiled
 from bestrq2.ops._impl.dispatch import forced_backend
 
 from .block_rows import add_bias
@@ -118,7 +119,7 @@ def _is_short_on_gpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _gpu_obstacle(index: int) -> str | None:
     if torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs bf16 products of the matrix units, compute capability 8.0"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.ops._impl import native
+from bestrq2.ops._impl.compiler import constant_when_compiled
 from bestrq2.ops._impl.dispatch import forced_backend
 from bestrq2.ops._impl.library import fragment
 
@@ -48,7 +49,7 @@ def log_mel_obstacle(waveform: Tensor, device: torch.device, settings: Settings)
     return _machine_obstacle(device.type)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _machine_obstacle(device_type: str) -> str | None:
     if device_type == "cpu":
         return native.extension_obstacle()

@@ -18,6 +18,7 @@ from bestrq2.layers.pytrees import tree_of_tensors
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.thinning import num_kept, thin
 from bestrq2.layers.transformer import TransformerSettings
+from bestrq2.ops._impl.compiler import never_compiled
 
 from .clip_head import ClipHead
 from .encoder import PretrainableEncoder, check_encoder
@@ -166,7 +167,7 @@ class _Pretraining(nn.Module):
         """Codes ``(B, M, G)`` int64 of the tokens ``rows (B, M)`` (None: all) of single clips."""
         return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
 
-    @torch.compiler.disable  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
+    @never_compiled  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
     def prepare(self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor) -> Prepared:
         """Patches (mixed, if clips are mixed), mask and codes: the beginning of a forward pass.
 
@@ -330,7 +331,7 @@ class BestRQ(_Pretraining):
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
         return take(output, plan.predicted), take(output, plan.seen) if with_seen else None
 
-    @torch.compiler.disable  # as the masks
+    @never_compiled  # as the masks
     def _noise(self, patches: Patches, step: int, index: Tensor) -> Tensor:
         num_clips, num_tokens, dim = patches.values.shape
         index = index.to(patches.values.device, torch.int64, non_blocking=True)

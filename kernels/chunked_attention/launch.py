@@ -153,7 +153,8 @@ class _Call:
         band = self.query.new_empty(2 * SLACK + size)[SLACK:]
         constants, table = self.constants("band"), self.rows_of_table(segment)
         unit, (strides,) = in_units(self.query)
-        chunked_attention_band_kernel[(triton.cdiv(segment.rows, constants["BM"]), self.batch * self.heads)](
+        tiles = 8 * triton.cdiv(segment.rows, 8 * constants["BM"])
+        chunked_attention_band_kernel[(tiles, self.batch * self.heads)](
             self.query, table, band, self.given_for_positions, strides, table.stride(0),
             self.heads, self.keys, self.offset, segment.begin, segment.end,
             segment.band_row, segment.band_column(self.offset), segment.width, UNIT=unit, **constants,
@@ -222,7 +223,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Te
     call, out = _Call(query, key, value, options), _written_like(query)
     constants = call.constants("forward")
     frames = Frames(call.query, call.key, call.value, out)
-    unit, strides = in_units(*frames)
+    unit, strides = in_units(*frames[:4])
     with _on(query.device):
         for segment in call.segments():
             chunked_attention_forward_kernel[(triton.cdiv(segment.rows, constants["BM"]), call.batch * call.heads)](
@@ -244,9 +245,9 @@ def backward(
     }
     if query.numel() and key.numel():
         call, dq = _Call(query, key, value, options), _written_like(query)
-        # The kernels read the output and its gradient, and write dq, with one set of strides.
-        out, grad = (x if x.stride() == dq.stride() else torch.empty_like(dq).copy_(x) for x in (out, grad))
-        grad = grad.to(query.dtype)
+        # The kernels read the output and write dq with one set of strides.
+        out = out if out.stride() == dq.stride() else torch.empty_like(dq).copy_(out)
+        grad = unit_stride(grad.to(query.dtype))
         segments = list(call.segments())
         dk, dv = _key_gradients(call.key, len(segments) > 1)
         delta = torch.empty_like(lse)
@@ -288,23 +289,23 @@ def _backward_segment(
     if band is not None:
         dscores = call.query.new_empty(pairs * segment.rows * ((segment.width + 15) // 16 * 16))
         table = call.rows_of_table(segment)
-    partial = {
-        name: torch.empty(call.batch, call.heads, tiles, call.head_dim, dtype=torch.float32, device=grad.device)
-        for name in ("content_bias", "position_bias")
-        if name in sums
-    }
-    unit, strides = in_units(*frames)
-    gradients = QueryGradients(grad, dq, partial.get("content_bias"), partial.get("position_bias"))
+    biases = [name for name in ("content_bias", "position_bias") if name in sums]
+    shape = (len(biases), call.batch, call.heads, tiles, call.head_dim)
+    partial = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    of_bias = dict(zip(biases, partial))
+    unit, strides = in_units(*frames[:4], grad)
+    gradients = QueryGradients(grad, dq, of_bias.get("content_bias"), of_bias.get("position_bias"))
     positions = Positions(band, dscores, table, None if table is None else table.stride(0))
     chunked_attention_backward_query_kernel[(tiles, pairs)](
         frames, rows, gradients, positions, call.given, Frames(*strides),
         *sizes, segment.width, segment.highest, call.scale, UNIT=unit, **constants,
     )  # fmt: skip
-    for name, sum_of_tiles in partial.items():
-        sums[name] += sum_of_tiles.sum((0, 2))
+    if biases:
+        for name, of_tiles in zip(biases, partial.sum((1, 3))):
+            sums[name] += of_tiles
 
     constants = call.constants("backward_key")
-    unit, (*strides, of_gradients) = in_units(*frames, dk)
+    unit, (*strides, of_gradients) = in_units(*frames[:4], grad, dk)
     chunked_attention_backward_key_kernel[(triton.cdiv(call.keys, constants["BN"]), pairs)](
         frames, rows, KeyGradients(grad, dk, dv), band, call.given, Frames(*strides), of_gradients,
         *sizes, call.scale, ACCUMULATE=segment.rows < call.frames, UNIT=unit, **constants,
