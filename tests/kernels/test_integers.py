@@ -1,7 +1,6 @@
 """Integer arithmetic of launchers against Triton's."""
 
 import pytest
-
 from bestrq2.kernels.integers import ceil_div, power_of_2
 
 
