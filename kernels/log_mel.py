@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import CompileCase
+from .integers import ceil_div, power_of_2
 
 # Frames of a group, 16 n_fft bytes of memory for each. A batch of one short clip costs a whole FFT call.
-GROUP = 4096
+GROUP = 8192
 SAMPLES = 1024  # of a frame at a time
 
 
@@ -132,10 +133,10 @@ def log_mel(
             rows = min(GROUP, total - first)
             window_frames[(rows,)](
                 waveform, waveform.stride(0), lengths, window, window.shape[0], framed, n_fft, first, num_frames,
-                begin, hop, BLOCK=min(SAMPLES, triton.next_power_of_2(n_fft)),
+                begin, hop, BLOCK=min(SAMPLES, power_of_2(n_fft)),
             )  # fmt: skip
             spectrum = torch.view_as_real(torch.fft.rfft(framed))
-            mel_decibels[(edges.shape[0], triton.cdiv(rows, TILE.frames))](
+            mel_decibels[(edges.shape[0], ceil_div(rows, TILE.frames))](
                 spectrum, filters, edges, mean, std, counts, out, spectrum.stride(0) // 2, first, first + rows,
                 num_frames, bands, FRAMES=TILE.frames, BANDS=TILE.bands, BINS=TILE.bins, num_warps=TILE.num_warps,
                 num_stages=TILE.num_stages,

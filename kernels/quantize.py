@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import CompileCase
+from .integers import ceil_div, power_of_2
 from .quantize_certainty import EXACT_CODES, EXACT_FEATURES, exact_code, is_zero, magnitude, margin
 from .tuning import load_configs, shipped
 
@@ -293,7 +294,7 @@ def cached_split(codebook: Tensor, multiple: int) -> SplitCodebook:
 
 
 def padded_dims(dims: int) -> int:
-    return max(16, triton.next_power_of_2(dims))
+    return max(16, power_of_2(dims))
 
 
 def config_for(configs: Mapping[str, Any], dims: int, rows: int) -> dict[str, Any]:
@@ -322,7 +323,7 @@ def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
     config = config_for(load_configs("quantize", x.device), dims, rows * books)
     projection = projection.float().contiguous()
     split = cached_split(codebook, config["BN"])
-    grid = (triton.cdiv(rows, config["BM"]), books)
+    grid = (ceil_div(rows, config["BM"]), books)
     with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
         quantize_kernel[grid](
             x, x.stride(0), x.stride(1), projection, int(len(projection) > 1),
@@ -335,7 +336,7 @@ def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
 
 def number_bits(codes: int, config: Mapping[str, Any]) -> int:
     """The bits of a score that hold the number of its tile."""
-    return int(triton.next_power_of_2(triton.cdiv(codes, config["BN"]))) - 1
+    return power_of_2(ceil_div(codes, config["BN"])) - 1
 
 
 def compile_cases() -> list[CompileCase]:

@@ -11,6 +11,7 @@ heads, N = 64, d = 64: 101 and 176 MB, 30 and 53 us at 3.35 TB/s.
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .aot import CompileCase, leaves
 from .chunked_attention.launch import in_units, unit_stride
 from .chunked_attention.records import Frames, Strides
 from .chunked_attention.window import item_pointer, load_rows, store_rows
+from .integers import ceil_div, power_of_2
 from .tuning import load_configs, shipped
 
 TILES = (16, 32, 64, 128, 256)  # keys of a tile: only so many variants of a kernel, whatever the lengths
@@ -165,20 +167,23 @@ def short_attention_backward_kernel(
     store_rows(dv_ptr, o_n, gradient_strides.v, dv, o_n < Nk, UNIT, D, BD)
 
 
-def config_key(kernel: str, head_dim: int, keys: int) -> str:
-    """Name of a configuration: kernel, head size rounded up to 64 or 128, keys rounded up to one of TILES."""
+@cache
+def config_key(kernel: str, head_dim: int, keys: int) -> tuple[str, dict[str, int]]:
+    """Name of a configuration: kernel, head size rounded up to 64 or 128, keys rounded up to one of TILES; and the
+    constants that follow from the sizes alone."""
     tile = next((size for size in TILES if keys <= size), keys)
-    return f"{kernel}/{64 if head_dim <= 64 else 128}/{tile}"
+    sizes = {"D": head_dim, "BD": max(16, power_of_2(head_dim)), "BN": tile}
+    return f"{kernel}/{64 if head_dim <= 64 else 128}/{tile}", sizes
 
 
 def constants(kernel: str, query: Tensor, keys: int) -> dict[str, Any]:
     """Constants and launch options of a call."""
     dim = query.shape[-1]
-    key = config_key(kernel, dim, keys)
+    key, sizes = config_key(kernel, dim, keys)
     config = load_configs("short_attention", query.device).get(key)
     if config is None:
         raise ValueError(f"key: expected fewer than {keys} keys of {dim} channels, no tile {key} fits this GPU")
-    return {"D": dim, "BD": max(16, triton.next_power_of_2(dim)), "BN": int(key.rsplit("/", 1)[1]), **config}
+    return {**sizes, **config}
 
 
 def forward(
@@ -197,7 +202,7 @@ def forward(
     config = constants("forward", query, key.shape[2])
     unit, strides = in_units(query, key, value, out)
     with torch.cuda.device(query.device if query.device.type == "cuda" else -1):
-        short_attention_forward_kernel[(batch * heads * triton.cdiv(queries, config["BM"]),)](
+        short_attention_forward_kernel[(batch * heads * ceil_div(queries, config["BM"]),)](
             Frames(query, key, value, out), logsumexp, lengths, Frames(*strides),
             heads, queries, key.shape[2], dim**-0.5, SELF=of_self, UNIT=unit, **config,
         )  # fmt: skip

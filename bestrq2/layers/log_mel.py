@@ -15,7 +15,7 @@ from bestrq2.ops._impl.devices import exact_device, has_float64
 
 from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
 from .log_mel_tables import exact_constants
-from .precision import default_device, restore_float32, warn_of_half
+from .precision import default_device, restore_float32, warn_of_half, warn_of_integers
 
 AMPLITUDE_FLOOR = 1e-10  # -100 dB
 FLOOR_DB = -100.0
@@ -128,6 +128,7 @@ class LogMel(nn.Module):
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         lengths = check_lengths(waveform, lengths)
         warn_of_half(waveform)
+        warn_of_integers(waveform)
         device = waveform.device
         if not has_float64(device):
             frames, counts = self(waveform.cpu(), lengths)

@@ -48,6 +48,29 @@ def restore_float32(module: nn.Module, before: dict[str, Tensor]) -> None:
             module._buffers[name] = buffer.to(now.device)
 
 
+LOUD = 64.0  # 36 dB above full scale
+_looked_at: list[int] = []  # not empty: a waveform was looked at in this process
+
+
+def warn_of_integers(waveform: Tensor) -> None:
+    """Warn of audio far above full scale: 16-bit samples that were made floating without a division.
+
+    Looks at the first waveform of a process alone, because a look waits for the device.
+    """
+    if _looked_at or waveform.is_meta or not waveform.numel() or torch.compiler.is_compiling():
+        return
+    try:
+        peak = float(waveform.detach().abs().amax())
+    except RuntimeError:  # under vmap, or of a tensor without values
+        return
+    _looked_at.append(1)
+    if peak > LOUD:
+        warnings.warn(
+            f"the waveform has samples up to {peak:.0f}, where full scale is 1: divide samples of 16 bits by 2**15",
+            stacklevel=3,
+        )
+
+
 def warn_of_half(waveform: Tensor) -> None:
     """Warn of audio in half precision, whose rounding is noise 50 dB (bf16) or 70 dB (fp16) below the signal."""
     if waveform.dtype in (torch.bfloat16, torch.float16):

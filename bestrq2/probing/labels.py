@@ -112,6 +112,13 @@ def read_clips(task: ProbeTask) -> LabelledClips:
         shared = set(clips.groups[clips.parts == TRAIN]) & set(clips.groups[clips.parts == TEST])
         if shared:
             clips.warnings.append(f"{len(shared)} groups have clips in training and in test")
+    if clips.parts is not None:
+        sides: tuple[set[str], set[str]] = (set(), set())
+        for file, side in zip(files, clips.parts):
+            sides[int(side == TEST)].add(file.path)
+        if both := len(sides[0] & sides[1]):
+            where = "the gallery and the queries" if task.kind == "retrieval" else "training and test"
+            clips.warnings.append(f"{both} files are both in {where}, which makes scores too high")
     return clips
 
 

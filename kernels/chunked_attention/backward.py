@@ -5,11 +5,12 @@ and value gradients. Each output element has one writer that adds in a fixed ord
 import triton
 import triton.language as tl
 
-from .position import load_score_gradients, load_table, score_gradient_pointers
+from .position import load_score_gradients, load_table, store_score_gradients
 from .window import (
     add_bias,
     band_start,
     item_pointer,
+    load_band,
     load_rows,
     row_pointers,
     store_rows,
@@ -52,7 +53,8 @@ def chunked_attention_backward_query_kernel(
 ):  # fmt: skip
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    i_row = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_row = tl.arange(0, BM)
+    i_row = tl.program_id(0) * BM + o_row
     o_m = row_begin + i_row
     position = o_m + offset
     begin, end, key_end = valid_range(given, i_b, Tk)
@@ -61,7 +63,7 @@ def chunked_attention_backward_query_kernel(
 
     q = load_rows(item_pointer(frames.q, i_b, i_h, strides.q, UNIT), o_m, strides.q, m_row, UNIT, D, BD)
     q = add_bias(q, given, i_h, D, BD)
-    do = load_rows(item_pointer(gradients.out, i_b, i_h, strides.out, UNIT), o_m, strides.out, m_row, UNIT, D, BD)
+    do = load_rows(item_pointer(gradients.out, i_b, i_h, strides.do, UNIT), o_m, strides.do, m_row, UNIT, D, BD)
     out = load_rows(item_pointer(frames.out, i_b, i_h, strides.out, UNIT), o_m, strides.out, m_row, UNIT, D, BD)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(rows.delta + i_bh * Tq + o_m, delta, mask=o_m < row_end)
@@ -69,31 +71,41 @@ def chunked_attention_backward_query_kernel(
     band_ptr = positions.band
     if positions.band is not None:
         band_ptr = band_start(positions.band, i_bh, row_end - row_begin, band_row)
-        dscores_ptr = positions.dscores + i_bh * (row_end - row_begin) * (tl.cdiv(width, 16) * 16)
+        row_width = tl.cdiv(width, 16) * 16
+        dscores_ptr = positions.dscores + (i_bh * (row_end - row_begin) + tl.program_id(0) * BM) * row_width
+        nearest = row_begin + offset + tl.program_id(0) * BM - highest  # position of the first row, less highest
     k_ptr = item_pointer(frames.k, i_b, i_h, strides.k, UNIT)
     v_ptr = item_pointer(frames.v, i_b, i_h, strides.v, UNIT)
     to_log2 = scale * 1.4426950408889634
     dq = tl.zeros((BM, BD), tl.float32)
     first = tl.min(tl.where(m_row, low, key_end), axis=0)
     last = tl.max(tl.where(m_row, high, 0), axis=0)
-    for i_n in range(first // BN, tl.cdiv(last, BN)):
+    o_n = tl.arange(0, BN)
+    begin_tile, end_tile = first // BN, tl.cdiv(last, BN)
+    if positions.band is not None:
+        by_offset = load_band(band_ptr, i_row, m_row, begin_tile * BN, o_n, band_row, band_shift)
+    for i_n in range(begin_tile, end_tile):
         j_0 = i_n * BN
-        o_n = tl.arange(0, BN)
         j = j_0 + o_n
         m_n = visible_keys(given, i_b, j, begin, key_end, Tk)
         k = load_rows(k_ptr, j, strides.k, m_n, UNIT, D, BD)
         v = load_rows(v_ptr, j, strides.v, m_n, UNIT, D, BD)
-        s = tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, PRECISION)
-        in_window = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
-        visible = in_window
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if positions.band is not None:
+            # Only operands of products are copied ahead by Triton: here those of the next tile while this one is used.
+            s += by_offset.to(tl.float32)
+            m_next = m_row & (i_n + 1 < end_tile)
+            by_offset = load_band(band_ptr, i_row, m_next, j_0 + BN, o_n, band_row, band_shift)
+        visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])
         if given.key_mask is not None:
             visible &= m_n[None, :]
         _, ds = _weights_and_gradient(s, visible, lse, delta, do, v, to_log2, PRECISION)
         ds = ds.to(k.dtype)
         dq += tl.dot(ds, k, input_precision=PRECISION)
         if positions.band is not None:
-            x = j[None, :] - (position - highest)[:, None]
-            tl.store(score_gradient_pointers(dscores_ptr, i_row, x, width), ds, mask=in_window)
+            store_score_gradients(
+                dscores_ptr, ds, row_end - row_begin - tl.program_id(0) * BM, j_0 - nearest, o_row, o_n, width
+            )
 
     if gradients.content_bias is not None:
         _store_sum(gradients.content_bias, dq, i_bh, scale, D, BD)
@@ -101,11 +113,10 @@ def chunked_attention_backward_query_kernel(
         tl.debug_barrier()  # the score gradients of these rows, written above by other threads, are read again
         by_position = tl.zeros((BM, BD), tl.float32)
         table_ptr = positions.table + i_h * positions.table_head
-        nearest = row_begin + offset + tl.program_id(0) * BM - highest  # position of the first row, less highest
         x_first = tl.maximum(first - nearest - (BM - 1), 0)
         for i_x in range(x_first // BN, tl.cdiv(tl.minimum(last - nearest, width), BN)):
             x = i_x * BN + tl.arange(0, BN)
-            ds = load_score_gradients(dscores_ptr, i_row, m_row, position, low, high, x, width, highest)
+            ds = load_score_gradients(dscores_ptr, o_row, m_row, position, low, high, x, width, highest)
             table = load_table(table_ptr, x, width, D, BD)
             by_position += tl.dot(ds, table, input_precision=PRECISION)
         if gradients.position_bias is not None:
@@ -141,7 +152,7 @@ def chunked_attention_backward_key_kernel(
     k = load_rows(item_pointer(frames.k, i_b, i_h, strides.k, UNIT), j, strides.k, m_n, UNIT, D, BD)
     v = load_rows(item_pointer(frames.v, i_b, i_h, strides.v, UNIT), j, strides.v, m_n, UNIT, D, BD)
     q_ptr = item_pointer(frames.q, i_b, i_h, strides.q, UNIT)
-    do_ptr = item_pointer(gradients.out, i_b, i_h, strides.out, UNIT)
+    do_ptr = item_pointer(gradients.out, i_b, i_h, strides.do, UNIT)
     if band_ptr is not None:
         band_ptr = band_start(band_ptr, i_bh, row_end - row_begin, band_row)
     to_log2 = scale * 1.4426950408889634
@@ -155,7 +166,7 @@ def chunked_attention_backward_key_kernel(
         m_row = (o_m < row_end) & (position >= begin) & (position < end) & (low < high)
         q = load_rows(q_ptr, o_m, strides.q, m_row, UNIT, D, BD)
         q = add_bias(q, given, i_h, D, BD)
-        do = load_rows(do_ptr, o_m, strides.out, m_row, UNIT, D, BD)
+        do = load_rows(do_ptr, o_m, strides.do, m_row, UNIT, D, BD)
         lse = tl.load(rows.lse + i_bh * Tq + o_m, mask=m_row, other=0.0)
         delta = tl.load(rows.delta + i_bh * Tq + o_m, mask=m_row, other=0.0)
         visible = m_row[:, None] & (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None])

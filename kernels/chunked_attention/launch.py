@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from ..integers import ceil_div, power_of_2
 from ..tuning import load_configs
 from .backward import chunked_attention_backward_key_kernel, chunked_attention_backward_query_kernel
 from .forward import chunked_attention_forward_kernel
@@ -29,7 +29,7 @@ MOST_PAIRS = 65535  # items x heads: the second dimension of a grid
 
 
 def padded_dim(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, power_of_2(head_dim))
 
 
 def config_key(kernel: str, head_dim: int, dtype: torch.dtype) -> str:
@@ -153,7 +153,8 @@ class _Call:
         band = self.query.new_empty(2 * SLACK + size)[SLACK:]
         constants, table = self.constants("band"), self.rows_of_table(segment)
         unit, (strides,) = in_units(self.query)
-        chunked_attention_band_kernel[(triton.cdiv(segment.rows, constants["BM"]), self.batch * self.heads)](
+        tiles = 8 * ceil_div(segment.rows, 8 * constants["BM"])
+        chunked_attention_band_kernel[(tiles, self.batch * self.heads)](
             self.query, table, band, self.given_for_positions, strides, table.stride(0),
             self.heads, self.keys, self.offset, segment.begin, segment.end,
             segment.band_row, segment.band_column(self.offset), segment.width, UNIT=unit, **constants,
@@ -168,9 +169,13 @@ class _Call:
 
 def in_units(*tensors: Tensor) -> tuple[int, list[Strides]]:
     """(UNIT, the strides of item, head and frame of every tensor divided by it): see window.py."""
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
-    unit = 8 if any(stride % 16 for stride in strides) and not any(stride % 8 for stride in strides) else 1
-    return unit, [Strides(*(stride // unit for stride in x.stride()[:3])) for x in tensors]
+    strides = [x.stride() for x in tensors]
+    bits = 0
+    for item, head, frame, *_ in strides:
+        bits |= item | head | frame
+    if bits % 16 == 0 or bits % 8:
+        return 1, [Strides(item, head, frame) for item, head, frame, *_ in strides]
+    return 8, [Strides(item // 8, head // 8, frame // 8) for item, head, frame, *_ in strides]
 
 
 def window_sizes(options: Any) -> tuple[int, int, int]:
@@ -222,10 +227,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Te
     call, out = _Call(query, key, value, options), _written_like(query)
     constants = call.constants("forward")
     frames = Frames(call.query, call.key, call.value, out)
-    unit, strides = in_units(*frames)
+    unit, strides = in_units(*frames[:4])
     with _on(query.device):
         for segment in call.segments():
-            chunked_attention_forward_kernel[(triton.cdiv(segment.rows, constants["BM"]), call.batch * call.heads)](
+            chunked_attention_forward_kernel[(ceil_div(segment.rows, constants["BM"]), call.batch * call.heads)](
                 frames, lse, call.band(segment), call.given, Frames(*strides),
                 *call.sizes(segment), call.scale, UNIT=unit, **constants,
             )  # fmt: skip
@@ -244,9 +249,9 @@ def backward(
     }
     if query.numel() and key.numel():
         call, dq = _Call(query, key, value, options), _written_like(query)
-        # The kernels read the output and its gradient, and write dq, with one set of strides.
-        out, grad = (x if x.stride() == dq.stride() else torch.empty_like(dq).copy_(x) for x in (out, grad))
-        grad = grad.to(query.dtype)
+        # The kernels read the output and write dq with one set of strides.
+        out = out if out.stride() == dq.stride() else torch.empty_like(dq).copy_(out)
+        grad = unit_stride(grad.to(query.dtype))
         segments = list(call.segments())
         dk, dv = _key_gradients(call.key, len(segments) > 1)
         delta = torch.empty_like(lse)
@@ -283,29 +288,29 @@ def _backward_segment(
     frames, rows = Frames(call.query, call.key, call.value, out), Rows(lse, delta)
     pairs, sizes, band = call.batch * call.heads, call.sizes(segment), call.band(segment)
     constants = call.constants("backward_query")
-    tiles = triton.cdiv(segment.rows, constants["BM"])
+    tiles = ceil_div(segment.rows, constants["BM"])
     dscores = table = None
     if band is not None:
         dscores = call.query.new_empty(pairs * segment.rows * ((segment.width + 15) // 16 * 16))
         table = call.rows_of_table(segment)
-    partial = {
-        name: torch.empty(call.batch, call.heads, tiles, call.head_dim, dtype=torch.float32, device=grad.device)
-        for name in ("content_bias", "position_bias")
-        if name in sums
-    }
-    unit, strides = in_units(*frames)
-    gradients = QueryGradients(grad, dq, partial.get("content_bias"), partial.get("position_bias"))
+    biases = [name for name in ("content_bias", "position_bias") if name in sums]
+    shape = (len(biases), call.batch, call.heads, tiles, call.head_dim)
+    partial = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    of_bias = dict(zip(biases, partial))
+    unit, strides = in_units(*frames[:4], grad)
+    gradients = QueryGradients(grad, dq, of_bias.get("content_bias"), of_bias.get("position_bias"))
     positions = Positions(band, dscores, table, None if table is None else table.stride(0))
     chunked_attention_backward_query_kernel[(tiles, pairs)](
         frames, rows, gradients, positions, call.given, Frames(*strides),
         *sizes, segment.width, segment.highest, call.scale, UNIT=unit, **constants,
     )  # fmt: skip
-    for name, sum_of_tiles in partial.items():
-        sums[name] += sum_of_tiles.sum((0, 2))
+    if biases:
+        for name, of_tiles in zip(biases, partial.sum((1, 3))):
+            sums[name] += of_tiles
 
     constants = call.constants("backward_key")
-    unit, (*strides, of_gradients) = in_units(*frames, dk)
-    chunked_attention_backward_key_kernel[(triton.cdiv(call.keys, constants["BN"]), pairs)](
+    unit, (*strides, of_gradients) = in_units(*frames[:4], grad, dk)
+    chunked_attention_backward_key_kernel[(ceil_div(call.keys, constants["BN"]), pairs)](
         frames, rows, KeyGradients(grad, dk, dv), band, call.given, Frames(*strides), of_gradients,
         *sizes, call.scale, ACCUMULATE=segment.rows < call.frames, UNIT=unit, **constants,
     )  # fmt: skip
@@ -316,10 +321,10 @@ def _backward_segment(
 def _add_table_gradient(call: _Call, segment: Segment, dscores: Tensor, total: Tensor) -> None:
     """Add the product of score gradients and queries to the sum of the table: partial sums in fp32, then one sum."""
     constants = call.constants("table_gradient")
-    row_tiles, columns = triton.cdiv(segment.rows, constants["BM"]), triton.cdiv(segment.width, constants["BN"])
+    row_tiles, columns = ceil_div(segment.rows, constants["BM"]), ceil_div(segment.width, constants["BN"])
     splits = max(1, min(PROGRAMS // (columns * call.heads), call.batch * row_tiles))
-    tiles_per_split = triton.cdiv(call.batch * row_tiles, splits)
-    splits = triton.cdiv(call.batch * row_tiles, tiles_per_split)
+    tiles_per_split = ceil_div(call.batch * row_tiles, splits)
+    splits = ceil_div(call.batch * row_tiles, tiles_per_split)
     shape = (splits, call.heads, segment.width, call.head_dim)
     partial = torch.empty(shape, dtype=torch.float32, device=dscores.device)
     unit, (strides,) = in_units(call.query)

@@ -14,6 +14,7 @@ class Frames(NamedTuple):
     k: Any
     v: Any
     out: Any
+    do: Any = None  # of strides alone: those of the output's gradient
 
 
 class Strides(NamedTuple):
@@ -41,9 +42,9 @@ class Rows(NamedTuple):
 
 
 class QueryGradients(NamedTuple):
-    """Tensors that the kernel over query tiles reads and writes; frames are laid out like the output."""
+    """Tensors that the kernel over query tiles reads and writes; ``q`` is laid out like the output."""
 
-    out: Any  # gradient of the output (B, H, Tq, D)
+    out: Any  # gradient of the output (B, H, Tq, D), with strides of its own
     q: Any  # (B, H, Tq, D)
     content_bias: Any  # (B * H, tiles, D) fp32 sums of tiles, None where there is no such bias
     position_bias: Any
@@ -52,7 +53,7 @@ class QueryGradients(NamedTuple):
 class KeyGradients(NamedTuple):
     """Tensors that the kernel over key tiles reads and writes."""
 
-    out: Any  # gradient of the output (B, H, Tq, D), laid out like the output
+    out: Any  # gradient of the output (B, H, Tq, D), with strides of its own
     k: Any  # (B, H, Tk, D); fp32 when ACCUMULATE
     v: Any  # laid out like k
 

@@ -83,13 +83,19 @@ def band_start(band_ptr, i_bh, rows, band_row):
 
 
 @triton.jit
+def load_band(band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift):
+    """Position scores of a tile: its box has the row stride 16 * band_row in the band of an item and head: [BM, BN]."""
+    aligned = (i_row.to(tl.int64) * band_row)[:, None] * 16 + (band_shift * 16 + j_0)
+    return tl.load(band_ptr + aligned + o_n[None, :], mask=m_row[:, None], other=0.0)
+
+
+@triton.jit
 def tile_scores(q, k, band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift, PRECISION: tl.constexpr):
     """Unscaled scores of a tile: [BM, BN]. Those of hidden pairs are arbitrary, even NaN: select, do not multiply.
 
-    ``band_ptr``: of the item and head, or None. The box of a tile has the row stride 16 * band_row in the band.
+    ``band_ptr``: of the item and head, or None.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if band_ptr is not None:
-        aligned = (i_row.to(tl.int64) * band_row)[:, None] * 16 + (band_shift * 16 + j_0)
-        scores += tl.load(band_ptr + aligned + o_n[None, :], mask=m_row[:, None], other=0.0).to(tl.float32)
+        scores += load_band(band_ptr, i_row, m_row, j_0, o_n, band_row, band_shift).to(tl.float32)
     return scores

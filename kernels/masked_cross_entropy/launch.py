@@ -26,9 +26,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from ..integers import ceil_div, power_of_2
 from ..tuning import load_configs
 from .loss import loss_kernel, merge_kernel
 from .products import hidden_gradient_kernel, logits_kernel, weight_gradient_kernel
@@ -109,7 +109,7 @@ def softmax_config(configs: Mapping[str, Any], classes: int, summed: bool = Fals
         return {"WHOLE": False, **configs["softmax_gradient"]}
     if summed:
         whole = configs.get("softmax_gradient/summed", whole)
-    return {"WHOLE": True, **whole, "BLOCK_V": max(1024, triton.next_power_of_2(classes))}
+    return {"WHOLE": True, **whole, "BLOCK_V": max(1024, power_of_2(classes))}
 
 
 def _softmax_gradient(r: _Rows, logits: Tensor, start: int, sums: Tensor | None = None) -> None:
@@ -152,9 +152,9 @@ def _fused_losses(r: _Rows) -> None:
     """Fill losses and accuracy; no logits are stored."""
     rows, features = r.hidden.shape
     classes, tile = r.weight.shape[0], r.tile("loss")
-    blocks, tiles = triton.cdiv(rows, tile["BM"]), triton.cdiv(classes, tile["BN"])
-    tiles_per_share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks)))
-    shares = triton.cdiv(tiles, tiles_per_share)
+    blocks, tiles = ceil_div(rows, tile["BM"]), ceil_div(classes, tile["BN"])
+    tiles_per_share = ceil_div(tiles, max(1, min(tiles, PROGRAMS // blocks)))
+    shares = ceil_div(tiles, tiles_per_share)
     parts = torch.empty(4, shares, rows, dtype=torch.float32, device=r.hidden.device)
     first = torch.empty(shares, rows, dtype=torch.int32, device=r.hidden.device)
     selection = {"HAS_INDEX": r.index is not None}
@@ -163,7 +163,7 @@ def _fused_losses(r: _Rows) -> None:
         r.hidden.stride(0), rows, features, classes, tiles_per_share * tile["BN"],
         HAS_BIAS=r.bias is not None, SMOOTH=r.label_smoothing > 0, **selection, **tile,
     )  # fmt: skip
-    merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+    merge_kernel[(ceil_div(rows, MERGE_ROWS),)](
         parts, first, r.targets, r.or_unused(r.weights), r.or_unused(r.index), r.or_unused(r.count),
         r.losses, r.correct, rows, classes, shares, r.scale, r.label_smoothing, r.z_loss,
         HAS_WEIGHTS=r.weights is not None, **selection, BM=MERGE_ROWS,
@@ -187,19 +187,19 @@ def _bounded_gradients(
     for start in range(0, rows, step):
         chunk = min(step, rows - start)
         tile = r.tile("logits")
-        logits_kernel[(triton.cdiv(chunk, tile["BM"]), triton.cdiv(classes, tile["BN"]))](
+        logits_kernel[(ceil_div(chunk, tile["BM"]), ceil_div(classes, tile["BN"]))](
             r.hidden, r.weight, r.or_unused(r.bias), r.index, r.count, logits,
             r.hidden.stride(0), start, chunk, features, classes, HAS_BIAS=r.bias is not None, **tile,
         )  # fmt: skip
         _softmax_gradient(r, logits[:chunk], start, of_bias.sums)
         if grad_hidden is not None:
             tile = r.tile(hidden_gradient_tile(add))
-            hidden_gradient_kernel[(triton.cdiv(chunk, tile["BM"]), triton.cdiv(features, tile["BN"]))](
+            hidden_gradient_kernel[(ceil_div(chunk, tile["BM"]), ceil_div(features, tile["BN"]))](
                 logits, r.weight, r.index, r.count, grad_hidden, start, chunk, features, classes, ADD=add, **tile
             )
         if grad_weight is not None:
             tile = r.tile("weight_gradient")
-            weight_gradient_kernel[(triton.cdiv(classes, tile["BM"]), triton.cdiv(features, tile["BN"]))](
+            weight_gradient_kernel[(ceil_div(classes, tile["BM"]), ceil_div(features, tile["BN"]))](
                 logits, r.hidden, r.index, r.count, grad_weight,
                 r.hidden.stride(0), start, chunk, features, classes, **tile,
             )  # fmt: skip
@@ -359,7 +359,7 @@ def masked_cross_entropy(
 def scale(grad: Tensor, factor: Tensor) -> None:
     """Multiply a contiguous tensor by a 0-d fp32 tensor on its GPU, in place; a factor of 1 costs a launch only."""
     with torch.cuda.device(grad.device) if grad.is_cuda else nullcontext():
-        scale_kernel[(triton.cdiv(grad.numel(), BLOCK),)](grad, factor, grad.numel(), BLOCK=BLOCK)
+        scale_kernel[(ceil_div(grad.numel(), BLOCK),)](grad, factor, grad.numel(), BLOCK=BLOCK)
 
 
 def _each_codebook(form: Callable[..., None], books: list[_Rows], grads: list[Tensor | None], add: bool) -> None:

@@ -51,6 +51,19 @@ def test_fixed_split(write):
 
 
 @pytest.mark.parametrize(
+    ("kind", "where"), [("classification", "training and test"), ("retrieval", "the gallery and the queries")]
+)
+def test_files_on_both_sides_of_a_split(write, kind, where):
+    """Also as other parts of one recording."""
+    rows = "a.wav,x,0,1,left\na.wav,x,1,2,right\nb.wav,y,0,1,left\nc.wav,y,0,1,right\nb.wav,y,0,1,left\n"
+    manifest = write(f"path,kind,start,end,part\n{rows}")
+    task = ProbeTask(
+        manifest=manifest, label="kind", kind=kind, split="part", train_values=("left",), test_values=("right",)
+    )
+    assert f"1 files are both in {where}, which makes scores too high" in read_clips(task).warnings
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "path,tags\na.wav,dog; cat\nb.wav,;\nc.wav,\nd.wav,cat\n",
