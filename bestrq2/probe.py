@@ -1,7 +1,7 @@
 """Evaluate frozen features with linear, MLP and k-NN probes, next to two baselines.
 
     bestrq2 probe runs/best_rq2_tiny-001        # speech, music or environment, on the 24 clips of the package
-    bestrq2 probe ENCODER clips.csv --label instrument --group recording --head linear,mlp,knn
+    bestrq2 probe ENCODER clips.csv --label instrument --group recording --head linear,ridge,knn
     bestrq2 probe ENCODER clips.csv --label tags --kind multilabel --separator ';' --split part
     bestrq2 probe ENCODER clips.csv --kind events --events events.tsv --group recording
     bestrq2 probe ENCODER clips.csv --kind retrieval --label phrase --group speaker
@@ -251,7 +251,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="use only these rows; several values separated by commas",
     )
     add("--drop-rare", action="store_true", help="leave out classes with too few groups, instead of an error")
-    add("--head", help="some of linear,mlp,knn (default: linear,knn; linear for events)")
+    add("--head", help="some of linear,ridge,mlp,knn (default: linear,knn; linear for events)")
     add("--regularisation", type=float, help="inverse L2 strength (default: chosen inside the training clips)")
     add(
         "--folds",

@@ -5,6 +5,7 @@
     python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --threads 1
     python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --table
     python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --held-out
+    python benchmarks/transfer/compare.py PLAN.yaml --corpora corpora --out transfer/masks --head ridge
 
 Plans of ours are in ``benchmarks/transfer/plans``. ``--corpora`` is what ``benchmarks/transfer/corpora.py`` made.
 PLAN.yaml is described in ``plan.py``. Equal compute is equal matrix-product operations of training (forward and
@@ -14,6 +15,7 @@ probed with the same readout, beside the same encoder before training and log-me
 Everything is kept in ``--out``: run folders, scores, scores.csv, table.md and table.png. A comparison that was killed
 at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far. ``--held-out``
 probes the same runs on other tasks, which no recipe was chosen by; their scores are kept in ``OUT/held_out``.
+``--head`` probes them with another head than logistic regression, in ``OUT/HEAD``.
 """
 
 from __future__ import annotations
@@ -99,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of every run, instead of the plan's steps or FLOPs")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--held-out", action="store_true", help="tasks that no recipe was chosen by; needs --corpora")
+    parser.add_argument("--head", choices=("linear", "ridge"), default="linear", help="of the probes (default: linear)")
     parser.add_argument("--table", action="store_true", help="only write table and picture of what is done")
     options = parser.parse_args(arguments)
     if options.quick == (options.plan is not None):
@@ -113,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
             plan = replace(plan, seeds=tuple(options.seeds))
         if options.steps:
             plan = replace(plan, steps=options.steps, flops=None)
+        if options.head != "linear":
+            plan = replace(plan, readout={**plan.readout, "head": options.head})
         out = options.out or Path("transfer") / plan.name
         if options.corpora is None:
             source, tasks = None, packaged_tasks(**plan.readout)
@@ -122,7 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
                 str(options.corpora / "pretrain.csv"),
                 suite(options.corpora / "clips.csv", **plan.readout),
             )
-        results = out / "held_out" if options.held_out else out
+        results = out if options.head == "linear" else out / options.head
+        results = results / "held_out" if options.held_out else results
         described = asdict(plan)
         if plan.precision == "fp32":  # folders from before there was a choice
             del described["precision"]

@@ -191,7 +191,7 @@ class ProbeConfig:
     events: str | None = None  # of kind "events": table of onsets and offsets
     group: str | None = None  # column whose clips are never split between training and test
     split: str | None = None  # column that says which clips train and which test
-    head: str = "linear"  # linear | mlp | knn
+    head: str = "linear"  # linear | ridge | mlp | knn
     layers: str = "final"  # final | middle | all, or numbers of blocks and "final" separated by commas
     combine: str = "average"  # of several layers: average | concatenate | weighted (learned by the linear head)
     rows: str = "average"  # of 2-D patches: average | concatenate

@@ -216,6 +216,10 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
         raise
     except FileNotFoundError as error:
         raise AudioError(name, "missing", other_normal_form(name)) from error
+    except UnicodeEncodeError as error:
+        raise AudioError(
+            name, "missing", f"the locale ({error.encoding}) has no such letter: set LC_ALL=C.UTF-8"
+        ) from error
     except OSError as error:
         raise AudioError(name, "not readable", error.strerror or str(error)) from error
     except soundfile.LibsndfileError as error:

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 
+from bestrq2.data.files import to_text
 from bestrq2.errors import printable
 
 __all__ = ["not_audio", "other_normal_form"]
@@ -12,12 +13,13 @@ def other_normal_form(name: str) -> str:
     """A hint if the folder has a file of the same letters in another Unicode normal form: macOS and archives made there
     write \u00e4 as a and two dots (NFD), most tables as one character (NFC). Empty if there is none."""
     folder, base = os.path.split(name)
+    base = to_text(base)
     if base.isascii():
         return ""
     wanted = unicodedata.normalize("NFC", base)
     try:
-        found = (entry for entry in os.listdir(folder or ".") if unicodedata.normalize("NFC", entry) == wanted)
-        other = next(found, None)
+        found = (to_text(entry) for entry in os.listdir(folder or "."))
+        other = next((entry for entry in found if unicodedata.normalize("NFC", entry) == wanted), None)
     except OSError:
         return ""
     if other is None or other == base:

@@ -11,7 +11,7 @@ import numpy as np
 from . import metrics
 from .events import frame_labels, segment_decisions, segment_labels
 from .folds import NEVER, inner_folds
-from .heads import scores_of, standardise, weighted_layers
+from .heads import ridge_scores, scores_of, standardise, weighted_layers
 from .labels import LabelledClips
 from .metrics import Estimate, Values, estimate
 from .retrieval import rank, retrieval_values
@@ -88,14 +88,16 @@ def choose_strength(
         return strengths[len(strengths) // 2]
     inner_parts = range(int(inner.max()) + 1) if whole else range(1)
     tested = np.isin(inner, inner_parts)
-    merits = np.zeros(len(strengths))
-    for number, strength in enumerate(strengths):
-        scores = np.zeros((len(targets), 1 if targets.dtype.kind == "f" else num_classes))
-        for part in inner_parts:
-            train, test = standardise(features[inner != part], features[inner == part])
-            known = targets[inner != part]
-            scores[inner == part] = scores_of(head, train, known, test, num_classes, strength, parts=parts)
-        merits[number] = _merit(scores[tested], targets[tested])
+    scores = np.zeros((len(strengths), len(targets), 1 if targets.dtype.kind == "f" else num_classes))
+    for part in inner_parts:
+        train, test = standardise(features[inner != part], features[inner == part])
+        known = targets[inner != part]
+        if head == "ridge":
+            scores[:, inner == part] = ridge_scores(train, known, test, num_classes, strengths)
+            continue
+        for number, strength in enumerate(strengths):
+            scores[number, inner == part] = scores_of(head, train, known, test, num_classes, strength, parts=parts)
+    merits = np.array([_merit(found[tested], targets[tested]) for found in scores])
     return strengths[int(np.argmax(np.round(np.nan_to_num(merits, nan=-np.inf), 9)))]
 
 

@@ -4,7 +4,7 @@ Letters: L layers, T frames, D width.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -24,6 +24,7 @@ ENCODER, RANDOM, LOG_MEL = "encoder", "random initialisation", "log-mel statisti
 MEAN = ", mean of layers"  # ends the name of such features
 MEL_HOP = 0.01  # seconds
 NUM_MELS = 64
+SECONDS_AT_ONCE = 120.0  # of audio with its padding that are encoded together
 Clip = tuple[AudioFile, np.ndarray]
 
 
@@ -191,12 +192,14 @@ def extract(
         waveforms = [waveform for _, (_, waveform) in clips]
         counts = torch.zeros(len(clips), dtype=torch.int64)
         for name, encoder in encoders.items() if clips else ():
-            features, counts = encode(encoder, waveforms, layers, rows)
-            _check(name, [file for _, (file, _) in clips], features, counts)
-            for reading in wanted:
-                places = [layers.index(layer) for layer in reading.layers]
-                joined = combine_layers(features[places], reading.combine)
-                result.of[f"{name}{reading.end}"] += _rows(joined, counts, pooling, reading.parts)
+            counts = torch.zeros(0, dtype=torch.int64)
+            for group in _together(waveforms, round(SECONDS_AT_ONCE * sampling_rate)):
+                features, found = encode(encoder, waveforms[group], layers, rows)
+                _check(name, [file for _, (file, _) in clips[group]], features, found)
+                counts = torch.cat((counts, found))
+                for reading in wanted:
+                    chosen = [features[layers.index(layer)] for layer in reading.layers]
+                    result.of[f"{name}{reading.end}"] += _vectors(chosen, found, pooling, reading)
         for place, (number, (_, waveform)) in enumerate(clips):
             result.usable.append(number)
             result.seconds.append(len(waveform) / sampling_rate)
@@ -210,13 +213,34 @@ def extract(
     return result
 
 
-def _rows(features: Tensor, counts: Tensor, pooling: str | None, parts: int) -> list[np.ndarray]:
-    """``(B, T, D)`` -> of every clip ``(D,)``, or ``(T, D)`` without ``pooling``. What layers are weighted stays in
-    blocks, one after the other, each with all its statistics."""
-    if pooling is None:
-        return [frames[: int(count)].numpy() for frames, count in zip(features, counts)]
-    blocks = [pool_frames(part, counts, pooling) for part in features.chunk(parts, -1)]
-    return list(torch.cat(blocks, -1).numpy())
+def _together(waveforms: Sequence[np.ndarray], most: int) -> Iterator[slice]:
+    """Runs of waveforms that hold at most ``most`` samples with their padding, or one that is longer: the features of
+    minutes of audio, several layers of joined rows, would fill the memory."""
+    start, longest = 0, 0
+    for number, waveform in enumerate(waveforms):
+        longest = max(longest, len(waveform))
+        if number > start and longest * (number + 1 - start) > most:
+            yield slice(start, number)
+            start, longest = number, len(waveform)
+    yield slice(start, len(waveforms))
+
+
+def _vectors(chosen: Sequence[Tensor], counts: Tensor, pooling: str | None, reading: Reading) -> list[np.ndarray]:
+    """Layers ``(B, T, D)`` -> of every clip ``(D,)``, or ``(T, D)`` without ``pooling``.
+
+    Layers that are joined are pooled one by one and joined afterwards, which gives the same and takes less memory: all
+    means, then all deviations. What layers are weighted stays in blocks, each with all its statistics.
+    """
+    if pooling is None or reading.combine == "average":
+        joined = chosen[0] if len(chosen) == 1 else combine_layers(torch.stack(tuple(chosen)), reading.combine)
+        if pooling is None:
+            return [frames[: int(count)].numpy() for frames, count in zip(joined, counts)]
+        return list(pool_frames(joined, counts, pooling).numpy())
+    pooled = [pool_frames(layer, counts, pooling) for layer in chosen]
+    if reading.parts == 1 and pooling == "mean+std":
+        halves = [layer.chunk(2, -1) for layer in pooled]
+        pooled = [half[number] for number in range(2) for half in halves]
+    return list(torch.cat(pooled, -1).numpy())
 
 
 def _check(name: str, files: Sequence[AudioFile], features: Tensor, counts: Tensor) -> None:

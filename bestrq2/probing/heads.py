@@ -7,7 +7,7 @@ Letters: N clips or frames, D width of the features, C classes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ def scores_of(
     Args:
         train, test: ``(N, D)``; with ``parts``, that many layers of equal width one after the other.
         targets: of the training rows; classes that have none get the score 0.
-        strength: inverse of the L2 penalty: the loss summed over N rows, plus ``|w|^2 / (2 strength)``.
+        strength: inverse of the L2 penalty: the loss summed over N rows, plus ``|w|^2 / (2 strength)``; of "ridge" see
+            :func:`ridge_scores`.
 
     Returns:
         ``(N_test, C)`` float64, or ``(N_test, 1)``.
@@ -71,6 +72,8 @@ def scores_of(
         return _neighbours(train, targets, test, num_classes)
     if head == "mlp":
         return _mlp(train, targets, test, num_classes, strength, seed)
+    if head == "ridge":
+        return ridge_scores(train, targets, test, num_classes, (strength,))[0]
     if targets.ndim == 2:
         return _sigmoids(train, targets, test, strength)
     if targets.dtype.kind == "f":
@@ -88,6 +91,45 @@ def scores_of(
     scores = np.zeros((len(test), num_classes))
     scores[:, model.classes_] = model.predict_proba(test)
     return scores
+
+
+def ridge_scores(
+    train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_classes: int, strengths: Sequence[float]
+) -> list[np.ndarray]:
+    """Least squares with an L2 penalty on membership of 0 or 1 in every class, or on the number: one matrix of scores
+    ``(N_test, C)`` or ``(N_test, 1)`` for each of ``strengths``, all from one eigendecomposition.
+
+    Rows of a single label weigh as if every class had as many (mean weight 1), because balanced accuracy is asked for.
+    The penalty is ``t |w|^2 / strength`` beside the sum of weighted squares over N rows, with t the mean squared norm
+    of a row: so one strength means the same for any width. Membership of a single label is shifted and scaled to
+    probabilities, which keeps the order of a row's classes; of several labels it may leave 0..1.
+
+    Args:
+        train, test: ``(N, D)``.
+        targets: of the training rows.
+    """
+    single = targets.ndim == 1 and targets.dtype.kind != "f"
+    values = np.eye(num_classes)[targets] if single else targets.reshape(len(targets), -1).astype(np.float64)
+    weights = 1 / values.sum(0)[targets] if single else np.ones(len(targets))
+    weights /= weights.mean()
+    root = np.sqrt(weights)[:, None]
+    mean, centre = np.average(values, 0, weights), np.average(train, 0, weights)
+    known, asked, wanted = root * (train - centre), test - centre, root * (values - mean)
+    wide = known.shape[1] > len(known)
+    gram = known @ known.T if wide else known.T @ known
+    size = float(np.trace(gram)) / len(known) or 1.0
+    eigenvalues, basis = np.linalg.eigh(gram)
+    inner = basis.T @ (wanted if wide else known.T @ wanted)
+    asked = (asked @ known.T if wide else asked) @ basis
+    found = []
+    for strength in strengths:
+        scores = (asked / (np.maximum(eigenvalues, 0) + size / strength)) @ inner + mean
+        if single:
+            present = mean > 0
+            scores[:, present] -= np.minimum(scores[:, present].min(1, keepdims=True), 0)
+            scores = np.where(present, scores / scores[:, present].sum(1, keepdims=True), 0.0)
+        found.append(scores)
+    return found
 
 
 def _in_row_space(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

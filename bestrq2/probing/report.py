@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 FILES = ("results.json", "results.csv", "per_class.csv", "predictions.csv")
 PICTURES = ("confusion.png", "per_class.png")
 Outcomes = Mapping[str, Mapping[str, Outcome]]  # by features, by head
-HEAD_TITLES = {"linear": "linear", "mlp": "MLP", "knn": "10 nearest neighbours", "cosine": "cosine"}
+HEAD_TITLES = {"linear": "linear", "ridge": "ridge", "mlp": "MLP", "knn": "10 nearest neighbours", "cosine": "cosine"}
 
 
 def differences(outcomes: Outcomes, head: str, metric: str) -> dict[str, Estimate]:

@@ -9,13 +9,18 @@ from bestrq2.config import ConfigError
 from bestrq2.models.readout import POOLINGS, ROW_JOINS
 
 ProbeKind = Literal["classification", "multilabel", "events", "retrieval", "regression"]
-Head = Literal["linear", "mlp", "knn"]
+Head = Literal["linear", "ridge", "mlp", "knn"]
 COMBINATIONS = ("each", "average", "concatenate", "weighted")
 SCALINGS = ("all", "sides", "none")
 
 # Inverse strengths of L2 regularisation among which the training folds choose. An MLP gets more freedom: what only
 # shrinks the weights of a linear head silences its hidden units.
-STRENGTHS: dict[str, tuple[float, ...]] = {"linear": (0.002, 0.02, 0.2, 2.0), "mlp": (1.0, 30.0, 1000.0)}
+# Those of "ridge" are relative to the size of the features, see heads.ridge_scores.
+STRENGTHS: dict[str, tuple[float, ...]] = {
+    "linear": (0.002, 0.02, 0.2, 2.0),
+    "ridge": (1.0, 3.0, 10.0, 30.0, 100.0, 1000.0),
+    "mlp": (1.0, 30.0, 1000.0),
+}
 MAIN_METRIC: dict[str, str] = {
     "classification": "balanced_accuracy",
     "multilabel": "mAP",
@@ -45,7 +50,8 @@ class ProbeTask:
         train_values, test_values: of ``split``; None: "train" and "test", or "gallery" and "query". Rows with other
             values are left out.
         where: only rows whose column has one of the values: ``(("lang", ("it", "fr")), ...)``.
-        head: "linear" (logistic or ridge regression), "mlp" (one hidden layer), "knn" (10 neighbours).
+        head: "linear" (logistic regression; ridge regression of numbers), "ridge" (least squares with a penalty, also
+            for classes), "mlp" (one hidden layer), "knn" (10 neighbours).
         pooling: of frames to a clip: "mean", "max" or "mean+std" over time.
         layers: of the encoder: "final", "middle" (its two middle blocks), "all", or numbers of blocks and "final"
             separated by commas.

@@ -1,27 +1,27 @@
 """Files that are missing or are no audio: the reason that a user can act on."""
 
 import os
+import subprocess
+import sys
 import unicodedata
 
 import pytest
 
 from bestrq2.data import AudioError, load_audio
+from bestrq2.data.files import from_text
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_a_name_in_another_normal_form(tmp_path, form):
     other = "NFD" if form == "NFC" else "NFC"
-    there, asked = (unicodedata.normalize(f, "\u00dcbung.wav") for f in (form, other))
-    try:
-        (tmp_path / there).touch()
-    except UnicodeEncodeError:
-        pytest.skip("the locale has no such letter")
+    there, asked = (from_text(unicodedata.normalize(f, "\u00dcbung.wav")) for f in (form, other))
+    (tmp_path / there).touch()
     if os.path.exists(tmp_path / asked):
         pytest.skip("a file system that takes the two for one")
     with pytest.raises(AudioError, match=rf"missing \(a file of this name in Unicode normal form {form} is there"):
         load_audio(tmp_path / asked)
     with pytest.raises(AudioError, match=r"missing$"):
-        load_audio(tmp_path / "\u00e4ndern.wav")
+        load_audio(tmp_path / from_text("\u00e4ndern.wav"))
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,13 @@ def test_what_is_there_instead_of_audio(tmp_path, content, message):
     (tmp_path / "x.mp3").write_bytes(content)
     with pytest.raises(AudioError, match=message):
         load_audio(tmp_path / "x.mp3")
+
+
+def test_a_name_that_the_locale_cannot_write(tmp_path):
+    code = (
+        "from bestrq2.data import AudioError, load_audio\n"
+        "try: load_audio('U\\u0308.wav')\nexcept AudioError as error: print(ascii(str(error)))\n"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "missing (the locale (ascii) has no such letter: set LC_ALL=C.UTF-8)" in result.stdout, result.stderr

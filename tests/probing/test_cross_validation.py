@@ -31,7 +31,7 @@ def balanced(scores, targets):
     return np.mean([(predicted[targets == c] == c).mean() for c in np.unique(targets)])
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "knn"])
+@pytest.mark.parametrize("head", ["linear", "ridge", "mlp", "knn"])
 def test_finds_what_is_there_and_nothing_else(head):
     rng = np.random.default_rng(0)
     features, clips = clusters(rng)
@@ -44,7 +44,7 @@ def test_finds_what_is_there_and_nothing_else(head):
     assert 0.15 < balanced(noise, clips.targets) < 0.55
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "knn"])
+@pytest.mark.parametrize("head", ["linear", "ridge", "mlp", "knn"])
 @pytest.mark.parametrize("kind", ["multilabel", "regression"])
 def test_other_targets(head, kind):
     """Labels that are functions of different directions, one of them XOR: only the MLP and the neighbours see that."""
@@ -64,7 +64,7 @@ def test_other_targets(head, kind):
     else:
         precisions = [row["AP"] for row in outcome.per_class]
         assert min(precisions[:2]) > (0.85 if head == "knn" else 0.93)
-        assert (precisions[2] > 0.9) == (head != "linear")
+        assert (precisions[2] > 0.9) == (head in ("mlp", "knn"))
 
 
 def test_multilabel_regression_is_logistic_regression():
@@ -89,7 +89,7 @@ def test_fold_that_lacks_a_class():
     from bestrq2.probing.heads import scores_of
 
     x = np.random.default_rng(3).normal(size=(8, 2))
-    for head in ("linear", "mlp", "knn"):
+    for head in ("linear", "ridge", "mlp", "knn"):
         assert (scores_of(head, x, np.full(8, 1), x, 3, 1.0) == [0, 1, 0]).all()
         assert (scores_of(head, x, np.arange(8) % 2 * 2, x, 3, 1.0)[:, 1] < (0.5 if head == "mlp" else 1e-12)).all()
 
@@ -154,7 +154,7 @@ def test_test_clips_teach_nothing():
     changed = features.copy()
     changed[tested[1:]] *= 1000
     relabelled = clips_of(np.where(folds == NEVER, clips.targets, 0), clips.groups, parts=clips.parts)
-    for head in ("linear", "mlp", "knn"):
+    for head in ("linear", "ridge", "mlp", "knn"):
         plain, strengths = cross_validate(features, clip_rows(clips, folds), head)
         other, same = cross_validate(changed, clip_rows(relabelled, folds), head)
         np.testing.assert_allclose(other[tested[0]], plain[tested[0]], rtol=1e-6)
@@ -264,7 +264,7 @@ def test_events_of_one_class():
     clips.events = [np.array([[0.1 * rng.integers(0, 5), 0.8, 0.0]]) for _ in range(12)]
     task = ProbeTask(kind="events", events="events.csv", folds=3, segment_seconds=0.4)
     rows = frame_rows(clips, make_folds(clips, task), [25] * 12, 0.04)
-    for head in ("linear", "mlp", "knn"):
+    for head in ("linear", "ridge", "mlp", "knn"):
         signal = rows.targets[:, :1] + 0.3 * rng.normal(size=(300, 3))
         scores, _ = cross_validate(signal.astype(np.float32), rows, head)
         outcome = measure(scores, rows, clips, [1.0] * 12, task)
@@ -290,3 +290,29 @@ def test_more_columns_than_clips():
     targets = np.arange(40) % 3
     expected = LogisticRegression(C=0.02, max_iter=5000, tol=1e-10).fit(x, targets).predict_proba(asked)
     np.testing.assert_allclose(scores_of("linear", x, targets, asked, 3, 0.02), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [12, 90])
+def test_ridge_is_least_squares_with_a_penalty(width):
+    """Against scikit-learn, with fewer and more columns than clips; one strength means the same for any scale."""
+    from sklearn.linear_model import Ridge
+
+    from bestrq2.probing.heads import ridge_scores
+
+    generator = np.random.default_rng(0)
+    x, asked = 3 + generator.normal(size=(40, width)), generator.normal(size=(9, width))
+    targets = np.arange(40) ** 2 % 3  # 14 zeros, 26 ones; 2 and 3 have no row
+    weights = np.where(targets == 0, 20 / 14, 20 / 26)
+    centred = x - np.average(x, 0, weights)
+    size = (weights[:, None] * centred**2).sum() / 40
+    found = ridge_scores(x, targets, asked, 4, (2.0, 50.0))
+    for strength, scores in zip((2.0, 50.0), found):
+        model = Ridge(alpha=size / strength).fit(x, np.eye(2)[targets], sample_weight=weights)
+        expected = model.predict(asked)
+        expected -= np.minimum(expected.min(1, keepdims=True), 0)
+        np.testing.assert_allclose(scores[:, :2], expected / expected.sum(1, keepdims=True), atol=1e-9)
+        assert not scores[:, 2:].any()
+    np.testing.assert_allclose(ridge_scores(7 * x, targets, 7 * asked, 4, (50.0,))[0], found[1], atol=1e-9)
+    numbers = generator.normal(size=40)
+    model = Ridge(alpha=((x - x.mean(0)) ** 2).sum() / 40 / 50).fit(x, numbers)
+    np.testing.assert_allclose(ridge_scores(x, numbers, asked, 0, (50.0,))[0][:, 0], model.predict(asked), atol=1e-9)

@@ -225,7 +225,7 @@ def test_mean_of_layers(encoder_file, sounds):
     ("options", "message"),
     [
         (["--layers", "7"], "--layers: expected all"),
-        (["--head", "svm"], "--head: expected some of linear, mlp, knn, got 'svm'"),
+        (["--head", "svm"], "--head: expected some of linear, ridge, mlp, knn, got 'svm'"),
         (["--where", "tags"], "--where: expected COLUMN=VALUE"),
         (["--kind", "events"], "a table of events"),
         (["--batch-size", "0"], "--batch-size"),

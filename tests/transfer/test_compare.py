@@ -1,6 +1,7 @@
 """The comparison of recipes: from a plan to a table, again after an interruption, and its arithmetic."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,13 @@ def test_quick_and_again(tmp_path, monkeypatch, capsys):
     command.compare(quick_plan(), scores.Suite(command.packaged_tasks()), None, tmp_path, other)
     assert "step/s" not in capsys.readouterr().err
     assert len(scores.all_scores(other)) == len(known)
+    # So do those of another head, which chooses its own strength.
+    assert command.main([*arguments, "--head", "ridge"]) == 0
+    assert "step/s" not in capsys.readouterr().err
+    task = json.loads((tmp_path / "ridge" / "identity.json").read_text())["tasks"]["packaged"]
+    assert (task["head"], task["regularisation"]) == ("ridge", None)
+    assert len(scores.all_scores(tmp_path / "ridge")) == len(known)
+    assert values(tmp_path)[0] == known
     with pytest.raises(SystemExit):
         command.main(["--quick", "--held-out"])
     assert command.main([*arguments[:-1], str(tmp_path), "--corpora", str(tmp_path)]) == 2
