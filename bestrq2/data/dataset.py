@@ -256,7 +256,10 @@ class CropDataset(Dataset):
         else:
             draw = uniform(self.seed, _CROP, global_index, index)
             start = min(spare, int((place + draw) / slots * (spare + 1)))
-            waveform = self._load(item, rate, start=start / rate, duration=longest / rate)
+            try:
+                waveform = self._load(item, rate, start=start / rate, duration=longest / rate)
+            except AudioError as error:
+                raise _listed_too_long(item, error) from error
         return self._checked(waveform, item)
 
     def _join(
@@ -290,6 +293,18 @@ class CropDataset(Dataset):
         if seconds < self.min_seconds:
             raise AudioError(item.path, "too short", f"{seconds:.3f} s, at least {self.min_seconds:g} s are needed")
         return waveform
+
+
+def _listed_too_long(item: AudioFile, error: AudioError) -> AudioError:
+    """The same for every crop of a file that ends before the crop begins: what its list says, and what it has."""
+    if error.skip.reason != "no samples" or item.duration is None:
+        return error
+    try:
+        found = clip_duration(item, audio_info(item.path))
+    except AudioError:
+        return error
+    detail = f"listed with {item.duration:.3f} s, the file has {found:.3f} s: correct the list, or leave durations out"
+    return AudioError(item.path, "truncated", detail)
 
 
 def _duration(item: AudioFile) -> float:

@@ -203,7 +203,8 @@ def _common_rate(ratio: float) -> float:
 
 def _flattened(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row whose values are plain: Lhotse's cut with its recording, SpeechBrain's file with start and stop."""
-    if "recording" in row or "sources" in row or row.get("type") in ("MixedCut", "PaddingCut", "MultiCut"):
+    nested = any(isinstance(row.get(name), dict | list) for name in ("recording", "sources"))  # text is a label
+    if nested or row.get("type") in ("MonoCut", "MixedCut", "PaddingCut", "MultiCut"):
         return _lhotse(where, row)
     for name in ("wav", "audio", "audio_filepath"):
         inner = row.get(name)

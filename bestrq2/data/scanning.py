@@ -93,6 +93,7 @@ def scan(
     report = SkipReport()
     usable: list[AudioFile] = []
     first_with: dict[str, str] = {}  # hash of the samples -> path
+    wrong: list[str] = []  # durations that a list gave
 
     def look(item: AudioFile) -> AudioFile | Skip | tuple[AudioFile, str]:
         try:
@@ -119,6 +120,8 @@ def scan(
             bar.update()
             if isinstance(result, tuple):
                 result, sha256 = result
+                if (known := item.duration) is not None and abs(known - result.duration) > max(0.05, 0.01 * known):
+                    wrong.append(f"{item.place} {known:.3f} s, found {result.duration:.3f} s")
                 first = first_with.setdefault(sha256, result.place)
                 if first != result.place:
                     result = Skip(result.path, "duplicate", f"same samples as {first}")
@@ -126,6 +129,9 @@ def scan(
                 report.skips.append(result)
             else:
                 usable.append(result)
+    if wrong:
+        more = "" if len(wrong) == 1 else f" and {len(wrong) - 1} more"
+        report.notes.append(f"listed durations that are not those of the files (which are used): {wrong[0]}{more}")
     if not usable:
         lines = "".join(f"\n  {line}" for line in report.examples())
         raise DataError(f"no usable audio in {source}: found {len(files)} files, {report}{lines}")
@@ -184,7 +190,7 @@ def collect(
         source=found.name,
     )
     report.skips[:0] = found.skips
-    report.ignored, report.notes = found.ignored, found.notes
+    report.ignored, report.notes = found.ignored, found.notes + report.notes
     return usable, report
 
 

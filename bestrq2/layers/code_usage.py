@@ -84,5 +84,5 @@ class CodeUsage(nn.Module):
         return (
             f"targets use few codes: perplexity {perplexity:.1f} of {size} codes over {float(self.total):.0f} targets "
             f"(below {LOW_PERPLEXITY_SHARE:.0%}). The common level of the patches dominates the projection: try "
-            "targets.normalize=patch, or targets.normalize=global with statistics from `bestrq2 stats`."
+            "model.targets.normalize=patch, or model.targets.normalize=global with statistics from `bestrq2 stats`."
         )

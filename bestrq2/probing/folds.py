@@ -74,18 +74,20 @@ def make_folds(clips: LabelledClips, task: ProbeTask) -> np.ndarray:
     if not task.folds:
         return clips.groups.copy()
     shares = strata(clips.targets, len(clips.classes))
-    return deal(shares, clips.groups, _possible(shares, clips.groups, task.folds), task.seed)
+    return deal(shares, clips.groups, _possible(clips.targets, shares, clips.groups, task.folds), task.seed)
 
 
 def inner_folds(targets: np.ndarray, groups: np.ndarray, num_classes: int, num_folds: int = 3) -> np.ndarray | None:
     """Folds inside a training set to choose regularisation by, or None where a class has a single group."""
     groups = np.unique(groups, return_inverse=True)[1]
     shares = strata(targets, num_classes)
-    possible = _possible(shares[:, shares.any(0)], groups, num_folds)
+    possible = _possible(targets, shares[:, shares.any(0)], groups, num_folds)
     return deal(shares, groups, possible, 0) if possible >= 2 else None
 
 
-def _possible(shares: np.ndarray, groups: np.ndarray, wanted: int) -> int:
+def _possible(targets: np.ndarray, shares: np.ndarray, groups: np.ndarray, wanted: int) -> int:
+    if targets.dtype.kind == "f":  # a fold may lack a fifth of the numbers; of a class it must have some
+        return min(wanted, int(groups.max()) + 1)
     content = np.zeros((int(groups.max()) + 1, shares.shape[1]))
     np.add.at(content, groups, shares)
     present = (content > 0).sum(0)

@@ -183,6 +183,13 @@ def test_json_that_is_refused(tmp_path, row, message):
         read_manifest(tmp_path / "m.jsonl")
 
 
+@pytest.mark.parametrize("name", ["recording", "sources"])
+def test_a_label_may_be_called_as_a_key_of_lhotse(tmp_path, name):
+    (tmp_path / "m.csv").write_text(f"path,{name}\na.wav,r1\n")
+    (file,) = read_manifest(tmp_path / "m.csv")
+    assert file.path.endswith("a.wav")
+
+
 def test_encodings(tmp_path):
     (tmp_path / "m.csv").write_bytes("path\na.wav\n".encode("utf-16"))
     with pytest.raises(ManifestError, match="save it as UTF-8"):

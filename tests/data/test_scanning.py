@@ -73,6 +73,14 @@ def test_known_durations_are_not_opened(tmp_path):
     assert report.counts() == {"too short": 1}
 
 
+def test_check_corrects_listed_durations_and_says_so(tmp_path, write_wav):
+    write_wav("a.wav", 3.0), write_wav("b.wav", 2.0), write_wav("c.wav", 1.0)
+    (tmp_path / "m.csv").write_text("path,duration\na.wav,300\nb.wav,2\nc.wav,0.5\n")
+    files, report = collect(tmp_path / "m.csv", check=True)
+    assert [item.duration for item in files] == [3.0, 2.0, 1.0]
+    assert sum("a.wav 300.000 s, found 3.000 s and 1 more" in note for note in report.notes) == 1
+
+
 def test_nothing_usable(tmp_path, mixed_folder):
     for name in ("a.wav", on_disk("sub/b ü.wav"), "copy.flac", "silent.wav", "nan.wav", "cut.wav"):
         (mixed_folder / name).unlink()

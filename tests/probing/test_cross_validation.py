@@ -123,6 +123,15 @@ def test_rare_classes_limit_the_folds():
         assert set(clips.targets[make_folds(clips, ProbeTask(folds=5)) != fold]) == {0, 1}
 
 
+def test_few_numbers_still_make_folds():
+    """A fold needs some of every class, but not a number out of every fifth."""
+    clips = clips_of([0] * 5, range(5), ())
+    clips.targets = np.asarray([61.0, 62.0, 64.0, 65.0, 67.0])
+    folds = make_folds(clips, ProbeTask(kind="regression", folds=5))
+    assert sorted(folds) == [0, 1, 2, 3, 4]
+    assert sorted(inner_folds(clips.targets, clips.groups, 0)) == [0, 0, 1, 1, 2]
+
+
 def test_fixed_split():
     rng = np.random.default_rng(4)
     features, clips = clusters(rng)
