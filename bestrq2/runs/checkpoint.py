@@ -186,7 +186,7 @@ def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and one message for each newer one that was skipped.
 
     Raises:
-        CheckpointError: if one of these may not be read: it may be whole, and is not passed over.
+        CheckpointError: if one of these may not be read: it may be whole, and is not skipped.
     """
     problems: list[str] = []
     for folder in reversed(list_checkpoints(parent)):
