@@ -229,7 +229,7 @@ def _deliver(
 
 @contextmanager
 def _named_start() -> Iterator[None]:
-    """What the system says of a pipe to a process that could not start does not mention any worker."""
+    """Name the worker in errors of its start: "Broken pipe" is all that the system reports."""
     try:
         yield
     except (ConnectionError, EOFError, PermissionError, FileNotFoundError) as error:
