@@ -48,7 +48,7 @@ from bestrq2.probing.evaluation import Outcome
 from bestrq2.probing.experiment import Experiment, assemble
 from bestrq2.probing.features import ENCODER, RANDOM, Features, extract, readings, untrained_copy
 from bestrq2.probing.heads import require_sklearn
-from bestrq2.probing.labels import LabelledClips, read_clips
+from bestrq2.probing.labels import LabelledClips, check_testable, read_clips
 from bestrq2.probing.task import COMBINATIONS, SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
 
 _READING = ("layers", "combine", "rows", "pooling")
@@ -140,6 +140,7 @@ def run(options: argparse.Namespace) -> int:
     task = task_of(options)
     heads = heads_of(options, task)
     labels = read_clips(task)
+    check_testable(labels, task)
     encoder, untrained, origin = open_pair(options)
     device = choose_device(options.device, option="--device")
     pair = {ENCODER: encoder.to(device), RANDOM: untrained.to(device)}

@@ -127,9 +127,9 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
             new.note_skips(dataset.left_out)
         try:
             return start(config, dataset, new, None, ranks)
-        except BaseException:
-            if ranks.is_first:
-                new.remove_unused()
+        except BaseException as error:
+            if ranks.is_first and new.remove_unused() and isinstance(error, KeyboardInterrupt):
+                print(f"nothing was saved yet, {new.path} is removed; the same command starts again", file=sys.stderr)
             raise
 
 

@@ -29,6 +29,32 @@ def test_yaml_file_based_on_a_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: 3", r"recipe mine: train: expected a section of settings \(key: value lines\), got 3"),
+        ("train:", "recipe mine: train: expected a section of settings .*, got nothing"),
+        ("model: {encoder: [1]}", r"recipe mine: model\.encoder: expected a section of settings .*, got \[1\]"),
+        ("train: {steps: 1.5}", r"recipe mine: train\.steps: .*1\.5"),
+    ],
+)
+def test_a_section_is_a_section(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"based_on: best_rq2_tiny\n{text}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))
+
+
+def test_whole_numbers_may_have_an_exponent(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("based_on: best_rq2_tiny\ntrain: {steps: 2e3}\n")
+    overrides = ["train.save_every=1e2", "model.encoder.conformer.channels=[6.4e1, 32]", "optimizer.learning_rate=1"]
+    config = load_config(str(path), overrides)
+    values = [config.train.steps, config.train.save_every, *config.model.encoder.conformer.channels]
+    assert (values, {type(value) for value in values}) == ([2000, 100, 64, 32], {int})
+    assert isinstance(config.optimizer.learning_rate, float)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("train.step=5", "unknown configuration key 'train.step'; did you mean 'train.steps'"),

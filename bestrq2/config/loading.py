@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, IntegerNode, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bestrq2.errors import ConfigError
@@ -48,11 +48,36 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
             close = get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key.split(".")[-1])][:1]
             hint = f"; did you mean {close[0]!r}?" if close else f"; known sections: {', '.join(_sections())}"
             raise ConfigError(f"{origin}: unknown configuration key {key!r}{hint}")
+    _fit(base, layer, origin)
     try:
         return OmegaConf.merge(base, layer)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         reason = readable(str(error).splitlines()[0])
         raise ConfigError(f"{origin}: {getattr(error, 'full_key', '')}: {reason}") from error
+
+
+def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> None:
+    """Check that sections are given as such, and make whole numbers such as 1e3 integers where these are expected.
+
+    Raises:
+        ConfigError: for a section that is nothing, or a single value.
+    """
+    for key in list(layer):
+        own, given = (node._get_node(key) if key in node else None for node in (base, layer))
+        value = layer[key]
+        if isinstance(own, DictConfig) and is_dataclass(own._metadata.object_type):
+            if not isinstance(value, DictConfig):
+                got = "nothing" if value is None else readable(str(value))
+                raise ConfigError(
+                    f"{origin}: {prefix}{key!s}: expected a section of settings (key: value lines), got {got}"
+                )
+            _fit(own, value, origin, f"{prefix}{key!s}.")
+        elif isinstance(own, IntegerNode) and isinstance(value, float) and value.is_integer():
+            layer[key] = int(value)
+        elif isinstance(own, ListConfig) and own._metadata.element_type is int and isinstance(given, ListConfig):
+            for place, item in enumerate(given):
+                if isinstance(item, float) and item.is_integer():
+                    given[place] = int(item)
 
 
 def _sections() -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
 from multiprocessing.process import BaseProcess
+from multiprocessing.spawn import get_executable
 from typing import Any
 from weakref import WeakSet
 
@@ -208,7 +209,7 @@ def _deliver(
     )
     try:
         before = set(active_children())
-        with _without_main(dataset) if workers else nullcontext():
+        with _named_start() if workers else nullcontext(), _without_main(dataset) if workers else nullcontext():
             stream = iter(loader)
         _workers.update(set(active_children()) - before)
         for batch in stream:
@@ -224,6 +225,18 @@ def _deliver(
                 f"which. ({error})"
             ) from error
         raise
+
+
+@contextmanager
+def _named_start() -> Iterator[None]:
+    """Name the worker in errors of its start: "Broken pipe" is all that the system reports."""
+    try:
+        yield
+    except (ConnectionError, EOFError, PermissionError, FileNotFoundError) as error:
+        raise DataError(
+            f"a data worker could not be started: {error or type(error).__name__} (interpreter: "
+            f"{os.fsdecode(get_executable())}); data.workers=0 decodes in the main process"
+        ) from error
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from bestrq2.errors import ManifestError
 __all__ = ["kaldi_rows"]
 
 
-def kaldi_rows(scp: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(line, columns) of every utterance: of ``segments`` where there is such a file, else of ``wav.scp``.
+def kaldi_rows(scp: str | os.PathLike[str]) -> tuple[Path, list[tuple[int, dict[str, Any]]]]:
+    """The file that lists the utterances, ``segments`` where there is one, else ``wav.scp``; (line, columns) of each.
 
     Columns are ID, path, start, end and, from utt2spk and text, speaker and text.
 
@@ -46,7 +46,7 @@ def kaldi_rows(scp: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
         rows = [(number, {"ID": name, "path": path}) for name, (number, path) in places.items()]
     for _, row in rows:
         row |= {column: table[row["ID"]] for column, table in extra.items() if row["ID"] in table}
-    return rows
+    return segments if segments.is_file() else source, rows
 
 
 def _entries(path: Path, may_be_empty: bool = False) -> list[tuple[int, str, str]]:

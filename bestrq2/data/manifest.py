@@ -122,7 +122,7 @@ def _linked_twice(files: list[AudioFile], links: set[str], root: str) -> list[st
 def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, Any]]]:
     """As :func:`read_manifest`, each file with all columns of its row."""
     source = Path(path)
-    rows = kaldi_rows(source) if source.name == "wav.scp" else rows_of(source)
+    source, rows = kaldi_rows(source) if source.name == "wav.scp" else (source, rows_of(source))
     named = [(line, known_columns(row)) for line, row in rows]
     files = [(audio_file(source, line, row), row) for line, row in named]
     if not files:

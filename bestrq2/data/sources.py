@@ -105,7 +105,7 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
         raise DataError(f"manifest {path} cannot be read: {error.strerror or error}") from error
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
     _check_unit(path, files)
-    parts = sum(item.place != item.path for item in files)
+    parts = _count_parts(files)
     found.notes.append(f"{path}: {len(rows)} rows" + (f", {parts} of them parts of longer files" if parts else ""))
     found.notes += [note] if note else []
     repeats = len(files) - len({(item.path, item.start, item.end) for item in files})
@@ -114,6 +114,16 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
             f"{path}: {repeats} rows name a clip that is listed before; it is used as often as it is listed"
         )
     found.files += files
+
+
+def _count_parts(files: list[AudioFile]) -> int:
+    """Clips that are known to be less than their file without opening it: they begin late, or another clip of it ends
+    later or begins where they end."""
+    last: dict[str, tuple[float, bool]] = {}  # seconds, whether the file is known to go on behind them
+    for item in files:
+        latest = (item.start, True) if item.end is None else (item.end, False)
+        last[item.path] = max(last.get(item.path, latest), latest)
+    return sum(item.start > 0 or (item.end is not None and (item.end, False) < last[item.path]) for item in files)
 
 
 def _check_unit(path: str, files: list[AudioFile]) -> None:

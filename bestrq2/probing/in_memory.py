@@ -23,7 +23,7 @@ from bestrq2.data import Skip, iterate_clips
 from .experiment import assemble
 from .features import ENCODER, LOG_MEL, RANDOM, Clip, FeatureError, extract, readings, untrained_copy
 from .heads import require_sklearn
-from .labels import LabelledClips, read_clips
+from .labels import LabelledClips, check_testable, read_clips
 from .task import ProbeTask, packaged_task
 
 MAX_AUDIO_BYTES = 1 << 30  # of decoded audio kept between calls
@@ -67,7 +67,9 @@ class PreparedProbe:
             ManifestError, ConfigError, OSError: as :func:`~bestrq2.probing.labels.read_clips`.
         """
         require_sklearn()
-        return cls(task, read_clips(task), sampling_rate)
+        labels = read_clips(task)
+        check_testable(labels, task)
+        return cls(task, labels, sampling_rate)
 
     def source(self) -> Iterator[Clip | Skip]:
         """The decoded clips, from memory after the first time unless they are too many."""

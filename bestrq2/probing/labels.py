@@ -193,6 +193,17 @@ def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> No
         clips.targets[row, [number[name] for name in chosen]] = True
 
 
+def check_testable(clips: LabelledClips, task: ProbeTask) -> None:
+    """Refuse, before any audio is decoded, what :func:`settle` would refuse once it is.
+
+    Clips that cannot be read make only fewer labels testable.
+
+    Raises:
+        ConfigError: as :func:`settle`.
+    """
+    settle(clips.take(np.arange(len(clips))), task)
+
+
 def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.ndarray]:
     """The clips that a probe can be trained on and tested with, after those that cannot be read were left out.
 
@@ -227,7 +238,8 @@ def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.nda
         clips.warnings.append(f"classes left out because they do not occur in {where}: {', '.join(gone)}")
     if testable.sum() < (2 if single else 1):
         expected = "two different labels" if single else "one label"
-        raise ConfigError(f"expected at least {expected} that can be tested, got {clips.classes} without {gone}")
+        without = f" without {gone}" if gone else ""
+        raise ConfigError(f"{task.path}: expected at least {expected} that can be tested, got {clips.classes}{without}")
     renumber = np.cumsum(testable) - 1
     if single:
         numbers = np.flatnonzero(testable[clips.targets])

@@ -152,7 +152,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         try:
             actual = _sha256(folder / name)
         except OSError as error:
-            raise CheckpointError(f"{folder / name}: cannot be read: {error}") from error
+            raise _unreadable(folder / name, error) from error
         if actual != expected:
             raise CheckpointError(f"{folder / name}: damaged (checksum {actual[:12]}, expected {expected[:12]})")
     return Checkpoint(folder, state["step"], state["config"], state["extra"])
@@ -168,7 +168,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
     state = document.get("state") if isinstance(document, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not the state of a bestrq2 checkpoint")
@@ -183,12 +183,18 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def newest_intact(parent: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and one message for each newer one that was skipped."""
+    """The newest checkpoint that verifies, and one message for each newer one that was skipped.
+
+    Raises:
+        CheckpointError: if one of these may not be read: it may be whole, and is not skipped.
+    """
     problems: list[str] = []
     for folder in reversed(list_checkpoints(parent)):
         try:
             return read_checkpoint(folder), problems
         except CheckpointError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise
             problems.append(str(error))
     return None, problems
 
@@ -235,7 +241,15 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, PermissionError):
+        return CheckpointError(
+            f"{path} cannot be read for want of permission; let this user read it (chmod, chown), or run as its owner"
+        )
+    return CheckpointError(f"{path}: cannot be read: {error}")
 
 
 def _sha256(path: Path) -> str:

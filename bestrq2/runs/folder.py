@@ -108,16 +108,17 @@ class RunFolder:
             raise ConfigError(f"--name {name}: {folder} exists; use --resume {shlex.quote(str(folder))} to continue it")
         check_writable("--runs", runs)
 
-    def remove_unused(self) -> None:
-        """Remove the folder of a run that failed before anything was logged."""
+    def remove_unused(self) -> bool:
+        """Remove the folder of a run that failed before anything was logged; True if it was removed."""
         try:
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
-                return
+                return False
             kept = {path.name for path in self.path.iterdir()} - {".lock", "checkpoints", "config.yaml", "skipped.txt"}
             if not kept:
                 shutil.rmtree(self.path)
+            return not kept
         except OSError:
-            pass
+            return False
 
     @classmethod
     def existing(cls, runs: Path, path: str | None) -> "RunFolder":

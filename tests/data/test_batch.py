@@ -221,3 +221,15 @@ def test_process_ends_although_a_stream_was_never_closed(tmp_path):
         "    next(builtins.kept)\n"
     )
     subprocess.run([sys.executable, str(script)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), EOFError(), PermissionError(13, "denied")])
+def test_a_worker_that_cannot_be_started(dataset, monkeypatch, error):
+    def iterate(loader):
+        raise error
+
+    monkeypatch.setattr("bestrq2.data.batch.DataLoader.__iter__", iterate)
+    with pytest.raises(DataError, match=r"a data worker could not be started: .*; data\.workers=0 decodes"):
+        next(batches(dataset, 2, workers=1))
+    with pytest.raises(type(error)):  # no worker, another fault
+        next(batches(dataset, 2))

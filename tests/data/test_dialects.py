@@ -105,6 +105,13 @@ def test_kaldi_folder(folder):
         files, report = collect(source)
         assert seconds(files) == [{5: 1.0}, {8: 1.0, 9: 1.0}]
         assert "2 rows, 2 of them parts" in report.notes[0]
+    (folder / "segments").write_text("utt1 rec 0 6.00\nutt2 rec 6 -1\n")
+    assert "2 rows, 2 of them parts" in collect(folder)[1].notes[0]
+    (folder / "segments").write_text("utt1 rec 0 10.00\n")
+    assert collect(folder)[1].notes[0].endswith(": 1 rows")  # not known without opening the file
+    (folder / "segments").write_text("utt1 rec 5.00 6.00\nutt2 rec nan inf\n")
+    with pytest.raises(ManifestError, match=r"segments:2: start must be a number >= 0, got 'nan'"):
+        collect(folder)
     (folder / "segments").unlink()
     assert [len(found) for found in seconds(collect(folder)[0])] == [10]
     (folder / "wav.scp").write_text("rec sox long.wav -t wav - |\n")

@@ -231,7 +231,7 @@ def test_same_seed_same_scores():
 @pytest.mark.parametrize(
     ("targets", "groups", "message"),
     [
-        ([0, 0], [1, 2], "two different labels"),
+        ([0, 0], [1, 2], r"two different labels that can be tested, got \['a'\]$"),
         ([0, 0, 1, 1], [1, 2, 3, 3], "'b' do not occur in two groups.*--drop-rare"),
     ],
 )

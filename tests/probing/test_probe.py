@@ -297,3 +297,14 @@ def test_transformers_baseline_is_built_anew(family, tmp_path):
     assert (values[0] != values[2]).any()
     assert values[3].shape == values[0].shape == (2, 1, values[0].shape[2], 32)
     assert np.isfinite(values[0]).all()
+
+
+def test_one_class_is_refused_before_clips_are_encoded(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "one.csv"
+    path.write_text("path,label\n" + "".join(f"{number}.wav,dog\n" for number in range(4)))
+    monkeypatch.setattr(probe, "open_pair", None)
+    assert probe.main(["encoder", str(path), "--label", "label", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {path}: expected at least two different labels that can be tested, got ['dog']\n"
+    )

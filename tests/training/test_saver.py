@@ -1,5 +1,6 @@
 """Saves at every moment of a kill, and what is kept: no training, small tensors."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 
 from bestrq2.errors import CheckpointError
-from bestrq2.runs.checkpoint import list_checkpoints, newest_intact, read_checkpoint, read_state, save_checkpoint
+from bestrq2.runs.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    newest_intact,
+    read_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 
 pytestmark = pytest.mark.fault
 
@@ -168,3 +176,24 @@ def test_foreign_state_is_one_clear_error(tmp_path, text, message):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors"])
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, name):
+    tensors = {"t": torch.zeros(3)}
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "checkpoints", step, tensors, tensors, {}, {}, keep_last=2)
+    refused = tmp_path / "checkpoints" / "step-00000002" / name
+    real = Path.open
+
+    def opened(path, *arguments, **options):  # root may read everything
+        if path == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "read_text", lambda path: path.open().read())
+    for look in (find_checkpoint, lambda run: newest_intact(run / "checkpoints")):
+        with pytest.raises(CheckpointError) as caught:
+            look(tmp_path)
+        assert str(caught.value).startswith(f"{refused} cannot be read for want of permission; let this user read it")

@@ -312,3 +312,17 @@ def test_workers_end_with_the_run(tmp_path):
     # The process must end too: workers ignore SIGTERM, so one that was left running would keep it waiting forever.
     command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), *QUICK, "train.steps=2"]
     subprocess.run([*command, "data.workers=1"], check=True, capture_output=True, timeout=120)
+
+
+def test_interrupted_before_the_first_step(tmp_path, monkeypatch, capsys):
+    def train(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "start", train)
+    assert main(["--runs", str(tmp_path), "--name", "s2", *QUICK]) == 130
+    run = tmp_path / "s2"
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"nothing was saved yet, {run} is removed; the same command starts again",
+        "interrupted",
+    ]
+    assert not run.exists()
