@@ -216,21 +216,28 @@ def _leave_at_once(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], Any], replaces: Callable[[Any], bool]) -> Iterator[None]:
+    """``handler`` in place of the present handlers for which ``replaces`` is true; only the main thread has any."""
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if replaces(signal.getsignal(number)):
+                previous[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextlib.contextmanager
 def importing() -> Iterator[None]:
     """A signal while modules are imported ends the process at once; nothing has been written by then.
 
     An exception there is caught by libraries: torch went on with half of numpy, and failed later with a traceback.
     """
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                previous[number] = signal.signal(number, _leave_at_once)
-    try:
+    with _handled_by(_leave_at_once, lambda now: now not in (signal.SIG_IGN, None)):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _begin_imports() -> None:
@@ -256,21 +263,13 @@ _begin_imports()
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the work as Ctrl-C does, unless somebody chose otherwise (``nohup``)."""
-    previous: dict[int, Any] = {}
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # once is enough
         raise Stopped(number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                previous[number] = signal.signal(number, stop)
-    try:
+    with _handled_by(stop, lambda now: now is signal.SIG_DFL):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def command(main: Main) -> Main:
