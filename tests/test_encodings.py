@@ -70,7 +70,7 @@ def test_kaldi(tmp_path, name):
     (tmp_path / name).unlink()
     assert os.fsencode(read_manifest(tmp_path / "wav.scp")[0].path).endswith(LATIN + b".wav")
     (tmp_path / "wav.scp").write_bytes(LATIN + b" a.wav\n")
-    with pytest.raises(ManifestError, match="wav.scp:1: not UTF-8"):
+    with pytest.raises(ManifestError, match=r"wav\.scp:1: not UTF-8"):
         read_manifest(tmp_path / "wav.scp")
 
 
