@@ -47,9 +47,7 @@ GPU_DIM = 128
 GPU_TYPE = "cuda"
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None, *, cross: bool = False
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None, *, cross: bool = False) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` over the first ``lengths[b]`` keys of every clip.
 
     Args:
