@@ -11,6 +11,7 @@ checkpoint.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,10 @@ from bestrq2.command import command, leave
 from bestrq2.config import ConfigError
 from bestrq2.durability import has_utf8_name
 from bestrq2.errors import printable
+from bestrq2.interchange import hugging_face_folder, s3prl_folder
 from bestrq2.interchange.graphs import trace, write_onnx, write_torch_export
-from bestrq2.interchange.hugging_face_folder import write_folder
 from bestrq2.interchange.opening import OpenedModel, open_source
 from bestrq2.interchange.published import to_published
-from bestrq2.interchange.s3prl_folder import write_s3prl
 from bestrq2.interchange.tensors import assemble_encoder, write_tensors
 from bestrq2.interchange.xares import Interface, check_encoder_module, write_encoder_module
 from bestrq2.outputs import add_overwrite, check_new
@@ -40,7 +40,7 @@ def export_published(source: OpenedModel, out: Path) -> list[str]:
 
 
 def export_folder(source: OpenedModel, out: Path) -> list[str]:
-    paths = write_folder(out, source.config, source.weights, source.origin)
+    paths = hugging_face_folder.write_folder(out, source.config, source.weights, source.origin)
     names = ", ".join(path.name for path in paths)
     return [
         f"{out}: {names}",
@@ -58,7 +58,8 @@ def export_module(source: OpenedModel, out: Path, interface: Interface) -> list[
 
 
 def export_s3prl(source: OpenedModel, out: Path) -> list[str]:
-    names = ", ".join(path.name for path in write_s3prl(out, source.config, source.weights, source.origin))
+    paths = s3prl_folder.write_s3prl(out, source.config, source.weights, source.origin)
+    names = ", ".join(path.name for path in paths)
     return [f"{out}: {names}", f"{out / 'hubconf.py'} says how s3prl finds it; it needs bestrq2 installed"]
 
 
@@ -73,9 +74,9 @@ def results_of(options: argparse.Namespace) -> dict[str, list[Path]]:
     """The files that each option given writes."""
     found: dict[str, list[Path]] = {}
     if options.hf is not None:
-        found["--hf"] = [options.hf / name for name in ("config.json", "model.safetensors")]
+        found["--hf"] = [options.hf / name for name in hugging_face_folder.FILES]
     if options.s3prl is not None:
-        found["--s3prl"] = [options.s3prl / name for name in ("expert.py", "hubconf.py")]
+        found["--s3prl"] = [options.s3prl / name for name in s3prl_folder.FILES]
     for option, out in (("--xares", options.xares), ("--xares-llm", options.xares_llm)):
         if out is not None:
             found[option] = [out, out.with_suffix(".safetensors")]
@@ -113,7 +114,11 @@ def main(arguments: list[str] | None = None) -> int:
     graphs = options.onnx is not None or options.torch_export is not None
     if not wanted and not graphs:
         raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}, --onnx, --torch-export")
+    taken: dict[str, str] = {}
     for option, files in results_of(options).items():
+        for path in map(os.path.abspath, files):
+            if (other := taken.setdefault(path, option)) != option:
+                raise ConfigError(f"{option} and {other} would both write {printable(path)}: give them other names")
         if not has_utf8_name(files[0]):
             raise ConfigError(f"{printable(str(files[0]))}: expected a name in UTF-8")
         check_new(option, files, options.overwrite)

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".csv":
         parser.error(f"--out must end in .csv, got {out}")
-    check_new("--out", [out], options.overwrite)  # before anything is decoded
+    skipped = out.with_suffix(".skipped.csv")
+    check_new("--out", [out, skipped], options.overwrite)  # before anything is decoded
     out.parent.mkdir(parents=True, exist_ok=True)
     files, report = collect(
         options.source,
@@ -41,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress=True,
     )
     write_manifest(out, files)
-    skipped = out.with_suffix(".skipped.csv")
     if report.skips:
         with whole_file(skipped) as file:
             writer = csv.writer(file)

@@ -24,11 +24,13 @@ def check_new(option: str, paths: Iterable[Path], overwrite: bool = False) -> No
         overwrite: they may exist.
 
     Raises:
-        ConfigError: if one exists, or its folder is none or cannot be written.
+        ConfigError: if one exists, is no file, or its folder is none or cannot be written.
     """
     for path in paths:
         if os.path.isdir(path):
             raise ConfigError(f"{option}: {printable(str(path))} is a folder, expected the name of a file")
+        if os.path.exists(path) and not os.path.isfile(path):  # replaced, it would be gone from the machine
+            raise ConfigError(f"{option}: {printable(str(path))} is a device or pipe, expected the name of a file")
         if not overwrite and os.path.lexists(path):
             raise ConfigError(
                 f"{option}: {printable(str(path))} exists; choose another name, or replace it with --overwrite"

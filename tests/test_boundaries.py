@@ -17,6 +17,7 @@ LAYERS = [
         "bestrq2.version",
         "bestrq2.hashing",
         "bestrq2.errors",
+        "bestrq2.encodings",
         "bestrq2.durability",
         "bestrq2.outputs",
         "bestrq2.console",

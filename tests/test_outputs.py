@@ -9,6 +9,7 @@ from bestrq2 import export, manifest, probe, report, stats, stream
 from bestrq2.data import tiny_dataset
 from bestrq2.durability import whole_file
 from bestrq2.errors import ConfigError
+from bestrq2.interchange import tensors
 from bestrq2.outputs import check_new, numbered
 
 CLIP = tiny_dataset()[0].path
@@ -18,11 +19,14 @@ CLIP = tiny_dataset()[0].path
     ("command", "arguments", "there"),
     [
         (manifest, [CLIP, "--out", "clips.csv"], "clips.csv"),
+        (manifest, [CLIP, "--out", "clips.csv"], "clips.skipped.csv"),
         (stats, ["--out", "stats.yaml"], "stats.yaml"),
         (stream, ["run", CLIP, "--out", "features"], "features.npy"),
         (probe, ["run", "--out", "probe"], "probe/results.json"),
         (export, ["run", "--hf", "folder"], "folder/config.json"),
+        (export, ["run", "--hf", "folder"], "folder/preprocessor_config.json"),
         (export, ["run", "--s3prl", "upstream"], "upstream/expert.py"),
+        (export, ["run", "--s3prl", "upstream"], "upstream/__init__.py"),
         (export, ["run", "--xares", "encoder.py"], "encoder.safetensors"),
         (export, ["run", "--onnx", "encoder.onnx"], "encoder.onnx"),
         (export, ["run", "--published", "encoder.safetensors"], "encoder.safetensors"),
@@ -71,6 +75,39 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda place, mode: False)  # also where the tests run as root
     with pytest.raises(ConfigError, match="cannot be written: change its permissions"):
         check_new("--out", [tmp_path / "new" / "x.csv"])
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        with pytest.raises(ConfigError, match=f"{name} is a device or pipe, expected the name of a file"):
+            check_new("--out", [tmp_path / name], overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "both"),
+    [
+        (["--xares", "a/best.py", "--published", "a/../a/best.safetensors"], "--published and --xares"),
+        (["--xares", "best.py", "--xares-llm", "best.py"], "--xares-llm and --xares"),
+    ],
+)
+def test_two_forms_of_an_export_in_one_place(tmp_path, monkeypatch, capsys, options, both):
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["run", *options]) == 2
+    assert f"{both} would both write" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_tensors_leave_nothing(tmp_path, monkeypatch):
+    def interrupted(values, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensors, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tensors.write_tensors(tmp_path / "x.safetensors", {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_of_folders(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from bestrq2.encodings import TextEncodingError, decode_text
 from bestrq2.errors import ConfigError
 
 # Keys whose values are names of files; those of a list are, too.
@@ -114,7 +115,7 @@ def write_yaml(values: Mapping[str, Any]) -> str:
 
 
 def read_text(path: str | os.PathLike[str], what: str) -> str:
-    """A text file in UTF-8, with or without the mark that some editors write.
+    """A text file in UTF-8, or in UTF-16 with the mark that some editors write.
 
     Raises:
         ConfigError: if it cannot be read or is in another encoding; it says which line.
@@ -124,12 +125,9 @@ def read_text(path: str | os.PathLike[str], what: str) -> str:
     except OSError as error:
         raise ConfigError(f"{what} {os.fspath(path)}: cannot be read: {error.strerror or error}") from error
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{what} {os.fspath(path)}: line {line} is not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
-        ) from error
+        return decode_text(content)
+    except TextEncodingError as error:
+        raise ConfigError(f"{what} {os.fspath(path)}: line {error.line}: {error}") from error
 
 
 def read_override(text: str) -> tuple[str, Any]:

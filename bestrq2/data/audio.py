@@ -20,7 +20,7 @@ from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
 from bestrq2.data.hidden_audio import audio_behind_end
-from bestrq2.data.mistaken import not_audio, other_normal_form
+from bestrq2.data.mistaken import not_audio, same_letters
 from bestrq2.errors import AudioError, printable
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
     except AudioError:
         raise
     except FileNotFoundError as error:
-        raise AudioError(name, "missing", other_normal_form(name)) from error
+        raise AudioError(name, "missing", same_letters(name)) from error
     except UnicodeEncodeError as error:
         raise AudioError(
             name, "missing", f"the locale ({error.encoding}) has no such letter: set LC_ALL=C.UTF-8"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bestrq2.data.tables import read_lines
+from bestrq2.encodings import foreign_letter
 from bestrq2.errors import ManifestError
 
 __all__ = ["kaldi_rows"]
@@ -56,6 +57,9 @@ def _entries(path: Path, may_be_empty: bool = False) -> list[tuple[int, str, str
             name, *rest = line.strip().split(None, 1)
             if not rest and not may_be_empty:
                 raise ManifestError(f"{path}:{number}: expected a name and what it stands for, got {line.strip()!r}")
+            # A path may be any bytes.
+            if what := foreign_letter(line if may_be_empty else name):
+                raise ManifestError(f"{path}:{number}: {what}")
             found.append((number, name, rest[0] if rest else ""))
     return found
 

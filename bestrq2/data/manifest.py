@@ -79,7 +79,7 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
         with suppress(OSError), os.scandir(where) as entries:  # tells links without a look at every file
             links.update(entry.path for entry in entries if entry.is_symlink())
         below = os.path.relpath(where, root)
-        domain = "" if below == "." else below.split(os.sep)[0]
+        domain = "" if below == "." else to_text(below.split(os.sep)[0])  # as a manifest has it, in every locale
         for name in sorted(names):
             if name.startswith("."):
                 ignored["(hidden file)"] += 1

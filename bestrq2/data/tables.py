@@ -17,13 +17,16 @@ from typing import Any
 
 from bestrq2.data.fields import PATH_NAMES
 from bestrq2.data.files import is_audio
-from bestrq2.errors import ManifestError
+from bestrq2.encodings import TextEncodingError, decode_text, foreign_letter
+from bestrq2.errors import ManifestError, printable
 
-__all__ = ["is_manifest", "rows_of"]
+__all__ = ["check_encoding", "is_manifest", "read_lines", "rows_of"]
 
 _JSON = {".jsonl", ".json", ".ndjson", ".list"}
 _TABLES = {".csv": ",;\t|", ".tsv": "\t"}  # which delimiters are looked for
 _SUFFIXES = frozenset(_JSON | set(_TABLES))
+
+_NAMING = frozenset((*PATH_NAMES, "audio", "recording", "sources"))  # columns with names of files
 
 Row = tuple[int, dict[str, Any]]
 
@@ -40,10 +43,12 @@ def is_manifest(path: str | os.PathLike[str]) -> bool:
 
 
 def read_lines(source: Path) -> list[str]:
-    """The lines of a text file in UTF-8, plain or gzipped. Bytes that are not UTF-8 are kept (names of files).
+    """The lines of a text file in UTF-8, or UTF-16 with a mark, plain or gzipped.
+
+    Bytes that are not UTF-8 are kept, since names of files may have them; see :func:`check_encoding`.
 
     Raises:
-        ManifestError: for a damaged gzip file, or another encoding (UTF-16, of spreadsheets).
+        ManifestError: for a damaged gzip file, or a binary one.
         OSError: if it cannot be read.
     """
     data = source.read_bytes()
@@ -54,9 +59,10 @@ def read_lines(source: Path) -> list[str]:
             raise ManifestError(f"{source}: a damaged gzip file ({error})") from error
         except Exception as error:  # zlib.error has no common base
             raise ManifestError(f"{source}: a damaged gzip file ({error})") from error
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:1024]:
-        raise ManifestError(f"{source}: UTF-16 or binary, expected text in UTF-8: save it as UTF-8")
-    text = data.decode("utf-8-sig", "surrogateescape")
+    try:
+        text = decode_text(data, keep_bytes=True)
+    except TextEncodingError as error:
+        raise ManifestError(f"{source}:{error.line}: {error}") from error
     return text.splitlines(keepends=True) if "\r" in text and "\n" not in text else io.StringIO(text, "").readlines()
 
 
@@ -72,7 +78,38 @@ def rows_of(path: str | os.PathLike[str]) -> list[Row]:
     if suffix not in _SUFFIXES:
         raise ManifestError(f"{source}: a manifest must end in .csv, .tsv or .jsonl, got {suffix!r}")
     lines = read_lines(source)
-    return list(_json_rows(source, lines)) if suffix in _JSON else _table_rows(source, lines, _TABLES[suffix])
+    rows = list(_json_rows(source, lines)) if suffix in _JSON else _table_rows(source, lines, _TABLES[suffix])
+    if any(foreign_letter(line) for line in lines if not line.isascii()):
+        for number, row in rows:
+            check_encoding(f"{source}:{number}", row)
+    return rows
+
+
+def check_encoding(where: str, row: dict[str, Any]) -> None:
+    """Refuse labels and names of columns that are not UTF-8.
+
+    Names of files, and a domain that is a part of one, are bytes: they may be anything.
+
+    Raises:
+        ManifestError: it names the line and the column.
+    """
+    names = "\0".join(_texts([row[name] for name in row if name.strip().lower() in _NAMING]))
+    for column, value in row.items():
+        if what := foreign_letter(column):
+            raise ManifestError(f"{where}: the column {printable(column)} is {what}")
+        if column.strip().lower() in _NAMING:
+            continue
+        for text in _texts(value):
+            if (what := foreign_letter(text)) and not (column.strip().lower() == "domain" and text in names):
+                raise ManifestError(f"{where}: {column} is {what}")
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in nested lists and objects."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [text for key, item in inner for text in (*_texts(key), *_texts(item))]
 
 
 def _table_rows(source: Path, lines: list[str], delimiters: str) -> list[Row]:

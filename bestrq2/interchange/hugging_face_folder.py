@@ -20,6 +20,7 @@ from .tensors import assemble_encoder, read_tensors, write_encoder_file
 MODEL_TYPE = "bestrq2"
 PREFIX = "bestrq2."  # of the encoder inside of a larger transformers model
 CODE = ("configuration_bestrq2.py", "modeling_bestrq2.py", "feature_extraction_bestrq2.py")
+FILES = ("model.safetensors", "config.json", "preprocessor_config.json", *CODE)
 
 
 def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Path) -> list[Path]:
@@ -65,7 +66,7 @@ def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], or
     for name, text in texts.items():
         with whole_file(folder / name) as file:
             file.write(text)
-    return [folder / name for name in ("model.safetensors", *documents, *CODE)]
+    return [folder / name for name in FILES]
 
 
 def document_of(folder: Path) -> dict[str, object] | None:

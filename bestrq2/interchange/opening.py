@@ -108,7 +108,7 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
 def _heads_in(path: Path) -> int | None:
     """Attention heads in the config.json of a transformers export."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())
         heads = document.get("encoder_kwargs", {}).get("num_heads")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error

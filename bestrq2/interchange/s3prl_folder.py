@@ -14,6 +14,7 @@ from .tensors import assemble_encoder, write_encoder_file
 
 SAMPLING_RATE = 16000  # of all audio in s3prl
 WEIGHTS = "encoder.safetensors"
+FILES = ("expert.py", "hubconf.py", "__init__.py", WEIGHTS)
 
 EXPERT = '''"""s3prl upstream of {description}, written by `bestrq2 export --s3prl`. Needs bestrq2."""
 
@@ -130,4 +131,4 @@ def write_s3prl(folder: Path, config: Config, weights: Mapping[str, Tensor], ori
     for file, text in texts.items():
         with whole_file(folder / file) as written:
             written.write(text)
-    return [folder / file for file in (*texts, WEIGHTS)]
+    return [folder / file for file in FILES]

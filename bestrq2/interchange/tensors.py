@@ -6,6 +6,7 @@ rebuilds it: nothing else is needed to open it, and nothing in it is executable.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -48,8 +49,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file(contiguous, partial, {"format": "pt", **metadata})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def encoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

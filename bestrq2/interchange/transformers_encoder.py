@@ -36,7 +36,7 @@ EXACT = 1e-4
 def is_transformers_folder(path: Path) -> bool:
     """Return True if a folder holds a transformers model other than ours or a published BEST-RQ-2 export."""
     try:
-        document = json.loads((path / "config.json").read_text())
+        document = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
     if not isinstance(document, dict) or document.get("model_type") == "bestrq2" or "encoder_kwargs" in document:

@@ -5,7 +5,8 @@ On CPUs, in this order (docs/benchmarks.md has the measurements):
 - at most 384 keys: our kernel that holds the scores of a head in the cache (csrc/short_attention). In fp32 with AVX2 or
   AVX-512; in bf16 on a processor with fast bf16 products (AMX, or AVX-512 BF16 of AMD), where the backward pass of
   PyTorch's kernel is several times slower than its forward pass.
-- clips of different lengths, or bf16 and more keys: ``ops.chunked_attention`` with one chunk, which skips padding.
+- clips of different lengths, or bf16 and more keys: ``ops.chunked_attention`` with one chunk, which skips padding of
+  self-attention; with other queries than keys it is a mask of keys.
 - fp32 without padding and with more keys: ``scaled_dot_product_attention``.
 
 On GPUs, in this order, eager and under torch.compile:
@@ -46,27 +47,32 @@ GPU_DIM = 128
 GPU_TYPE = "cuda"
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None, *, cross: bool = False) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` over the first ``lengths[b]`` keys of every clip.
 
     Args:
         query: ``(B, H, Nq, d)``.
         key, value: ``(B, H, Nk, d)``.
-        lengths: ``(B,)`` int64 valid keys on the device, at least 1; None: all. Where Nq = Nk, what padded queries give
-            is undefined.
+        lengths: ``(B,)`` integers, valid keys on the device, at least 1; None: all. Where Nq = Nk queries are cut off
+            like keys, and what those from ``lengths`` on give is undefined.
+        cross: queries are other tokens than keys, and all of them count, also where Nq = Nk.
 
     Returns:
         ``(B, H, Nq, d)``; of our own kernels in the memory order ``(B, Nq, H, d)``.
     """
-    if _is_short_on_gpu(query, key, value):
-        return short_attention(query, key, value, lengths)
-    if _is_eager(query) and _is_short(query, key):
-        return _ShortAttention.apply(lengths, 0, None, query, key, value)
-    if _is_eager(query) and _prefers_chunks(query, lengths):
+    cuts_queries = lengths is not None and query.shape[2] == key.shape[2]  # the kernels of short clips do
+    if not (cross and cuts_queries):
+        if _is_short_on_gpu(query, key, value):
+            return short_attention(query, key, value, lengths)
+        if _is_eager(query) and _is_short(query, key):
+            return _ShortAttention.apply(lengths, 0, None, query, key, value)
+    chunks = _is_eager(query) and _prefers_chunks(query, lengths)
+    if chunks and cuts_queries and not cross:
         return ops.chunked_attention(query, key, value, right_context=None, lengths=lengths)
-    mask = None
-    if lengths is not None:
-        mask = (torch.arange(key.shape[2], device=key.device) < lengths[:, None])[:, None, None]
+    valid = None if lengths is None else torch.arange(key.shape[2], device=key.device) < lengths[:, None]
+    if chunks:
+        return ops.chunked_attention(query, key, value, right_context=None, key_mask=valid)
+    mask = None if valid is None else valid[:, None, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -159,6 +165,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lengths: Tensor | None, first: int, bias: Tensor | None, *frames: Tensor) -> Tensor:
         frames = tuple(map(_rows, frames))
+        lengths = None if lengths is None else lengths.to(torch.int64).contiguous()  # read by address
         query, key, value = _split(frames, first)
         batch, heads, num_queries, dim = query.shape
         out = query.new_empty(batch, num_queries, heads, dim).transpose(1, 2)

@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rotation is not None and context_rotation is not None:
             q, k = turn(q, *rotation), turn(k, *context_rotation)
-        return product(self.proj, attend(q, k, v, lengths).transpose(1, 2).flatten(2))
+        return product(self.proj, attend(q, k, v, lengths, cross=True).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(nn.Module):

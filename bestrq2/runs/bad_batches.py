@@ -89,7 +89,7 @@ def load_bad_batch(path: Path) -> BadBatch:
     try:
         tensors = load_file(path)
         waveform, lengths, index = (tensors[name] for name in ("waveform", "lengths", "index"))
-        facts = json.loads(path.with_suffix(".json").read_text())
+        facts = json.loads(path.with_suffix(".json").read_bytes())
         return BadBatch(
             waveform,
             lengths,

@@ -166,7 +166,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     state = document.get("state") if isinstance(document, dict) else None

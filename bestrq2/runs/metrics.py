@@ -229,7 +229,7 @@ def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -
     path = folder / WANDB_FILE
     try:
         try:
-            identifier = str(json.loads(path.read_text())["id"])
+            identifier = str(json.loads(path.read_bytes())["id"])
         except (OSError, ValueError, KeyError, TypeError):
             identifier = uuid.uuid4().hex[:12]
             path.write_text(json.dumps({"id": identifier, "project": project}) + "\n")

@@ -175,7 +175,7 @@ def _sha256(path: Path) -> str:
 def _verified(path: Path) -> dict[str, Any] | None:
     """The record of a complete shard, or None if it must be made (again)."""
     try:
-        record = json.loads(path.with_suffix(".json").read_text())
+        record = json.loads(path.with_suffix(".json").read_bytes())
         return record if record["sha256"] == _sha256(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

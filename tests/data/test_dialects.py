@@ -191,9 +191,6 @@ def test_a_label_may_be_called_as_a_key_of_lhotse(tmp_path, name):
 
 
 def test_encodings(tmp_path):
-    (tmp_path / "m.csv").write_bytes("path\na.wav\n".encode("utf-16"))
-    with pytest.raises(ManifestError, match="save it as UTF-8"):
-        read_manifest(tmp_path / "m.csv")
     (tmp_path / "m.csv.gz").write_bytes(gzip.compress(b"path\na.wav\n")[:-9])
     with pytest.raises(ManifestError, match="damaged gzip"):
         read_manifest(tmp_path / "m.csv.gz")

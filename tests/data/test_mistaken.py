@@ -25,6 +25,19 @@ def test_a_name_in_another_normal_form(tmp_path, form):
 
 
 @pytest.mark.parametrize(
+    ("there", "asked", "hint"),
+    [
+        ("\u00e9t\u00e9.wav".encode(), b"\xe9t\xe9.wav", "save the manifest as UTF-8"),
+        (b"\xe9t\xe9.wav", "\u00e9t\u00e9.wav".encode(), "in Latin-1 is there: rename it"),
+    ],
+)
+def test_a_name_in_another_encoding(tmp_path, there, asked, hint):
+    (tmp_path / os.fsdecode(there)).touch()
+    with pytest.raises(AudioError, match=hint):
+        load_audio(tmp_path / os.fsdecode(asked))
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer .* git lfs pull"),

@@ -57,6 +57,32 @@ def test_attend(queries, keys, dim, padded, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rule", ["of a CPU", "chunks", "of a GPU"])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 20), (30, 20), (20, 30)])
+def test_every_query_of_cross_attention_counts(queries, keys, rule, dtype, monkeypatch):
+    """Also those behind the last valid key, and where there are as many queries as keys."""
+    if rule == "chunks":
+        monkeypatch.setattr(attention, "_is_short", lambda query, key: False)
+    if rule == "of a GPU":
+        monkeypatch.setattr(attention, "GPU_TYPE", "cpu")
+        monkeypatch.setattr(attention, "_gpu_obstacle", lambda index: None)
+    lengths = torch.tensor([keys, keys // 2, 3])
+    query, key, value = (frames(3, n, 2, 16, seed=i, dtype=dtype) for i, n in enumerate((queries, keys, keys)))
+    found = attend(query, key, value, lengths, cross=True)
+    one_by_one = [attend(query[b : b + 1], *(x[b : b + 1, :, :n] for x in (key, value))) for b, n in enumerate(lengths)]
+    torch.testing.assert_close(found, torch.cat(one_by_one), atol=2 * torch.finfo(dtype).eps, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor([7], dtype=torch.int64).expand(3), torch.tensor([7, 7, 7], dtype=torch.int32)]
+)
+def test_lengths_of_any_layout(lengths):
+    qkv = torch.randn(3, 20, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    found, expected = (self_attend(qkv, given)[:, :, :7] for given in (lengths, torch.tensor([7, 7, 7])))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_self_attend_is_attend(dtype):
     qkv = torch.randn(2, 50, 3, 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     lengths = torch.tensor([50, 20])

@@ -34,6 +34,18 @@ def test_a_masked_token_does_not_see_the_others():
     assert (together - model(queries, torch.randn(2, 5, 32))).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("queries", [300, 400, 500])
+def test_a_shorter_context_takes_no_query_along(queries):
+    """More tokens than the kernel of short clips takes."""
+    torch.manual_seed(0)
+    model = CrossTransformer(TransformerSettings(16, 1, 2, 24)).eval()
+    masks, context = torch.randn(2, queries, 16), torch.randn(2, 400, 16)
+    together = model(masks, context, torch.tensor([400, 90]))
+    for clip, tokens in enumerate((400, 90)):
+        alone = model(masks[clip : clip + 1], context[clip : clip + 1, :tokens])
+        assert torch.allclose(together[clip : clip + 1], alone, atol=1e-5)
+
+
 @pytest.mark.parametrize("recipe", ["best_rq2_tiny", "best_rq2_conformer_tiny"])
 def test_ragged_batch_gives_each_clip_what_it_gives_alone(recipe):
     model = build("model.predictor.attention=cross", "model.predictor.share=0.5", recipe=recipe).eval()

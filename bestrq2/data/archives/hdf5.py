@@ -141,11 +141,27 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
 
 
 def _texts(file: Any, column: str, count: int) -> list[str]:
-    """One text for each clip, or empty ones if the file has no such dataset."""
+    """One text for each clip, or empty ones if the file has no such dataset.
+
+    Raises:
+        ValueError: for bytes that are not UTF-8.
+    """
     found = file.get(column)
     if found is None or getattr(found, "shape", None) != (count,):
         return [""] * count
-    return [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in found[()]]
+    values = found[()]
+    for number, value in enumerate(values):
+        if isinstance(value, bytes) and not _is_utf8(value):
+            raise ValueError(f"{column} of clip {number} is not UTF-8: {value[:40]!r}; write it as UTF-8")
+    return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values]
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def open_hdf5_clip(path: str, name: str) -> SampleReader:

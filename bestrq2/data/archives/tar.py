@@ -26,12 +26,13 @@ import numpy as np
 
 from bestrq2.data.archives.readers import Section
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
+from bestrq2.encodings import TextEncodingError, decode_text
 from bestrq2.errors import AudioError, Skip
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 1"
+_FORMAT = "bestrq2 tar index 2"  # 1 replaced letters of labels that are not UTF-8
 _BLOCK = tarfile.BLOCKSIZE
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _LONGEST_NAME = 1 << 20
@@ -148,7 +149,10 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
             audio.append(_Entry(unique, entry.offset, entry.stop))
         elif extension in _SIDECARS and size <= _SIDECARS[extension] and entry.stop <= index.size:
             file.seek(entry.offset)
-            sidecars.setdefault(stem, {})[extension] = file.read(size).decode("utf-8", "replace")
+            try:
+                sidecars.setdefault(stem, {})[extension] = decode_text(file.read(size))
+            except TextEncodingError as error:
+                index.damage.append(f"{name}, line {error.line}: {error}; it is not used")
         else:
             index.others[f".{extension}" if extension else "(no extension)"] += 1
     for entry in audio:
