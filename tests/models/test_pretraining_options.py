@@ -243,7 +243,10 @@ def test_times_of_teacher_and_tokens_are_equal():
             ["model.front_end.sampling_rate=8000", "model.front_end.f_max=null"],
             "expected a teacher for 8000 Hz.*got one for 16000 Hz",
         ),
-        (["model.encoder.patch_height=16"], "expected a teacher with 4 rows of patches, like the model, got one with 1"),
+        (
+            ["model.encoder.patch_height=16"],
+            "expected a teacher with 4 rows of patches, like the model, got one with 1",
+        ),
     ],
 )
 def test_teachers_that_do_not_fit_are_refused(overrides, message):
