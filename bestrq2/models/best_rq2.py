@@ -287,8 +287,8 @@ class BestRQ2(_Pretraining):
         return self.predictor(context, patches.positions(), plan), context
 
     def flops(self, plan: MaskPlan) -> float:
-        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward), and
-        of the forward pass of a teacher."""
+        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward),
+        and of the forward pass of a teacher."""
         total = 0.0
         for seen, predicted, tokens, clips in clip_sizes(plan):
             one = self.encoder.flops(seen, tokens) + self.predictor.flops(seen, predicted)
@@ -355,8 +355,8 @@ class BestRQ(_Pretraining):
         return marked.scatter_(1, target, True)[:, :num_tokens]
 
     def flops(self, plan: MaskPlan) -> float:
-        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward), and
-        of the forward pass of a teacher."""
+        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward),
+        and of the forward pass of a teacher."""
         total = 0.0
         for _, predicted, tokens, clips in clip_sizes(plan):
             one = self.encoder.flops(tokens, tokens) + self.head.flops(predicted) + self._clip_flops()

@@ -60,8 +60,8 @@ class Teacher:
             )
         if student.rows not in (1, teacher.rows):
             raise ValueError(
-                f"targets.encoder: expected a teacher with {student.rows} rows of patches, like the model, got one with "
-                f"{teacher.rows}; a model of patches over all bands takes any teacher"
+                f"targets.encoder: expected a teacher with {student.rows} rows of patches, like the model, got one "
+                f"with {teacher.rows}; a model of patches over all bands takes any teacher"
             )
 
     @torch.no_grad()
