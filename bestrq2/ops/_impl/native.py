@@ -66,6 +66,7 @@ def stale(module: ModuleType, csrc: Path) -> str | None:
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
+    reason: str | None
     try:
         try:
             module = import_module("bestrq2._C")
