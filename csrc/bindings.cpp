@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -222,6 +223,10 @@ bestrq2::LogMel log_mel_call(const Arguments& arguments) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  if (!bestrq2::isa_known())
+    throw py::import_error(std::string("BESTRQ2_ISA: expected portable, avx2, avx512, avx512_vnni, avx512_bf16 or amx, "
+                                       "got ") +
+                           std::getenv("BESTRQ2_ISA"));
   m.doc() = "CPU and CUDA kernels of bestrq2; call them through bestrq2.ops.";
   m.attr("sources") = BESTRQ2_SOURCES;  // digest of csrc/, from CMakeLists.txt
 #ifdef BESTRQ2_WITH_CUDA

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from bestrq2.config import Config, ConfigError, load_config
+from bestrq2.interchange.opening import open_teacher
 from bestrq2.models import build_model
 
 READOUT = ("layers", "combine", "rows", "pooling")
@@ -129,7 +130,7 @@ def flops_per_step(config: Config) -> float:
     changed = load_statistics(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_model(changed)
+        model = build_model(changed, open_teacher(changed))
     samples = round(config.data.crop_seconds * config.model.front_end.sampling_rate)
     noise = 0.1 * torch.randn(2, samples, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([samples, samples])

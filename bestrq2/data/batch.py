@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bestrq2.data.dataset import Sample
 from bestrq2.data.steps import EqualSteps, StepPlan, plan_of, rank_share
@@ -198,7 +199,7 @@ def _deliver(
         if method == "forkserver":
             context.set_forkserver_preload(["bestrq2.data.worker_server"])
         options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "worker_init_fn": _start_worker}
-    loader = DataLoader(
+    loader = _Loader(
         _Guarded(dataset),
         batch_sampler=steps,
         num_workers=workers,
@@ -232,7 +233,7 @@ def _named_start() -> Iterator[None]:
     """Name the worker in errors of its start: "Broken pipe" is all that the system reports."""
     try:
         yield
-    except (ConnectionError, EOFError, PermissionError, FileNotFoundError) as error:
+    except (OSError, EOFError) as error:
         raise DataError(
             f"a data worker could not be started: {error or type(error).__name__} (interpreter: "
             f"{os.fsdecode(get_executable())}); data.workers=0 decodes in the main process"
@@ -258,6 +259,35 @@ def _without_main(dataset: Dataset) -> Iterator[None]:
         yield
     finally:
         main.__dict__.update(hidden)
+
+
+class _Loader(DataLoader):
+    """A loader whose half-built iterator can be cleaned up."""
+
+    def _get_iterator(self) -> Any:
+        return _WorkerBatches(self) if self.num_workers else super()._get_iterator()
+
+
+class _WorkerBatches(_MultiProcessingDataLoaderIter):
+    """The iterator of torch, which ends its workers also if not all of them could be started.
+
+    In torch (2.11 to 2.13) ``__del__`` reads attributes that are set behind the start: it prints a traceback, and the
+    workers that did start go on.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        try:
+            super().__init__(loader)
+        except BaseException:
+            self._shutdown_workers()
+            raise
+
+    def _shutdown_workers(self) -> None:
+        if "_workers" not in vars(self):
+            return  # before the first start
+        if "_workers_status" not in vars(self):
+            self._workers_status = [True] * len(self._workers)
+        super()._shutdown_workers()
 
 
 class _Steps:

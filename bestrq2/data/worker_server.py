@@ -5,8 +5,23 @@ the main process may want to finish its step and save, and without the server it
 when they and the main process are gone.
 """
 
+import contextlib
+import os
 import signal
+import sys
+from typing import Any
 
 import bestrq2.data.batch  # noqa: F401  (what the workers need)
 
+
+def _in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print what the system refused (a limit of processes) without a traceback: the main process gives the remedy."""
+    if not isinstance(error, OSError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, f"the data workers' server ended: {error.strerror or error}\n".encode(errors="backslashreplace"))
+
+
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sys.excepthook = _in_one_line

@@ -14,6 +14,7 @@ from torch import Tensor
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
 from bestrq2.durability import whole_file
 from bestrq2.errors import CheckpointError
+from bestrq2.runs.checkpoint import unreadable
 
 from .tensors import assemble_encoder, read_tensors, write_encoder_file
 
@@ -70,9 +71,15 @@ def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], or
 
 
 def document_of(folder: Path) -> dict[str, object] | None:
-    """The config.json of one of our encoders in a transformers folder, or None for any other folder."""
+    """The config.json of one of our encoders in a transformers folder, or None for any other folder.
+
+    Raises:
+        CheckpointError: if it may not be read.
+    """
     try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        document = json.loads((folder / "config.json").read_bytes())
+    except PermissionError as error:
+        raise unreadable(folder / "config.json", error) from error
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) and document.get("model_type") == MODEL_TYPE else None

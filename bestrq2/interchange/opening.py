@@ -1,6 +1,7 @@
 """Models from run folders, exported files and published checkpoints."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from bestrq2.config import Config, ConfigError, config_from_dict
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_model
 from bestrq2.models.build import load_weights
 from bestrq2.models.teacher import Teacher
-from bestrq2.runs.checkpoint import STATE, find_checkpoint
+from bestrq2.runs.checkpoint import STATE, find_checkpoint, unreadable
 
 from .hugging_face_folder import document_of, read_folder
 from .published import from_published
@@ -48,10 +49,16 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
         heads, hop_length: what no tensor of a published checkpoint says; see :func:`from_published`.
 
     Raises:
-        CheckpointError: for a missing or damaged file.
+        CheckpointError: for a missing or damaged file, or one that may not be read.
         ConfigError: for a pickle, an unknown layout (listing its keys), or tensors that do not fit.
     """
-    path = Path(path)
+    try:
+        return _open(Path(path), heads, hop_length)
+    except PermissionError as error:
+        raise unreadable(Path(os.fsdecode(error.filename or path)), error) from error
+
+
+def _open(path: Path, heads: int | None, hop_length: int | None) -> OpenedModel:
     refuse_pickle(path)
     if path.suffix == ".safetensors" and not (path.parent / STATE).exists():
         return _open_file(path, heads, hop_length)

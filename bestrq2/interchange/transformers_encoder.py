@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.config import ConfigError
+from bestrq2.runs.checkpoint import unreadable
 
 from .adapters import ForeignEncoder
 
@@ -34,9 +35,15 @@ EXACT = 1e-4
 
 
 def is_transformers_folder(path: Path) -> bool:
-    """Return True if a folder holds a transformers model other than ours or a published BEST-RQ-2 export."""
+    """Return True if a folder holds a transformers model other than ours or a published BEST-RQ-2 export.
+
+    Raises:
+        CheckpointError: if its config.json may not be read.
+    """
     try:
         document = json.loads((path / "config.json").read_bytes())
+    except PermissionError as error:
+        raise unreadable(path / "config.json", error) from error
     except (OSError, ValueError):
         return False
     if not isinstance(document, dict) or document.get("model_type") == "bestrq2" or "encoder_kwargs" in document:

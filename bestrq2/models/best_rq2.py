@@ -232,6 +232,13 @@ class _Pretraining(nn.Module):
     def _clip_flops(self) -> float:
         return 0.0 if self.clip_head is None else self.clip_head.flops()
 
+    def _target_flops(self, plan: MaskPlan) -> float:
+        """Of a teacher, which has no backward pass."""
+        if self.teacher is None:
+            return 0.0
+        rows = self.encoder.rows
+        return sum(clips * self.teacher.flops(tokens // rows) for _, _, tokens, clips in clip_sizes(plan))
+
 
 class BestRQ2(_Pretraining):
     """Two-step pretraining: the encoder sees only unmasked patches, a predictor infers the codes of the masked ones.
@@ -280,12 +287,13 @@ class BestRQ2(_Pretraining):
         return self.predictor(context, patches.positions(), plan), context
 
     def flops(self, plan: MaskPlan) -> float:
-        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
+        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward),
+        and of the forward pass of a teacher."""
         total = 0.0
         for seen, predicted, tokens, clips in clip_sizes(plan):
             one = self.encoder.flops(seen, tokens) + self.predictor.flops(seen, predicted)
             total += clips * (one + self.head.flops(predicted) + self._clip_flops())
-        return 3.0 * total
+        return 3.0 * total + self._target_flops(plan)
 
 
 class BestRQ(_Pretraining):
@@ -347,9 +355,10 @@ class BestRQ(_Pretraining):
         return marked.scatter_(1, target, True)[:, :num_tokens]
 
     def flops(self, plan: MaskPlan) -> float:
-        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward)."""
+        """Matrix-product operations of a forward and backward pass over a batch (backward counted as twice forward),
+        and of the forward pass of a teacher."""
         total = 0.0
         for _, predicted, tokens, clips in clip_sizes(plan):
             one = self.encoder.flops(tokens, tokens) + self.head.flops(predicted) + self._clip_flops()
             total += clips * one
-        return 3.0 * total
+        return 3.0 * total + self._target_flops(plan)

@@ -21,8 +21,9 @@ class Teacher:
 
     Frame t of the teacher is the target of time column t. Both begin at sample ``t * hop`` and the hops are equal, so
     they cover the same time up to their windows. Where the teacher has fewer frames, because its first stage needs more
-    audio, its last frame stands for the columns behind it. Features have no frequency, so the student's tokens must be
-    one per time step: strips, or a Conformer.
+    audio, its last frame stands for the columns behind it. A student with one token a time step (strips, a Conformer)
+    takes any teacher, whose rows are averaged; one with a grid of patches takes a teacher of as many rows, token by
+    token.
 
     Args:
         encoder: any encoder of ours; it is frozen.
@@ -57,10 +58,10 @@ class Teacher:
                 f"targets.encoder: expected a teacher with a frame every {student.hop_size_in_ms:g} ms, like the "
                 f"tokens of the model, got one with a frame every {teacher.hop_size_in_ms:g} ms"
             )
-        if student.rows != 1:
+        if student.rows not in (1, teacher.rows):
             raise ValueError(
-                "targets.encoder: frames of a teacher have no frequency, so the model needs patches over all bands, "
-                f"got {student.rows} rows of patches"
+                f"targets.encoder: expected a teacher with {student.rows} rows of patches, like the model, got one "
+                f"with {teacher.rows}; a model of patches over all bands takes any teacher"
             )
 
     @torch.no_grad()
@@ -69,13 +70,21 @@ class Teacher:
         if next(self.encoder.parameters()).device != waveform.device:
             self.encoder.to(waveform.device)
         with torch.autocast(waveform.device.type, enabled=False):
-            frames, counts = self.encoder.encode(waveform.float(), lengths, self.layer)
-        column = torch.arange(patches.values.shape[1], device="cpu")
+            joined = "average" if patches.rows == 1 else "concatenate"
+            frames, counts = self.encoder.encode(waveform.float(), lengths, self.layer, rows=joined)
+        frames = frames.unflatten(2, (patches.rows, self.width)).flatten(1, 2)  # tokens, as those of ``patches`` lie
+        token = torch.arange(patches.values.shape[1], device="cpu")
         last = (counts - 1).clamp(min=0)[:, None]
-        index = torch.minimum(column, last).to(waveform.device, non_blocking=True)
+        index = torch.minimum(token // patches.rows, last) * patches.rows + token % patches.rows
+        index = index.to(waveform.device, non_blocking=True)
         aligned = frames.gather(1, index[..., None].expand(-1, -1, self.width))
-        inside = (column < patches.lengths[:, None]).to(waveform.device, non_blocking=True)
+        inside = (token < patches.lengths[:, None]).to(waveform.device, non_blocking=True)
         return torch.where(inside[..., None], aligned, 0)
+
+    def flops(self, columns: int) -> float:
+        """Matrix-product operations for one clip of ``columns`` time steps."""
+        tokens = columns * self.encoder.rows
+        return self.encoder.flops(tokens, tokens)
 
     def digest(self) -> str:
         """SHA-256 of the weights by name, and of the layer."""

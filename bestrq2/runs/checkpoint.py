@@ -117,9 +117,19 @@ def save_checkpoint(
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
-    """Checkpoint folders ``step-<number>``, oldest first. Copies under other names are none of ours."""
-    found = (p for p in parent.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir())
-    return sorted(found, key=_step_of)
+    """Checkpoint folders ``step-<number>``, oldest first. Copies under other names are none of ours.
+
+    Raises:
+        CheckpointError: if the folder is there and may not be listed, which does not mean that it is empty.
+    """
+    try:
+        with os.scandir(parent) as entries:  # Path.glob takes a folder that it may not read for an empty one
+            names = [e.name for e in entries if e.name.removeprefix(PREFIX).isdecimal() and e.name.startswith(PREFIX)]
+        return sorted((parent / name for name in names if (parent / name).is_dir()), key=_step_of)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(parent, error) from error
 
 
 def clear_leftovers(parent: Path) -> None:
@@ -152,7 +162,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         try:
             actual = _sha256(folder / name)
         except OSError as error:
-            raise _unreadable(folder / name, error) from error
+            raise unreadable(folder / name, error) from error
         if actual != expected:
             raise CheckpointError(f"{folder / name}: damaged (checksum {actual[:12]}, expected {expected[:12]})")
     return Checkpoint(folder, state["step"], state["config"], state["extra"])
@@ -168,7 +178,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     state = document.get("state") if isinstance(document, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: not the state of a bestrq2 checkpoint")
@@ -205,8 +215,15 @@ def find_checkpoint(path: Path) -> Checkpoint:
     The path of a checkpoint's ``ema.safetensors`` means that checkpoint with its averaged weights.
 
     Raises:
-        CheckpointError: if there is none that is intact.
+        CheckpointError: if there is none that is intact, or it may not be read.
     """
+    try:
+        return _find_checkpoint(path)
+    except PermissionError as error:
+        raise unreadable(Path(os.fsdecode(error.filename or path)), error) from error
+
+
+def _find_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         hint = ""
         if str(path) in recipe_names():
@@ -241,10 +258,11 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file or folder of a model that could not be read; for want of permission with the remedy."""
     if isinstance(error, PermissionError):
         return CheckpointError(
             f"{path} cannot be read for want of permission; let this user read it (chmod, chown), or run as its owner"
@@ -269,12 +287,18 @@ def folder_name(step: int) -> str:
 
 
 def read_best(parent: Path) -> list[tuple[float, int]]:
-    """(value, step) of every checkpoint that has a value, best first, from the checkpoints themselves."""
+    """(value, step) of every intact checkpoint that has a value, best first, from the checkpoints themselves.
+
+    Raises:
+        CheckpointError: if one may not be read.
+    """
     found = []
     for folder in list_checkpoints(parent):
         try:
             state = read_state(folder)
-        except CheckpointError:
+        except CheckpointError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise
             continue
         value = state["extra"].get("score")
         if isinstance(value, (int, float)) and value == value:

@@ -28,7 +28,7 @@ from bestrq2.config import (
 )
 from bestrq2.data import Skip
 from bestrq2.durability import has_utf8_name
-from bestrq2.errors import TrainingError, printable
+from bestrq2.errors import CheckpointError, TrainingError, printable
 from bestrq2.outputs import check_writable
 from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
@@ -126,17 +126,28 @@ class RunFolder:
 
         Raises:
             ConfigError: if there is no run with a checkpoint.
+            CheckpointError: without ``path``, if a run in ``runs`` may not be read: it may be the newest.
         """
         if path:
             for folder in (Path(path), runs / path):
                 if (folder / "config.yaml").exists():
                     return cls(folder)
             raise ConfigError(f"--resume {path}: expected a run folder with config.yaml, or the name of one in {runs}")
-        found = [cls(p.parent) for p in runs.glob("*/config.yaml")]
-        found = [run for run in found if list_checkpoints(run.checkpoints)]
-        if not found:
+        written: dict[Path, float] = {}
+        for folder in _folders_in(runs):
+            try:
+                os.stat(folder / "config.yaml")
+                checkpoints = list_checkpoints(folder / "checkpoints")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (CheckpointError, PermissionError) as error:
+                reason = error if isinstance(error, CheckpointError) else f"{folder} may not be read"
+                raise CheckpointError(f"--resume: {reason}. To continue another run, name it") from error
+            if checkpoints:
+                written[folder] = max(checkpoint.stat().st_mtime for checkpoint in checkpoints)
+        if not written:
             raise ConfigError(f"--resume: no run with a checkpoint in {runs}")
-        return max(found, key=lambda run: max(p.stat().st_mtime for p in list_checkpoints(run.checkpoints)))
+        return cls(max(written, key=lambda folder: written[folder]))
 
     def write_config(self, config: Config) -> None:
         """
@@ -156,12 +167,14 @@ class RunFolder:
                 read or lacks entries that ``saved`` has: a file cut short would mean defaults.
 
         Raises:
-            ConfigError: if the file is damaged and ``saved`` is not given.
+            ConfigError: if the file is damaged and ``saved`` is not given, or it may not be read.
         """
         path = self.path / "config.yaml"
         try:
             values = read_yaml(read_text(path, "configuration"), str(path))
         except ConfigError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise
             problem = str(error).splitlines()[0]
         else:
             missing = _first_missing(values, saved or config_to_dict(Config()))
@@ -266,6 +279,16 @@ class RunFolder:
         except (OSError, ValueError):
             return []
         return found if isinstance(found, list) else []
+
+
+def _folders_in(runs: Path) -> list[Path]:
+    try:
+        with os.scandir(runs) as entries:
+            return [runs / entry.name for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ConfigError(f"--runs {runs}: cannot be listed: {error.strerror or error}") from error
 
 
 def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str | None:

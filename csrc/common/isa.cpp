@@ -61,24 +61,32 @@ std::atomic<Dot>& most_dot() {
   return most;
 }
 
+// Values of BESTRQ2_ISA, each with everything before it.
+constexpr const char* kLevels[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
+constexpr int kBest = 5;
+
+// Place in kLevels of what the environment allows at most; -1: of none.
+int allowed_level() {
+  const char* variable = std::getenv("BESTRQ2_ISA");
+  if (variable == nullptr || *variable == 0) return kBest;
+  for (int level = 0; level <= kBest; ++level)
+    if (std::string(variable) == kLevels[level]) return level;
+  return -1;
+}
+
 struct Choice {
   std::atomic<Isa> isa{Isa::portable};
   std::atomic<bool> vnni{false};
 
   Choice() {
-    const char* variable = std::getenv("BESTRQ2_ISA");
-    const std::string wanted = variable != nullptr ? variable : "";
-    if (vnni_supported() && (wanted.empty() || wanted == "avx512_vnni")) {
-      isa = Isa::avx512;
-      vnni = true;
-      return;
-    }
+    const int level = allowed_level();
     for (Isa candidate : {Isa::avx512, Isa::avx2, Isa::portable}) {
-      if (!wanted.empty() && wanted != isa_name(candidate)) continue;
-      if (!supported(candidate)) continue;
+      if (static_cast<int>(candidate) > level || !supported(candidate)) continue;
       isa = candidate;
-      return;
+      break;
     }
+    vnni = level >= 3 && isa == Isa::avx512 && vnni_supported();
+    if (level < kBest) most_dot() = level == kBest - 1 ? Dot::avx512 : Dot::none;
   }
 };
 
@@ -88,6 +96,8 @@ Choice& chosen() {
 }
 
 }  // namespace
+
+bool isa_known() { return allowed_level() >= 0; }
 
 Isa best_isa() { return chosen().isa; }
 
@@ -110,7 +120,10 @@ bool dot_beats_fma() {
 #endif
 }
 
-void limit_dot(Dot most) { most_dot() = most; }
+void limit_dot(Dot most) {
+  chosen();  // which sets what the environment allows
+  most_dot() = most;
+}
 
 bool force_isa(Isa isa, bool vnni) {
   if (!supported(isa) || (vnni && (isa != Isa::avx512 || !vnni_supported()))) return false;

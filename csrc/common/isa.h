@@ -5,9 +5,12 @@ namespace bestrq2 {
 
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
 
-// The best set that this processor and this build support, or the one that BESTRQ2_ISA (portable | avx2 | avx512 |
-// avx512_vnni) asks for when it is supported. Decided once per process.
+// The best set that processor and build support, up to the one that BESTRQ2_ISA names: portable | avx2 | avx512 |
+// avx512_vnni | avx512_bf16 | amx, in rising order. Decided once per process.
 Isa best_isa();
+
+// False if BESTRQ2_ISA is set to something else.
+bool isa_known();
 
 // True if best_isa() is avx512 and 8-bit dot products (AVX-512 VNNI) may be used as well.
 bool use_vnni();

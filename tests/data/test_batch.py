@@ -1,5 +1,8 @@
 """Batches: step k is the same audio with any workers, ranks and starting point; faults arrive as they are."""
 
+import errno
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -233,3 +236,24 @@ def test_a_worker_that_cannot_be_started(dataset, monkeypatch, error):
         next(batches(dataset, 2, workers=1))
     with pytest.raises(type(error)):  # no worker, another fault
         next(batches(dataset, 2))
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_workers_of_which_one_cannot_be_started(dataset, monkeypatch, started):
+    """One sentence: no traceback of the loader's cleanup beside it, and no worker that goes on."""
+    real, left, unraised = multiprocessing.context.ForkProcess.start, [None] * started, []
+    before = set(multiprocessing.active_children())
+
+    def start(process):
+        if not left:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        left.pop()
+        real(process)
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", start)
+    monkeypatch.setattr(sys, "unraisablehook", unraised.append)
+    with pytest.raises(DataError, match=r"could not be started: .*Resource temporarily unavailable.*data\.workers=0"):
+        next(batches(dataset, 2, workers=2, start_method="fork"))
+    gc.collect()
+    assert unraised == []
+    assert set(multiprocessing.active_children()) <= before

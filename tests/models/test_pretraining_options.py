@@ -166,6 +166,38 @@ def test_teacher_features_are_quantized_in_place_of_patches(kind):
     assert model.train().teacher.encoder.training is False
 
 
+@pytest.mark.parametrize("height", [16, 64], ids=["grid", "strips"])
+def test_tokens_of_a_grid_are_targets_of_a_grid_and_their_mean_of_strips(height):
+    source = build("model.encoder.patch_height=16").encoder
+    model = build("model.targets.encoder=x", f"model.encoder.patch_height={height}", teacher=Teacher(source, 1))
+    waveform, _ = audio()
+    lengths = torch.tensor([16000, 11000])
+    patches = model.encoder.patches(waveform, lengths)
+    values = model.target_values(waveform, lengths, patches)
+    tokens = source.patches(waveform, lengths)
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad():
+        embedded = source.embed(tokens.values, tokens.positions()[None])
+        source.transform(embedded, tokens.positions()[None], tokens.lengths, outputs)
+    expected = outputs[1]
+    if height == 64:
+        expected = expected.unflatten(1, (-1, 4)).mean(2)
+    for clip, count in enumerate(patches.lengths.tolist()):
+        torch.testing.assert_close(values[clip, :count], expected[clip, :count])
+        assert not values[clip, count:].any()
+    output = model(waveform, lengths, step=0, index=torch.arange(2))
+    assert output.codes.shape[1] == output.plan.predicted.shape[1]
+
+
+def test_work_of_a_teacher_is_counted_once():
+    waveform, lengths = audio()
+    plain, source = build(), build("model.encoder.patch_height=16").encoder
+    model = build("model.targets.encoder=x", teacher=Teacher(source, 1))
+    plan = model(waveform, lengths, step=0, index=torch.arange(2)).plan
+    columns = source.output_length(16000)
+    assert model.flops(plan) == plain.flops(plan) + 2 * source.flops(4 * columns, 4 * columns)
+
+
 def test_a_teacher_with_fewer_frames_repeats_its_last_one():
     # 40 ms from 4 frames of 10 ms and from 2 frames of 20 ms: clips exist whose last token only the second has.
     coarse = build("model.front_end.hop_length=320", "model.encoder.patch_width=2").encoder
@@ -211,7 +243,10 @@ def test_times_of_teacher_and_tokens_are_equal():
             ["model.front_end.sampling_rate=8000", "model.front_end.f_max=null"],
             "expected a teacher for 8000 Hz.*got one for 16000 Hz",
         ),
-        (["model.encoder.patch_height=16"], "patches over all bands, got 4 rows"),
+        (
+            ["model.encoder.patch_height=16"],
+            "expected a teacher with 4 rows of patches, like the model, got one with 1",
+        ),
     ],
 )
 def test_teachers_that_do_not_fit_are_refused(overrides, message):

@@ -1,21 +1,28 @@
 """Saves at every moment of a kill, and what is kept: no training, small tensors."""
 
+import argparse
 import errno
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import bestrq2
 from bestrq2.errors import CheckpointError
 from bestrq2.runs.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     newest_intact,
+    read_best,
     read_checkpoint,
     read_state,
     save_checkpoint,
 )
+from bestrq2.runs.folder import RunFolder
+from bestrq2.train import folder_to_resume, main
 
 pytestmark = pytest.mark.fault
 
@@ -192,8 +199,41 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", opened)
-    monkeypatch.setattr(Path, "read_text", lambda path: path.open().read())
+    monkeypatch.setattr(Path, "read_bytes", lambda path: path.open("rb").read())
     for look in (find_checkpoint, lambda run: newest_intact(run / "checkpoints")):
         with pytest.raises(CheckpointError) as caught:
             look(tmp_path)
         assert str(caught.value).startswith(f"{refused} cannot be read for want of permission; let this user read it")
+
+
+def test_a_folder_of_checkpoints_that_may_not_be_read_is_not_empty(tmp_path, monkeypatch):
+    """Nothing begins again, and no other run or file is taken instead."""
+    tensors = {"t": torch.zeros(3)}
+    for name in ("old", "new"):
+        save_checkpoint(tmp_path / name / "checkpoints", 1, tensors, tensors, {}, {"score": 1.0}, keep_last=2)
+        (tmp_path / name / "config.yaml").touch()
+    new = tmp_path / "new"
+    assert {RunFolder.existing(tmp_path, None).path} <= {tmp_path / "old", new}
+    refused = new / "checkpoints"
+    real = os.scandir
+
+    def listed(path="."):  # root may read everything
+        if os.fspath(path) == os.fspath(refused):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    calls = (
+        lambda: find_checkpoint(new),
+        lambda: newest_intact(refused),
+        lambda: read_best(refused),
+        lambda: bestrq2.load(new),
+        lambda: RunFolder.existing(tmp_path, None),
+        lambda: folder_to_resume(argparse.Namespace(resume="", name="new", runs=tmp_path, config=None)),
+    )
+    for call in calls:
+        with pytest.raises(CheckpointError, match=re.escape(f"{refused} cannot be read for want of permission")):
+            call()
+    assert main(["--resume", "--runs", str(tmp_path)]) == 2
+    assert main(["--resume", str(new)]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]

@@ -121,6 +121,10 @@ def test_equal_compute():
     assert steps_of(twice, wider)[0] == steps
     with pytest.raises(ConfigError, match=r"one step takes .* more than the budget"):
         steps_of(Plan("p", (candidate,), flops=10.0), candidate)
+    # A second iteration does the forward pass of its teacher as well.
+    teacher = f"model.targets.encoder={Path(__file__).parents[1] / 'fixtures' / 'run_0_1_0'}"
+    again = Candidate("again", candidate.config, (*candidate.overrides, teacher))
+    assert steps_of(Plan("p", (again,), steps=1), again)[1] > flops / steps
 
 
 def score(candidate, seed, features, task, samples):

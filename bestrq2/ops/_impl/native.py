@@ -66,6 +66,7 @@ def stale(module: ModuleType, csrc: Path) -> str | None:
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
+    reason: str | None
     try:
         try:
             module = import_module("bestrq2._C")
@@ -76,10 +77,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError:
         return None, "the C++ extension is not built (`pip install .` builds it where a C++ compiler is found)"
     except ImportError as error:
-        return None, f"the C++ extension does not load: {error}"
-    reason = stale(module, Path(__file__).resolve().parents[3] / "csrc")
-    if reason is None:
-        return module, None
+        reason = f"the C++ extension does not load: {error}"
+    else:
+        reason = stale(module, Path(__file__).resolve().parents[3] / "csrc")
+        if reason is None:
+            return module, None
     # Loud, because what follows is the slow path.
     warnings.warn(f"bestrq2: {reason}. Until then plain PyTorch is used.", RuntimeWarning, stacklevel=3)
     return None, reason
