@@ -136,7 +136,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out is None:
         check_writable("--out", Path())
     else:
-        check_new("--out", [options.out / name for name in report.FILES], options.overwrite)
+        results = (*report.FILES, *report.PICTURES)
+        check_new("--out", [options.out / name for name in results], options.overwrite)
     task = task_of(options)
     heads = heads_of(options, task)
     labels = read_clips(task)

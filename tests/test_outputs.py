@@ -23,6 +23,7 @@ CLIP = tiny_dataset()[0].path
         (stats, ["--out", "stats.yaml"], "stats.yaml"),
         (stream, ["run", CLIP, "--out", "features"], "features.npy"),
         (probe, ["run", "--out", "probe"], "probe/results.json"),
+        (probe, ["run", "--out", "probe"], "probe/confusion.png"),
         (export, ["run", "--hf", "folder"], "folder/config.json"),
         (export, ["run", "--hf", "folder"], "folder/preprocessor_config.json"),
         (export, ["run", "--s3prl", "upstream"], "upstream/expert.py"),

@@ -62,17 +62,16 @@ class Feeder:
             self._copying.wait_stream(torch.cuda.current_stream(device))
 
     def prefetch(self) -> None:
-        """Fetch the next batch now. An error of the data is kept until that batch's turn."""
+        """Fetch the next batch now. An error of the data, or of its copy, is kept until that batch's turn."""
         if self._next is not None:
             return
         start = time.perf_counter()
         try:
             batch = next(self.stream, None)
+            waited = time.perf_counter() - start
+            self._next = None if batch is None else Fed(self._on_device(batch), waited)
         except Exception as error:
             self._next = error
-            return
-        waited = time.perf_counter() - start
-        self._next = None if batch is None else Fed(self._on_device(batch), waited)
 
     def _on_device(self, batch: Batch) -> Batch:
         if self._copying is None:

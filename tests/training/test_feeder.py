@@ -152,3 +152,22 @@ def test_memory_that_does_not_suffice_is_left_to_the_step():
     assert next(steps).batch.prepared is None
     with pytest.raises(ValueError, match="another error"):
         next(steps)
+
+
+def test_a_batch_that_does_not_fit_is_an_error_of_its_own_step(monkeypatch):
+    """The step before it can still be finished and saved."""
+    to = Batch.to
+
+    def full(self, device, non_blocking=False):
+        if self.waveform[0, 0] == 2:
+            raise torch.OutOfMemoryError("simulated: out of memory")
+        return to(self, device, non_blocking)
+
+    monkeypatch.setattr(Batch, "to", full)
+    feeder = Feeder(iter([batch(1), batch(2)]), torch.device("cpu"))
+    steps = iter(feeder)
+    next(steps)
+    feeder.prefetch()
+    assert isinstance(feeder.error, torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(steps)
