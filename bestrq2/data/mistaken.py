@@ -43,8 +43,8 @@ def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str) 
     if power > _AUDIBLE and float(np.vdot(mono, mono)) / mono.size < _CANCELLED * power:
         _cancelled.add(path)
         logger.warning(
-            f"{printable(path)}: the channels cancel each other, of which the mean is used: invert one of them, or keep "
-            "one (ffmpeg -i IN -af 'pan=mono|c0=c0' OUT)"
+            f"{printable(path)}: the channels cancel each other, of which the mean is used: invert one of them, or "
+            "keep one (ffmpeg -i IN -af 'pan=mono|c0=c0' OUT)"
         )
 
 
