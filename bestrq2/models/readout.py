@@ -76,8 +76,8 @@ def averaged_rows(encoder: object, rows: str | None) -> str | None:
     if rows is not None or count == 1:
         return None
     return (
-        f"the {count} frequency rows of this encoder are averaged. --rows concatenate keeps them apart ({count} times as "
-        "wide), which was better in every comparison so far; --rows average says that the mean is meant"
+        f"the {count} frequency rows of this encoder are averaged. --rows concatenate keeps them apart, {count} times "
+        "as wide, which did better in our comparisons (docs/transfer.md); --rows average says that the mean is meant"
     )
 
 
