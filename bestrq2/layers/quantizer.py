@@ -16,7 +16,7 @@ from .target_fitting import fit_axes, move_to_centroids
 CACHED_VALUES = 1 << 17  # values that are standardised together on a CPU: 1 MB of float64
 
 Normalize = Literal["none", "global", "patch", "utterance"]
-Projection = Literal["random", "pca", "whitened_pca"]
+Projection = Literal["random", "pca", "whitened_pca", "half_whitened_pca"]
 
 
 class RandomProjectionQuantizer(nn.Module):
@@ -43,7 +43,8 @@ class RandomProjectionQuantizer(nn.Module):
         projection: "random"; "pca": the principal axes of the sample, after subtracting its mean; "whitened_pca": the
             same with every axis scaled to unit deviation, so that the strongest does not decide alone. Several
             codebooks share the strongest ``num_codebooks * codebook_dim`` axes: a random rotation mixes them, and each
-            codebook takes its share.
+            codebook takes its share. "half_whitened_pca": the second half of the codebooks takes whitened axes, the
+            first half (one more of an odd number) plain ones.
         centroid_steps: steps of spherical k-means that move the codes to the middle of what falls on them; 0: none.
 
     Shapes:
@@ -91,6 +92,8 @@ class RandomProjectionQuantizer(nn.Module):
                 f"projection={projection}: expected num_codebooks * codebook_dim of at most patch_dim = {patch_dim} "
                 f"axes, got {num_codebooks} * {codebook_dim}"
             )
+        if projection == "half_whitened_pca" and num_codebooks < 2:
+            raise ValueError(f"projection={projection}: expected num_codebooks of at least 2, got {num_codebooks}")
         self.normalize, self.projection_kind, self.seed = normalize, projection, seed
         self.centroid_steps = integer("centroid_steps", centroid_steps, 0)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -164,8 +167,9 @@ class RandomProjectionQuantizer(nn.Module):
         books, _, width = self.projection.shape
         device, sample = self.projection.device, sample.cpu()
         if self.center is not None:
-            whiten = self.projection_kind == "whitened_pca"
-            center, axes = fit_axes(sample, books * width, whiten, self.seed if books > 1 else None)
+            whitened = {"pca": 0, "whitened_pca": books, "half_whitened_pca": books // 2}[self.projection_kind]
+            seed = self.seed if books > 1 else None
+            center, axes = fit_axes(sample, books * width, whitened * width, seed)
             self.center.copy_(center)
             self.projection.copy_(axes.unflatten(1, (books, width)).transpose(0, 1))
         if not self.centroid_steps:

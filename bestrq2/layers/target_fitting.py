@@ -11,15 +11,16 @@ from bestrq2 import ops
 ROWS_AT_ONCE = 8192  # of the sample, converted to float64 together
 
 
-def fit_axes(sample: Tensor, count: int, whiten: bool, rotation_seed: int | None = None) -> tuple[Tensor, Tensor]:
+def fit_axes(sample: Tensor, count: int, whiten: int, rotation_seed: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean and strongest principal axes of a sample.
 
     Args:
         sample: ``(S, D)`` float32 on the CPU.
         count: number of axes K.
-        whiten: scale every axis so that the sample has unit deviation along it; otherwise axes have length 1.
+        whiten: how many of the K columns, the last ones, are whitened: scaled so that the sample has unit deviation
+            along each axis. The axes of the others have length 1.
         rotation_seed: mix the axes by a random rotation, so that any K / G of them carry a like share; None: leave them
-            in falling order.
+            in falling order. Plain and whitened axes are mixed by the same rotation.
 
     Returns:
         mean ``(D,)`` and axes ``(D, K)``, float32.
@@ -45,14 +46,14 @@ def fit_axes(sample: Tensor, count: int, whiten: bool, rotation_seed: int | None
     # An eigenvector is known up to its sign: its largest entry is made positive.
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     axes = axes * largest.sign()
-    if whiten:
-        axes = axes / values.sqrt()
+    whitened = axes / values.sqrt()
     if rotation_seed is not None:
         generator = torch.Generator("cpu").manual_seed(rotation_seed)
         gaussian = torch.randn(count, count, generator=generator, dtype=torch.float64, device="cpu")
         rotation, triangle = torch.linalg.qr(gaussian)
-        axes = axes @ (rotation * triangle.diagonal().sign())
-    return mean.float(), axes.float()
+        rotation = rotation * triangle.diagonal().sign()
+        axes, whitened = axes @ rotation, whitened @ rotation
+    return mean.float(), torch.cat((axes[:, : count - whiten], whitened[:, count - whiten :]), 1).float()
 
 
 def move_to_centroids(vectors: Tensor, codes: Tensor, steps: int, seed: int) -> Tensor:

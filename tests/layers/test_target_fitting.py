@@ -30,27 +30,27 @@ def test_axes_are_the_principal_ones():
     torch.manual_seed(0)
     turn = torch.linalg.qr(torch.randn(6, 6)).Q
     sample = (torch.randn(20000, 6) * torch.tensor([5.0, 3.0, 2.0, 0.5, 0.2, 0.1])) @ turn + 7
-    mean, axes = fit_axes(sample, 3, whiten=False)
+    mean, axes = fit_axes(sample, 3, whiten=0)
     torch.testing.assert_close(mean, sample.mean(0), atol=1e-4, rtol=0)
     assert ((axes.T @ turn.T[:, :3]).abs().diagonal() > 0.999).all()
     torch.testing.assert_close(axes.T @ axes, torch.eye(3), atol=1e-5, rtol=0)
-    whitened = (sample - mean) @ fit_axes(sample, 3, whiten=True)[1]
+    whitened = (sample - mean) @ fit_axes(sample, 3, whiten=3)[1]
     torch.testing.assert_close(whitened.T @ whitened / len(sample), torch.eye(3), atol=1e-4, rtol=0)
-    mixed = (sample - mean) @ fit_axes(sample, 3, whiten=False, rotation_seed=1)[1]
+    mixed = (sample - mean) @ fit_axes(sample, 3, whiten=0, rotation_seed=1)[1]
     assert float(mixed.var(0).max() / mixed.var(0).min()) < 25 / 4 * 0.9  # no axis carries what the first did
     torch.testing.assert_close(mixed.var(0).sum(), ((sample - mean) @ axes).var(0).sum(), rtol=1e-4, atol=0)
 
 
 def test_the_sign_and_the_number_of_directions_are_checked():
     sample = torch.randn(100, 4) * torch.tensor([3.0, 2.0, 1.0, 1.0])
-    first, second = fit_axes(sample, 2, False)[1], fit_axes(sample + 1, 2, False)[1]
+    first, second = fit_axes(sample, 2, 0)[1], fit_axes(sample + 1, 2, 0)[1]
     torch.testing.assert_close(first, second, atol=1e-4, rtol=0)
     flat = sample.clone()
     flat[:, 2:] = 1.0
     with pytest.raises(ValueError, match="varies along 3 axes, got one that varies along 2"):
-        fit_axes(flat, 3, whiten=True)
+        fit_axes(flat, 3, whiten=3)
     with pytest.raises(ValueError, match="more than 4 patches"):
-        fit_axes(sample[:4], 4, whiten=True)
+        fit_axes(sample[:4], 4, whiten=4)
 
 
 def test_centroids_find_clusters_and_revive_dead_codes():
@@ -75,6 +75,18 @@ def test_fitted_codes_are_the_nearest_code_of_the_centred_projection(patches):
     codes = quantizer(patches)
     assert clear.float().mean() > 0.99
     assert torch.equal(codes[clear], scores.argmax(-1)[clear])
+
+
+def test_half_of_the_codebooks_is_whitened(patches):
+    """The books of ``half_whitened_pca`` are those of ``pca`` in front and of ``whitened_pca`` behind."""
+    options = {"centroid_steps": 2, "num_codebooks": 3}
+    plain, white, half = (
+        fitted(patches, projection=kind, **options) for kind in ("pca", "whitened_pca", "half_whitened_pca")
+    )
+    for name in ("projection", "codebook"):
+        expected = torch.cat((getattr(plain, name)[:2], getattr(white, name)[2:]))
+        assert torch.equal(getattr(half, name), expected)
+    assert not torch.equal(plain.projection[2], white.projection[2])
 
 
 def test_fitting_uses_codes_more_evenly(patches):
@@ -131,10 +143,14 @@ def test_random_targets_are_left_alone(patches):
 
 
 def test_what_cannot_be_fitted_is_refused(patches):
-    with pytest.raises(ValueError, match="projection must be one of random, pca, whitened_pca; got 'lda'"):
+    with pytest.raises(
+        ValueError, match="projection must be one of random, pca, whitened_pca, half_whitened_pca; got 'lda'"
+    ):
         RandomProjectionQuantizer(160, projection="lda")
     with pytest.raises(ValueError, match=r"at most patch_dim = 64 axes, got 8 \* 16"):
         RandomProjectionQuantizer(64, num_codebooks=8, projection="pca")
+    with pytest.raises(ValueError, match="expected num_codebooks of at least 2, got 1"):
+        RandomProjectionQuantizer(160, projection="half_whitened_pca")
     with pytest.raises(ValueError, match="at least 400 patches, got 100"):
         RandomProjectionQuantizer(160, 200, centroid_steps=1).fit(patches[0, :100])
     with pytest.raises(ValueError, match=r"expected a sample \(S, 160\)"):
