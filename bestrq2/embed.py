@@ -40,7 +40,7 @@ from bestrq2.durability import whole_file
 from bestrq2.errors import printable
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
-from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, parse_layers, pool_frames
+from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
 from bestrq2.outputs import add_overwrite, check_new
 
 NPY_RESULTS, PARQUET_RESULTS = ("index.csv", "clips.npy"), ("features.parquet",)
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="output of this block (0 is the first) instead of the final one")
     parser.add_argument("--layers", metavar="LIST", help="several layers: all, middle, or for example 0,3,final")
     parser.add_argument("--combine", choices=COMBINATIONS, default="each", help="of several layers (default: each)")
-    parser.add_argument("--rows", choices=ROW_JOINS, default="average", help="of 2-D patches (default: average)")
+    parser.add_argument("--rows", choices=ROW_JOINS, help="of 2-D patches (default: average)")
     parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="frames to clip features (default: mean)")
     parser.add_argument("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
@@ -271,9 +271,12 @@ def main(arguments: list[str] | None = None) -> int:
     named, unusable, messages = find_files(options.inputs)
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
+    if note := averaged_rows(encoder, options.rows):
+        print(f"note: {note}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
-    reading = {"layer": options.layer, "layers": layers, "combine": options.combine, "rows": options.rows}
+    reading = {"layer": options.layer, "layers": layers, "combine": options.combine}
+    reading["rows"] = options.rows or "average"
     try:
         return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
     except BaseException:

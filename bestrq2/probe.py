@@ -41,7 +41,7 @@ from bestrq2.data import Skip, iterate_clips
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
-from bestrq2.models.readout import POOLINGS, ROW_JOINS
+from bestrq2.models.readout import POOLINGS, ROW_JOINS, averaged_rows
 from bestrq2.outputs import add_overwrite, check_new, check_writable, numbered
 from bestrq2.probing import controls, report
 from bestrq2.probing.evaluation import Outcome
@@ -143,6 +143,8 @@ def run(options: argparse.Namespace) -> int:
     labels = read_clips(task)
     check_testable(labels, task)
     encoder, untrained, origin = open_pair(options)
+    if note := averaged_rows(encoder, options.rows):
+        print(f"note: {note}", file=sys.stderr)
     device = choose_device(options.device, option="--device")
     pair = {ENCODER: encoder.to(device), RANDOM: untrained.to(device)}
     features = extract_all(labels, pair, task, options.batch_size)

@@ -19,7 +19,7 @@ BEGIN, END = "<!-- files: written by docs/tree.py -->\n```text\n", "```\n"
 
 def summary(path: Path) -> str:
     """The first sentence of a Python docstring or of the first C++ comment, without markup; empty if there is none."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     else:
@@ -57,7 +57,7 @@ def tree() -> str:
 
 def page() -> str:
     """docs/design.md with the present list."""
-    head, rest = PAGE.read_text().split(BEGIN)
+    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     return head + BEGIN + tree() + END + rest.split(END, 1)[1]
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     if parser.parse_args().print:
         print(tree(), end="")
     else:
-        PAGE.write_text(page())
+        PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_every_key_has_a_line(capsys):
     [
         (DataError("no files"), "no files"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.npy"), "out.npy: .*; free some space"),
-        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), b"caf\xe9"), r"caf\\xe9: .*; change its permissions"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), b"caf\x9f"), r"caf\\x9f: .*; change its permissions"),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
         (ModuleNotFoundError("x", name="pyarrow.parquet"), "'pyarrow.parquet' is needed .* pip install pyarrow$"),
         (MemoryError(), "out of memory"),

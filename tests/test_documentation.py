@@ -25,7 +25,7 @@ PAGES = sorted(
 
 
 def text_of(page):
-    return (ROOT / page).read_text()
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def code_of(page, language):
@@ -134,7 +134,7 @@ def test_paths_exist(page):
 def anchors(path):
     return {
         re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
-        for title in re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+        for title in re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
 
 
@@ -186,7 +186,7 @@ def test_list_of_files_is_the_present_one():
     spec = importlib.util.spec_from_file_location("tree", ROOT / "docs" / "tree.py")
     tree = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tree)
-    assert tree.PAGE.read_text() == tree.page(), "run: python docs/tree.py"
+    assert tree.PAGE.read_text(encoding="utf-8") == tree.page(), "run: python docs/tree.py"
 
 
 def test_version_is_the_same_everywhere():

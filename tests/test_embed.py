@@ -1,6 +1,7 @@
 """embed and stats: files in, features out, the same alone and in a batch."""
 
 import csv
+import os
 import shutil
 
 import numpy as np
@@ -9,9 +10,23 @@ import soundfile
 import torch
 
 from bestrq2 import embed, load, stats, train
+from bestrq2.config import load_config
 from bestrq2.data import load_audio, tiny_dataset
+from bestrq2.data.files import from_text
+from bestrq2.errors import printable
+from bestrq2.models import build_encoder
 
 QUICK = ["train.steps=2", "train.batch_size=2", "model.encoder.depth=2", "model.front_end.mean=-47.5"]
+
+
+SMALL = [
+    "model.front_end.mean=-45",
+    "model.front_end.std=20",
+    "model.encoder.width=32",
+    "model.encoder.hidden=48",
+    "model.encoder.depth=1",
+    "model.encoder.heads=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +164,27 @@ def test_bad_input(run, folder, tmp_path, capsys, arguments, message):
 
 def test_names_in_a_locale_without_them(tmp_path, monkeypatch):
     """In a C or Latin-1 locale, what cannot be a name of a file is escaped."""
-    for name in ("plain.wav", "\u97f3.wav"):
-        soundfile.write(tmp_path / name, np.zeros(1600), 16000)
+    name = from_text("\u97f3.wav")  # bytes, where the tests themselves run in such a locale
+    for file in ("plain.wav", name):
+        soundfile.write(os.fsencode(tmp_path / file), np.zeros(1600), 16000)
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
-    assert [name for name, _ in embed.find_files([str(tmp_path)])[0]] == ["plain.wav", r"\u97f3.wav"]
+    escaped = printable(name).encode("ascii", "backslashreplace").decode()
+    assert [name for name, _ in embed.find_files([str(tmp_path)])[0]] == ["plain.wav", escaped]
+
+
+def test_averaged_rows_of_a_grid_are_told(folder, tmp_path, monkeypatch, capsys):
+    """Averaging is the default, and loses the frequency axis: a user who did not choose it hears of it."""
+    grid = build_encoder(load_config("best_rq2_tiny", [*SMALL, "model.encoder.patch_height=16"]).model, 1.0).eval()
+    monkeypatch.setattr(embed, "open_encoder", lambda *arguments, **options: grid)
+    command = ["grid", str(folder), "--out", str(tmp_path / "out"), "--overwrite"]
+    for rows, told, width in (
+        ([], True, 32),
+        (["--rows", "average"], False, 32),
+        (["--rows", "concatenate"], False, 128),
+    ):
+        assert embed.main([*command, *rows]) == 0
+        assert ("the 4 frequency rows of this encoder are averaged" in capsys.readouterr().err) is told
+        assert np.load(tmp_path / "out" / "clips.npy").shape[1] == width
 
 
 def test_load_is_frozen(run):

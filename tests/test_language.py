@@ -41,7 +41,7 @@ def files():
 def test_phrases():
     found = []
     for path in files():
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             for pattern, instead in PHRASES.items():
                 if match := re.search(pattern, line, re.IGNORECASE):
                     found.append(f"{path.relative_to(ROOT)}:{number}: {match.group(0)!r}; write: {instead}")
@@ -52,7 +52,7 @@ def test_phrases():
 def test_docstrings_start_with_an_imperative_or_a_noun(folder):
     found = []
     for path in sorted((ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").split(" ", 1)[0]
                 if first in QUESTIONS:

@@ -44,7 +44,7 @@ def test_architectures_come_from_the_environment(variable, value, expected):
 
 def test_library_from_a_path_that_the_locale_cannot_decode():
     """torch hands the file name of the caller to C++ in UTF-8: with LC_ALL=C and a path in UTF-8 the import failed."""
-    source = Path(library.__file__).read_text()
+    source = Path(library.__file__).read_text(encoding="utf-8")
     names: dict = {}
     exec(compile(source, "/pfad mit \udcc3\udcbc/library.py", "exec"), names)
     assert names["fragment"]().ns == "bestrq2"

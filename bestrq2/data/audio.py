@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import logging
 import os
 import stat
 import threading
@@ -20,10 +19,8 @@ from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
 from bestrq2.data.hidden_audio import audio_behind_end
-from bestrq2.data.mistaken import not_audio, same_letters
-from bestrq2.errors import AudioError, printable
-
-logger = logging.getLogger(__name__)
+from bestrq2.data.mistaken import not_audio, same_letters, warn_of_levels
+from bestrq2.errors import AudioError
 
 __all__ = [
     "AudioDigest",
@@ -35,9 +32,6 @@ __all__ = [
 
 SILENCE = 1e-4  # -80 dB of full scale, three steps of a 16-bit file
 TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a real cut is larger
-_LOUD = 64.0  # 36 dB above full scale
-_MOST_WARNINGS = 20
-_loud: set[str] = set()  # files that were spoken of, in this process
 LARGEST_SAMPLE = 2.0**31
 SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 _LOSSY = ("VORBIS", "OPUS", "MPEG")
@@ -354,16 +348,12 @@ def _mono(block: np.ndarray, path: str) -> np.ndarray:
         if bad:
             raise AudioError(path, "not finite", f"{bad} NaN or infinite of {block.size} samples decoded together")
         raise AudioError(path, "out of range", f"a sample of magnitude {peak:.3g}")
-    if peak > _LOUD and path not in _loud and len(_loud) < _MOST_WARNINGS:
-        _loud.add(path)
-        logger.warning(
-            f"{printable(path)}: floating samples up to {peak:.0f}, where full scale is 1: integers that were not "
-            "divided? It is used as it is"
-        )
     mono = block[:, 0]
     for channel in range(1, block.shape[1]):  # ten times faster than mean(axis=1) over two columns
         mono = mono + block[:, channel]
-    return mono if block.shape[1] == 1 else mono / np.float32(block.shape[1])
+    mono = mono if block.shape[1] == 1 else mono / np.float32(block.shape[1])
+    warn_of_levels(block, mono, peak, path)
+    return mono
 
 
 _stderr_lock = threading.Lock()

@@ -1,13 +1,51 @@
-"""Reasons why a file of audio is missing or not decodable that a user can act on."""
+"""Files of audio that are missing, not decodable or not what they seem: reasons that a user can act on."""
 
+import logging
 import os
 import unicodedata
+
+import numpy as np
 
 from bestrq2.data.files import to_text
 from bestrq2.encodings import name_in_another_encoding
 from bestrq2.errors import printable
 
-__all__ = ["not_audio", "same_letters"]
+__all__ = ["not_audio", "same_letters", "warn_of_levels"]
+
+logger = logging.getLogger(__name__)
+
+_LOUD = 64.0  # 36 dB above full scale
+_AUDIBLE = 1e-6  # mean square of channels, -60 dB
+_CANCELLED = 1e-4  # of their power is left in the mix, -40 dB
+_MOST_WARNINGS = 20
+_loud: set[str] = set()  # files that were spoken of, in this process
+_cancelled: set[str] = set()
+
+
+def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str) -> None:
+    """Warn, once a file, of integers that were not divided, and of channels that cancel each other in the mono mix.
+
+    Args:
+        block: (N, channels) finite samples.
+        mono: (N,) their mean.
+        peak: largest magnitude in ``block``.
+        path: of the file, for the message.
+    """
+    if peak > _LOUD and path not in _loud and len(_loud) < _MOST_WARNINGS:
+        _loud.add(path)
+        logger.warning(
+            f"{printable(path)}: floating samples up to {peak:.0f}, where full scale is 1: integers that were not "
+            "divided? It is used as it is"
+        )
+    if block.shape[1] == 1 or path in _cancelled or len(_cancelled) >= _MOST_WARNINGS:
+        return
+    power = float(np.vdot(block, block)) / block.size
+    if power > _AUDIBLE and float(np.vdot(mono, mono)) / mono.size < _CANCELLED * power:
+        _cancelled.add(path)
+        logger.warning(
+            f"{printable(path)}: the channels cancel each other, of which the mean is used: invert one of them, or "
+            "keep one (ffmpeg -i IN -af 'pan=mono|c0=c0' OUT)"
+        )
 
 
 def same_letters(name: str) -> str:

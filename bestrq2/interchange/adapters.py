@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
 from bestrq2.layers.log_mel import check_lengths
+from bestrq2.layers.precision import warn_of_half
 from bestrq2.models.layer_choice import check_layers
 from bestrq2.models.readout import ROW_JOINS, ReadoutMixin, check_choice
 
@@ -157,6 +158,7 @@ class ForeignEncoder(ReadoutMixin, nn.Module, ABC):
         check_choice("rows", rows, ROW_JOINS)
         ends = check_lengths(waveform, lengths).tolist()
         wanted: list[Any] = list(check_layers(layers, self.depth))
+        warn_of_half(waveform)
         clips = [clip[:end].float() for clip, end in zip(waveform, ends)]
         clips = [nn.functional.pad(clip, (0, max(0, self.min_samples - len(clip)))) for clip in clips]
         samples = [len(clip) for clip in clips]

@@ -94,7 +94,7 @@ class Upstream(nn.Module):
         are zero.
         """
         lengths = torch.tensor([len(wav) for wav in wavs], device="cpu")
-        padded = nn.utils.rnn.pad_sequence([wav.float() for wav in wavs], batch_first=True)
+        padded = nn.utils.rnn.pad_sequence(list(wavs), batch_first=True)
         features, counts = self.model.encode_layers(padded, lengths)
         wanted = -(-lengths // self.downsample_rate)
         time = torch.arange(int(wanted.max()), device="cpu")

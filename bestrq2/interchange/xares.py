@@ -74,7 +74,7 @@ class FrozenModule(nn.Module):
             raise ValueError(f"expected audio [B, T] or [T], got {tuple(audio.shape)}")
         batch = audio if audio.dim() == 2 else audio[None]
         with torch.no_grad(), torch.autocast(batch.device.type, enabled=False):
-            return self.model.encode(batch.float(), lengths)
+            return self.model.encode(batch, lengths)
 
 
 class XaresModule(FrozenModule):

@@ -70,6 +70,17 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def averaged_rows(encoder: object, rows: str | None) -> str | None:
+    """A sentence for users who did not choose (``rows=None``) and whose encoder has several rows; else None."""
+    count = getattr(encoder, "rows", 1)
+    if rows is not None or count == 1:
+        return None
+    return (
+        f"the {count} frequency rows of this encoder are averaged. --rows concatenate keeps them apart, {count} times "
+        "as wide, which did better in our comparisons (docs/transfer.md); --rows average says that the mean is meant"
+    )
+
+
 def combine_layers(features: Tensor, combine: str) -> Tensor:
     """Join layers: ``(L, ..., D)`` -> ``(..., D)`` averaged, ``(..., L D)`` concatenated, or unchanged for "each".
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
+import soundfile
 
 from bestrq2.data import AudioError, load_audio
 from bestrq2.data.files import from_text
@@ -60,3 +62,14 @@ def test_a_name_that_the_locale_cannot_write(tmp_path):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert "missing (the locale (ascii) has no such letter: set LC_ALL=C.UTF-8)" in result.stdout, result.stderr
+
+
+def test_channels_that_cancel_each_other(tmp_path, caplog):
+    """One inverted channel: the mono mix would be next to nothing, without a word."""
+    wave = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    for name, other in (("same", wave), ("one", 0 * wave), ("inverted", -0.999 * wave)):
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([wave, other], axis=1), 16000)
+        load_audio(tmp_path / f"{name}.wav", start=0.1, duration=0.5)
+        load_audio(tmp_path / f"{name}.wav")
+    (record,) = caplog.records
+    assert "inverted.wav: the channels cancel each other" in record.message

@@ -55,6 +55,15 @@ def test_interface(upstream, encoder_file):
             assert not state[number, own:].any()
 
 
+def test_audio_in_another_type(upstream):
+    """Half precision has lost quiet sounds already, and integers have another full scale: neither passes unsaid."""
+    wav = 0.1 * torch.randn(9000)
+    with pytest.warns(UserWarning, match="the waveform is float16"):
+        upstream.half()([wav.half()])
+    with pytest.raises(ValueError, match=r"divide samples of int16 by 2\*\*15"):
+        upstream([(wav * 2**15).short()])
+
+
 def test_can_be_finetuned(upstream):
     assert all(parameter.requires_grad for parameter in upstream.parameters())
     upstream.train()([torch.randn(9000), torch.randn(5000)])["hidden_states"][-1].square().mean().backward()

@@ -52,15 +52,15 @@ class BestRQ2FeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"expected audio at {self.sampling_rate} Hz, got {sampling_rate} Hz: resample it first")
 
     def _waveform(self, clip: Any) -> np.ndarray:
-        if isinstance(clip, Mapping):
-            self._check_rate(clip.get("sampling_rate"))
+        if isinstance(clip, Mapping) or hasattr(clip, "get_all_samples"):  # the decoder that datasets >= 4 gives
+            self._check_rate(clip["sampling_rate"] if not isinstance(clip, Mapping) else clip.get("sampling_rate"))
             clip = clip["array"]
         if hasattr(clip, "detach"):
             clip = clip.detach().cpu().float().numpy() if clip.is_floating_point() else clip.cpu().numpy()
         values = np.asarray(clip)
         if values.ndim != 1 or not values.size:
             raise ValueError(f"expected mono waveforms (S,) of at least one sample, got shape {values.shape}")
-        if values.dtype.kind != "f" and not isinstance(clip, list | tuple):
+        if values.dtype.kind != "f" and (not isinstance(clip, list | tuple) or np.abs(values).max() > 1):
             raise ValueError(
                 f"expected floating samples with full scale 1.0, got {values.dtype}: divide int16 by 32768"
             )
