@@ -34,13 +34,17 @@ def test_single_labels(write):
 def test_labels_that_are_almost_alike(write, kind):
     """Capitals, and numbers that a spreadsheet or pandas wrote in two forms, make two classes: that is told."""
     rows = "".join(f"{n}.wav,{label},{n}\n" for n, label in enumerate(["Dog", "dog", "1", "1.0", "2", "NaN", "cat"]))
-    warnings = read_clips(ProbeTask(manifest=write(f"path,kind,g\n{rows}"), label="kind", group="g", kind=kind)).warnings
+    warnings = read_clips(
+        ProbeTask(manifest=write(f"path,kind,g\n{rows}"), label="kind", group="g", kind=kind)
+    ).warnings
     assert warnings == [
         "labels '1', '1.0' are different classes: write them alike if they are one",
         "labels 'Dog', 'dog' are different classes: write them alike if they are one",
         "the label 'NaN' is a class of its own: leave the field empty where a label is missing",
     ]
-    assert doubtful_names([f"{n}{c}" for n in "abcde" for c in "xX"])[3] == "2 more sets of labels that are almost alike"
+    assert (
+        doubtful_names([f"{n}{c}" for n in "abcde" for c in "xX"])[3] == "2 more sets of labels that are almost alike"
+    )
 
 
 def test_missing_columns_and_groups(write):
