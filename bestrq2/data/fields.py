@@ -100,6 +100,8 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
         raise ManifestError(f"{where}: {what}")
     if not isinstance(path, str) or "\0" in path:
         raise ManifestError(f"{where}: path must be text, got {path!r}")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise ManifestError(f"{where}: {path} is an address, and nothing is downloaded: name a file on this machine")
     located = _located(source, row, path)
     if any(name in path for name in ("{data_root}", "$data_root", "{root}")) and not os.path.lexists(located):
         raise ManifestError(f"{where}: put the folder in place of the placeholder in {path!r}")

@@ -113,6 +113,8 @@ def _texts(value: Any) -> list[str]:
 
 
 def _table_rows(source: Path, lines: list[str], delimiters: str) -> list[Row]:
+    if lines and (told := re.fullmatch(r"\"?sep=(.)\"?\s*", lines[0], re.I)):  # for Excel: the delimiter
+        delimiters, lines = told[1], ["\n", *lines[1:]]
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         raise ManifestError(f"{source}: the file is empty; expected a header line with a column 'path'")

@@ -187,8 +187,10 @@ class RandomMasking:
                 ``dispersion``, unused without it.
 
         Raises:
-            ValueError: for lengths that are no whole columns, or missing or wrongly shaped weights.
+            ValueError: without clips, for lengths that are no whole columns, or missing or wrongly shaped weights.
         """
+        if not len(lengths):
+            raise ValueError("expected at least one clip to mask, got none")
         num_predicted = self.num_predicted(lengths, step)
         num_seen = lengths - num_predicted
         size = int(lengths.max())

@@ -19,6 +19,7 @@ from .events import read_events
 from .task import ProbeTask
 
 TRAIN, TEST = 0, 1  # of a fixed split: gallery and queries in retrieval
+_PLACEHOLDERS = {"nan", "none", "null", "n/a", "na", "<na>"}
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
 
@@ -176,6 +177,7 @@ def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> No
     if task.kind in ("classification", "retrieval"):
         names, numbers = np.unique(np.asarray(values), return_inverse=True)
         clips.classes, clips.targets = [str(name) for name in names], numbers.astype(np.int64)
+        clips.warnings += doubtful_names(clips.classes)
         return
     if task.kind == "events":
         assert task.events is not None
@@ -187,10 +189,33 @@ def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> No
         clips.classes = (
             list(task.label_columns) if len(task.label_columns) > 1 else sorted({v for x in values for v in x})
         )
+    clips.warnings += doubtful_names(clips.classes)
     number = {name: i for i, name in enumerate(clips.classes)}
     clips.targets = np.zeros((len(values), len(clips.classes)), dtype=bool)
     for row, chosen in enumerate(values):
         clips.targets[row, [number[name] for name in chosen]] = True
+
+
+def doubtful_names(classes: Sequence[str]) -> list[str]:
+    """Warnings of classes that may be one (``Dog`` and ``dog``, ``1`` and ``1.0``), or stand for a missing label."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        try:
+            key = repr(float(name))
+        except ValueError:
+            key = name.casefold()
+        alike.setdefault(key, []).append(name)
+    found = [
+        f"labels {', '.join(map(repr, names))} are different classes: write them alike if they are one"
+        for key, names in alike.items()
+        if len(names) > 1
+    ]
+    if len(found) > 3:
+        found[3:] = [f"{len(found) - 3} more sets of labels that are almost alike"]
+    missing = [name for name in classes if name.casefold() in _PLACEHOLDERS]
+    if missing:
+        found.append(f"the label {missing[0]!r} is a class of its own: leave the field empty where a label is missing")
+    return found
 
 
 def check_testable(clips: LabelledClips, task: ProbeTask) -> None:

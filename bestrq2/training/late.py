@@ -5,7 +5,7 @@ Where nothing depends on the values at once they are copied to the host behind t
 step has been queued.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,11 @@ class Reading:
     _copied: Any = field(default=None, init=False)
 
     def start(self) -> None:
-        """Queue the copy to the host behind the work of the step, so that reading waits for no later work."""
+        """Queue the copy to the host behind the work of the step, so that reading waits for no later work.
+
+        Of the batch the audio alone is kept: what was prepared of it would stay beside that of the next two steps.
+        """
+        self.batch = replace(self.batch, prepared=None)
         if self.values.device.type == "cuda":
             host = torch.empty(self.values.shape, dtype=self.values.dtype, pin_memory=True)
             host.copy_(self.values, non_blocking=True)

@@ -198,6 +198,22 @@ def test_encodings(tmp_path):
     assert read_manifest(tmp_path / "m.csv")[0].path.endswith(os.fsdecode(b"caf\xe9.wav"))
 
 
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=;\r"])
+def test_the_line_that_tells_excel_the_delimiter(tmp_path, first):
+    (tmp_path / "m.csv").write_text(f"{first}\npath;label;n\na,b.wav;x;1\nc.wav;y\n", newline="")
+    with pytest.raises(ManifestError, match=r"m\.csv:4: expected 3 fields, got 2"):
+        read_manifest(tmp_path / "m.csv")
+    (tmp_path / "m.csv").write_text(f"{first}\npath;label\na,b.wav;x\n", newline="")
+    assert read_manifest(tmp_path / "m.csv") == [AudioFile(str(tmp_path / "a,b.wav"), label="x")]
+
+
+@pytest.mark.parametrize("path", ["https://x.org/a.wav", "s3://b/a.wav", "file:///a.wav"])
+def test_addresses_are_refused(tmp_path, path):
+    (tmp_path / "m.csv").write_text(f"path\n{path}\n")
+    with pytest.raises(ManifestError, match=rf"m\.csv:2: {path} is an address, and nothing is downloaded"):
+        read_manifest(tmp_path / "m.csv")
+
+
 def test_spaces_around_fields(tmp_path):
     """They belong to the delimiter where that is its form, and to a name that there is, or that was written by us."""
     table = tmp_path / "m.csv"

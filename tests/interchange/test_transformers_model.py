@@ -94,6 +94,19 @@ def test_arguments_that_cannot_be_used(exported):
         assert torch.equal(model(waveform, mask.to(kind))[0], expected)
 
 
+class Decoder:
+    """Stand-in for the decoder of datasets 4, which is no mapping."""
+
+    def __init__(self, array, sampling_rate):
+        self.values = {"array": array, "sampling_rate": sampling_rate}
+
+    def __getitem__(self, name):
+        return self.values[name]
+
+    def get_all_samples(self):
+        raise AssertionError("several channels, in torchcodec's form")
+
+
 def test_feature_extractor(exported):
     extractor = open_extractor(exported.folder)
     clips = [row[:length].numpy() for row, length in zip(exported.inputs["input_values"], exported.lengths)]
@@ -104,6 +117,7 @@ def test_feature_extractor(exported):
         "lists": [clip.tolist() for clip in clips],
         "tuple": tuple(clips),
         "datasets": [{"array": clip, "sampling_rate": RATE, "path": "a.wav"} for clip in clips],
+        "datasets 4": [Decoder(clip, RATE) for clip in clips],
     }
     for name, form in forms.items():
         inputs = extractor(form, sampling_rate=RATE, return_tensors="pt")
@@ -120,6 +134,8 @@ def test_feature_extractor(exported):
         ([np.zeros(0)], r"at least one sample, got shape \(0,\)"),
         (np.zeros((1, 2, 100)), r"mono waveforms \(S,\)"),
         (np.zeros(100, np.int16), "divide int16 by 32768"),
+        ([0, 300, -20], "divide int16 by 32768"),
+        (Decoder(clips[0], 8000), "16000 Hz, got 8000"),
         (np.array([0.0, np.nan]), "finite"),
         ({"array": clips[0], "sampling_rate": 8000}, "16000 Hz, got 8000"),
     ):

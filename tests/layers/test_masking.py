@@ -154,3 +154,9 @@ def test_spans_do_not_depend_on_the_batch():
 def test_span_length_is_checked():
     with pytest.raises(ValueError, match="span_length must be at least 1"):
         RandomMasking(span_length=0)
+
+
+def test_no_clips():
+    none = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least one clip"):
+        RandomMasking().plan(none, 0, none, "cpu")

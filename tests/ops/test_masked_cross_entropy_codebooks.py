@@ -161,6 +161,15 @@ def test_few_rows(backend, device, rows, selected):
         assert all(not value.any() for value in run(backend))
 
 
+def test_no_rows_within_a_bound(backend, device):
+    hidden, weight, targets, *_ = make((0,), 7, 5, device=device, codebooks=2)
+    mask = torch.zeros(0, dtype=torch.bool, device=device)
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+    loss = ops.masked_cross_entropy(*leaves, targets, mask=mask, max_rows=3, backend=backend)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, leaves)[1].any()
+
+
 def test_hidden_gradient_is_summed_in_fp32(device):
     """In bf16 the sum over 16 codebooks is as exact as one codebook's gradient: it is rounded once."""
     backend = "triton" if device.type == "cuda" else "cpu"

@@ -6,7 +6,7 @@ import pytest
 from bestrq2.config import ConfigError
 from bestrq2.data import ManifestError
 from bestrq2.probing.events import frame_labels, read_events, segment_decisions, segment_labels
-from bestrq2.probing.labels import TEST, TRAIN, read_clips
+from bestrq2.probing.labels import TEST, TRAIN, doubtful_names, read_clips
 from bestrq2.probing.task import ProbeTask, packaged_task
 
 
@@ -28,6 +28,23 @@ def test_single_labels(write):
     assert not clips.warnings
     assert "no --group" in read_clips(ProbeTask(manifest=manifest, label="kind")).warnings[0]
     assert len(read_clips(packaged_task())) == 24
+
+
+@pytest.mark.parametrize("kind", ["classification", "retrieval", "multilabel"])
+def test_labels_that_are_almost_alike(write, kind):
+    """Capitals, and numbers that a spreadsheet or pandas wrote in two forms, make two classes: that is told."""
+    rows = "".join(f"{n}.wav,{label},{n}\n" for n, label in enumerate(["Dog", "dog", "1", "1.0", "2", "NaN", "cat"]))
+    warnings = read_clips(
+        ProbeTask(manifest=write(f"path,kind,g\n{rows}"), label="kind", group="g", kind=kind)
+    ).warnings
+    assert warnings == [
+        "labels '1', '1.0' are different classes: write them alike if they are one",
+        "labels 'Dog', 'dog' are different classes: write them alike if they are one",
+        "the label 'NaN' is a class of its own: leave the field empty where a label is missing",
+    ]
+    assert (
+        doubtful_names([f"{n}{c}" for n in "abcde" for c in "xX"])[3] == "2 more sets of labels that are almost alike"
+    )
 
 
 def test_missing_columns_and_groups(write):

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from bestrq2.data import Batch
 from bestrq2.runs.bad_batches import load_bad_batch
 from bestrq2.runs.checkpoint import BEST, list_checkpoints, read_checkpoint
 from bestrq2.train import main
 from bestrq2.training import trainer
+from bestrq2.training.late import Reading
+from bestrq2.training.step import StepTotals
 from bestrq2.training.trainer import Trainer
 
 from .undisturbed import TINY, curve
@@ -91,3 +94,12 @@ def test_what_needs_the_values_at_once(option, tmp_path, late):
     numbers = late()
     run(tmp_path, "run", option, "train.steps=3")
     assert numbers == []
+
+
+def test_what_was_prepared_is_not_kept():
+    batch = Batch(torch.ones(1, 8), torch.tensor([8]), torch.tensor([0]), prepared=torch.ones(4))
+    reading = Reading(1, batch, StepTotals(), torch.arange(5.0), queued=True)
+    reading.start()
+    assert reading.batch.prepared is None
+    assert reading.batch.waveform is batch.waveform
+    assert reading.read() == [0, 1, 2, 3, 4]

@@ -52,8 +52,8 @@ class BestRQ2FeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"expected audio at {self.sampling_rate} Hz, got {sampling_rate} Hz: resample it first")
 
     def _waveform(self, clip: Any) -> np.ndarray:
-        if isinstance(clip, Mapping) or hasattr(clip, "get_all_samples"):  # the decoder that datasets >= 4 gives
-            self._check_rate(clip["sampling_rate"] if not isinstance(clip, Mapping) else clip.get("sampling_rate"))
+        if _is_example(clip):
+            self._check_rate(clip.get("sampling_rate") if isinstance(clip, Mapping) else clip["sampling_rate"])
             clip = clip["array"]
         if hasattr(clip, "detach"):
             clip = clip.detach().cpu().float().numpy() if clip.is_floating_point() else clip.cpu().numpy()
@@ -70,9 +70,14 @@ class BestRQ2FeatureExtractor(SequenceFeatureExtractor):
         return values
 
 
+def _is_example(clip: Any) -> bool:
+    """Return True for audio as datasets gives it: ``array`` and ``sampling_rate``, since datasets 4 in a decoder."""
+    return isinstance(clip, Mapping) or hasattr(clip, "get_all_samples")
+
+
 def _is_batch(raw_speech: Any) -> bool:
-    if isinstance(raw_speech, Mapping):
+    if _is_example(raw_speech):
         return False
     if hasattr(raw_speech, "ndim"):
         return raw_speech.ndim > 1
-    return len(raw_speech) == 0 or isinstance(raw_speech[0], Mapping) or np.ndim(raw_speech[0]) > 0
+    return len(raw_speech) == 0 or _is_example(raw_speech[0]) or np.ndim(raw_speech[0]) > 0

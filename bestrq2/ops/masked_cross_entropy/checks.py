@@ -91,7 +91,8 @@ def check_rows(
             row, given = int(bad.nonzero()[0][-1]), row_weights[bad][0].item()
             raise ValueError(f"{op}: row weights of a mean must be >= 0 and finite, got {given} in row {row}")
     if max_rows is not None and row_weights is not None:
-        count = int((row_weights != 0).reshape(-1, targets.shape[1]).any(0).sum())
+        counts = row_weights != 0
+        count = int((counts if counts.dim() == 1 else counts.any(0)).sum())
         if count > max_rows:
             raise ValueError(f"{op}: {count} rows are masked but max_rows is {max_rows}")
     bad = (targets < 0) | (targets >= num_classes)
