@@ -75,7 +75,8 @@ class TargetsConfig:
     std: float | None = None  # as mean
     seed: int = 21072023  # of projections and codebooks
     seed_candidates: int = 1  # more: of so many seeds, the one whose codes are used most evenly
-    projection: Projection = "random"  # random (published) | pca | whitened_pca | half_whitened_pca: fitted
+    projection: Projection = "random"  # random (published) | pca | whitened_pca: fitted to the first clips
+    plain_codebooks: int = 0  # of whitened_pca: so many codebooks take the axes at their own scale
     centroid_steps: int = 0  # steps of k-means that move the codes to what falls on them; 0 (published): none
     fit_clips: int = 256  # of the training data, for seed_candidates, projection and centroid_steps
     encoder: str | None = None  # quantize features of this earlier run; null (published): log-mel patches

@@ -16,7 +16,7 @@ from .target_fitting import fit_axes, move_to_centroids
 CACHED_VALUES = 1 << 17  # values that are standardised together on a CPU: 1 MB of float64
 
 Normalize = Literal["none", "global", "patch", "utterance"]
-Projection = Literal["random", "pca", "whitened_pca", "half_whitened_pca"]
+Projection = Literal["random", "pca", "whitened_pca"]
 
 
 class RandomProjectionQuantizer(nn.Module):
@@ -43,8 +43,8 @@ class RandomProjectionQuantizer(nn.Module):
         projection: "random"; "pca": the principal axes of the sample, after subtracting its mean; "whitened_pca": the
             same with every axis scaled to unit deviation, so that the strongest does not decide alone. Several
             codebooks share the strongest ``num_codebooks * codebook_dim`` axes: a random rotation mixes them, and each
-            codebook takes its share. "half_whitened_pca": the second half of the codebooks takes whitened axes, the
-            first half (one more of an odd number) plain ones.
+            codebook takes its share.
+        plain_codebooks: of "whitened_pca": so many codebooks, the first ones, take the axes at their own scale.
         centroid_steps: steps of spherical k-means that move the codes to the middle of what falls on them; 0: none.
 
     Shapes:
@@ -74,6 +74,7 @@ class RandomProjectionQuantizer(nn.Module):
         std: float = 1.0,
         projection: Projection = "random",
         centroid_steps: int = 0,
+        plain_codebooks: int = 0,
     ) -> None:
         super().__init__()
         patch_dim, codebook_size = integer("patch_dim", patch_dim, 1), integer("codebook_size", codebook_size, 1)
@@ -92,8 +93,14 @@ class RandomProjectionQuantizer(nn.Module):
                 f"projection={projection}: expected num_codebooks * codebook_dim of at most patch_dim = {patch_dim} "
                 f"axes, got {num_codebooks} * {codebook_dim}"
             )
-        if projection == "half_whitened_pca" and num_codebooks < 2:
-            raise ValueError(f"projection={projection}: expected num_codebooks of at least 2, got {num_codebooks}")
+        plain_codebooks = integer("plain_codebooks", plain_codebooks, 0)
+        most = num_codebooks - 1 if projection == "whitened_pca" else 0
+        if plain_codebooks > most:
+            raise ValueError(
+                f"plain_codebooks: expected at most {most} with projection={projection} and num_codebooks="
+                f"{num_codebooks}, got {plain_codebooks}"
+            )
+        self.plain_codebooks = plain_codebooks
         self.normalize, self.projection_kind, self.seed = normalize, projection, seed
         self.centroid_steps = integer("centroid_steps", centroid_steps, 0)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -167,7 +174,7 @@ class RandomProjectionQuantizer(nn.Module):
         books, _, width = self.projection.shape
         device, sample = self.projection.device, sample.cpu()
         if self.center is not None:
-            whitened = {"pca": 0, "whitened_pca": books, "half_whitened_pca": books // 2}[self.projection_kind]
+            whitened = books - self.plain_codebooks if self.projection_kind == "whitened_pca" else 0
             seed = self.seed if books > 1 else None
             center, axes = fit_axes(sample, books * width, whitened * width, seed)
             self.center.copy_(center)
@@ -232,7 +239,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         books, dim, width = self.projection.shape
-        fitted = (
-            "" if not self.needs_fit else f", {self.projection_kind} projection, {self.centroid_steps} centroid steps"
-        )
+        plain = f" ({self.plain_codebooks} plain)" if self.plain_codebooks else ""
+        fitted = f", {self.projection_kind}{plain} projection, {self.centroid_steps} centroid steps"
+        fitted = fitted if self.needs_fit else ""
         return f"{dim} -> {width}, {books} x {self.codebook_size} codes, normalize={self.normalize}{fitted}"

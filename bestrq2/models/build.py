@@ -100,6 +100,7 @@ def build_quantizer(targets: TargetsConfig, width: int) -> RandomProjectionQuant
         std=1.0 if targets.std is None else targets.std,
         projection=targets.projection,
         centroid_steps=targets.centroid_steps,
+        plain_codebooks=targets.plain_codebooks,
     )
 
 

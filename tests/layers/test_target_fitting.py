@@ -77,16 +77,15 @@ def test_fitted_codes_are_the_nearest_code_of_the_centred_projection(patches):
     assert torch.equal(codes[clear], scores.argmax(-1)[clear])
 
 
-def test_half_of_the_codebooks_is_whitened(patches):
-    """The books of ``half_whitened_pca`` are those of ``pca`` in front and of ``whitened_pca`` behind."""
+def test_some_codebooks_take_plain_axes(patches):
+    """The books of ``plain_codebooks`` are those of "pca", the others those of "whitened_pca"."""
     options = {"centroid_steps": 2, "num_codebooks": 3}
-    plain, white, half = (
-        fitted(patches, projection=kind, **options) for kind in ("pca", "whitened_pca", "half_whitened_pca")
-    )
+    plain, white = (fitted(patches, projection=kind, **options) for kind in ("pca", "whitened_pca"))
+    both = fitted(patches, projection="whitened_pca", plain_codebooks=2, **options)
     for name in ("projection", "codebook"):
-        expected = torch.cat((getattr(plain, name)[:2], getattr(white, name)[2:]))
-        assert torch.equal(getattr(half, name), expected)
+        assert torch.equal(getattr(both, name), torch.cat((getattr(plain, name)[:2], getattr(white, name)[2:])))
     assert not torch.equal(plain.projection[2], white.projection[2])
+    assert "whitened_pca (2 plain) projection" in repr(both)
 
 
 def test_fitting_uses_codes_more_evenly(patches):
@@ -144,13 +143,15 @@ def test_random_targets_are_left_alone(patches):
 
 def test_what_cannot_be_fitted_is_refused(patches):
     with pytest.raises(
-        ValueError, match="projection must be one of random, pca, whitened_pca, half_whitened_pca; got 'lda'"
+        ValueError, match="projection must be one of random, pca, whitened_pca; got 'lda'"
     ):
         RandomProjectionQuantizer(160, projection="lda")
     with pytest.raises(ValueError, match=r"at most patch_dim = 64 axes, got 8 \* 16"):
         RandomProjectionQuantizer(64, num_codebooks=8, projection="pca")
-    with pytest.raises(ValueError, match="expected num_codebooks of at least 2, got 1"):
-        RandomProjectionQuantizer(160, projection="half_whitened_pca")
+    with pytest.raises(ValueError, match="at most 1 with projection=whitened_pca and num_codebooks=2, got 2"):
+        RandomProjectionQuantizer(160, num_codebooks=2, projection="whitened_pca", plain_codebooks=2)
+    with pytest.raises(ValueError, match="at most 0 with projection=pca and num_codebooks=2, got 1"):
+        RandomProjectionQuantizer(160, num_codebooks=2, projection="pca", plain_codebooks=1)
     with pytest.raises(ValueError, match="at least 400 patches, got 100"):
         RandomProjectionQuantizer(160, 200, centroid_steps=1).fit(patches[0, :100])
     with pytest.raises(ValueError, match=r"expected a sample \(S, 160\)"):
