@@ -142,9 +142,7 @@ def test_random_targets_are_left_alone(patches):
 
 
 def test_what_cannot_be_fitted_is_refused(patches):
-    with pytest.raises(
-        ValueError, match="projection must be one of random, pca, whitened_pca; got 'lda'"
-    ):
+    with pytest.raises(ValueError, match="projection must be one of random, pca, whitened_pca; got 'lda'"):
         RandomProjectionQuantizer(160, projection="lda")
     with pytest.raises(ValueError, match=r"at most patch_dim = 64 axes, got 8 \* 16"):
         RandomProjectionQuantizer(64, num_codebooks=8, projection="pca")
