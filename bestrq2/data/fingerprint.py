@@ -11,7 +11,7 @@ from bestrq2.data.files import to_text
 
 
 def data_identity(dataset: CropDataset) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: ``data``, their fingerprint, and ``content``, digests of up to 256 files."""
+    """Data in a checkpoint: ``data``, their fingerprint, and ``content``, digests of up to 256 files."""
     return {"data": data_fingerprint(dataset), "content": sample_contents(dataset.files)}
 
 
