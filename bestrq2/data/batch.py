@@ -212,7 +212,12 @@ def _deliver(
     try:
         before = set(active_children())
         with _named_start() if workers else nullcontext(), _without_main(dataset) if workers else nullcontext():
-            stream = iter(loader)
+            try:
+                stream = iter(loader)
+            except BaseException:
+                for worker in set(active_children()) - before:
+                    worker.kill()
+                raise
         mine = set(active_children()) - before
         _workers.update(mine)
         for batch in stream:
@@ -220,10 +225,12 @@ def _deliver(
                 raise batch.error
             yield batch.as_float() if as_float else batch
     except RuntimeError as error:
-        if any(worker.exitcode == _NO_THREAD for worker in mine):
+        here = workers and "can't start new thread" in str(error)
+        if here or any(worker.exitcode == _NO_THREAD for worker in mine):
             raise DataError(
-                "a data worker could not start a thread: the limit of processes and threads is reached; raise ulimit "
-                "-u, or use fewer workers (data.workers=0 decodes in the main process)"
+                f"a {'thread for the data workers' if here else 'thread of a data worker'} could not be started: the "
+                "limit of processes and threads is reached; raise ulimit -u, or use fewer workers (data.workers=0 "
+                "decodes in the main process)"
             ) from error
         if "DataLoader worker" in str(error):
             memory = "the machine ran out of memory, or " if "Killed" in str(error) or "Bus" in str(error) else ""
@@ -344,14 +351,14 @@ class _Guarded(Dataset):
             return _Failure(error)
 
 
-_reserved: list[tuple[threading.Thread, threading.Event]] = []
+_reserved: list[threading.Thread] = []
+_released = threading.Event()
 
 
 def _collate_or_fail(samples: list[Any]) -> Batch | _Failure:
-    if _reserved:  # in a worker: the queue starts its thread when it gets its first batch
-        thread, done = _reserved.pop()
-        done.set()
-        thread.join()
+    while _reserved:  # in a worker: the queue starts two threads when it gets its first batch
+        _released.set()
+        _reserved.pop().join()
     failure = next((sample for sample in samples if isinstance(sample, _Failure)), None)
     return failure if failure is not None else collate(samples)
 
@@ -362,14 +369,16 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _report_unless_disconnected
-    done = threading.Event()
-    reserved = threading.Thread(target=done.wait, daemon=True)
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        reserved.start()
-    except RuntimeError:  # the queue could not start one either, to send this error: only a traceback would be seen
+        # One sends batches and one hands over their memory. Where they cannot be started, the batch is gone, and the
+        # main process waits for it: so their places are taken now.
+        for _ in range(2):
+            thread = threading.Thread(target=_released.wait, daemon=True)
+            thread.start()
+            _reserved.append(thread)
+    except RuntimeError:
         os._exit(_NO_THREAD)
-    _reserved.append((reserved, done))
     torch.set_num_threads(1)
 
 

@@ -273,7 +273,7 @@ def test_a_worker_that_may_not_start_a_thread(dataset, monkeypatch, capfd):
         return start(process, **options)
 
     monkeypatch.setattr(multiprocessing.context.ForkProcess, "_bootstrap", bootstrap)
-    with pytest.raises(DataError, match=r"could not start a thread: the limit .* ulimit -u, or use fewer workers"):
+    with pytest.raises(DataError, match=r"thread of a data worker could not be started: the limit .* ulimit -u"):
         next(batches(dataset, 2, workers=1, start_method="fork"))
     assert "Traceback" not in capfd.readouterr().err
 
@@ -284,3 +284,9 @@ def test_a_torch_whose_iterator_has_another_name(dataset, monkeypatch):
     expected = next(batches(dataset, 2))
     monkeypatch.setattr(batch, "_WorkerBatches", None)
     assert torch.equal(next(batches(dataset, 2, workers=1)).waveform, expected.waveform)
+
+
+def test_a_main_process_that_may_not_start_a_thread(dataset, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", _no_threads)
+    with pytest.raises(DataError, match=r"thread for the data workers could not be started: .* data\.workers=0"):
+        next(batches(dataset, 2, workers=1, start_method="fork"))
