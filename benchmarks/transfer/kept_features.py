@@ -47,11 +47,12 @@ class KeptFeatures:
         if self.path is None or not self.of:
             return
         ends = list(next(iter(self.of.values())))
-        stacked = {f"features{end}": np.stack([kept[end] for kept in self.of.values()]) for end in ends}
+        stacked: dict[str, Any] = {f"features{end}": np.stack([kept[end] for kept in self.of.values()]) for end in ends}
+        stacked["clips"] = np.array(list(self.of))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.partial")
         with partial.open("wb") as file:
-            np.savez(file, clips=np.array(list(self.of)), **stacked)
+            np.savez(file, **stacked)
         partial.replace(self.path)
 
 
