@@ -12,7 +12,8 @@ with the frames of each file pooled over time, and ``index.csv``. ``--format par
 with a row per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every block and then the final
 output) or ``middle`` (the two blocks in the middle). ``--combine each`` gives features (layers, frames, width) and
 clips (files, layers, width), in the order given; ``average`` and ``concatenate`` join the layers of a frame. ``--rows
-concatenate`` keeps the frequency axis of 2-D patches. Pooling: ``mean``, ``max``, or ``mean+std``, twice as wide.
+concatenate`` keeps the frequency axis of 2-D patches; the recipe decides what is done without it. Pooling: ``mean+std``
+(mean and deviation over time, twice as wide), ``mean`` or ``max``.
 Files of any length are processed in windows; a file gives the same features alone and in any batch.
 """
 
