@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from plain_training import leave_out
 
 import bestrq2
 from bestrq2 import train as train_module
@@ -56,9 +57,12 @@ def assert_same_weights(first: Path, second: Path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
+def uninterrupted(tmp_path_factory, plain_training) -> Path:
+    """With pictures, report and the measured rate, which the others leave out."""
     runs = tmp_path_factory.mktemp("runs")
+    plain_training.undo()
     assert main(["--runs", str(runs), "--name", "whole", *QUICK]) == 0
+    leave_out(plain_training)
     return runs / "whole"
 
 
