@@ -23,6 +23,8 @@ from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.runs.folder import RunFolder, read_metrics
 from bestrq2.train import main
 
+from .undisturbed import PLAIN
+
 QUICK = [
     "model.front_end.mean=-47.5",
     "model.front_end.std=31.8",
@@ -93,11 +95,11 @@ def test_learns_above_the_unigram_baseline(tmp_path):
     assert accuracy > unigram + 0.1, f"{accuracy:.3f} against {unigram:.3f}"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_killed_run_continues_as_if_nothing_happened(tmp_path, uninterrupted, workers):
+def test_killed_run_continues_as_if_nothing_happened(tmp_path, uninterrupted):
+    """Killed from outside, by another process; ``test_faults.py`` kills at chosen moments, with and without a worker."""
     command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), "--name", "killed", *QUICK]
     process = subprocess.Popen(
-        [*command, f"data.workers={workers}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "data.workers=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 120
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -314,10 +316,10 @@ def test_bf16_autocast_and_compile(tmp_path):
     assert all(np.isfinite(float(row["loss"])) for row in read_metrics(tmp_path / "bf16")[1:])
 
 
-def test_workers_end_with_the_run(tmp_path):
+def test_workers_end_with_the_run(tmp_path, nursery):
     # The process must end too: workers ignore SIGTERM, so one that was left running would keep it waiting forever.
-    command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), *QUICK, "train.steps=2"]
-    subprocess.run([*command, "data.workers=1"], check=True, capture_output=True, timeout=120)
+    code, output = nursery.run(tmp_path, ["--runs", str(tmp_path), *QUICK, "train.steps=2", "data.workers=1"], PLAIN)
+    assert code == 0, output
 
 
 def test_interrupted_before_the_first_step(tmp_path, monkeypatch, capsys):
