@@ -96,7 +96,7 @@ def test_learns_above_the_unigram_baseline(tmp_path):
 
 
 def test_killed_run_continues_as_if_nothing_happened(tmp_path, uninterrupted):
-    """Killed from outside, by another process; ``test_faults.py`` kills at chosen moments, with and without a worker."""
+    """Killed by another process; ``test_faults.py`` kills at chosen moments, with and without a worker."""
     command = [sys.executable, "-m", "bestrq2.train", "--runs", str(tmp_path), "--name", "killed", *QUICK]
     process = subprocess.Popen(
         [*command, "data.workers=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
