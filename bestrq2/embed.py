@@ -12,7 +12,8 @@ with the frames of each file pooled over time, and ``index.csv``. ``--format par
 with a row per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every block and then the final
 output) or ``middle`` (the two blocks in the middle). ``--combine each`` gives features (layers, frames, width) and
 clips (files, layers, width), in the order given; ``average`` and ``concatenate`` join the layers of a frame. ``--rows
-concatenate`` keeps the frequency axis of 2-D patches. Pooling: ``mean``, ``max``, or ``mean+std``, twice as wide.
+concatenate`` keeps the frequency axis of 2-D patches; the recipe decides what is done without it. Pooling: ``mean+std``
+(mean and deviation over time, twice as wide), ``mean`` or ``max``.
 Files of any length are processed in windows; a file gives the same features alone and in any batch.
 """
 
@@ -180,8 +181,8 @@ def embed(
     layer: int | None = None,
     layers: Sequence[int | None] | None = None,
     combine: str = "each",
-    rows: str = "average",
-    pooling: str = "mean",
+    rows: str | None = None,
+    pooling: str = "mean+std",
 ) -> Iterator[tuple[AudioFile, np.ndarray, np.ndarray, float] | Skip]:
     """Encode files in order, ``batch_size`` at a time.
 
@@ -248,8 +249,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="output of this block (0 is the first) instead of the final one")
     parser.add_argument("--layers", metavar="LIST", help="several layers: all, middle, or for example 0,3,final")
     parser.add_argument("--combine", choices=COMBINATIONS, default="each", help="of several layers (default: each)")
-    parser.add_argument("--rows", choices=ROW_JOINS, help="of 2-D patches (default: average)")
-    parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="frames to clip features (default: mean)")
+    parser.add_argument("--rows", choices=ROW_JOINS, help="of 2-D patches (default: as the encoder does)")
+    parser.add_argument(
+        "--pooling", choices=POOLINGS, default="mean+std", help="frames to clip features (default: mean+std)"
+    )
     parser.add_argument("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--batch-size", type=int, default=8, help="files encoded together (default: 8)")
     parser.add_argument("--device", default="auto")
@@ -276,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine}
-    reading["rows"] = options.rows or "average"
+    reading["rows"] = options.rows
     try:
         return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
     except BaseException:
@@ -290,7 +293,7 @@ def run(
     writer: Writer,
     batch_size: int,
     reading: dict[str, Any],
-    pooling: str = "mean",
+    pooling: str = "mean+std",
     unusable: int = 0,
 ) -> int:
     """Write the features of all files; exit code 0, or 2 if there are none.

@@ -262,7 +262,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="number of folds, at most the groups of the rarest class (default: 5); 0: one per group",
     )
-    add("--pooling", choices=POOLINGS, help="of the frames of a clip (default: mean)")
+    add("--pooling", choices=POOLINGS, help="of the frames of a clip (default: mean+std)")
     add("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add(
         "--scaling",
@@ -279,7 +279,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         choices=COMBINATIONS,
         help="of several layers: each by itself (default), average, concatenate, or weights that the head learns",
     )
-    add("--rows", choices=ROW_JOINS, help="of 2-D patches: average (default) or concatenate")
+    add("--rows", choices=ROW_JOINS, help="of 2-D patches: average or concatenate (default: as the encoder does)")
     add("--controls", action="store_true", help="check the probe itself first; exit code 1 if a control fails")
     add("--layer", type=int, help="the same as --layers with one number")
     add("--threshold", type=float, default=0.5, help="score above which a label counts as predicted (default: 0.5)")

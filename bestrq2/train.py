@@ -28,8 +28,9 @@ import torch
 from bestrq2.config import Config, ConfigError, config_from_dict, load_config, recipe_names, with_overrides
 from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
+from bestrq2.data.content import replaced_files
 from bestrq2.data.fingerprint import data_fingerprint
-from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError
+from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError, printable
 from bestrq2.hardware import APPLE, choose_device, choose_precision
 from bestrq2.hashing import mix
 from bestrq2.interchange.opening import open_teacher
@@ -207,10 +208,25 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
         )
     for change in changes:
         ranks.say(f"Changed on resume: {change}")
+    if checkpoint is not None:
+        recorded = checkpoint.extra.get("content")
+        ranks.from_first(lambda: warn_of_replaced(dataset, recorded))
     write = bool(overrides or values or changes)
     if write:
         ranks.all_agree(lambda: open_teacher(config))  # one that is refused must not be left in the run's configuration
     return start(config, dataset, run, checkpoint, ranks, write)
+
+
+def warn_of_replaced(dataset: CropDataset, recorded: str | None) -> None:
+    """Name files that are others than those the checkpoint was trained on, though names and lengths are the same."""
+    replaced, compared = replaced_files(dataset.files, recorded)
+    if replaced:
+        more = f" and {len(replaced) - 1} more" if len(replaced) > 1 else ""
+        print(
+            f"warning: the content of {printable(replaced[0].path)}{more} changed since the checkpoint was written "
+            f"({compared} of {len(dataset.files)} files were compared): the run goes on with what is there now",
+            file=sys.stderr,
+        )
 
 
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:

@@ -66,7 +66,7 @@ def test_npy(run, folder, tmp_path, capsys):
             expected, count = encoder.encode(waveform)
         assert features.shape == (int(row["frames"]), encoder.output_dim) == (int(count), 128)
         np.testing.assert_allclose(features, expected[0].numpy(), atol=1e-5)
-        np.testing.assert_allclose(clip, features.mean(0), atol=1e-6)
+        np.testing.assert_allclose(clip, np.concatenate((features.mean(0), features.std(0))), atol=1e-5)
         assert abs(float(row["seconds"]) * 1000 - features.shape[0] * float(row["hop_ms"])) <= 2 * float(row["hop_ms"])
     assert not list((tmp_path / "out").rglob("*.partial"))
 
@@ -173,15 +173,18 @@ def test_names_in_a_locale_without_them(tmp_path, monkeypatch):
 
 
 def test_averaged_rows_of_a_grid_are_told(folder, tmp_path, monkeypatch, capsys):
-    """Averaging is the default, and loses the frequency axis: a user who did not choose it hears of it."""
-    grid = build_encoder(load_config("best_rq2_tiny", [*SMALL, "model.encoder.patch_height=16"]).model, 1.0).eval()
-    monkeypatch.setattr(embed, "open_encoder", lambda *arguments, **options: grid)
-    command = ["grid", str(folder), "--out", str(tmp_path / "out"), "--overwrite"]
-    for rows, told, width in (
-        ([], True, 32),
-        (["--rows", "average"], False, 32),
-        (["--rows", "concatenate"], False, 128),
+    """Averaging loses the frequency axis: a user who chose it neither here nor in the recipe hears of it."""
+    command = ["grid", str(folder), "--out", str(tmp_path / "out"), "--overwrite", "--pooling", "mean"]
+    for joined, rows, told, width in (
+        ("average", [], True, 32),
+        ("average", ["--rows", "average"], False, 32),
+        ("average", ["--rows", "concatenate"], False, 128),
+        ("concatenate", [], False, 128),
+        ("concatenate", ["--rows", "average"], False, 32),
     ):
+        changes = ["model.encoder.patch_height=16", f"model.encoder.join_rows={joined}"]
+        grid = build_encoder(load_config("best_rq2_tiny", [*SMALL, *changes]).model, 1.0).eval()
+        monkeypatch.setattr(embed, "open_encoder", lambda *arguments, grid=grid, **options: grid)
         assert embed.main([*command, *rows]) == 0
         assert ("the 4 frequency rows of this encoder are averaged" in capsys.readouterr().err) is told
         assert np.load(tmp_path / "out" / "clips.npy").shape[1] == width

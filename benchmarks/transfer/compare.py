@@ -12,10 +12,10 @@ PLAN.yaml is described in ``plan.py``. Equal compute is equal matrix-product ope
 backward, as the training log counts them); the steps of each recipe follow from that and are printed. Every run is
 probed with the same readout, beside the same encoder before training and log-mel statistics.
 
-Everything is kept in ``--out``: run folders, scores, scores.csv, table.md and table.png. A comparison that was killed
-at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far. ``--held-out``
-probes the same runs on other tasks, which no recipe was chosen by; their scores are kept in ``OUT/held_out``.
-``--head`` probes them with another head than logistic regression, in ``OUT/HEAD``.
+Everything is kept in ``--out``: run folders, features, scores, scores.csv, table.md and table.png. A comparison that
+was killed at any moment goes on with the same command. ``--table`` trains nothing and shows what is done so far.
+``--held-out`` probes the same runs on other tasks, which no recipe was chosen by; their scores are kept in
+``OUT/held_out``. ``--head`` probes them with another head than logistic regression, in ``OUT/HEAD``.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_identity(results, identity)
         try:
             if not options.table:
-                compare(plan, Suite(tasks, precision=plan.precision), source, out, results)
+                compare(plan, Suite(tasks, precision=plan.precision, kept=out / "features"), source, out, results)
         finally:
             report(plan, list(tasks), results)
     except Interrupted as error:

@@ -5,7 +5,6 @@ bootstrap resamples, written at once; what exists is not computed again. ``OUT/i
 scores of: another plan, corpus or readout in the same folder is refused.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.transfer.kept_features import FeatureFolder, digest_of
 from benchmarks.transfer.plan import Candidate, Plan
 from bestrq2 import load, train
 from bestrq2.config import ConfigError
@@ -24,7 +24,7 @@ from bestrq2.interchange import open_source
 from bestrq2.models import build_encoder
 from bestrq2.probing import ProbeTask
 from bestrq2.probing.experiment import assemble
-from bestrq2.probing.features import ENCODER, LOG_MEL, RANDOM, Clip, Features, extract, readings
+from bestrq2.probing.features import ENCODER, LOG_MEL, RANDOM, Clip, Features, Reading, extract, readings
 from bestrq2.probing.labels import LabelledClips, read_clips
 from bestrq2.runs.checkpoint import newest_intact
 
@@ -122,14 +122,21 @@ class Suite:
         tasks: by name.
         sampling_rate: Hz.
         precision: "fp32", or "bf16": encoders compute under autocast.
+        kept: folder in which pooled features are kept for other tasks, heads and starts; None: in memory.
     """
 
-    def __init__(self, tasks: dict[str, ProbeTask], sampling_rate: int = 16000, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        tasks: dict[str, ProbeTask],
+        sampling_rate: int = 16000,
+        precision: str = "fp32",
+        kept: Path | None = None,
+    ) -> None:
         self.tasks, self.sampling_rate, self.precision = tasks, sampling_rate, precision
         self.labels: dict[str, LabelledClips] = {name: read_clips(task) for name, task in tasks.items()}
+        self.kept = FeatureFolder(kept, precision)
         self._audio: dict[str, list[Clip | Skip]] = {}
-        self._asked: tuple[Any, ...] = ()
-        self._known: dict[str, dict[str, np.ndarray] | Skip] = {}
+        self._skips: dict[str, Skip] = {}
 
     def clips(self, name: str) -> list[Clip | Skip]:
         if name not in self._audio:
@@ -141,45 +148,62 @@ class Suite:
         self._audio.pop(name, None)
 
     def features(self, name: str, encoders: dict[str, Any], with_log_mel: bool) -> Features:
-        """Pooled features of a task's clips. Those of the last call's encoders are kept: tasks share clips. Clips of
-        similar length are encoded together; the batch does not change features."""
+        """Pooled features of a task's clips. What is kept of an encoder is not computed again: tasks share clips. Clips
+        of similar length are encoded together; the batch does not change features."""
+        task, files = self.tasks[name], self.labels[name].files
+        result = Features()
+        sources: dict[str, Any] = {**encoders, **({LOG_MEL: None} if with_log_mel else {})}
+        found: list[tuple[str, dict[str, dict[str, np.ndarray]]]] = []
+        for kind, encoder in sources.items():
+            wanted = [] if encoder is None else readings(task.layers, task.combine, encoder.depth)
+            kept = self.kept.of(encoder, task, wanted)
+            missing = [str(file) not in kept.of and str(file) not in self._skips for file in files]
+            if any(missing):
+                kept.add(self._extract(name, missing, kind, encoder, wanted))
+            found.append((kind, kept.of))
+            for reading in wanted or [Reading("", ())]:
+                result.of[f"{kind}{reading.end}"] = []
+                result.parts |= {} if encoder is None else {f"{kind}{reading.end}": reading.parts}
+        for number, file in enumerate(files):
+            if str(file) in self._skips:
+                result.skips.append(self._skips[str(file)])
+                continue
+            result.usable.append(number)
+            result.seconds.append(0.0)  # not used: clips are pooled
+            for kind, of in found:
+                for end, vector in of[str(file)].items():
+                    result.of[f"{kind}{end}"].append(vector)
+        return result
+
+    def _extract(
+        self, name: str, missing: list[bool], kind: str, encoder: Any, wanted: list[Reading]
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Vectors of a task's missing clips, by file and by the end of the reading's name."""
         task = self.tasks[name]
-        depth = min((encoder.depth for encoder in encoders.values()), default=0)
-        wanted = readings(task.layers, task.combine, depth) if encoders else []
-        asked = (list(encoders.items()), with_log_mel, wanted, task.rows, task.pooling)
-        if asked != self._asked:
-            self._asked, self._known = asked, {}
-        files = self.labels[name].files
-        fresh = [item for file, item in zip(files, self.clips(name)) if str(file) not in self._known]
-        names = {id(item): str(file) for file, item in zip(files, self.clips(name))}
-        fresh.sort(key=lambda item: 0 if isinstance(item, Skip) else len(item[1]))
+        fresh = [
+            (str(file), item)
+            for file, item, is_missing in zip(self.labels[name].files, self.clips(name), missing)
+            if is_missing
+        ]
+        self._skips |= {file: item for file, item in fresh if isinstance(item, Skip)}
+        clips = [(file, item) for file, item in fresh if not isinstance(item, Skip)]
+        clips.sort(key=lambda entry: len(entry[1][1]))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            found = extract(
-                fresh,
-                encoders,
+            features = extract(
+                [item for _, item in clips],
+                {} if encoder is None else {kind: encoder},
                 sampling_rate=self.sampling_rate,
                 hop=0.01,  # not used: clips are pooled
                 wanted=wanted,
                 rows=task.rows,
                 pooling=task.pooling,
-                with_log_mel=with_log_mel,
+                with_log_mel=encoder is None,
             )
-        for place, number in enumerate(found.usable):
-            self._known[names[id(fresh[number])]] = {kind: vectors[place] for kind, vectors in found.of.items()}
-        for item in fresh:
-            if isinstance(item, Skip):
-                self._known[names[id(item)]] = item
-        result = Features({kind: [] for kind in found.of}, parts=found.parts)
-        for number, file in enumerate(files):
-            known = self._known[str(file)]
-            if isinstance(known, Skip):
-                result.skips.append(known)
-                continue
-            result.usable.append(number)
-            result.seconds.append(0.0)  # not used: clips are pooled
-            for kind, vector in known.items():
-                result.of[kind].append(vector)
-        return result
+        vectors: dict[str, dict[str, np.ndarray]] = {file: {} for file, _ in clips}
+        for full, values in features.of.items():
+            for (file, _), vector in zip(clips, values):
+                vectors[file][full.removeprefix(kind)] = vector
+        return vectors
 
     def measure(self, name: str, encoders: dict[str, Any], with_log_mel: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         """Metric, interval and resamples of each encoder, and of log-mel statistics, in one task."""
@@ -200,14 +224,6 @@ class Suite:
                     "samples": found.samples,
                 },
             )
-
-
-def digest_of(encoder: torch.nn.Module) -> str:
-    """Digest of the weights and buffers, 12 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def probe_baseline(suite: Suite, out: Path, facts: dict[str, Any]) -> None:

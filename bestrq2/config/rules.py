@@ -26,7 +26,10 @@ def check_values(c: Config) -> None:
         if used
     ]
     encoder = c.model.encoder
-    plain, unused = EncoderConfig(), ("norm", "feed_forward", "qk_norm", "position", "patch_height", "patch_width")
+    plain, unused = (
+        EncoderConfig(),
+        ("norm", "feed_forward", "qk_norm", "position", "patch_height", "patch_width", "join_rows"),
+    )
     foreign = [name for name in unused if getattr(encoder, name) != getattr(plain, name)]
     expectations = [
         (

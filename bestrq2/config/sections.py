@@ -49,6 +49,9 @@ class EncoderConfig(TransformerSettings):
     patch_width: int = 16  # frames per patch of a vit
     position: PositionKind = "sincos"  # sincos | rope
     drop_path: float = 0.1
+    join_rows: Literal["average", "concatenate"] = (
+        "average"  # patches of a time step in features: average (published) | concatenate
+    )
     activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, slower
     conformer: ConformerConfig = field(default_factory=ConformerConfig)
 
@@ -195,8 +198,8 @@ class ProbeConfig:
     head: str = "linear"  # linear | ridge | mlp | knn
     layers: str = "final"  # final | middle | all, or numbers of blocks and "final" separated by commas
     combine: str = "average"  # of several layers: average | concatenate | weighted (learned by the linear head)
-    rows: str = "average"  # of 2-D patches: average | concatenate
-    pooling: str = "mean"  # of frames to a clip: mean | max | mean+std
+    rows: str | None = None  # of 2-D patches: average | concatenate; null: as model.encoder.join_rows
+    pooling: str = "mean+std"  # of frames to a clip: mean | max | mean+std
 
 
 @dataclass

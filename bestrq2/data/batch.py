@@ -18,8 +18,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import DataLoader, Dataset, dataloader
 
 from bestrq2.data.dataset import Sample
 from bestrq2.data.steps import EqualSteps, StepPlan, plan_of, rank_share
@@ -28,6 +27,7 @@ from bestrq2.errors import DataError, Skip
 __all__ = ["Batch", "batches", "collate"]
 
 _workers: WeakSet[BaseProcess] = WeakSet()
+_NO_THREAD = 75  # exit code of a worker that may not start a thread
 
 
 @atexit.register
@@ -208,16 +208,30 @@ def _deliver(
         generator=torch.Generator(),  # otherwise the loader would draw from the global generator of the training
         **options,
     )
+    mine: set[BaseProcess] = set()
     try:
         before = set(active_children())
         with _named_start() if workers else nullcontext(), _without_main(dataset) if workers else nullcontext():
-            stream = iter(loader)
-        _workers.update(set(active_children()) - before)
+            try:
+                stream = iter(loader)
+            except BaseException:
+                for worker in set(active_children()) - before:
+                    worker.kill()
+                raise
+        mine = set(active_children()) - before
+        _workers.update(mine)
         for batch in stream:
             if isinstance(batch, _Failure):
                 raise batch.error
             yield batch.as_float() if as_float else batch
     except RuntimeError as error:
+        here = workers and "can't start new thread" in str(error)
+        if here or any(worker.exitcode == _NO_THREAD for worker in mine):
+            raise DataError(
+                f"a {'thread for the data workers' if here else 'thread of a data worker'} could not be started: the "
+                "limit of processes and threads is reached; raise ulimit -u, or use fewer workers (data.workers=0 "
+                "decodes in the main process)"
+            ) from error
         if "DataLoader worker" in str(error):
             memory = "the machine ran out of memory, or " if "Killed" in str(error) or "Bus" in str(error) else ""
             raise DataError(
@@ -265,29 +279,38 @@ class _Loader(DataLoader):
     """A loader whose half-built iterator can be cleaned up."""
 
     def _get_iterator(self) -> Any:
-        return _WorkerBatches(self) if self.num_workers else super()._get_iterator()
+        return _WorkerBatches(self) if self.num_workers and _WorkerBatches else super()._get_iterator()
 
 
-class _WorkerBatches(_MultiProcessingDataLoaderIter):
+def _worker_batches(theirs: Any) -> Any:
     """The iterator of torch, which ends its workers also if not all of them could be started.
 
     In torch (2.11 to 2.13) ``__del__`` reads attributes that are set behind the start: it prints a traceback, and the
-    workers that did start go on.
+    workers that did start go on. None for a torch whose iterator has another name or form: it is used as it is.
     """
+    base: Any = getattr(theirs, "_MultiProcessingDataLoaderIter", None)
+    if not hasattr(base, "_shutdown_workers"):
+        return None
 
-    def __init__(self, loader: DataLoader) -> None:
-        try:
-            super().__init__(loader)
-        except BaseException:
-            self._shutdown_workers()
-            raise
+    class WorkerBatches(base):
+        def __init__(self, loader: DataLoader) -> None:
+            try:
+                super().__init__(loader)
+            except BaseException:
+                self._shutdown_workers()
+                raise
 
-    def _shutdown_workers(self) -> None:
-        if "_workers" not in vars(self):
-            return  # before the first start
-        if "_workers_status" not in vars(self):
-            self._workers_status = [True] * len(self._workers)
-        super()._shutdown_workers()
+        def _shutdown_workers(self) -> None:
+            if "_workers" not in vars(self):
+                return  # before the first start
+            if "_workers_status" not in vars(self):
+                self._workers_status = [True] * len(self._workers)
+            super()._shutdown_workers()
+
+    return WorkerBatches
+
+
+_WorkerBatches = _worker_batches(dataloader)
 
 
 class _Steps:
@@ -328,7 +351,14 @@ class _Guarded(Dataset):
             return _Failure(error)
 
 
+_reserved: list[threading.Thread] = []
+_released = threading.Event()
+
+
 def _collate_or_fail(samples: list[Any]) -> Batch | _Failure:
+    while _reserved:  # in a worker: the queue starts two threads when it gets its first batch
+        _released.set()
+        _reserved.pop().join()
     failure = next((sample for sample in samples if isinstance(sample, _Failure)), None)
     return failure if failure is not None else collate(samples)
 
@@ -339,7 +369,16 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _report_unless_disconnected
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        # One sends batches and one hands over their memory. Where they cannot be started, the batch is gone, and the
+        # main process waits for it: so their places are taken now.
+        for _ in range(2):
+            thread = threading.Thread(target=_released.wait, daemon=True)
+            thread.start()
+            _reserved.append(thread)
+    except RuntimeError:
+        os._exit(_NO_THREAD)
     torch.set_num_threads(1)
 
 

@@ -3,9 +3,16 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bestrq2.data import AudioFile, CropDataset
+from bestrq2.data.content import sample_contents
 from bestrq2.data.files import to_text
+
+
+def data_identity(dataset: CropDataset) -> dict[str, Any]:
+    """Data in a checkpoint: ``data``, their fingerprint, and ``content``, digests of up to 256 files."""
+    return {"data": data_fingerprint(dataset), "content": sample_contents(dataset.files)}
 
 
 def data_fingerprint(dataset: CropDataset) -> str:

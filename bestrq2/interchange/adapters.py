@@ -45,7 +45,7 @@ class AudioEncoder(Protocol):
         *,
         layers: str | Sequence[int | None] | None = None,
         combine: str = "average",
-        rows: str = "average",
+        rows: str | None = None,
         pooling: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(B, S)``, ``(B,)`` samples -> features ``(B, T, D)`` float32 and ``(B,)`` int64 frames on the CPU; for the
@@ -57,7 +57,7 @@ class AudioEncoder(Protocol):
         lengths: Tensor | None = None,
         layers: Sequence[int | None] | None = None,
         *,
-        rows: str = "average",
+        rows: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same for several layers in one pass: ``(L, B, T, D)``."""
 
@@ -147,7 +147,7 @@ class ForeignEncoder(ReadoutMixin, nn.Module, ABC):
         lengths: Tensor | None = None,
         layers: Sequence[int | None] | None = None,
         *,
-        rows: str = "average",
+        rows: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features of several layers; see :class:`AudioEncoder`. ``layers``: as for our own encoders. ``rows`` has no
         effect: encoders of others give one vector a time step.
@@ -155,7 +155,7 @@ class ForeignEncoder(ReadoutMixin, nn.Module, ABC):
         Raises:
             ValueError: for wrong shapes or lengths, or an unknown layer.
         """
-        check_choice("rows", rows, ROW_JOINS)
+        check_choice("rows", rows or self.join_rows, ROW_JOINS)
         ends = check_lengths(waveform, lengths).tolist()
         wanted: list[Any] = list(check_layers(layers, self.depth))
         warn_of_half(waveform)

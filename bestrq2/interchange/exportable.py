@@ -153,7 +153,8 @@ class ExportableViT(ExportableEncoder):
         for block in encoder.encoder.blocks:
             x = block(x, tokens, rotation)
         x = encoder.encoder.norm(x).float()
-        return x.unflatten(1, (columns, rows)).mean(2)
+        x = x.unflatten(1, (columns, rows))
+        return x.flatten(2) if encoder.join_rows == "concatenate" else x.mean(2)
 
 
 class ExportableConformer(ExportableEncoder):

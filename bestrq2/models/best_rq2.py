@@ -21,7 +21,7 @@ from bestrq2.layers.transformer import TransformerSettings
 from bestrq2.ops._impl.compiler import never_compiled
 
 from .clip_head import ClipHead
-from .encoder import PretrainableEncoder, check_encoder
+from .encoder import PretrainableEncoder, check_encoder, token_width
 from .predictor import Predictor
 from .teacher import Teacher
 
@@ -155,7 +155,7 @@ class _Pretraining(nn.Module):
     def _add_clip_head(self) -> None:
         """Last of all parts, so that the others start from the same random numbers with and without it."""
         books, size = self.quantizer.num_codebooks, self.quantizer.codebook_size
-        self.clip_head = ClipHead(self.encoder.output_dim, size, books) if self.clip_weight else None
+        self.clip_head = ClipHead(token_width(self.encoder), size, books) if self.clip_weight else None
 
     def target_values(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> Tensor:
         """Input of the quantizer: log-mel patches, or the teacher's features of the same audio, ``(B, N, P)``."""
@@ -276,7 +276,7 @@ class BestRQ2(_Pretraining):
         super().__init__(encoder, quantizer, masking, teacher, mixing, clip_weight)
         settings = predictor or TransformerSettings(depth=4)
         self.share = settings.share if isinstance(settings, PredictorSettings) else 1.0
-        self.predictor = Predictor(encoder.output_dim, settings, encoder.position, encoder.rows)
+        self.predictor = Predictor(token_width(encoder), settings, encoder.position, encoder.rows)
         self.head = CodeHead(settings.width, quantizer.codebook_size, quantizer.num_codebooks)
         self._add_clip_head()
 
@@ -327,9 +327,9 @@ class BestRQ(_Pretraining):
         self.noise_std = noise_std
         self.mask_token: nn.Parameter | None = None
         if self.encoder.needs_mask_token:
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.output_dim))
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, token_width(encoder)))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.head = CodeHead(encoder.output_dim, quantizer.codebook_size, quantizer.num_codebooks)
+        self.head = CodeHead(token_width(encoder), quantizer.codebook_size, quantizer.num_codebooks)
         self._add_clip_head()
 
     def _predict(

@@ -53,6 +53,7 @@ def build_encoder(
         window_seconds=window_seconds,
         published_positions=published_positions,
         activation_checkpointing=own.activation_checkpointing,
+        join_rows=own.join_rows,
     )
 
 

@@ -154,7 +154,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         layers: Sequence[Layer] | None = None,
         layout: ChunkLayout | None = None,
         *,
-        rows: str = "average",
+        rows: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Like :meth:`encode`, for several layers in one pass.
 
@@ -176,7 +176,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         Raises:
             ValueError: as :meth:`encode`.
         """
-        check_choice("rows", rows, ROW_JOINS)
+        check_choice("rows", rows or self.join_rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
         wanted = check_layers(layers, self.depth, embeddings=True)
         layout = layout or self.layout

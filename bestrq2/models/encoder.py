@@ -1,6 +1,6 @@
 """Members that an encoder needs to be pretrained by :class:`BestRQ2` or :class:`BestRQ`."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from bestrq2.layers.masking import MaskPlan
 from bestrq2.layers.patches import Patches
 from bestrq2.layers.positions import PositionKind
 
-__all__ = ["PretrainableEncoder", "check_encoder"]
+__all__ = ["PretrainableEncoder", "check_encoder", "token_width"]
 
 
 @runtime_checkable
@@ -26,7 +26,7 @@ class PretrainableEncoder(Protocol):
 
     @property
     def output_dim(self) -> int:
-        """D, width of the features."""
+        """D, width of the features, and of a token unless :func:`token_width` finds another."""
         ...
 
     @property
@@ -61,6 +61,11 @@ class PretrainableEncoder(Protocol):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features ``(B, T, D)`` float32 of whole clips, and their lengths ``(B,)`` int64 on the CPU."""
         ...
+
+
+def token_width(encoder: Any) -> int:
+    """Width of a token: ``token_width`` of an encoder whose features join several tokens, else its ``output_dim``."""
+    return int(getattr(encoder, "token_width", encoder.output_dim))
 
 
 _ONE_STAGE = ("infill", "needs_mask_token")

@@ -71,9 +71,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def averaged_rows(encoder: object, rows: str | None) -> str | None:
-    """A sentence for users who did not choose (``rows=None``) and whose encoder has several rows; else None."""
+    """A sentence for users who did not choose (``rows=None``) and whose encoder averages several rows; else None."""
     count = getattr(encoder, "rows", 1)
-    if rows is not None or count == 1:
+    if rows is not None or count == 1 or getattr(encoder, "join_rows", "average") != "average":
         return None
     return (
         f"the {count} frequency rows of this encoder are averaged. --rows concatenate keeps them apart, {count} times "
@@ -121,9 +121,14 @@ def pool_frames(features: Tensor, lengths: Tensor, pooling: str) -> Tensor:
 
 
 class ReadoutMixin:
-    """``encode``, and ``forward`` with its defaults, for a class that has ``depth`` and ``encode_layers``."""
+    """``encode``, and ``forward`` with its defaults, for a class that has ``depth`` and ``encode_layers``.
+
+    Attributes:
+        join_rows: how ``encode`` joins the frequency rows of 2-D patches when it is not told.
+    """
 
     depth: Any
+    join_rows: RowJoin = "average"
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`encode` with its defaults, for hooks, wrappers and other libraries."""
@@ -145,7 +150,7 @@ class ReadoutMixin:
         *,
         layers: str | Sequence[int | None] | None = None,
         combine: str = "average",
-        rows: str = "average",
+        rows: str | None = None,
         pooling: str | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
@@ -159,7 +164,7 @@ class ReadoutMixin:
             combine: of several layers: "average" (each frame of each layer brought to mean 0 and deviation 1 first),
                 "concatenate" (L times as wide), or "each" (stacked in front).
             rows: of 2-D patches, the tokens of one time step are averaged or concatenated ("concatenate", from low to
-                high frequency); strips have one row.
+                high frequency); None: as the encoder's ``join_rows`` says. Strips have one row.
             pooling: None for frames; "mean", "max" or "mean+std" over time for one vector a clip.
             options: of ``encode_layers``.
 

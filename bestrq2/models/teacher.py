@@ -8,6 +8,7 @@ from torch import Tensor
 from bestrq2.layers.patches import Patches
 
 from .conformer import ConformerEncoder
+from .encoder import token_width
 from .vit import ViTEncoder
 
 Encoder = ViTEncoder | ConformerEncoder
@@ -40,7 +41,7 @@ class Teacher:
         if layer is not None and not 0 <= layer < encoder.depth:
             raise ValueError(f"targets.layer: expected a block of the teacher, 0..{encoder.depth - 1}, got {layer}")
         self.encoder, self.layer = encoder.eval().requires_grad_(False), layer
-        self.width = encoder.output_dim
+        self.width = token_width(encoder)
 
     def check(self, student: Encoder) -> None:
         """

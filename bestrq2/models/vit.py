@@ -15,7 +15,7 @@ from bestrq2.layers.precision import like_weight
 from bestrq2.layers.transformer import Transformer, TransformerSettings
 
 from .layer_choice import Layer, block_list, check_layers, choose_layers
-from .readout import ROW_JOINS, ReadoutMixin, check_choice
+from .readout import ROW_JOINS, ReadoutMixin, RowJoin, check_choice
 
 WINDOWS_AT_ONCE = 16  # windows of long clips that encode() puts through the Transformer together
 
@@ -44,12 +44,15 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         published_positions: reproduce a fault of the published inference code: clips shorter than 16 time columns get
             wrong sin-cos positions. Only for comparing with numbers made by that code.
         activation_checkpointing: recompute activations in the backward pass.
+        join_rows: what :meth:`encode` does with the patches of a time step, if it is not told: "average" (published) or
+            "concatenate".
 
     Attributes:
         sampling_rate (Hz), output_dim (D), hop_size_in_ms: of the features of :meth:`encode`.
+        token_width: width of a patch in the Transformer; D, or D / rows where features concatenate rows.
 
     Raises:
-        ValueError: for a patch larger than the spectrogram or an unknown ``position``.
+        ValueError: for a patch larger than the spectrogram, or an unknown ``position`` or ``join_rows``.
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         window_seconds: float = 10.0,
         published_positions: bool = False,
         activation_checkpointing: bool = False,
+        join_rows: RowJoin = "average",
     ) -> None:
         super().__init__()
         settings = transformer or TransformerSettings()
+        check_choice("join_rows", join_rows, ROW_JOINS)
         if not 1 <= patch_height <= front_end.num_mels or patch_width < 1:
             raise ValueError(
                 f"expected 1 <= patch_height <= {front_end.num_mels} bands and patch_width >= 1 frame, "
@@ -80,7 +85,8 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         self.patch_embed = PatchEmbed(self.patch_dim, settings.width)
         self.encoder = Transformer(settings, activation_checkpointing)
         self.sampling_rate = front_end.sampling_rate
-        self.output_dim = settings.width
+        self.token_width, self.join_rows = settings.width, join_rows
+        self.output_dim = settings.width * (self.rows if join_rows == "concatenate" else 1)
         self.hop_size_in_ms = 1000.0 * self.samples_per_column / self.sampling_rate
         self.window_columns = max(1, self.output_length(round(window_seconds * self.sampling_rate)))
 
@@ -171,7 +177,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
 
     def flops(self, tokens: int, frames: int) -> float:
         """Matrix-product operations of one forward pass over one clip, ``tokens`` of whose patches are present."""
-        return self.encoder.flops(tokens) + 2.0 * tokens * self.patch_dim * self.output_dim
+        return self.encoder.flops(tokens) + 2.0 * tokens * self.patch_dim * self.token_width
 
     def encode_layers(
         self,
@@ -179,7 +185,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         lengths: Tensor | None = None,
         layers: Sequence[Layer] | None = None,
         *,
-        rows: str = "average",
+        rows: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Like :meth:`encode`, for several layers in one pass.
 
@@ -198,6 +204,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         Raises:
             ValueError: as :meth:`encode`.
         """
+        rows = rows or self.join_rows
         check_choice("rows", rows, ROW_JOINS)
         lengths = check_lengths(waveform, lengths)
         wanted = check_layers(layers, self.depth, embeddings=True)
@@ -211,7 +218,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
             waveform = torch.cat((torch.where(inside, waveform[:, :least], 0), waveform[:, least:]), 1)
         lengths = lengths.clamp(min=self.min_samples)
         totals = [self.output_length(int(samples)) for samples in lengths]
-        width = self.output_dim * (self.rows if rows == "concatenate" else 1)
+        width = self.token_width * (self.rows if rows == "concatenate" else 1)
         shape = (len(wanted), len(totals), max(totals, default=0), width)
         features = waveform.new_zeros(shape, dtype=torch.float32)
         window = self.window_columns

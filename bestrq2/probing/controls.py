@@ -52,10 +52,10 @@ class LogMelEncoder(ReadoutMixin, nn.Module):
         lengths: Tensor | None = None,
         layers: Sequence[int | None] | None = None,
         *,
-        rows: str = "average",
+        rows: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``(B, S)``, ``(B,)`` -> ``(1, B, T, 64)`` float32 and ``(B,)`` frames; see :class:`~bestrq2.ViTEncoder`."""
-        check_choice("rows", rows, ROW_JOINS)
+        check_choice("rows", rows or self.join_rows, ROW_JOINS)
         wanted = check_layers(layers, self.depth)
         with torch.no_grad():
             frames, counts = self.log_mel(waveform, check_lengths(waveform, lengths))

@@ -91,7 +91,7 @@ def readings(layers: str, combine: str, depth: int) -> list[Reading]:
 
 
 def encode(
-    encoder: Any, waveforms: Sequence[np.ndarray], layers: Sequence[int | None], rows: str = "average"
+    encoder: Any, waveforms: Sequence[np.ndarray], layers: Sequence[int | None], rows: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Features ``(L, B, T, D)`` float32 and frames ``(B,)``, on the CPU, of waveforms ``(S,)`` encoded together."""
     parameter = next(iter(encoder.parameters()), None)
@@ -101,9 +101,9 @@ def encode(
     # Not inference mode: an encoder may keep tensors that later training steps use.
     with torch.no_grad():
         if hasattr(encoder, "encode_layers"):
-            options = {} if rows == "average" else {"rows": rows}
+            options = {} if rows is None else {"rows": rows}
             features, frames = encoder.encode_layers(padded, lengths, list(layers), **options)
-        elif list(layers) == [None] and rows == "average":
+        elif list(layers) == [None] and rows in (None, "average"):
             features, frames = encoder.encode(padded, lengths)
             features = features[None]
         else:
@@ -159,8 +159,8 @@ def extract(
     sampling_rate: int,
     hop: float,
     wanted: Sequence[Reading] = (Reading("", (None,)),),
-    rows: str = "average",
-    pooling: str | None = "mean",
+    rows: str | None = None,
+    pooling: str | None = "mean+std",
     with_log_mel: bool = True,
     batch_size: int = 8,
     progress: Callable[[int], object] | None = None,
@@ -172,7 +172,7 @@ def extract(
         encoders: by name.
         sampling_rate, hop: of the encoders; hop in seconds.
         wanted: what is made of their layers.
-        rows: "average" or "concatenate" the frequency rows of 2-D patches.
+        rows: "average" or "concatenate" the frequency rows of 2-D patches; None: as the encoder does by itself.
         pooling: of frames to clips, see :func:`~bestrq2.models.readout.pool_frames`; None to keep frames.
         progress: called with the number of clips done.
 

@@ -57,7 +57,7 @@ class ProbeTask:
             separated by commas.
         combine: of several layers: "average", "concatenate", "weighted" (the linear head learns one weight a layer), or
             "each" (separate results; not in :func:`~bestrq2.probing.run_probe`, which gives one).
-        rows: "average" or "concatenate" the frequency rows of 2-D patches.
+        rows: "average" or "concatenate" the frequency rows of 2-D patches; None: as the encoder does by itself.
         folds: at most; 0: every group is a fold.
         regularisation: inverse strength of the L2 penalty; None: chosen inside the training folds.
         threshold: above which a label counts as predicted ("multilabel", "events").
@@ -82,10 +82,10 @@ class ProbeTask:
     test_values: tuple[str, ...] | None = None
     where: tuple[tuple[str, tuple[str, ...]], ...] = ()
     head: str = "linear"
-    pooling: str = "mean"
+    pooling: str = "mean+std"
     layers: str = "final"
     combine: str = "each"
-    rows: str = "average"
+    rows: str | None = None
     folds: int = 5
     regularisation: float | None = None
     threshold: float = 0.5
@@ -110,7 +110,7 @@ class ProbeTask:
                 self.combine,
                 "learned weights with the linear head alone, and not for retrieval",
             ),
-            ("rows", self.rows in ROW_JOINS, self.rows, f"one of {', '.join(ROW_JOINS)}"),
+            ("rows", self.rows in (None, *ROW_JOINS), self.rows, f"one of {', '.join(ROW_JOINS)}"),
             ("scaling", self.scaling in SCALINGS, self.scaling, f"one of {', '.join(SCALINGS)}"),
             ("folds", self.folds == 0 or self.folds >= 2, self.folds, "at least 2, or 0 for one per group"),
             (

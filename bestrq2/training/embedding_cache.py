@@ -2,8 +2,8 @@
 
 Every file is cut into consecutive windows of the crop length. A shard holds the windows of 32 files as plain tensors,
 with its SHA-256 in a JSON file beside it that is written last: an interrupted cache goes on where it stopped, and a
-damaged or incomplete shard is made again. The folder's name depends on the encoder's weights, the targets and the list
-of files.
+shard that is damaged, incomplete or of files that were replaced is made again. The folder's name depends on the
+encoder's weights, the targets and the list of files.
 """
 
 import bisect
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
+from bestrq2.data.content import content_digest, same_content
 from bestrq2.data.fingerprint import file_list_digest
 from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.tensors import write_tensors
@@ -154,9 +155,10 @@ def build_cache(
     groups = [files[start : start + FILES_PER_SHARD] for start in range(0, len(files), FILES_PER_SHARD)]
     for number, group in enumerate(tqdm(groups, desc="embeddings", unit="shard")):
         path = folder / f"shard-{number:05d}.safetensors"
-        record = _verified(path)
+        contents = [content_digest(item) for item in group]
+        record = _verified(path, contents)
         if record is None:
-            record = _write_shard(path, group, source, targets, crop, device)
+            record = _write_shard(path, group, source, targets, crop, device, contents)
             made += 1
         shards.append(path)
         records.append(record)
@@ -172,17 +174,25 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verified(path: Path) -> dict[str, Any] | None:
-    """The record of a complete shard, or None if it must be made (again)."""
+def _verified(path: Path, contents: list[str]) -> dict[str, Any] | None:
+    """The record of a complete shard, or None if it must be made (again): also if its files have other content."""
     try:
         record = json.loads(path.with_suffix(".json").read_bytes())
+        if not all(map(same_content, record.get("contents", contents), contents)):  # not kept by earlier versions
+            return None
         return record if record["sha256"] == _sha256(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write_shard(
-    path: Path, files: Sequence[AudioFile], encoder: AudioEncoder, targets: Targets, crop: int, device: torch.device
+    path: Path,
+    files: Sequence[AudioFile],
+    encoder: AudioEncoder,
+    targets: Targets,
+    crop: int,
+    device: torch.device,
+    contents: list[str],
 ) -> dict[str, Any]:
     contexts, codes, skips = [], [], []
     shortest = round(2 * targets.seconds * encoder.sampling_rate)
@@ -207,7 +217,7 @@ def _write_shard(
     }
     path.with_suffix(".json").unlink(missing_ok=True)
     write_tensors(path, tensors, {})
-    record = {"sha256": _sha256(path), "lengths": [len(rows) for rows in codes], "skips": skips}
+    record = {"sha256": _sha256(path), "lengths": [len(rows) for rows in codes], "skips": skips, "contents": contents}
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(record))
     partial.replace(path.with_suffix(".json"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import Batch, CropDataset
-from bestrq2.data.fingerprint import data_fingerprint
+from bestrq2.data.fingerprint import data_identity
 from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
 from bestrq2.interchange import load
@@ -86,11 +86,8 @@ class HeadTrainer(Trainer):
             self.measured, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
         )
 
-    def _fingerprint(self) -> str:
-        return data_fingerprint(self.dataset.source)
-
     def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "encoder_sha256": self.digest}
+        return {**data_identity(self.dataset.source), "encoder_sha256": self.digest}
 
     def _about(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

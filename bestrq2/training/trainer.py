@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bestrq2.config import Config, config_to_dict
 from bestrq2.data import Batch, DataError, batches
-from bestrq2.data.fingerprint import data_fingerprint
+from bestrq2.data.fingerprint import data_identity
 from bestrq2.errors import REASONS, TrainingError
 from bestrq2.hardware import (
     choose_device,
@@ -83,7 +83,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
             accept_bf16_gradients(self.model, config, self.autocast, ranks.size)
-        self.fingerprint = ranks.from_first(self._fingerprint)
+        self.identity = ranks.from_first(self._identity)
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
         self.late: Reading | None = None
@@ -164,12 +164,9 @@ class Trainer:
     def _about(self) -> str:
         return about_model(self.config, self.model)
 
-    def _fingerprint(self) -> str:
-        return data_fingerprint(self.dataset)
-
     def _identity(self) -> dict[str, Any]:
         """Data identity in a checkpoint, so that a run continues with the same data."""
-        return {"data": self.fingerprint}
+        return data_identity(self.dataset)
 
     def _open_log(self) -> None:
         # A run that was killed before its first checkpoint begins again, and so does its log.
@@ -348,7 +345,7 @@ class Trainer:
         """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""
         if self.log is not None:
             self.log.flush()
-        snapshot = self.state.snapshot(**self._identity())
+        snapshot = self.state.snapshot(**self.identity)
         value = self.state.progress.validation_loss if self.evaluation.validates else self.since_save.mean_loss
         if snapshot is not None:
             self.saver.save(snapshot, value, wait)

@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from bestrq2.data import AudioFile, CropDataset, DataError, Sample, Skip, batches, collate, collect
+from bestrq2.data import AudioFile, CropDataset, DataError, Sample, Skip, batch, batches, collate, collect
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +259,34 @@ def test_workers_of_which_one_cannot_be_started(dataset, monkeypatch, started):
     gc.collect()
     assert unraised == []
     assert set(multiprocessing.active_children()) <= before
+
+
+def _no_threads(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_worker_that_may_not_start_a_thread(dataset, monkeypatch, capfd):
+    start = multiprocessing.context.ForkProcess._bootstrap
+
+    def bootstrap(process, **options):
+        threading.Thread.start = _no_threads  # in the child
+        return start(process, **options)
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "_bootstrap", bootstrap)
+    with pytest.raises(DataError, match=r"thread of a data worker could not be started: the limit .* ulimit -u"):
+        next(batches(dataset, 2, workers=1, start_method="fork"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_torch_whose_iterator_has_another_name(dataset, monkeypatch):
+    assert batch._worker_batches(SimpleNamespace()) is None
+    assert batch._worker_batches(SimpleNamespace(_MultiProcessingDataLoaderIter=object)) is None
+    expected = next(batches(dataset, 2))
+    monkeypatch.setattr(batch, "_WorkerBatches", None)
+    assert torch.equal(next(batches(dataset, 2, workers=1)).waveform, expected.waveform)
+
+
+def test_a_main_process_that_may_not_start_a_thread(dataset, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", _no_threads)
+    with pytest.raises(DataError, match=r"thread for the data workers could not be started: .* data\.workers=0"):
+        next(batches(dataset, 2, workers=1, start_method="fork"))

@@ -35,6 +35,7 @@ RECIPES = {
             "model.front_end.normalize=none",
             "model.encoder.position=sincos",
             "model.encoder.patch_height=16",
+            "model.encoder.join_rows=concatenate",
             "data.crop_seconds=2",
         ],
     ),

@@ -58,6 +58,7 @@ CONFORMER = "model.encoder.conformer."
 VARIANTS = {
     "rms, swiglu, normalised queries": ("best_rq2_tiny", [f"model.encoder.{x}" for x in RMS]),
     "rotary grid": ("best_rq2_tiny", ["model.encoder.patch_height=16", "model.encoder.position=rope"]),
+    "joined rows": ("best_rq2_tiny", ["model.encoder.patch_height=16", "model.encoder.join_rows=concatenate"]),
     "bands and frames left over": ("best_rq2_tiny", ["model.encoder.patch_height=13", "model.encoder.patch_width=3"]),
     "window of one column": ("best_rq2_tiny", ["data.crop_seconds=0.05"]),
     "causal convolution, batch norm": (

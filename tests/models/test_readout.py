@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import layer_norm
 
 from bestrq2.config import ConfigError, load_config
-from bestrq2.models import build_encoder
+from bestrq2.layers import LogMel
+from bestrq2.models import ViTEncoder, build_encoder, build_model
 from bestrq2.models.readout import combine_layers, named_layers, parse_layers, pool_frames
 
 WAVES = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
@@ -99,3 +100,39 @@ def test_rows_of_a_time_step():
     torch.testing.assert_close(output.unflatten(1, (-1, 4))[0, :, 0], final[0, :, :32], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="rows: expected one of average, concatenate"):
         model.encode(WAVES, rows="stack")
+
+
+def test_an_encoder_that_joins_its_rows_by_itself():
+    """Every way in gives joined rows and their width; options given still count, and so do tokens in pretraining."""
+    grid = ("model.encoder.patch_height=16", "model.encoder.patch_width=4")
+    plain, joined = encoder(*grid), encoder(*grid, "model.encoder.join_rows=concatenate")
+    rows = joined.rows
+    assert rows > 1
+    assert (joined.output_dim, joined.token_width) == (32 * rows, 32) == (rows * plain.output_dim, plain.token_width)
+    with torch.no_grad():
+        expected, counts = plain.encode(WAVES, LENGTHS, rows="concatenate")
+        for found, lengths in (joined.encode(WAVES, LENGTHS), joined(WAVES, LENGTHS)):
+            assert torch.equal(found, expected)
+            assert torch.equal(lengths, counts)
+        assert joined.encode_layers(WAVES, LENGTHS, [0, None])[0].shape == (2, *expected.shape)
+        assert torch.equal(joined.encode(WAVES, LENGTHS, rows="average")[0], plain.encode(WAVES, LENGTHS)[0])
+    with pytest.raises(ValueError, match="join_rows: expected one of average, concatenate, got 'sum'"):
+        ViTEncoder(LogMel(), join_rows="sum")
+    with pytest.raises(ConfigError, match=r"join_rows.*a Conformer has no such choice"):
+        encoder("model.encoder.join_rows=concatenate", recipe="best_rq2_conformer_tiny")
+
+
+@pytest.mark.parametrize("name", ["best_rq2", "best_rq"])
+def test_joined_rows_change_nothing_in_pretraining(name):
+    losses = []
+    for joined in ("average", "concatenate"):
+        grid = ["model.encoder.patch_height=16", "model.encoder.patch_width=4", f"model.encoder.join_rows={joined}"]
+        config = load_config("best_rq2_tiny", [*grid, f"model.name={name}", "model.clip_weight=0.5"])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = build_model(config)
+        output = model(WAVES, LENGTHS, step=0, index=torch.arange(2))
+        output.loss.backward()
+        losses.append(output.loss.item())
+        assert model.flops(output.plan) > 0
+    assert losses[0] == losses[1]

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from plain_training import leave_out
 import bestrq2
 from bestrq2 import train
 from bestrq2.config import ConfigError, load_config
+from bestrq2.data import tiny_dataset
 from bestrq2.interchange import open_encoder
 from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.interchange.xares import write_encoder_module
@@ -94,6 +97,23 @@ def test_cache_is_shared_and_depends_on_the_encoder(encoder_file, tmp_path, caps
     run(tmp_path, "c", encoder_file, *QUICK, cache, "model.targets.seed=3")
     assert "1 of 1 shards computed" in capsys.readouterr().out
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_embeddings_of_a_replaced_file_are_made_again(encoder_file, tmp_path, capsys):
+    """Folders are not in the name of the cache: files of the same names and lengths must not share embeddings."""
+    folder, cache = tmp_path / "audio", f"frozen.cache={tmp_path / 'cache'}"
+    folder.mkdir()
+    for item in tiny_dataset()[:2]:
+        shutil.copyfile(item.path, folder / Path(item.path).name)
+    run(tmp_path, "a", encoder_file, "--data", str(folder), *QUICK, "train.steps=1", cache)
+    shard = next((tmp_path / "cache").rglob("shard-00000.safetensors"))
+    first, names = shard.read_bytes(), sorted(path.name for path in folder.iterdir())
+    shutil.copytree(folder, tmp_path / "other" / "audio")
+    shutil.copyfile(folder / names[0], tmp_path / "other" / "audio" / names[1])
+    capsys.readouterr()
+    run(tmp_path, "b", encoder_file, "--data", str(tmp_path / "other/audio"), *QUICK, "train.steps=1", cache)
+    assert "1 of 1 shards computed" in capsys.readouterr().out
+    assert next((tmp_path / "cache").rglob("shard-00000.safetensors")).read_bytes() != first
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bestrq2.config import ConfigError, config_from_dict, load_config, with_overrides
+from bestrq2.data import tiny_dataset
 from bestrq2.durability import flush_file, flush_folder
 from bestrq2.runs.changes import changed_keys, check_resume
 from bestrq2.runs.checkpoint import list_checkpoints
@@ -75,6 +77,25 @@ def test_what_changes_is_listed(run, capsys):
     ]
     assert "train.steps: 2 -> 3" in lines[1]
     assert "learning_rate: 0.005" in (run / "config.yaml").read_text()
+
+
+def test_a_replaced_file_is_named(tmp_path, capsys):
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    for item in tiny_dataset()[:3]:
+        shutil.copyfile(item.path, folder / Path(item.path).name)
+    names = sorted(path.name for path in folder.iterdir())
+    options = ["--config", "best_rq2_tiny", "--data", str(folder), *QUICK]
+    options += ["model.front_end.mean=-47", "model.front_end.std=31"]
+    assert main(["--runs", str(tmp_path), "--name", "run", "train.steps=1", *options]) == 0
+    shutil.copyfile(folder / names[0], folder / names[1])  # both have two seconds
+    assert main(["--resume", str(tmp_path / "run"), "train.steps=2"]) == 0
+    error = capsys.readouterr().err
+    assert (
+        f"warning: the content of {folder / names[1]} changed since the checkpoint was written (3 of 3 files" in error
+    )
+    assert main(["--resume", str(tmp_path / "run"), "train.steps=2"]) == 0
+    assert "changed since" not in capsys.readouterr().err
 
 
 def test_changes_by_key():

@@ -111,6 +111,25 @@ def test_encoders_are_read_in_the_precision_of_the_plan():
     assert 1e-5 < error < 0.05
 
 
+def test_features_are_kept_for_other_heads_and_starts(tmp_path, monkeypatch):
+    """A second suite on the same folder decodes and encodes no clip; another readout does."""
+    torch.manual_seed(0)
+    encoder = build_encoder(load_config("best_rq2_tiny", []).model).eval()
+    first = scores.Suite(command.packaged_tasks(pooling="mean+std"), kept=tmp_path)
+    found = first.features("packaged", {"encoder": encoder}, True)
+    assert set(found.of) == {"encoder", "log-mel statistics"}
+    monkeypatch.setattr(encoder, "encode_layers", lambda *arguments, **options: pytest.fail("encoded again"))
+    again = scores.Suite(command.packaged_tasks(pooling="mean+std", head="ridge"), kept=tmp_path)
+    monkeypatch.setattr(again, "clips", lambda name: pytest.fail("decoded again"))
+    kept = again.features("packaged", {"encoder": encoder}, True)
+    assert kept.usable == found.usable
+    for kind, vectors in found.of.items():
+        np.testing.assert_array_equal(np.stack(kept.of[kind]), np.stack(vectors))
+    other = scores.Suite(command.packaged_tasks(pooling="mean"), kept=tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="encoded again"):
+        other.features("packaged", {"encoder": encoder}, False)
+
+
 def test_equal_compute():
     plan = quick_plan()
     candidate = plan.candidates[0]

@@ -1,0 +1,78 @@
+"""Files replaced by others of the same name and length are noticed; copies of the same files are not."""
+
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+
+from bestrq2.data import AudioFile, CropDataset, collect
+from bestrq2.data.content import SAMPLED_FILES, content_digest, replaced_files, sample_contents
+from bestrq2.data.fingerprint import data_fingerprint, data_identity
+from bestrq2.data.shards import pack
+
+RATE = 8000
+
+
+def write(path, seed, seconds=2.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(-3000, 3000, int(RATE * seconds))
+    soundfile.write(path, noise.astype(np.int16), RATE)
+
+
+@pytest.fixture
+def files(tmp_path):
+    for number in range(4):
+        write(tmp_path / "audio" / f"{number}.wav", number)
+    return collect(tmp_path / "audio")[0]
+
+
+def test_a_replaced_file_is_found_and_the_fingerprint_is_as_before(files, tmp_path):
+    before = data_identity(CropDataset(files, 1.0))
+    write(tmp_path / "audio" / "2.wav", 99)
+    assert data_fingerprint(CropDataset(files, 1.0)) == before["data"]
+    assert replaced_files(files, before["content"]) == ([files[2]], 4)
+
+
+def test_copies_and_shards_of_the_same_files_have_the_same_content(files, tmp_path):
+    before = sample_contents(files)
+    shutil.copytree(tmp_path / "audio", tmp_path / "copy", copy_function=shutil.copyfile)  # new times
+    assert sample_contents(collect(tmp_path / "copy")[0]) == before
+    pack(files, tmp_path / "shards")
+    packed = collect(str(tmp_path / "shards"))[0]
+    assert "::" in packed[0].path
+    assert sample_contents(packed) == before
+
+
+def test_a_file_that_cannot_be_read_is_not_compared(files, tmp_path):
+    before = sample_contents(files)
+    (tmp_path / "audio" / "0.wav").unlink()
+    assert replaced_files(files, before) == ([], 3)
+    assert content_digest(files[0]) == "-"
+    assert content_digest(AudioFile(str(tmp_path))) == "-"
+
+
+@pytest.mark.parametrize("before", [None, "", "12345678"])
+def test_nothing_is_compared_without_a_record_of_these_files(files, before):
+    assert replaced_files(files, before) == ([], 0)
+
+
+def test_a_million_files_are_sampled(tmp_path):
+    write(tmp_path / "a.wav", 0, 0.1)
+    digests = sample_contents([AudioFile(str(tmp_path / "a.wav"))] * 1_000_000).split()
+    assert SAMPLED_FILES - 3 <= len(digests) <= SAMPLED_FILES
+
+
+def test_samples_of_hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+
+    def digests(seed):
+        with h5py.File(tmp_path / f"{seed}.h5", "w") as file:
+            samples = np.random.default_rng(seed).integers(-999, 999, (2, 30000)).astype(np.int16)
+            samples[0] = 5
+            file["waveform"] = samples
+        return sample_contents(collect(str(tmp_path / f"{seed}.h5"))[0]).split()
+
+    one, other = digests(1), digests(2)
+    assert one[0] == other[0] != "-"
+    assert one[1] != other[1]
