@@ -71,11 +71,22 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
         ("data.domain_weights={speech: -1}", "data.domain_weights: expected numbers >= 0"),
         ("data.domain_weights={speech: 0}", "data.domain_weights: expected a positive weight for some domain"),
         ("data.domain_weights={speech: much}", "data.domain_weights.*much"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate: expected a finite number, got inf"),
+        ("optimizer.weight_decay=nan", "optimizer.weight_decay: expected a finite number, got nan"),
+        ("optimizer.betas=[nan,0.9]", "optimizer.betas: expected a finite number, got nan"),
+        ("data.min_seconds=nan", "data.min_seconds: expected a finite number, got nan"),
+        ("model.front_end.std=-.inf", "model.front_end.std: expected a finite number, got -inf"),
+        ("optimizer.max_grad_norm=nan", "optimizer.max_grad_norm: expected a finite number, got nan"),
     ],
 )
 def test_bad_overrides_name_the_key(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config("best_rq2_tiny", [override])
+
+
+def test_never_is_infinity():
+    config = load_config("best_rq2_tiny", ["optimizer.max_grad_norm=inf", "train.save_minutes=inf"])
+    assert config.optimizer.max_grad_norm == config.train.save_minutes == float("inf")
 
 
 def test_domain_weights_take_any_name(tmp_path):

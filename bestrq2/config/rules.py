@@ -1,10 +1,16 @@
 """Relations between keys and ranges of numbers; choices among words are types of the sections."""
 
-from math import isfinite
+from collections.abc import Iterator
+from dataclasses import asdict
+from math import isfinite, isnan
+from typing import Any
 
 from bestrq2.errors import ConfigError
 
 from .sections import Config, EncoderConfig
+
+# Infinity means: never.
+_MAY_BE_INFINITE = ("optimizer.max_grad_norm", "train.save_minutes")
 
 
 def check_values(c: Config) -> None:
@@ -108,3 +114,19 @@ def check_values(c: Config) -> None:
     for key, fine, value, expected in expectations:
         if not fine:
             raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+    # Behind the rules above, which name what they expect. A NaN passes most comparisons that refuse a number.
+    for key, number in _numbers(asdict(c), ""):
+        if isnan(number) or not (isfinite(number) or key in _MAY_BE_INFINITE):
+            raise ConfigError(f"{key}: expected a finite number, got {number!r}")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Every floating number with the key of its setting."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inside in value.items():
+            yield from _numbers(inside, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            yield from _numbers(inside, key)
