@@ -24,6 +24,7 @@ if hasattr(signal, "SIGHUP"):
 import pytest
 import torch
 from other_libraries import needs_other_library
+from plain_training import plain_training  # noqa: F401  (a fixture)
 
 PROCESSES = 2
 

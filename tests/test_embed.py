@@ -30,7 +30,7 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, plain_training):
     runs = tmp_path_factory.mktemp("runs")
     assert train.main(["--runs", str(runs), "--name", "run", "model.front_end.std=31.8", *QUICK]) == 0
     return runs / "run"

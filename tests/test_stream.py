@@ -12,7 +12,7 @@ QUICK = ["train.steps=2", "train.batch_size=2", "model.encoder.depth=2", "model.
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, plain_training):
     runs = tmp_path_factory.mktemp("runs")
     chunks = ["model.encoder.conformer.conv_mode=chunk", "model.encoder.conformer.chunk_training=speechbrain"]
     window = ["model.encoder.conformer.chunk_size=8", "model.encoder.conformer.left_context=16"]

@@ -5,16 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from bestrq2.training import trainer
-
 from .nursery import Nursery
 from .undisturbed import PLAIN, TINY
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    monkeypatch.setattr(trainer, "peak_flops", lambda *_: (1e12, "not measured"))
-    monkeypatch.setattr(trainer, "save_report", lambda *_: None)
+@pytest.fixture(scope="module", autouse=True)
+def runs_without_drawings(plain_training):
+    """Most runs of these tests are about something else than drawings."""
 
 
 @pytest.fixture(scope="session")

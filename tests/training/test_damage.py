@@ -17,7 +17,7 @@ from bestrq2.train import main
 
 from .undisturbed import PLAIN, TINY, assert_equal_weights, assert_same, curve
 
-pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("plain")]
+pytestmark = pytest.mark.fault
 
 
 AS_A_USER = """

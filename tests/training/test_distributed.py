@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from bestrq2.training.distributed import Ranks
 from bestrq2.training.open_data import open_dataset
 from bestrq2.training.step import micro_batches
 from bestrq2.training.trainer import Trainer
+
+from .undisturbed import PLAIN
 
 SMALL = [
     "model.front_end.mean=-47.5",
@@ -75,14 +78,16 @@ def alone(tmp_path_factory, data) -> Path:
     return runs / "alone"
 
 
-def torchrun(arguments: list[str], *launcher: str, check: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [*command, "-m", "bestrq2.train", *arguments], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert not check or process.returncode == 0, process.stdout + process.stderr
-    return process
+@pytest.fixture(scope="module")
+def two_ranks(nursery, tmp_path_factory) -> Callable[[list[str]], None]:
+    """Train with two ranks. The tests of signals and restarts start theirs by torchrun."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def train(arguments: list[str]) -> None:
+        code, output = nursery.run(folder, arguments, PLAIN, ranks=2)
+        assert code == 0, output
+
+    return train
 
 
 def assert_same_curve(run: Path, expected: Path, rtol: float = 2e-5) -> None:
@@ -107,17 +112,17 @@ def assert_same_checkpoint(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_train_the_curve_of_one(tmp_path, data, alone, strategy):
-    torchrun(options(data, tmp_path, "two", f"train.strategy={strategy}", "train.accumulate=2", "data.workers=1"))
+def test_two_ranks_train_the_curve_of_one(tmp_path, data, alone, two_ranks, strategy):
+    two_ranks(options(data, tmp_path, "two", f"train.strategy={strategy}", "train.accumulate=2", "data.workers=1"))
     assert_same_curve(tmp_path / "two", alone)
     assert_same_checkpoint(tmp_path / "two", alone)
 
 
-def test_two_ranks_share_batches_of_similar_lengths(tmp_path, data, capsys):
+def test_two_ranks_share_batches_of_similar_lengths(tmp_path, data, two_ranks, capsys):
     """Steps of any number of clips: each rank takes its part, and the curve is that of one rank."""
     buckets = ["data.batching=buckets", "data.batch_seconds=10", "data.workers=1"]
     assert main(options(data, tmp_path, "one", *buckets)) == 0
-    torchrun(options(data, tmp_path, "two", *buckets))
+    two_ranks(options(data, tmp_path, "two", *buckets))
     assert_same_curve(tmp_path / "two", tmp_path / "one")
     seconds = [float(row["audio_seconds"]) for row in read_metrics(tmp_path / "two") if row["audio_seconds"]]
     assert len({round(after - before, 3) for before, after in pairwise(seconds)}) > 1
@@ -148,10 +153,10 @@ def test_equal_weights_of_micro_batches_would_be_seen(data, alone):
     assert abs(sum(losses) / len(losses) - whole.loss.item()) > 5 * 2e-5 * whole.loss.item()
 
 
-def test_resume_with_another_number_of_ranks(tmp_path, data, alone):
+def test_resume_with_another_number_of_ranks(tmp_path, data, alone, two_ranks):
     shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
-    torchrun(["--resume", str(tmp_path / "run"), "train.strategy=fsdp"])  # one rank until step 4, then two
+    two_ranks(["--resume", str(tmp_path / "run"), "train.strategy=fsdp"])  # one rank until step 4, then two
     assert_same_curve(tmp_path / "run", alone)
     shutil.rmtree(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
     assert main(["--resume", str(tmp_path / "run")]) == 0

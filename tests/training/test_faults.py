@@ -24,7 +24,7 @@ from bestrq2.training.trainer import Trainer
 
 from .undisturbed import PLAIN, assert_equal_weights, assert_same, begin, curve
 
-pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("plain")]
+pytestmark = pytest.mark.fault
 
 KILL_AT = """
 import os, signal

@@ -11,7 +11,6 @@ from bestrq2.data import Batch
 from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
-from bestrq2.training import trainer
 from bestrq2.training.feeder import Feeder, preparation
 from bestrq2.training.trainer import Trainer
 
@@ -38,8 +37,6 @@ def result(folder):
 
 def test_preparing_ahead_changes_no_bit(tmp_path, monkeypatch):
     """Losses, weights, optimizer and code usage; also of a run that is resumed."""
-    monkeypatch.setattr(trainer, "peak_flops", lambda *_: (1e12, "not measured"))
-    monkeypatch.setattr(trainer, "save_report", lambda *_: None)
     arguments = ["--runs", str(tmp_path), *OPTIONS]
     assert main([*arguments, "--name", "plain"]) == 0
     tensors, losses = result(tmp_path / "plain")

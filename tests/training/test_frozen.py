@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_training import leave_out
 
 import bestrq2
 from bestrq2 import train
@@ -57,9 +58,11 @@ def test_alignment_rule():
     assert align(features, 40, 2, 40)[:, 0].tolist() == [1, 2]
 
 
-def test_encoder_is_unchanged_and_resume_repeats(encoder_file, tmp_path, capsys):
+def test_encoder_is_unchanged_and_resume_repeats(encoder_file, tmp_path, plain_training, capsys):
     before = hashlib.sha256(encoder_file.read_bytes()).hexdigest()
+    plain_training.undo()  # with its report
     whole = run(tmp_path, "whole", encoder_file, *QUICK)
+    leave_out(plain_training)
     assert hashlib.sha256(encoder_file.read_bytes()).hexdigest() == before
     proof = json.loads((whole / "frozen.json").read_text())
     assert proof["sha256_before"] == proof["sha256_after"] == module_digest(bestrq2.load(encoder_file))

@@ -14,7 +14,6 @@ from bestrq2.training.trainer import Trainer
 
 from .undisturbed import TINY, curve
 
-pytestmark = pytest.mark.usefixtures("plain")
 SETTINGS = ["train.ema_decay=0", "train.log_every=3", "train.save_every=4", "train.steps=9", "train.precision=fp32"]
 
 

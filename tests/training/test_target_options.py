@@ -14,7 +14,7 @@ from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
 from bestrq2.training.health import effective_rank
 
-from .test_distributed import torchrun
+from .test_distributed import two_ranks  # noqa: F401  (a fixture)
 
 QUICK = [
     "model.front_end.mean=-47.5",
@@ -153,7 +153,7 @@ def test_second_iteration_records_its_teacher_and_refuses_another(tmp_path, plai
     assert "a frame every 80 ms" in capsys.readouterr().err
 
 
-def test_two_ranks_agree_on_everything_that_is_drawn_or_fitted(tmp_path, plain):
+def test_two_ranks_agree_on_everything_that_is_drawn_or_fitted(tmp_path, plain, two_ranks):  # noqa: F811
     options = [
         *QUICK,
         "train.steps=4",
@@ -169,7 +169,7 @@ def test_two_ranks_agree_on_everything_that_is_drawn_or_fitted(tmp_path, plain):
         "train.health_every=2",
     ]
     assert main(["--runs", str(tmp_path), "--name", "one", *options]) == 0
-    torchrun(["--runs", str(tmp_path), "--name", "two", *options])
+    two_ranks(["--runs", str(tmp_path), "--name", "two", *options])
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     for name in (*CURVE, "health/rms/1", "health/effective_rank"):
         for first, second in zip(one, two, strict=True):

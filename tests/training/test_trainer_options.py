@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_training import leave_out
 
 from bestrq2 import load
 from bestrq2.config import ConfigError, OptimizerConfig, load_config
@@ -158,12 +159,14 @@ def test_best_checkpoints_are_kept(tmp_path):
     assert {path.name for path in list_checkpoints(checkpoints)} == {f"step-{best:08d}", "step-00000010"}
 
 
-def test_validation_disturbs_nothing(tmp_path):
+def test_validation_disturbs_nothing(tmp_path, plain_training):
     drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
     assert main(["--runs", str(tmp_path), "--name", "without", *QUICK, *drops]) == 0
     data = str(Path(__file__).parents[2] / "bestrq2" / "data" / "tiny")
     seen = [f"validation.source={data}", "validation.every=2", "train.pictures_every=2", "train.async_save=false"]
+    plain_training.undo()
     assert main(["--runs", str(tmp_path), "--name", "with", *QUICK, *drops, *seen]) == 0
+    leave_out(plain_training)
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     assert (tmp_path / "with" / "pictures" / "step-00000002.png").stat().st_size > 10_000
 
