@@ -261,6 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = PARQUET_RESULTS if options.format == "parquet" else NPY_RESULTS
     check_new("--out", [options.out / name for name in results], options.overwrite)
+    if (options.out / "checkpoints").is_dir():
+        raise ConfigError(f"--out: {options.out} is a run folder; name a folder for features")
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {options.batch_size}")
     if options.layer is not None and options.layers is not None:
@@ -301,7 +303,7 @@ def run(
     ``reading``: arguments of :func:`embed`; ``unusable``: files that were skipped before, for the last message.
     """
     layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
-    files = [file for _, file in named]
+    files, rows = [file for _, file in named], getattr(encoder, "rows", 1)
     written, skips = 0, []
     with tqdm(total=len(files), desc="embedding", unit="file") as bar:
         results = embed(encoder, files, batch_size=batch_size, pooling=pooling, **reading)
@@ -319,6 +321,8 @@ def run(
                 "width": features.shape[-1],
                 "hop_ms": encoder.hop_size_in_ms,
                 "layers": " ".join("final" if n is None else str(n) for n in layers),
+                "combine": "" if len(layers) == 1 else reading["combine"],
+                "rows": "" if rows == 1 else reading["rows"] or getattr(encoder, "join_rows", "average"),
                 "pooling": pooling,
             }
             try:

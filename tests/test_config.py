@@ -127,5 +127,7 @@ def test_a_one_stage_model_does_not_use_its_predictor_section():
 def test_unknown_recipe_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"nothing.*best_rq2_base"):
         load_config("nothing")
+    with pytest.raises(ConfigError, match="did you mean 'best_rq2_transfer_small'"):
+        load_config("best_rq2_transfer_grid_small")  # its former name
     with pytest.raises(ConfigError, match="no such file"):
         load_config("nothing.yaml")

@@ -119,7 +119,9 @@ def test_layers_and_pooling(run, folder, tmp_path):
         assert embed.main([str(run), str(folder), "--out", str(tmp_path / name), *options]) == 0
     with (tmp_path / "all" / "index.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {(row["layers"], row["pooling"]) for row in rows} == {("0 1 final", "mean+std")}
+    assert {tuple(row[n] for n in ("layers", "combine", "rows", "pooling")) for row in rows} == {
+        ("0 1 final", "each", "", "mean+std")
+    }
     encoder, clips = load(run), np.load(tmp_path / "all" / "clips.npy")
     assert clips.shape == (5, 3, 256)
     for number, row in enumerate(rows):
@@ -149,6 +151,8 @@ def test_layers_and_pooling(run, folder, tmp_path):
         (["RUN", "AUDIO", "--layer", "9"], r"--layer: expected 0..1, got 9"),
         (["RUN", "AUDIO", "--layers", "0,2"], r"expected all, middle, or 0..1 and final separated by commas, got '2'"),
         (["RUN", "AUDIO", "--layers", "all", "--layer", "0"], "give one of them"),
+        (["RUN", "AUDIO", "--layers", "0,1,0"], "0 is named twice in '0,1,0'"),
+        (["RUN", "AUDIO", "--out", "RUN"], "is a run folder; name a folder for features"),
         (["RUN", "BROKEN"], "no usable audio"),
         (["RUN", "AUDIO", "--batch-size", "0"], "--batch-size"),
     ],
@@ -158,7 +162,7 @@ def test_bad_input(run, folder, tmp_path, capsys, arguments, message):
     broken.mkdir()
     (broken / "a.wav").touch()
     places = {"RUN": str(run), "AUDIO": str(folder), "BROKEN": str(broken)}
-    assert embed.main([*(places.get(a, a) for a in arguments), "--out", str(tmp_path / "out")]) == 2
+    assert embed.main(["--out", str(tmp_path / "out"), *(places.get(a, a) for a in arguments)]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -188,6 +192,8 @@ def test_averaged_rows_of_a_grid_are_told(folder, tmp_path, monkeypatch, capsys)
         assert embed.main([*command, *rows]) == 0
         assert ("the 4 frequency rows of this encoder are averaged" in capsys.readouterr().err) is told
         assert np.load(tmp_path / "out" / "clips.npy").shape[1] == width
+        (row, *_) = csv.DictReader((tmp_path / "out" / "index.csv").read_text().splitlines())
+        assert row["rows"] == (rows or ["", joined])[1]
 
 
 def test_load_is_frozen(run):

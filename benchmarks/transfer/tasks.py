@@ -10,7 +10,7 @@ SOUND_CLASSES = ("animal", "voice", "footstep", "impact", "machine", "weapon", "
 FAMILIES = ("piano", "chromatic_percussion", "organ", "guitar", "bass", "strings", "brass", "reed", "pipe")
 # A fixed strength of logistic regression: choosing it inside the training folds costs four times as much and changes
 # little where hundreds of clips meet some hundred standardised columns. With the thousands of columns of joined rows it
-# is no good choice for any encoder (docs/transfer.md, "The head decides"); it stays for the rows made with it.
+# is no good choice for any encoder (docs/transfer_earlier.md, "The head decides"); it stays for the rows made with it.
 # The ridge head chooses its strength, which costs it nothing.
 STRENGTH = 0.02
 # Octaves (MIDI pitch // 12) with at least 40 notes, and General MIDI programs with at least 12.

@@ -105,7 +105,8 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str, str | None]:
         values, label = located(read_yaml(read_text(path, "--config"), f"--config {name}"), path.parent), path.stem
     else:
         if name not in recipe_names():
-            close = get_close_matches(name, recipe_names(), n=1)
+            renamed = {"best_rq2_transfer_grid_small": ["best_rq2_transfer_small"]}
+            close = renamed.get(name) or get_close_matches(name, recipe_names(), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"--config {name!r}: expected a YAML file or one of {', '.join(recipe_names())}{hint}")
         text = resources.files("bestrq2.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -98,8 +98,15 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     if path is None:
         what = "the path is empty" if any(name in row for name in PATH_NAMES) else f"no 'path' in {sorted(row)}"
         raise ManifestError(f"{where}: {what}")
+    rivals = [name for name in PATH_NAMES if row.get(name) not in (None, "") and _stem(row[name]) != _stem(path)]
+    if rivals:  # the one that is left out may be the audio that was meant
+        raise ManifestError(
+            f"{where}: columns that name different files: {path!r} and {rivals[0]} = {row[rivals[0]]!r}; keep one"
+        )
     if not isinstance(path, str) or "\0" in path:
         raise ManifestError(f"{where}: path must be text, got {path!r}")
+    if path.startswith("file://"):
+        raise ManifestError(f"{where}: {path} is an address: write the path alone, without file://")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
         raise ManifestError(f"{where}: {path} is an address, and nothing is downloaded: name a file on this machine")
     located = _located(source, row, path)
@@ -116,6 +123,11 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
         start=start if segment else 0.0,
         end=end if segment else None,
     )
+
+
+def _stem(path: Any) -> str:
+    """Name of a file without folders and ending: beside a path, tables often have the bare name, too."""
+    return re.split(r"[/\\]", str(path))[-1].rpartition(".")[0] or str(path)
 
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -58,6 +58,8 @@ def parse_layers(text: str, depth: int) -> list[int | None]:
             raise ConfigError(
                 f"--layers: expected all, middle, or {blocks} and final separated by commas, got {name!r}"
             )
+        if names.count(name) > 1:
+            raise ConfigError(f"--layers: {name} is named twice in {text!r}")
     return [known[name] for name in names]
 
 

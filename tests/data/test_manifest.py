@@ -128,6 +128,8 @@ def test_jsonl_manifest(tmp_path):
         ("m.jsonl", '["a.wav"]\n', "m.jsonl:1: expected a JSON object, got list"),
         ("m.jsonl", '{"sound": "a.wav"}\n', r"m.jsonl:1: no 'path' in \['sound'\]"),
         ("m.jsonl", '{"path": 5}\n', "m.jsonl:1: path must be text, got 5"),
+        ("m.csv", "path,file\na.wav,b.wav\n", "m.csv:2: columns that name different files: 'a.wav' and file = 'b.wav'"),
+        ("m.csv", "path\nfile:///a.wav\n", "m.csv:2: .*write the path alone, without file://"),
         ("m.jsonl", '{"path": "a.wav", "duration": true}\n', "duration must be a number"),
         ("m.txt", "a.wav\n", "must end in .csv, .tsv or .jsonl, got '.txt'"),
     ],
@@ -136,6 +138,12 @@ def test_bad_manifests_name_the_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize("other", ["a.wav", "", "elsewhere/a.flac", "C:\\\\clips\\\\a.wav", "a"])
+def test_a_second_column_that_names_the_same_file(tmp_path, other):
+    (tmp_path / "m.jsonl").write_text(f'{{"path": "clips/a.wav", "filename": "{other}"}}\n')
+    assert [file.path for file in read_manifest(tmp_path / "m.jsonl")] == [str(tmp_path / "clips" / "a.wav")]
 
 
 def test_written_manifest_reads_back(tmp_path):
