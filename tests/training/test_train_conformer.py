@@ -60,7 +60,7 @@ def test_embed_and_load(run, tmp_path):
     assert isinstance(encoder, ConformerEncoder)
     assert not encoder.training
     clips = np.load(tmp_path / "out" / "clips.npy")
-    assert clips.shape == (2, 32)
+    assert clips.shape == (2, 64)  # mean and deviation
     assert np.isfinite(clips).all()
 
 
