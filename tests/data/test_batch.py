@@ -288,7 +288,8 @@ def test_a_torch_whose_iterator_has_another_name(dataset, monkeypatch):
 
 def test_a_main_process_that_may_not_start_a_thread(dataset, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", _no_threads)
-    # The worker, a fork, may not either, and whichever ends first is named.
-    words = r"thread (for the data workers|of a data worker) could not be started: .*\(data\.workers=0"
+    # The worker, a fork, may not either: whichever ends first is named, or that the worker is gone.
+    refused = r"thread (for the data workers|of a data worker) could not be started: .*\(data\.workers=0"
+    words = rf"{refused}|a data worker died: .*workers=0"
     with pytest.raises(DataError, match=words):
         next(batches(dataset, 2, workers=1, start_method="fork"))
