@@ -1,6 +1,7 @@
 """Pooled features of clips by encoder, in memory and in files: another task, head or start encodes no clip again."""
 
 import hashlib
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ LOG_MEL_NAME = "log-mel"
 
 
 def digest_of(encoder: torch.nn.Module) -> str:
-    """Digest of the weights and buffers, 12 hexadecimal digits."""
+    """Digest of weights, buffers and settings, 12 hexadecimal digits: the same weights with other heads, positions or
+    another floor of the spectrogram are another encoder."""
     digest = hashlib.sha256()
+    for name, module in encoder.named_modules():
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, (int, float, str, tuple)) or is_dataclass(value):
+                digest.update(f"{name} {key} {value!r}".encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.transfer import compare as command
 from benchmarks.transfer import scores, table
+from benchmarks.transfer.kept_features import digest_of
 from benchmarks.transfer.plan import Candidate, Plan, quick_plan, read_plan, steps_of
 from bestrq2.config import ConfigError, load_config
 from bestrq2.models import build_encoder
@@ -128,6 +129,19 @@ def test_features_are_kept_for_other_heads_and_starts(tmp_path, monkeypatch):
     other = scores.Suite(command.packaged_tasks(pooling="mean"), kept=tmp_path)
     with pytest.raises(pytest.fail.Exception, match="encoded again"):
         other.features("packaged", {"encoder": encoder}, False)
+
+
+def test_digest_of_an_encoder():
+    """The same weights with other settings are another encoder: kept features are not shared."""
+    found = set()
+    for change in ("model.encoder.heads=4", "model.encoder.heads=2", "model.front_end.floor_db=-60"):
+        torch.manual_seed(0)
+        encoder = build_encoder(load_config("best_rq2_tiny", [change]).model).eval()
+        torch.manual_seed(0)
+        again = build_encoder(load_config("best_rq2_tiny", [change]).model).eval()
+        assert digest_of(encoder) == digest_of(again)
+        found.add(digest_of(encoder))
+    assert len(found) == 3
 
 
 def test_equal_compute():
