@@ -131,7 +131,22 @@ def test_sidecars_and_order(tmp_path):
         "damaged archive (the .json beside bad.ogg is not JSON (Expecting property name enclosed in double quotes: "
         "line 1 column 2 (char 1)); it is not used)"
     ]
+    assert report.notes == [
+        f"{shard}: 1 clip with the name of an earlier one, first z.ogg: all are used, the later ones are called NAME~2 "
+        "and so on"
+    ]
     np.testing.assert_array_equal(load_audio(files[4].path), load_audio(tiny_dataset()[4].path))
+
+
+def test_repeated_samples_keep_their_own_labels(tmp_path):
+    """Shards that were joined have the same keys again; each clip has the label that came with it."""
+    samples = [("a.ogg", _clip(0)), ("a.cls", b"cat"), ("a.ogg", _clip(1)), ("a.cls", b"dog")]
+    shard = str(_tar(tmp_path / "s.tar", [*samples, ("b.ogg", _clip(2)), ("b.cls", b"old"), ("b.cls", b"new")]))
+    for _ in range(2):  # read from the kept index the second time
+        files, report = collect(shard)
+        labels = {split_address(item.path)[1]: item.label for item in files}
+        assert labels == {"a.ogg": "cat", "a~2.ogg": "dog", "b.ogg": "new"}
+        assert len(report.notes) == 1
 
 
 def test_links(tmp_path):

@@ -27,12 +27,12 @@ import numpy as np
 from bestrq2.data.archives.readers import Section
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.encodings import TextEncodingError, decode_text
-from bestrq2.errors import AudioError, Skip
+from bestrq2.errors import AudioError, Skip, printable
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 2"  # 1 replaced letters of labels that are not UTF-8
+_FORMAT = "bestrq2 tar index 3"  # 1 replaced letters of labels that are not UTF-8, 2 did not count repeated names
 _BLOCK = tarfile.BLOCKSIZE
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _LONGEST_NAME = 1 << 20
@@ -57,7 +57,8 @@ class TarMember:
 class TarIndex:
     """The audio ``members`` of a shard in their order, other members by extension, and ``damage`` as messages.
 
-    ``size`` in bytes and ``mtime_ns`` are those of the shard that was indexed.
+    ``size`` in bytes and ``mtime_ns`` are those of the shard that was indexed. ``repeated`` counts the audio members
+    that came under the name of an earlier one, and ``repeated_name`` is the first such name.
     """
 
     size: int
@@ -65,6 +66,8 @@ class TarIndex:
     members: list[TarMember] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     damage: list[str] = field(default_factory=list)
+    repeated: int = 0
+    repeated_name: str = ""
 
 
 def tar_index(shard: str, *, keep: bool = True) -> TarIndex:
@@ -129,9 +132,10 @@ class _Entry:
 
 
 def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
-    audio: list[_Entry] = []
-    sidecars: dict[str, dict[str, str]] = {}  # name without extension -> extension -> text
+    audio: list[tuple[_Entry, str, int]] = []  # with the name in the shard, and how often it came before
+    sidecars: dict[str, dict[str, list[str]]] = {}  # name without extension -> extension -> texts
     names: set[str] = set()
+    times: Counter[str] = Counter()
     for entry in _walk(file, index.size, index.damage):
         name = posixpath.normpath(entry.name).lstrip("/")
         if any(part.startswith(".") and part != ".." for part in name.split("/")):
@@ -145,23 +149,44 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
             unique, number = name, 2
             while unique in names:  # appended again under the same name: neither is lost
                 unique, number = f"{stem}~{number}.{extension}", number + 1
+            if times[name]:
+                index.repeated += 1
+                index.repeated_name = index.repeated_name or name
             names.add(unique)
-            audio.append(_Entry(unique, entry.offset, entry.stop))
+            audio.append((_Entry(unique, entry.offset, entry.stop), name, times[name]))
+            times[name] += 1
         elif extension in _SIDECARS and size <= _SIDECARS[extension] and entry.stop <= index.size:
             file.seek(entry.offset)
             try:
-                sidecars.setdefault(stem, {})[extension] = decode_text(file.read(size))
+                sidecars.setdefault(stem, {}).setdefault(extension, []).append(decode_text(file.read(size)))
             except TextEncodingError as error:
                 index.damage.append(f"{name}, line {error.line}: {error}; it is not used")
         else:
             index.others[f".{extension}" if extension else "(no extension)"] += 1
-    for entry in audio:
-        folder, base = posixpath.split(entry.name)
+    for entry, name, before in audio:
+        folder, base = posixpath.split(name)
         key = posixpath.join(folder, base.split(".")[0])  # webdataset's: up to the first dot
-        texts = {**sidecars.get(key, {}), **sidecars.get(entry.name.rpartition(".")[0], {})}
+        texts = {}
+        for place in (key, name.rpartition(".")[0]):
+            texts.update(_of_one(sidecars.get(place, {}), before, times[name]))
         stated = _stated(entry.name, texts, index.damage)
         index.members.append(TarMember(entry.name, entry.offset, entry.stop - entry.offset, **stated))
     return index
+
+
+def _of_one(sidecars: dict[str, list[str]], before: int, times: int) -> dict[str, str]:
+    """The texts of one of the ``times`` clips of a name, of which ``before`` came earlier, by extension.
+
+    As many texts as clips belong to them in their order. Of several texts for one clip the last counts, as when the
+    shard is unpacked. Else it is not known whose they are, and the first clip has the first one.
+    """
+    chosen = {}
+    for extension, texts in sidecars.items():
+        if len(texts) == times:
+            chosen[extension] = texts[before]
+        elif before == 0:
+            chosen[extension] = texts[-1] if times == 1 else texts[0]
+    return chosen
 
 
 def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, Any]:
@@ -309,6 +334,12 @@ def list_tar(shard: str, domain: str = "") -> Listing:
     """
     index = tar_index(shard)
     listing = Listing([], Counter(index.others), [Skip(shard, "damaged archive", what) for what in index.damage])
+    if index.repeated:
+        clips = "clip" if index.repeated == 1 else "clips"
+        listing.notes.append(
+            f"{shard}: {index.repeated} {clips} with the name of an earlier one, first "
+            f"{printable(from_text(index.repeated_name))}: all are used, the later ones are called NAME~2 and so on"
+        )
     if index.size == 0:
         listing.skips[:] = [Skip(shard, "empty file")]
     for member in index.members:
