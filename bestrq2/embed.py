@@ -38,7 +38,7 @@ from tqdm import tqdm
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
 from bestrq2.durability import whole_file
-from bestrq2.errors import printable
+from bestrq2.errors import counted, printable
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
@@ -336,10 +336,10 @@ def run(
     for skip in skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
     if not written:
-        print(f"error: none of {len(files)} files could be embedded", file=sys.stderr)
+        print(f"error: none of {counted(len(files), 'file')} could be embedded", file=sys.stderr)
         return 2
     paths = ", ".join(str(path) for path in writer.close())
-    print(f"{written} files embedded, {unusable + len(skips)} skipped: {paths}")
+    print(f"{counted(written, 'file')} embedded, {unusable + len(skips)} skipped: {paths}")
     return 0
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Skip",
     "TrainingError",
     "UnknownLayoutError",
+    "counted",
     "printable",
 ]
 
@@ -78,6 +79,15 @@ def printable(name: str) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, out of JSON
         text = name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with a noun for a message.
+
+    >>> counted(1, "row"), counted(2, "row")
+    ('1 row', '2 rows')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @dataclass(frozen=True)

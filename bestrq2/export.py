@@ -12,6 +12,7 @@ checkpoint.
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,9 +66,19 @@ def export_s3prl(source: OpenedModel, out: Path) -> list[str]:
 
 def export_graphs(source: OpenedModel, onnx: Path | None, torch_export: Path | None) -> list[str]:
     encoder = assemble_encoder(source.config, source.weights, source.origin)
+    progress("tracing the encoder as one graph, which takes a minute or so")
     program = trace(encoder)
-    wanted = ((write_torch_export, torch_export), (write_onnx, onnx))
-    return [write(out, program, encoder, source.config) for write, out in wanted if out is not None]
+    lines = []
+    for write, out in ((write_torch_export, torch_export), (write_onnx, onnx)):
+        if out is not None:
+            progress(f"writing {out} and checking it against PyTorch")
+            lines.append(write(out, program, encoder, source.config))
+    return lines
+
+
+def progress(text: str) -> None:
+    """Tell on the error output what goes on, so that results alone are on the standard output."""
+    print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def results_of(options: argparse.Namespace) -> dict[str, list[Path]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from bestrq2.command import command, leave
 from bestrq2.data import collect, write_manifest
 from bestrq2.durability import whole_file
+from bestrq2.errors import counted
 from bestrq2.outputs import add_overwrite, check_new
 
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for note in report.notes:
         print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in files) / 3600
-    print(f"{out}: {len(files)} files, {hours:.2f} h; {report}")
+    print(f"{out}: {counted(len(files), 'file')}, {hours:.2f} h; {report}")
     for line in report.examples():
         print(f"  {line}")
     if report.skips:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from bestrq2.config import ConfigError
 from bestrq2.data import Skip, iterate_clips
+from bestrq2.errors import counted
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
@@ -201,7 +202,7 @@ def add_log_mel_encoder(
 def announce(experiment: Experiment) -> None:
     """Describe the test clips and the rows that were left out."""
     clips, task = experiment.clips, experiment.task
-    parts = [f"{len(clips)} clips", f"{clips.groups.max() + 1} groups"]
+    parts = [counted(len(clips), "clip"), counted(int(clips.groups.max()) + 1, "group")]
     if clips.parts is not None:
         sides = Counter(clips.parts.tolist())
         names = ("in the gallery", "queries") if task.kind == "retrieval" else ("to train on", "to test on")
@@ -219,7 +220,7 @@ def announce(experiment: Experiment) -> None:
         line += f"; classes: {', '.join(f'{name} {count}' for name, count in zip(clips.classes, counts))}"
     print(line)
     for reason, count in clips.left_out.items():
-        print(f"warning: {count} rows {reason} left out", file=sys.stderr)
+        print(f"warning: {counted(count, 'row')} {reason} left out", file=sys.stderr)
     for warning in clips.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -14,7 +14,7 @@ from bestrq2.command import command, leave
 from bestrq2.data import collect
 from bestrq2.data.shards import pack
 from bestrq2.durability import whole_file
-from bestrq2.errors import DataError
+from bestrq2.errors import DataError, counted
 from bestrq2.outputs import check_writable
 
 
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in packed.files) / 3600
     print(
-        f"{out}: {len(packed.shards)} shards, {len(packed.files)} files, {hours:.2f} h, read back and equal; {report}"
+        f"{out}: {counted(len(packed.shards), 'shard')}, {counted(len(packed.files), 'file')}, {hours:.2f} h, "
+        f"read back and equal; {report}"
     )
     for line in report.examples():
         print(f"  {line}")

@@ -28,7 +28,7 @@ import torch
 from bestrq2.config import Config, ConfigError, config_from_dict, load_config, recipe_names, with_overrides
 from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
-from bestrq2.data.content import replaced_files
+from bestrq2.data.content import changed_files, replaced_files
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError, printable
 from bestrq2.hardware import APPLE, choose_device, choose_precision
@@ -194,17 +194,20 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
         old_rate, rate = (learning_rate(checkpoint.step, c.train.steps, c.optimizer) for c in (before, config))
         if abs(rate - old_rate) > 1e-6 * old_rate and checkpoint.step < config.train.steps:
             changes.append(f"the learning rate of the next step: {old_rate:.3g} -> {rate:.3g}")
-    dataset = ranks.from_first(lambda: open_dataset(config))
+    moved = any(change.startswith("data.source:") for change in changes)
+    dataset = ranks.from_first(lambda: reopen_dataset(config, run, moved))
     found = ranks.from_first(lambda: data_fingerprint(dataset))
     expected = found if checkpoint is None else checkpoint.extra.get("data")
     if found != expected:
+        recorded = None if checkpoint is None else checkpoint.extra.get("content")
+        what = ranks.from_first(lambda: changed_files(dataset.files, recorded)) or "files or durations differ"
         named = [change for change in changes if change.startswith("data.")]
         raise TrainingError(
             f"the clips of every step would be others (fingerprint {found} instead of {expected}): "
             f"{'; '.join(named)}. This cannot change on resume: leave it out, or start a new run."
             if named
             else f"the training data changed since the checkpoint was written (fingerprint {found} instead of "
-            f"{expected}): files or durations differ. Restore them, or start a new run."
+            f"{expected}): {what}. Restore them, or start a new run."
         )
     for change in changes:
         ranks.say(f"Changed on resume: {change}")
@@ -215,6 +218,20 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     if write:
         ranks.all_agree(lambda: open_teacher(config))  # one that is refused must not be left in the run's configuration
     return start(config, dataset, run, checkpoint, ranks, write)
+
+
+def reopen_dataset(config: Config, run: RunFolder, moved: bool) -> CropDataset:
+    """Find the audio of a run again; where its place is gone and no other was named, the error tells how to name it."""
+    try:
+        return open_dataset(config)
+    except DataError as error:
+        source = config.data.source
+        if moved or not isinstance(source, str) or os.path.exists(source) or "{" in source:
+            raise
+        raise DataError(
+            f"{source}, the data of this run, does not exist. If it was moved, name the new place: "
+            f"{run.resume_command()} --data PLACE"
+        ) from error
 
 
 def warn_of_replaced(dataset: CropDataset, recorded: str | None) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bestrq2.data.cache import SampleCache, cache_key, checksums, decode_clip, shard_path, to_int16
 from bestrq2.data.files import AudioFile, split_address
-from bestrq2.errors import AudioError, DataError, printable
+from bestrq2.errors import AudioError, DataError, counted, printable
 
 __all__ = ["CacheReport", "open_cache"]
 
@@ -55,7 +55,7 @@ class CacheReport:
         parts = [f"{self.added} decoded now"]
         parts += [f"{count} {name}" for name in ("changed", "damaged", "failed") if (count := getattr(self, name))]
         parts.append(f"{self.rounded} rounded to 16 bits" if self.rounded else "all exact in 16 bits")
-        return f"{self.folder}: {self.files} files, {self.bytes / 1e9:.3g} GB ({', '.join(parts)})"
+        return f"{self.folder}: {counted(self.files, 'file')}, {self.bytes / 1e9:.3g} GB ({', '.join(parts)})"
 
 
 def open_cache(

@@ -6,16 +6,17 @@ A copy of the data on another machine or disk has the same hashes: no times and 
 import hashlib
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import AudioFile, split_address
-from bestrq2.errors import BestRQError
+from bestrq2.errors import BestRQError, printable
 from bestrq2.hashing import mix
 
-__all__ = ["content_digest", "replaced_files", "same_content", "sample_contents"]
+__all__ = ["changed_files", "content_digest", "replaced_files", "same_content", "sample_contents"]
 
 SAMPLED_FILES = 256
 _PIECE = 4096  # bytes, or samples, at the beginning, in the middle and at the end
@@ -75,6 +76,29 @@ def replaced_files(files: Sequence[AudioFile], before: str | None) -> tuple[list
     pairs = list(zip(places, known, _digests(files, places)))
     compared = [(place, old, new) for place, old, new in pairs if _UNKNOWN not in (old, new)]
     return [files[place] for place, old, new in compared if not same_content(old, new)], len(compared)
+
+
+def changed_files(files: Sequence[AudioFile], before: str | None) -> str:
+    """What is different between files and those :func:`sample_contents` gave ``before``, in words.
+
+    Empty if that cannot be told: there were 256 files or more, or there are that many now.
+    """
+    known = (before or "").split()
+    if not known or max(len(known), len(files)) >= SAMPLED_FILES:
+        return ""
+    left = Counter(known)
+    new = []
+    for item, digest in zip(files, _digests(files, range(len(files)))):
+        if left[digest]:
+            left[digest] -= 1
+        else:
+            new.append(printable(item.path))
+    parts = [f"{len(files)} files instead of {len(known)}"] if len(files) != len(known) else []
+    if new:
+        parts.append(f"new or changed: {', '.join(new[:3])}" + (f" and {len(new) - 3} more" if len(new) > 3 else ""))
+    if gone := sum(left.values()):
+        parts.append(f"the content of {gone} is gone")
+    return "; ".join(parts or ["the same content under other names or durations, or in another order"])
 
 
 def _sampled(count: int) -> list[int]:

@@ -31,7 +31,7 @@ from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
 from bestrq2.data.parts import load_clip
 from bestrq2.durability import flush_file
-from bestrq2.errors import AudioError, DataError, Skip
+from bestrq2.errors import AudioError, DataError, Skip, counted
 
 __all__ = ["Packed", "pack"]
 
@@ -100,7 +100,7 @@ def pack(
             packed.files += shard.finish()
         if not packed.files:
             listed = "".join(f"\n  {skip}" for skip in packed.skips[:10])
-            raise DataError(f"none of {len(files)} files could be packed:{listed}")
+            raise DataError(f"none of {counted(len(files), 'file')} could be packed:{listed}")
         write_manifest(partial / "manifest.csv", packed.files)
         with open(partial / _SUMS, "w", encoding="utf-8") as file:
             for written in packed.shards:

@@ -14,7 +14,7 @@ from bestrq2.data.audio import audio_info
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
 from bestrq2.data.splits import choose_split, split_of, split_of_row
-from bestrq2.errors import AudioError, DataError, Skip, printable
+from bestrq2.errors import AudioError, DataError, Skip, counted, printable
 
 __all__ = ["Found", "Source", "expand_pattern", "find_audio"]
 
@@ -106,12 +106,13 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
     _check_unit(path, files)
     parts = _count_parts(files)
-    found.notes.append(f"{path}: {len(rows)} rows" + (f", {parts} of them parts of longer files" if parts else ""))
+    of_parts = f", {parts} of them parts of longer files" if parts else ""
+    found.notes.append(f"{path}: {counted(len(rows), 'row')}{of_parts}")
     found.notes += [note] if note else []
     repeats = len(files) - len({(item.path, item.start, item.end) for item in files})
     if repeats:
         found.notes.append(
-            f"{path}: {repeats} rows name a clip that is listed before; it is used as often as it is listed"
+            f"{path}: {counted(repeats, 'row')} with a clip that is listed before; it is used as often as it is listed"
         )
     found.files += files
 

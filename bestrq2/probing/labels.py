@@ -3,6 +3,7 @@
 Letters: N clips, C classes.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import numpy as np
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, ManifestError
 from bestrq2.data.manifest import read_rows
+from bestrq2.errors import counted, printable
 
 from .events import read_events
 from .task import ProbeTask
@@ -109,18 +111,37 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     _set_targets(clips, task, values)
     if task.group is None and task.kind != "retrieval" and not task.split:
         clips.warnings.append("no --group: clips of one recording may lie in training and test, and scores too high")
+    if task.kind != "events":
+        clips.warnings += _listed_again(files, values, parts, task)
     if clips.parts is not None and task.group and task.kind != "retrieval":
         shared = set(clips.groups[clips.parts == TRAIN]) & set(clips.groups[clips.parts == TEST])
         if shared:
-            clips.warnings.append(f"{len(shared)} groups have clips in training and in test")
+            clips.warnings.append(f"{counted(len(shared), 'group')} with clips in training and in test")
     if clips.parts is not None:
         sides: tuple[set[str], set[str]] = (set(), set())
         for file, side in zip(files, clips.parts):
             sides[int(side == TEST)].add(file.path)
         if both := len(sides[0] & sides[1]):
             where = "the gallery and the queries" if task.kind == "retrieval" else "training and test"
-            clips.warnings.append(f"{both} files are both in {where}, which makes scores too high")
+            clips.warnings.append(f"{counted(both, 'file')} both in {where}, which makes scores too high")
     return clips
+
+
+def _listed_again(files: list[AudioFile], values: list[Any], parts: list[int], task: ProbeTask) -> list[str]:
+    """Warnings of clips that are listed several times on one side of a split, with one label or with several."""
+    labels: dict[Any, list[Any]] = {}
+    for file, value, part in zip(files, values, parts):
+        labels.setdefault((file.path, file.start, file.end, part), []).append(value)
+    again = {clip: found for clip, found in labels.items() if len(found) > 1}
+    if not again:
+        return []
+    other = [clip for clip, found in again.items() if any(value != found[0] for value in found)]
+    effect = ": each finds itself, and scores are too high" if task.kind == "retrieval" and not task.split else ""
+    warnings = [f"{counted(len(again), 'clip')} listed more than once, first {printable(next(iter(again))[0])}{effect}"]
+    if other:
+        first = printable(other[0][0])
+        warnings.append(f"{counted(len(other), 'clip')} listed with labels that contradict each other, first {first}")
+    return warnings
 
 
 def _missing(value: Any) -> bool:
@@ -153,7 +174,8 @@ def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
         try:
             number = float(cells[0])  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
-            raise ManifestError(f"{task.path}: {file.path}: {task.label!r} is no number: {cells[0]!r}") from error
+            hint = ": write decimals with a point" if re.fullmatch(r"[-+]?[\d.]*,\d+", str(cells[0]).strip()) else ""
+            raise ManifestError(f"{task.path}: {file.path}: {task.label!r} is no number: {cells[0]!r}{hint}") from error
         return number if isfinite(number) else None
     if task.kind != "multilabel":
         return str(cells[0]).strip()

@@ -28,7 +28,7 @@ from bestrq2.config import (
 )
 from bestrq2.data import Skip
 from bestrq2.durability import has_utf8_name
-from bestrq2.errors import CheckpointError, TrainingError, printable
+from bestrq2.errors import CheckpointError, TrainingError, counted, printable
 from bestrq2.outputs import check_writable
 from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
@@ -243,9 +243,10 @@ class RunFolder:
         def mean(name: str) -> float:
             return sum(float(row[name]) for row in tail) / len(tail)
 
+        last = "the last logged step" if len(tail) == 1 else f"the last {len(tail)} logged steps"
         logger.info(
-            f"Done: {rows[-1]['step']} steps, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
-            f"{float(rows[-1]['elapsed_seconds']):.0f} s; over the last {len(tail)} logged steps masked accuracy "
+            f"Done: {counted(int(rows[-1]['step']), 'step')}, {float(rows[-1]['audio_seconds']):.0f} s of audio in "
+            f"{float(rows[-1]['elapsed_seconds']):.0f} s; over {last} masked accuracy "
             f"{mean('accuracy'):.3f} against {mean('unigram'):.3f} for always the commonest code"
         )
         logger.info(f"Features:  bestrq2 embed {shlex.quote(str(source))} FILES_OR_FOLDER --out features")

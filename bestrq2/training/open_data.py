@@ -10,7 +10,7 @@ from bestrq2.config import Config, ConfigError
 from bestrq2.data import BucketDataset, CropDataset, Skip, batches, collect, tiny_dataset
 from bestrq2.data.cache_build import open_cache
 from bestrq2.data.files import ARCHIVES
-from bestrq2.errors import TrainingError
+from bestrq2.errors import TrainingError, counted
 from bestrq2.models import build_encoder
 from bestrq2.training.statistics import measure_statistics
 
@@ -32,7 +32,7 @@ def open_dataset(config: Config, purpose: str = "Data", split: str = "train") ->
         files, report = collect(data.source, min_seconds=min_seconds, progress=sys.stderr.isatty(), split=split)
         name = data.source if isinstance(data.source, str) else ", ".join(data.source)
         hours = sum(file.duration or 0.0 for file in files) / 3600
-        logger.info(f"{purpose}: {len(files)} files, {hours:.2f} h from {name}")
+        logger.info(f"{purpose}: {counted(len(files), 'file')}, {hours:.2f} h from {name}")
         for note in report.notes:
             logger.info(f"note: {note}")
         left_out = report.skips

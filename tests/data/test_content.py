@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from bestrq2.data import AudioFile, CropDataset, collect
-from bestrq2.data.content import SAMPLED_FILES, content_digest, replaced_files, sample_contents
+from bestrq2.data.content import SAMPLED_FILES, changed_files, content_digest, replaced_files, sample_contents
 from bestrq2.data.fingerprint import data_fingerprint, data_identity
 from bestrq2.data.shards import pack
 
@@ -32,6 +32,17 @@ def test_a_replaced_file_is_found_and_the_fingerprint_is_as_before(files, tmp_pa
     write(tmp_path / "audio" / "2.wav", 99)
     assert data_fingerprint(CropDataset(files, 1.0)) == before["data"]
     assert replaced_files(files, before["content"]) == ([files[2]], 4)
+
+
+def test_what_changed_is_named(files, tmp_path):
+    before = sample_contents(files)
+    write(tmp_path / "audio" / "new.wav", 7)
+    new = collect(tmp_path / "audio")[0]
+    assert changed_files(new, before) == f"5 files instead of 4; new or changed: {new[-1].path}"
+    assert changed_files(files[1:], before) == "3 files instead of 4; the content of 1 is gone"
+    assert changed_files([new[-1], *files[1:]], before).startswith("new or changed: ")
+    assert changed_files(files[::-1], before).startswith("the same content under other names")
+    assert changed_files(files * 100, before) == changed_files(files, None) == ""
 
 
 def test_copies_and_shards_of_the_same_files_have_the_same_content(files, tmp_path):

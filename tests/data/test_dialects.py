@@ -108,7 +108,7 @@ def test_kaldi_folder(folder):
     (folder / "segments").write_text("utt1 rec 0 6.00\nutt2 rec 6 -1\n")
     assert "2 rows, 2 of them parts" in collect(folder)[1].notes[0]
     (folder / "segments").write_text("utt1 rec 0 10.00\n")
-    assert collect(folder)[1].notes[0].endswith(": 1 rows")  # not known without opening the file
+    assert collect(folder)[1].notes[0].endswith(": 1 row")  # not known without opening the file
     (folder / "segments").write_text("utt1 rec 5.00 6.00\nutt2 rec nan inf\n")
     with pytest.raises(ManifestError, match=r"segments:2: start must be a number >= 0, got 'nan'"):
         collect(folder)
@@ -343,7 +343,7 @@ def test_clips_that_are_listed_twice_are_spoken_of(folder):
     (folder / "clips.csv").write_text("\n".join(["path,start,end", *rows]) + "\n")
     files, report = collect(folder / "clips.csv")
     assert len(files) == 5
-    assert any("2 rows name a clip that is listed before" in note for note in report.notes)
+    assert any("2 rows with a clip that is listed before" in note for note in report.notes)
 
 
 def test_archives_without_a_clip(folder):

@@ -1,5 +1,7 @@
 """Labels from a manifest: accepted, missing and rejected rows."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -62,7 +64,7 @@ def test_fixed_split(write):
     clips = read_clips(ProbeTask(manifest=manifest, label="kind", split="part", group="take"))
     assert clips.parts.tolist() == [TRAIN, TEST]
     assert clips.left_out == {"with part 'dev'": 2, "with part ''": 1}
-    assert clips.warnings == ["1 groups have clips in training and in test"]
+    assert clips.warnings == ["1 group with clips in training and in test"]
     task = ProbeTask(manifest=manifest, label="kind", split="part", train_values=("train", "dev"))
     assert read_clips(task).parts.tolist() == [TRAIN, TRAIN, TEST]
 
@@ -77,7 +79,7 @@ def test_files_on_both_sides_of_a_split(write, kind, where):
     task = ProbeTask(
         manifest=manifest, label="kind", kind=kind, split="part", train_values=("left",), test_values=("right",)
     )
-    assert f"1 files are both in {where}, which makes scores too high" in read_clips(task).warnings
+    assert f"1 file both in {where}, which makes scores too high" in read_clips(task).warnings
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,17 @@ def test_several_columns(write):
         read_clips(task)
 
 
+def test_clips_listed_again(write):
+    manifest = write("path,kind\na.wav,dog\nb.wav,cat\nb.wav,cat\na.wav,cat\nc.wav,dog\n")
+    task = ProbeTask(manifest=manifest, label="kind", group="path")
+    folder = Path(manifest).parent
+    again = f"2 clips listed more than once, first {folder / 'a.wav'}"
+    other = f"1 clip listed with labels that contradict each other, first {folder / 'a.wav'}"
+    assert read_clips(task).warnings == [again, other]
+    task = ProbeTask(manifest=manifest, label="kind", kind="retrieval")
+    assert any("each finds itself" in warning for warning in read_clips(task).warnings)
+
+
 def test_numbers(write):
     task = ProbeTask(
         manifest=write("path,bpm\na.wav,120\nb.wav,nan\nc.wav,\nd.wav,90.5\n"), label="bpm", kind="regression"
@@ -118,6 +131,9 @@ def test_numbers(write):
     clips = read_clips(task)
     assert clips.targets.tolist() == [120.0, 90.5]
     assert clips.left_out == {"without a finite number": 2}
+    write("path;bpm\na.wav;0,5\n")
+    with pytest.raises(ManifestError, match="'bpm' is no number: '0,5': write decimals with a point"):
+        read_clips(task)
     write("path,bpm\na.wav,fast\n")
     with pytest.raises(ManifestError, match="'bpm' is no number: 'fast'"):
         read_clips(task)

@@ -87,7 +87,7 @@ def test_own_manifest(encoder_file, tmp_path, capsys):
     assert probe.main([*arguments, "--group", "take"]) == 0
     printed = capsys.readouterr()
     assert "broken.wav" in printed.err
-    assert "1 rows without a label" in printed.err
+    assert "1 row without a label" in printed.err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["clips"] == 12
     assert all(entry["linear"]["balanced_accuracy"]["value"] == 1.0 for entry in results["results"].values())

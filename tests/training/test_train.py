@@ -294,7 +294,12 @@ def test_changed_data_is_refused(tmp_path, capsys):
     )
     (data / "2.wav").unlink()
     assert main(["--resume", str(tmp_path / "run"), "train.steps=14"]) == 2
-    assert "training data changed" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "training data changed" in told
+    assert "2 files instead of 3; the content of 1 is gone" in told
+    data.rename(tmp_path / "moved")
+    assert main(["--resume", str(tmp_path / "run"), "train.steps=14"]) == 2
+    assert f"name the new place: bestrq2 train --resume {tmp_path / 'run'} --data PLACE" in capsys.readouterr().err
 
 
 def test_non_finite_steps_stop_with_advice(tmp_path, capsys):

@@ -27,7 +27,7 @@ import numpy as np
 from bestrq2.data.archives.readers import Section
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.encodings import TextEncodingError, decode_text
-from bestrq2.errors import AudioError, Skip, printable
+from bestrq2.errors import AudioError, Skip, counted, printable
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
@@ -335,9 +335,8 @@ def list_tar(shard: str, domain: str = "") -> Listing:
     index = tar_index(shard)
     listing = Listing([], Counter(index.others), [Skip(shard, "damaged archive", what) for what in index.damage])
     if index.repeated:
-        clips = "clip" if index.repeated == 1 else "clips"
         listing.notes.append(
-            f"{shard}: {index.repeated} {clips} with the name of an earlier one, first "
+            f"{shard}: {counted(index.repeated, 'clip')} with the name of an earlier one, first "
             f"{printable(from_text(index.repeated_name))}: all are used, the later ones are called NAME~2 and so on"
         )
     if index.size == 0:
