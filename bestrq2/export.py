@@ -24,7 +24,7 @@ from bestrq2.config import ConfigError
 from bestrq2.durability import has_utf8_name
 from bestrq2.errors import printable
 from bestrq2.interchange import hugging_face_folder, s3prl_folder
-from bestrq2.interchange.graphs import trace, write_onnx, write_torch_export
+from bestrq2.interchange.graphs import check_writers, trace, write_onnx, write_torch_export
 from bestrq2.interchange.opening import OpenedModel, open_source
 from bestrq2.interchange.published import to_published
 from bestrq2.interchange.tensors import assemble_encoder, write_tensors
@@ -66,6 +66,7 @@ def export_s3prl(source: OpenedModel, out: Path) -> list[str]:
 
 def export_graphs(source: OpenedModel, onnx: Path | None, torch_export: Path | None) -> list[str]:
     encoder = assemble_encoder(source.config, source.weights, source.origin)
+    check_writers(onnx, torch_export)
     progress("tracing the encoder as one graph, which takes a minute or so")
     program = trace(encoder)
     lines = []

@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def _checked(path: Path, encoder: ViTEncoder | ConformerEncoder, run: Run, by: s
     return f"{path}: checked by {by}, largest error {error:.1e} of the features' root mean square"
 
 
+def check_writers(onnx: Path | None, torch_export: Path | None) -> None:
+    """Refuse what the writers would refuse, before a graph is traced for them.
+
+    Raises:
+        ConfigError: if a name has another ending, or a package that ONNX needs is missing.
+    """
+    if torch_export is not None:
+        _check_name(torch_export, ".pt2", "--torch-export")
+    if onnx is None:
+        return
+    _check_name(onnx, ".onnx", "--onnx")
+    for package in ("onnx", "onnxscript"):  # torch.onnx imports them itself, with a less helpful message
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ConfigError("--onnx needs onnx and onnxscript: pip install 'bestrq2[onnx]'") from error
+
+
 def write_torch_export(
     path: Path, program: torch.export.ExportedProgram, encoder: ViTEncoder | ConformerEncoder, config: Config
 ) -> str:
@@ -117,7 +136,7 @@ def write_torch_export(
         ConfigError: for a name that does not end in .pt2, or a graph that differs.
         OSError: if the file cannot be written.
     """
-    _check_name(path, ".pt2", "--torch-export")
+    check_writers(None, path)
     partial = path.with_name(f".partial-{path.name}")
     extra = {"bestrq2.json": json.dumps(describe(encoder, config))}
     try:
@@ -149,13 +168,7 @@ def write_onnx(
             format's 2 GB, or the graph differs.
         OSError: if the file cannot be written.
     """
-    _check_name(path, ".onnx", "--onnx")
-    try:
-        import onnx
-        import onnxscript
-    except ImportError as error:
-        raise ConfigError("--onnx needs onnx and onnxscript: pip install 'bestrq2[onnx]'") from error
-    del onnx, onnxscript  # torch.onnx imports them itself, with a less helpful message
+    check_writers(path, None)
     size = sum(t.numel() * t.element_size() for t in [*program.state_dict.values(), *program.constants.values()])
     if size > ONNX_LIMIT:
         raise ConfigError(f"--onnx: {size / 1e9:.1f} GB of weights, expected at most 2 GB in one ONNX file")

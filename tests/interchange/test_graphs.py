@@ -173,7 +173,10 @@ def test_command(case, tmp_path, capsys, monkeypatch):
     arguments = [str(tmp_path / "encoder.safetensors")]
     monkeypatch.setattr(export, "trace", lambda _: program)  # the graph of the same weights
     assert export.main([*arguments, "--torch-export", str(tmp_path / "new" / "a.pt2")]) == 0
-    assert "a.pt2: checked by torch.export.load" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "a.pt2: checked by torch.export.load" in told.out
+    assert [line.split()[0] for line in told.err.splitlines() if line.endswith(" ...")] == ["tracing", "writing"]
+    monkeypatch.delattr(export, "trace")  # what follows is refused before the graph is made
     for option, name in (("--onnx", "a.pt2"), ("--torch-export", "a.onnx")):
         assert export.main([*arguments, option, str(tmp_path / name)]) == 2
         assert "expected a file name ending in" in capsys.readouterr().err
