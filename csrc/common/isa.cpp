@@ -75,19 +75,22 @@ int allowed_level() {
 }
 
 struct Choice {
+  const int level = allowed_level();
   std::atomic<Isa> isa{Isa::portable};
   std::atomic<bool> vnni{false};
 
   Choice() {
-    const int level = allowed_level();
     for (Isa candidate : {Isa::avx512, Isa::avx2, Isa::portable}) {
-      if (static_cast<int>(candidate) > level || !supported(candidate)) continue;
+      if (!allows(candidate)) continue;
       isa = candidate;
       break;
     }
-    vnni = level >= 3 && isa == Isa::avx512 && vnni_supported();
-    if (level < kBest) most_dot() = level == kBest - 1 ? Dot::avx512 : Dot::none;
+    vnni = isa == Isa::avx512 && allows_vnni();
   }
+
+  bool allows(Isa candidate) const { return static_cast<int>(candidate) <= level && supported(candidate); }
+  bool allows_vnni() const { return level >= 3 && vnni_supported(); }
+  Dot best_dot() const { return level == kBest ? Dot::amx : level == kBest - 1 ? Dot::avx512 : Dot::none; }
 };
 
 Choice& chosen() {
@@ -106,7 +109,7 @@ bool use_vnni() { return chosen().vnni; }
 Dot best_dot() {
 #ifdef BESTRQ2_X86
   if (best_isa() != Isa::avx512 || !__builtin_cpu_supports("avx512bf16")) return Dot::none;
-  return std::min(most_dot().load(), tiles_allowed() ? Dot::amx : Dot::avx512);
+  return std::min({most_dot().load(), chosen().best_dot(), tiles_allowed() ? Dot::amx : Dot::avx512});
 #else
   return Dot::none;
 #endif
@@ -120,13 +123,10 @@ bool dot_beats_fma() {
 #endif
 }
 
-void limit_dot(Dot most) {
-  chosen();  // which sets what the environment allows
-  most_dot() = most;
-}
+void limit_dot(Dot most) { most_dot() = most; }
 
 bool force_isa(Isa isa, bool vnni) {
-  if (!supported(isa) || (vnni && (isa != Isa::avx512 || !vnni_supported()))) return false;
+  if (!chosen().allows(isa) || (vnni && (isa != Isa::avx512 || !chosen().allows_vnni()))) return false;
   chosen().isa = isa;
   chosen().vnni = vnni;
   return true;

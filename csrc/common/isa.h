@@ -25,10 +25,10 @@ Dot best_dot();
 // with twice the products. Intel's issue every other cycle on one port: half the products of its two FMA ports.
 bool dot_beats_fma();
 
-// Forbid better ways than `most` (tests compare all of them).
+// Forbid better ways than `most` (tests compare all of them); Dot::amx forbids none. What BESTRQ2_ISA forbids stays so.
 void limit_dot(Dot most);
 
-// Force a set (tests compare all of them); returns false when processor or build lacks it.
+// Force a set (tests compare all of them); returns false when processor or build lacks it, or BESTRQ2_ISA forbids it.
 bool force_isa(Isa isa, bool vnni = false);
 
 const char* isa_name(Isa isa);

@@ -59,21 +59,29 @@ def test_an_installed_package_has_no_sources_to_compare(tmp_path):
 @pytest.mark.skipif(not CHECKOUT, reason="needs the C++ extension")
 def test_instruction_sets_can_be_limited():
     """BESTRQ2_ISA is a limit: what is above it is not used, and what the processor lacks is not asked for."""
-    code = "from bestrq2.ops._impl.native import extension as e; print(e().isa(), e().bf16_dot())"
+    code = """
+from bestrq2.ops._impl.native import extension as e
+print(e().isa(), e().bf16_dot())
+e().limit_bf16_dot("amx")  # "forbid nothing": not what the variable forbids
+print(e().bf16_dot(), *(isa for isa in ("portable", "avx2", "avx512", "avx512_vnni") if e().force_isa(isa)))
+"""
 
     def run(limit):
         environment = {name: value for name, value in os.environ.items() if name != "BESTRQ2_ISA"}
         environment |= {} if limit is None else {"BESTRQ2_ISA": limit}
         return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
 
-    best, dot = run(None).stdout.split()
-    assert (best, dot) == tuple(run("amx").stdout.split()) == tuple(run("").stdout.split())
+    unlimited = run(None).stdout
+    best, dot, *_ = unlimited.split()
+    assert unlimited == run("amx").stdout == run("").stdout
     sets, dots = ["portable", "avx2", "avx512", "avx512_vnni"], ["none", "avx512_bf16", "amx"]
     for limit in sets:
-        isa, allowed = run(limit).stdout.split()
+        isa, allowed, again, *forced = run(limit).stdout.split()
         assert sets.index(isa) == min(sets.index(limit), sets.index(best))
-        assert allowed == "none"
-    assert run("avx512_bf16").stdout.split() == [best, dots[min(1, dots.index(dot))]]
+        assert allowed == again == "none"
+        assert forced == sets[: sets.index(isa) + 1]
+    dot = dots[min(1, dots.index(dot))]
+    assert run("avx512_bf16").stdout.split() == [best, dot, dot, *sets[: sets.index(best) + 1]]
     wrong = run("avx3")
     assert wrong.returncode == 1
     assert "BESTRQ2_ISA: expected portable, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got avx3" in wrong.stderr
