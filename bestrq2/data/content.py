@@ -79,7 +79,7 @@ def replaced_files(files: Sequence[AudioFile], before: str | None) -> tuple[list
 
 
 def changed_files(files: Sequence[AudioFile], before: str | None) -> str:
-    """What is different between files and those :func:`sample_contents` gave ``before``, in words.
+    """Differences between files and those :func:`sample_contents` gave ``before``, in words.
 
     Empty if that cannot be told: there were 256 files or more, or there are that many now.
     """
