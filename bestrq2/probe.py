@@ -49,7 +49,7 @@ from bestrq2.probing.evaluation import Outcome
 from bestrq2.probing.experiment import Experiment, assemble
 from bestrq2.probing.features import ENCODER, RANDOM, Features, extract, readings, untrained_copy
 from bestrq2.probing.heads import require_sklearn
-from bestrq2.probing.labels import LabelledClips, check_testable, read_clips
+from bestrq2.probing.labels import OUTSIDE, LabelledClips, check_testable, read_clips
 from bestrq2.probing.task import COMBINATIONS, SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
 
 _READING = ("layers", "combine", "rows", "pooling")
@@ -220,7 +220,8 @@ def announce(experiment: Experiment) -> None:
         line += f"; classes: {', '.join(f'{name} {count}' for name, count in zip(clips.classes, counts))}"
     print(line)
     for reason, count in clips.left_out.items():
-        print(f"warning: {counted(count, 'row')} {reason} left out", file=sys.stderr)
+        kind = "note" if reason == OUTSIDE else "warning"  # what was asked for is none
+        print(f"{kind}: {counted(count, 'row')} {reason} left out", file=sys.stderr)
     for warning in clips.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from bestrq2.data import AudioFile, ManifestError
 from bestrq2.data.tables import rows_of
+from bestrq2.errors import counted, printable
 
 _COLUMNS = {
     "path": ("path", "audio_filepath", "file", "filename"),
@@ -71,7 +72,9 @@ def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manif
         np.array([(on, off, classes.index(label)) for on, off, label in events], dtype=np.float64).reshape(-1, 3)
         for events in found
     ]
-    return EventTable(classes, of_clip, [f"{foreign} events of files that the manifest lacks"] if foreign else [])
+    return EventTable(
+        classes, of_clip, [f"{counted(foreign, 'event')} of files that the manifest lacks"] if foreign else []
+    )
 
 
 def _event(where: str, onset: str | None, offset: str | None, label: str | None) -> tuple[float, float, str] | None:
@@ -81,10 +84,26 @@ def _event(where: str, onset: str | None, offset: str | None, label: str | None)
     try:
         begin, end = float(cells[0]), float(cells[1])
     except ValueError as error:
-        raise ManifestError(f"{where}: onset and offset must be seconds, got {cells[0]!r} and {cells[1]!r}") from error
+        hint = "; write decimals with a point" if any("," in cell for cell in cells[:2]) else ""
+        raise ManifestError(
+            f"{where}: onset and offset must be seconds, got {cells[0]!r} and {cells[1]!r}{hint}"
+        ) from error
     if not (isfinite(begin) and isfinite(end) and 0 <= begin < end and cells[2]):
         raise ManifestError(f"{where}: expected 0 <= onset < offset and a label, got {cells}")
     return begin, end, cells[2]
+
+
+def behind_the_end(events: Sequence[np.ndarray], seconds: Sequence[float], paths: Sequence[str]) -> list[str]:
+    """A warning of events that begin at or after the end of their clip, which no frame can have."""
+    lost = [int((rows[:, 0] >= length).sum()) for rows, length in zip(events, seconds)]
+    if not any(lost):
+        return []
+    first = next(number for number, count in enumerate(lost) if count)
+    onset = events[first][:, 0].max()
+    return [
+        f"{counted(sum(lost), 'event')} of {sum(map(len, events))} left out: they begin behind the end of their clip, "
+        f"as at {onset:g} in {printable(paths[first])} of {seconds[first]:.3g} s; onset and offset are in seconds"
+    ]
 
 
 def frame_labels(events: np.ndarray, num_frames: int, hop: float, num_classes: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .evaluation import Outcome, Rows, chance, clip_rows, frame_rows, probe_features, probe_retrieval
+from .events import behind_the_end
 from .features import Features
 from .folds import NEVER, make_folds
 from .labels import LabelledClips, settle
@@ -68,6 +69,7 @@ def assemble(labels: LabelledClips, features: Features, task: ProbeTask, hop: fl
     if tested < FEW_GROUPS:
         clips.warnings.append(f"only {tested} groups are tested: their intervals say little")
     if task.kind == "events":
+        clips.warnings += behind_the_end(clips.events, seconds, [file.path for file in clips.files])
         counts = [len(frames) for frames in next(iter(per_clip.values()))]
         rows = frame_rows(clips, folds, counts, hop)
         values = {name: np.concatenate(frames) for name, frames in per_clip.items()}

@@ -6,6 +6,7 @@ Letters: N clips, C classes, K folds.
 import numpy as np
 
 from bestrq2.config import ConfigError
+from bestrq2.errors import counted
 
 from .labels import TEST, LabelledClips
 from .task import ProbeTask
@@ -66,6 +67,7 @@ def make_folds(clips: LabelledClips, task: ProbeTask) -> np.ndarray:
         if len(np.unique(folds)) < 2:
             raise ConfigError(
                 f"--split: expected training and test clips, got only {'test' if not folds[0] else 'training'} clips"
+                + "".join(f"; {counted(count, 'row')} {reason}" for reason, count in clips.left_out.items())
             )
         return folds.astype(np.int64)
     num_groups = int(clips.groups.max()) + 1

@@ -21,6 +21,7 @@ from .events import read_events
 from .task import ProbeTask
 
 TRAIN, TEST = 0, 1  # of a fixed split: gallery and queries in retrieval
+OUTSIDE = "outside of --where"  # the reason of rows that were not asked for
 _PLACEHOLDERS = {"nan", "none", "null", "n/a", "na", "<na>"}
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
@@ -85,7 +86,7 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     files, values, groups, parts = [], [], [], []
     for file, row in rows:
         if any(str(row.get(name)).strip() not in allowed for name, allowed in task.where):
-            left_out["outside of --where"] += 1
+            left_out[OUTSIDE] += 1
             continue
         part = _part(task, row, left_out)
         if part is None:
@@ -211,11 +212,23 @@ def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> No
         clips.classes = (
             list(task.label_columns) if len(task.label_columns) > 1 else sorted({v for x in values for v in x})
         )
+        clips.warnings += _doubtful_separator(clips.classes, task)
     clips.warnings += doubtful_names(clips.classes)
     number = {name: i for i, name in enumerate(clips.classes)}
     clips.targets = np.zeros((len(values), len(clips.classes)), dtype=bool)
     for row, chosen in enumerate(values):
         clips.targets[row, [number[name] for name in chosen]] = True
+
+
+def _doubtful_separator(classes: Sequence[str], task: ProbeTask) -> list[str]:
+    """A warning where most labels contain another usual separator, so that a cell was taken for one label."""
+    if len(task.label_columns) > 1:
+        return []
+    for other in ";|,":
+        if other != task.separator and 2 * sum(other in name for name in classes) > len(classes):
+            example = next(name for name in classes if other in name)
+            return [f"labels such as {example!r} are taken as one: if they are several, add --separator '{other}'"]
+    return []
 
 
 def doubtful_names(classes: Sequence[str]) -> list[str]:

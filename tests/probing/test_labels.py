@@ -1,5 +1,6 @@
 """Labels from a manifest: accepted, missing and rejected rows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from bestrq2.config import ConfigError
 from bestrq2.data import ManifestError
-from bestrq2.probing.events import frame_labels, read_events, segment_decisions, segment_labels
+from bestrq2.probing.events import behind_the_end, frame_labels, read_events, segment_decisions, segment_labels
+from bestrq2.probing.folds import make_folds
 from bestrq2.probing.labels import TEST, TRAIN, doubtful_names, read_clips
 from bestrq2.probing.task import ProbeTask, packaged_task
 
@@ -151,13 +153,14 @@ def test_events(write, tmp_path):
     assert clips.classes == ["cat", "dog"]
     assert [rows.tolist() for rows in clips.events] == [[[0.5, 1.0, 1.0], [0.7, 2.0, 0.0]], [[0.0, 0.1, 1.0]], []]
     assert clips.targets.tolist() == [[True, True], [False, True], [False, False]]
-    assert clips.warnings[0] == "1 events of files that the manifest lacks"
+    assert clips.warnings[0] == "1 event of files that the manifest lacks"
     for row, message in (
         ("c.wav,1,0.5,dog", "expected 0 <= onset < offset and a label"),
         ("c.wav,-1,0.5,dog", "expected 0 <= onset"),
         ("c.wav,0,nan,dog", "expected 0 <= onset"),
         ("c.wav,0,1,", "expected 0 <= onset < offset and a label"),
         ("c.wav,0,soon,dog", r"events.csv:2: onset and offset must be seconds, got '0' and 'soon'"),
+        ('c.wav,"0,5",1,dog', "got '0,5' and '1'; write decimals with a point"),
         ("d.wav,0,1,dog", "none of its 1 rows is an event of a clip"),
     ):
         bad = write(f"path,onset,offset,label\n{row}\n", "events.csv")
@@ -166,6 +169,31 @@ def test_events(write, tmp_path):
     bad = write("path,onset,label\na.wav,0,dog\n", "events.csv")
     with pytest.raises(ManifestError, match=r"no column 'offset' \(or end\)"):
         read_events(bad, clips.files, tmp_path / "clips.csv")
+
+
+def test_events_behind_the_end_are_told():
+    events = [np.array([[0.5, 9.0, 0]]), np.zeros((0, 3)), np.array([[1.5, 2.0, 0], [500.0, 900.0, 0]])]
+    assert behind_the_end(events, [1.0, 1.0, 2.0], ["a", "b", "c"]) == [
+        "1 event of 3 left out: they begin behind the end of their clip, as at 500 in c of 2 s; onset and offset are in "
+        "seconds"
+    ]
+    assert behind_the_end(events[:2], [1.0, 1.0], ["a", "b"]) == []
+
+
+def test_another_separator_is_told(write):
+    task = ProbeTask(
+        manifest=write("path,tags\na.wav,dog|cat\nb.wav,dog|cow\nc.wav,cow\n"), label="tags", kind="multilabel"
+    )
+    (warning,) = [text for text in read_clips(task).warnings if "separator" in text]
+    assert warning == "labels such as 'dog|cat' are taken as one: if they are several, add --separator '|'"
+    assert not any("separator" in text for text in read_clips(replace(task, separator="|")).warnings)
+
+
+def test_a_split_without_test_clips_tells_what_was_left_out(write):
+    manifest = write("path,kind,part\na.wav,x,train\nb.wav,y,train\nc.wav,x,Test\n")
+    task = ProbeTask(manifest=manifest, label="kind", split="part")
+    with pytest.raises(ConfigError, match="got only training clips; 1 row with part 'Test'"):
+        make_folds(read_clips(task), task)
 
 
 def test_frames_and_segments():
