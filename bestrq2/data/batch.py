@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -199,15 +200,17 @@ def _deliver(
         if method == "forkserver":
             context.set_forkserver_preload(["bestrq2.data.worker_server"])
         options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "worker_init_fn": _start_worker}
-    loader = _Loader(
-        _Guarded(dataset),
-        batch_sampler=steps,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=_collate_or_fail,
-        generator=torch.Generator(),  # otherwise the loader would draw from the global generator of the training
-        **options,
-    )
+    with warnings.catch_warnings():  # workers are asked for in the configuration, and may be more than cores
+        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
+        loader = _Loader(
+            _Guarded(dataset),
+            batch_sampler=steps,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=_collate_or_fail,
+            generator=torch.Generator(),  # otherwise the loader would draw from the global generator of the training
+            **options,
+        )
     mine: set[BaseProcess] = set()
     try:
         before = set(active_children())

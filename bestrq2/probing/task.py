@@ -129,7 +129,7 @@ class ProbeTask:
                 self.label,
                 f"one column for {self.kind}",
             ),
-            ("events", self.kind != "events" or bool(self.events), self.events, "a table of events"),
+            ("events", self.kind != "events" or bool(self.events), self.events, "a table of events (--events TABLE)"),
         ]
         for name, fine, value, expected in expectations:
             if not fine:

@@ -24,6 +24,7 @@ from bestrq2.durability import flush_file, flush_folder
 from bestrq2.errors import CheckpointError
 
 WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors", "ema.safetensors", "state.json"
+GRAPHS = {".onnx", ".pt2"}  # what `bestrq2 export --onnx` and `--torch-export` write
 FORMAT = "bestrq2-checkpoint-1"
 PREFIX = "step-"
 BEST = "best.json"
@@ -237,6 +238,8 @@ def _find_checkpoint(path: Path) -> Checkpoint:
         return replace(read_checkpoint(path.parent), weights_file=path.name)
     if (path / STATE).exists():
         return read_checkpoint(path)
+    if path.is_file() and path.suffix in GRAPHS:
+        raise CheckpointError(f"{path}: expected a run folder or a checkpoint, got an exported graph; its run has both")
     problems: list[str] = []
     for parent in _parents(path):
         found, messages = newest_intact(parent)

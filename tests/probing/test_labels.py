@@ -220,7 +220,7 @@ def test_tasks_from_configurations_are_keys():
     [
         ({"kind": "guess"}, "probe kind: expected one of classification"),
         ({"head": "svm"}, "probe head: expected one of linear, ridge, mlp, knn, got 'svm'"),
-        ({"kind": "events"}, "probe events: expected a table of events, got None"),
+        ({"kind": "events"}, r"probe events: expected a table of events \(--events TABLE\), got None"),
         ({"label": ("a", "b")}, "probe label: expected one column for classification"),
         ({"folds": 1}, "probe folds: expected at least 2, or 0"),
         ({"regularisation": 0.0}, "probe regularisation: expected a positive number"),

@@ -281,6 +281,9 @@ def test_a_name_in_place_of_an_encoder(tmp_path, monkeypatch):
         bestrq2.load("one")
     with pytest.raises(CheckpointError, match="this is a recipe, which is trained first: bestrq2 train --config best_"):
         bestrq2.load("best_rq2_small")
+    (tmp_path / "a.onnx").touch()
+    with pytest.raises(CheckpointError, match=r"a\.onnx: expected a run folder or a checkpoint, got an exported graph"):
+        bestrq2.load("a.onnx")
 
 
 def test_changed_data_is_refused(tmp_path, capsys):
