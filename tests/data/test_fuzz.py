@@ -120,14 +120,14 @@ def audio(folder, name, changes):
     if whole is not None:
         # All that the decoder gives, and no more than 1 % less than the header says.
         with soundfile.SoundFile(path) as file:
-            samples, rate = decoded(file), file.samplerate
+            samples, rate, estimated = decoded(file), file.samplerate, file.format == "MP3"  # whatever its name
         if samples is None:
             return
         assert digest.info.num_samples == len(samples)
         assert digest.info.sampling_rate == rate
         if rate == fuzz.RATE:
             np.testing.assert_allclose(whole, samples.mean(1), atol=1e-5 * max(1, np.abs(samples).max()))
-        if info is not None and not name.endswith(".mp3"):
+        if info is not None and not estimated:
             assert len(samples) >= 0.99 * info.num_samples - 1
     if part is not None and whole is not None and not name.endswith((".mp3", ".ogg", ".opus")):
         length = min(len(part), len(whole) - 1600)

@@ -149,6 +149,13 @@ def test_repeated_samples_keep_their_own_labels(tmp_path):
         assert len(report.notes) == 1
 
 
+def test_a_sidecar_in_another_encoding_costs_nothing_else(tmp_path):
+    samples = [("a.ogg", _clip(0)), ("a.cls", b"caf\xe9"), ("a.ogg", _clip(1)), ("a.cls", b"dog")]
+    files, report = collect(str(_tar(tmp_path / "s.tar", [*samples, ("b.ogg", _clip(2)), ("b.txt", b"\xff\x00x")])))
+    assert [item.label for item in files] == ["", "dog", ""]
+    assert report.counts() == {"damaged archive": 2}
+
+
 def test_links(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         (tmp_path / "a.ogg").write_bytes(_clip())

@@ -133,7 +133,7 @@ class _Entry:
 
 def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
     audio: list[tuple[_Entry, str, int]] = []  # with the name in the shard, and how often it came before
-    sidecars: dict[str, dict[str, list[str]]] = {}  # name without extension -> extension -> texts
+    sidecars: dict[str, dict[str, list[str | None]]] = {}  # name without extension -> extension -> texts
     names: set[str] = set()
     times: Counter[str] = Counter()
     for entry in _walk(file, index.size, index.damage):
@@ -157,10 +157,12 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
             times[name] += 1
         elif extension in _SIDECARS and size <= _SIDECARS[extension] and entry.stop <= index.size:
             file.seek(entry.offset)
+            text = None  # keeps the place of one that cannot be read among several
             try:
-                sidecars.setdefault(stem, {}).setdefault(extension, []).append(decode_text(file.read(size)))
+                text = decode_text(file.read(size))
             except TextEncodingError as error:
                 index.damage.append(f"{name}, line {error.line}: {error}; it is not used")
+            sidecars.setdefault(stem, {}).setdefault(extension, []).append(text)
         else:
             index.others[f".{extension}" if extension else "(no extension)"] += 1
     for entry, name, before in audio:
@@ -174,7 +176,7 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
     return index
 
 
-def _of_one(sidecars: dict[str, list[str]], before: int, times: int) -> dict[str, str]:
+def _of_one(sidecars: dict[str, list[str | None]], before: int, times: int) -> dict[str, str]:
     """The texts of one of the ``times`` clips of a name, of which ``before`` came earlier, by extension.
 
     As many texts as clips belong to them in their order. Of several texts for one clip the last counts, as when the
@@ -182,10 +184,13 @@ def _of_one(sidecars: dict[str, list[str]], before: int, times: int) -> dict[str
     """
     chosen = {}
     for extension, texts in sidecars.items():
+        text = None
         if len(texts) == times:
-            chosen[extension] = texts[before]
+            text = texts[before]
         elif before == 0:
-            chosen[extension] = texts[-1] if times == 1 else texts[0]
+            text = texts[-1] if times == 1 else texts[0]
+        if text is not None:
+            chosen[extension] = text
     return chosen
 
 
