@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Build manifests of real audio from Debian packages: an hour-scale corpus and labelled clips that stay out of it.
 
-    mkdir packages && cd packages
-    for p in $(python benchmarks/transfer/corpora.py --list); do apt-get download $p && dpkg -x ${p}_*.deb $p; done
+    mkdir packages
+    for p in $(python benchmarks/transfer/corpora.py --list); do
+      (cd packages && apt-get download $p && dpkg -x ${p}_*.deb $p)
+    done
     python benchmarks/transfer/corpora.py --root packages --out corpora
 
 ``--root`` holds one unpacked tree per package, as above (nothing is installed), or is ``/`` after ``apt-get install``.
