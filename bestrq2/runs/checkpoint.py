@@ -239,7 +239,9 @@ def _find_checkpoint(path: Path) -> Checkpoint:
     if (path / STATE).exists():
         return read_checkpoint(path)
     if path.is_file() and path.suffix in GRAPHS:
-        raise CheckpointError(f"{path}: expected a run folder or a checkpoint, got an exported graph: name the run it came from")
+        raise CheckpointError(
+            f"{path}: expected a run folder or a checkpoint, got an exported graph: name the run it came from"
+        )
     problems: list[str] = []
     for parent in _parents(path):
         found, messages = newest_intact(parent)
