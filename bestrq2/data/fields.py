@@ -126,8 +126,8 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
 
 
 def _is_another(name: str, path: Any) -> bool:
-    """Return True if ``name`` can be none for the file at ``path``. Beside a path, tables often have the bare name, with
-    another ending or without one."""
+    """Return True if ``name`` cannot stand for the file at ``path``. Beside a path, tables often have the bare name,
+    with another ending or without one."""
 
     def forms(text: str) -> set[str]:
         bare = re.split(r"[/\\]", text.strip())[-1]

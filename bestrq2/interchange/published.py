@@ -267,7 +267,7 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
     if encoder.join_rows == "concatenate" and rows > 1:
         notes.append(
             f"model.encoder.join_rows left out: published encoders average the {rows} rows of a time step, which gives "
-            f"other features than this model; rows=\"concatenate\" (--rows concatenate) joins them there, too"
+            f'other features than this model; rows="concatenate" (--rows concatenate) joins them there, too'
         )
     if "head.weight" not in weights:
         return out, metadata, notes
