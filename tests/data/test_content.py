@@ -46,7 +46,7 @@ def test_what_changed_is_named(files, tmp_path):
 
 
 def test_of_many_files_the_number_alone_is_told(files):
-    """Of 300 files about 170 are sampled: nothing is said of the others, and the sample is not their number."""
+    """Of 300 files about 170 are sampled: the others are not known, and the sample is not their number."""
     before = sample_contents(files * 75)
     assert len(before.split()) < SAMPLED_FILES
     assert changed_files(files * 25, before, 300) == "100 files instead of 300"
@@ -54,7 +54,7 @@ def test_of_many_files_the_number_alone_is_told(files):
     assert changed_files(files * 75, sample_contents(files), 4) == "300 files instead of 4"
 
 
-def test_nothing_is_said_of_content_that_is_not_known(files):
+def test_content_that_is_not_known_is_not_compared(files):
     rows = [AudioFile(f"a.parquet::{number}", 1.0) for number in range(3)]
     assert changed_files(rows, sample_contents(rows), 3) == ""
     assert changed_files(rows[:1], sample_contents(rows), 3) == "1 file instead of 3"

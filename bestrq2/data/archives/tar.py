@@ -134,8 +134,7 @@ class _Entry:
 def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
     audio: list[tuple[_Entry, str, int]] = []  # with the name in the shard, and how often it came before
     sidecars: dict[str, dict[str, list[str | None]]] = {}  # name without extension -> extension -> texts
-    names: set[str] = set()
-    times: Counter[str] = Counter()
+    names, times = set[str](), Counter[str]()
     for entry in _walk(file, index.size, index.damage):
         name = posixpath.normpath(entry.name).lstrip("/")
         if any(part.startswith(".") and part != ".." for part in name.split("/")):
