@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,8 @@ class EventTable:
 
 
 def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manifest: Path) -> EventTable:
-    """Events of the clips, from a CSV or TSV table with columns path (or file, filename), onset (or start), offset (or
-    end) and label (or event_label).
+    """Events of the clips, from a table (CSV, TSV or JSON lines) with columns path (or file, filename), onset (or
+    start), offset (or end) and label (or event_label).
 
     Paths are relative to the table's folder, or to the manifest's, or absolute. A row without onset, offset and label
     says that a clip has no event, as does the absence of rows. A file that the manifest lists twice has them twice.
@@ -57,7 +58,7 @@ def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manif
     found: list[list[tuple[float, float, str]]] = [[] for _ in files]
     foreign = rows = 0
     table_rows = rows_of(source)
-    header = list(table_rows[0][1]) if table_rows else []
+    header = list(dict.fromkeys(name for _, row in table_rows for name in row))  # in JSON lines a row may lack some
     names = {}
     for column, choices in _COLUMNS.items():
         names[column] = next((name for name in choices if name in header), "")
@@ -65,10 +66,10 @@ def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manif
             raise ManifestError(f"{source}: no column {column!r} (or {', '.join(choices[1:])}), only {header}")
     for line, row in table_rows:
         rows += 1
-        path = str(row[names["path"]] or "")
+        path = str(row.get(names["path"]) or "")
         places = (os.path.abspath(os.path.join(folder, path)) for folder in (source.parent, manifest.parent))
         clips = next((number[place] for place in places if place in number), None)
-        event = _event(f"{source}:{line}", *(row[names[name]] for name in ("onset", "offset", "label")))
+        event = _event(f"{source}:{line}", *(row.get(names[name]) for name in ("onset", "offset", "label")))
         if clips is None:
             foreign += 1
         elif event is not None:
@@ -86,8 +87,9 @@ def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manif
     )
 
 
-def _event(where: str, onset: str | None, offset: str | None, label: str | None) -> tuple[float, float, str] | None:
-    cells = [(cell or "").strip() for cell in (onset, offset, label)]
+def _event(where: str, *values: Any) -> tuple[float, float, str] | None:
+    """Onset, offset and label of a row, as text or, in JSON, as numbers."""
+    cells = ["" if value is None else str(value).strip() for value in values]
     if not any(cells):
         return None
     try:

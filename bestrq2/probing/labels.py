@@ -110,6 +110,8 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     clips = LabelledClips(files, np.zeros(0), [], numbers, np.asarray(parts) if task.split else None)
     clips.left_out = left_out
     _set_targets(clips, task, values)
+    if task.kind == "multilabel" and not any(isinstance(row.get(task.label_columns[0]), list) for _, row in rows):
+        clips.warnings += _doubtful_separator(clips.classes, task)
     if task.group is None and task.kind != "retrieval" and not task.split:
         clips.warnings.append("no --group: clips of one recording may lie in training and test, and scores too high")
     clips.warnings += _listed_again(clips, values, task)
@@ -215,7 +217,6 @@ def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> No
         clips.classes = (
             list(task.label_columns) if len(task.label_columns) > 1 else sorted({v for x in values for v in x})
         )
-        clips.warnings += _doubtful_separator(clips.classes, task)
     clips.warnings += doubtful_names(clips.classes)
     number = {name: i for i, name in enumerate(clips.classes)}
     clips.targets = np.zeros((len(values), len(clips.classes)), dtype=bool)

@@ -105,6 +105,9 @@ def test_several_labels_in_a_list(write):
     manifest = write('{"path": "a.wav", "tags": ["dog", "cat"]}\n{"path": "b.wav", "tags": []}\n', "clips.jsonl")
     clips = read_clips(ProbeTask(manifest=manifest, label="tags", kind="multilabel"))
     assert clips.targets.tolist() == [[True, True], [False, False]]
+    write('{"path": "a.wav", "tags": ["speech, male"]}\n{"path": "b.wav", "tags": ["pop, rock"]}\n', "clips.jsonl")
+    clips = read_clips(ProbeTask(manifest=manifest, label="tags", kind="multilabel", group="path"))
+    assert (clips.classes, clips.warnings) == (["pop, rock", "speech, male"], [])  # a list has no separator
 
 
 def test_several_columns(write):
@@ -176,6 +179,17 @@ def test_events(write, tmp_path):
     bad = write("path,onset,label\na.wav,0,dog\n", "events.csv")
     with pytest.raises(ManifestError, match=r"no column 'offset' \(or end\)"):
         read_events(bad, clips.files, tmp_path / "clips.csv")
+
+
+def test_events_as_json_lines(write):
+    table = write(
+        '{"path": "a.wav", "onset": 0, "offset": 1.5, "label": 7}\n{"path": "b.wav"}\n'
+        '{"path": "b.wav", "onset": "0.5", "offset": 1, "label": "dog"}\n',
+        "events.jsonl",
+    )
+    clips = read_clips(ProbeTask(manifest=write("path\na.wav\nb.wav\n"), kind="events", events=table))
+    assert clips.classes == ["7", "dog"]
+    assert [rows.tolist() for rows in clips.events] == [[[0.0, 1.5, 0.0]], [[0.5, 1.0, 1.0]]]
 
 
 def test_events_of_a_file_that_is_listed_twice(write):
