@@ -149,6 +149,8 @@ def write_encoder_module(out: Path, config: Config, weights: Mapping[str, Tensor
     for name, tensor in sorted(encoder_weights(weights).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"")
+    if config.model.encoder.join_rows != "average":  # other features of the same weights
+        digest.update(config.model.encoder.join_rows.encode())
     label = "".join(word.capitalize() for word in re.findall(r"[a-zA-Z0-9]+", config.recipe)) or "Model"
     name = f"{label if label[0].isalpha() else 'M' + label}{digest.hexdigest()[:8]}Encoder"
     beside = out.with_suffix(".safetensors")

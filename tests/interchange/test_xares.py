@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,8 +130,13 @@ def test_names(encoder_file, tmp_path):
     write_encoder_module(tmp_path / "b.py", source.config, source.weights, "xares")
     name = next(iter(source.weights))
     write_encoder_module(tmp_path / "c.py", source.config, {**source.weights, name: source.weights[name] + 1}, "xares")
-    names = [_open_class(tmp_path / f"{letter}.py").__name__ for letter in "abc"]
-    assert names[0] == names[1] != names[2]  # same weights, same cache of X-ARES; other weights, another
+    own = source.config.model.encoder
+    other = replace(own, join_rows="concatenate" if own.join_rows == "average" else "average")
+    config = replace(source.config, model=replace(source.config.model, encoder=other))
+    write_encoder_module(tmp_path / "d.py", config, source.weights, "xares")
+    names = [_open_class(tmp_path / f"{letter}.py").__name__ for letter in "abcd"]
+    assert names[0] == names[1]  # the same features, the same cache of X-ARES
+    assert len(set(names)) == 3  # other weights, or other features of the same weights: another
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         _open_class(tmp_path / "a.py")()
