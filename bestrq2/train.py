@@ -48,6 +48,7 @@ from bestrq2.training.trainer import Trainer
 
 DEFAULT_RECIPE = "best_rq2_tiny"  # for the clips of the package
 OWN_DATA_RECIPE = "best_rq2_transfer_small"
+NO_OTHER_CLIPS = ("data.source:", "data.workers:")  # the same files elsewhere, or decoded by others, are the same clips
 FAILURES = (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError)
 
 
@@ -182,7 +183,8 @@ def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
 def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: Ranks) -> int:
     checkpoint = ranks.from_first(lambda: newest_checkpoint(run))
     saved = None if checkpoint is None else checkpoint.config
-    config = with_overrides(ranks.from_first(lambda: run.read_config(saved)), overrides, values)
+    own = ranks.from_first(lambda: run.read_config(saved))
+    config = with_overrides(own, overrides, values)
     if checkpoint is None:
         ranks.say(f"{run.path} ended before its first checkpoint: it begins again")
     else:
@@ -194,14 +196,17 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
         old_rate, rate = (learning_rate(checkpoint.step, c.train.steps, c.optimizer) for c in (before, config))
         if abs(rate - old_rate) > 1e-6 * old_rate and checkpoint.step < config.train.steps:
             changes.append(f"the learning rate of the next step: {old_rate:.3g} -> {rate:.3g}")
-    moved = any(change.startswith("data.source:") for change in changes)
+    moved = config.data.source != own.data.source or any(change.startswith("data.source:") for change in changes)
     dataset = ranks.from_first(lambda: reopen_dataset(config, run, moved))
     found = ranks.from_first(lambda: data_fingerprint(dataset))
     expected = found if checkpoint is None else checkpoint.extra.get("data")
     if found != expected:
-        recorded = None if checkpoint is None else checkpoint.extra.get("content")
-        what = ranks.from_first(lambda: changed_files(dataset.files, recorded)) or "files or durations differ"
-        named = [change for change in changes if change.startswith("data.")]
+        told = {} if checkpoint is None else checkpoint.extra
+        what = ranks.from_first(lambda: changed_files(dataset.files, told.get("content"), told.get("files")))
+        elsewhere = [change for change in changes if change.startswith("data.source:")]
+        what = ": ".join([*elsewhere, what or "files, durations or domains differ"])
+        deciding = ("data.",) if config.data.batch_seconds is None else ("data.", "train.batch_size:")
+        named = [text for text in changes if text.startswith(deciding) and not text.startswith(NO_OTHER_CLIPS)]
         raise TrainingError(
             f"the clips of every step would be others (fingerprint {found} instead of {expected}): "
             f"{'; '.join(named)}. This cannot change on resume: leave it out, or start a new run."

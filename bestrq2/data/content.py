@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import AudioFile, split_address
-from bestrq2.errors import BestRQError, printable
+from bestrq2.errors import BestRQError, counted, printable
 from bestrq2.hashing import mix
 
 __all__ = ["changed_files", "content_digest", "replaced_files", "same_content", "sample_contents"]
@@ -78,27 +78,32 @@ def replaced_files(files: Sequence[AudioFile], before: str | None) -> tuple[list
     return [files[place] for place, old, new in compared if not same_content(old, new)], len(compared)
 
 
-def changed_files(files: Sequence[AudioFile], before: str | None) -> str:
-    """Differences between files and those :func:`sample_contents` gave ``before``, in words.
+def changed_files(files: Sequence[AudioFile], before: str | None, count: int | None) -> str:
+    """Differences between files and the ``count`` ones of which :func:`sample_contents` gave ``before``, in words.
 
-    Empty if that cannot be told: there were 256 files or more, or there are that many now.
+    Only the numbers of files where there are over 256, or some whose content is not known. Empty if nothing can be
+    told, as of a checkpoint of an earlier version, which has no ``count``.
     """
-    known = (before or "").split()
-    if not known or max(len(known), len(files)) >= SAMPLED_FILES:
+    if count is None:
         return ""
+    parts = [f"{counted(len(files), 'file')} instead of {count}"] if len(files) != count else []
+    if max(count, len(files)) > SAMPLED_FILES:
+        return "".join(parts)
+    known, found = (before or "").split(), _digests(files, range(len(files)))
+    if len(known) != count or _UNKNOWN in (*known, *found):
+        return "".join(parts)
     left = Counter(known)
     new = []
-    for item, digest in zip(files, _digests(files, range(len(files)))):
+    for item, digest in zip(files, found):
         if left[digest]:
             left[digest] -= 1
         else:
             new.append(printable(item.path))
-    parts = [f"{len(files)} files instead of {len(known)}"] if len(files) != len(known) else []
     if new:
         parts.append(f"new or changed: {', '.join(new[:3])}" + (f" and {len(new) - 3} more" if len(new) > 3 else ""))
     if gone := sum(left.values()):
         parts.append(f"the content of {gone} is gone")
-    return "; ".join(parts or ["the same content under other names or durations, or in another order"])
+    return "; ".join(parts or ["the same content under other names, durations or domains, or in another order"])
 
 
 def _sampled(count: int) -> list[int]:

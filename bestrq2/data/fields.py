@@ -98,7 +98,7 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     if path is None:
         what = "the path is empty" if any(name in row for name in PATH_NAMES) else f"no 'path' in {sorted(row)}"
         raise ManifestError(f"{where}: {what}")
-    rivals = [name for name in PATH_NAMES if row.get(name) not in (None, "") and _stem(row[name]) != _stem(path)]
+    rivals = [name for name in PATH_NAMES if isinstance(row.get(name), str) and _is_another(row[name], path)]
     if rivals:  # the one that is left out may be the audio that was meant
         raise ManifestError(
             f"{where}: columns that name different files: {path!r} and {rivals[0]} = {row[rivals[0]]!r}; keep one"
@@ -125,9 +125,15 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     )
 
 
-def _stem(path: Any) -> str:
-    """Name of a file without folders and ending: beside a path, tables often have the bare name, too."""
-    return re.split(r"[/\\]", str(path))[-1].rpartition(".")[0] or str(path)
+def _is_another(name: str, path: Any) -> bool:
+    """Return True if ``name`` cannot stand for the file at ``path``. Beside a path, tables often have the bare name,
+    with another ending or without one."""
+
+    def forms(text: str) -> set[str]:
+        bare = re.split(r"[/\\]", text.strip())[-1]
+        return {bare, bare.rpartition(".")[0] or bare}
+
+    return name.strip() != "" and not forms(name) & forms(str(path))
 
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:

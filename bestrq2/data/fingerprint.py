@@ -11,8 +11,10 @@ from bestrq2.data.files import to_text
 
 
 def data_identity(dataset: CropDataset) -> dict[str, Any]:
-    """Data in a checkpoint: ``data``, their fingerprint, and ``content``, digests of up to 256 files."""
-    return {"data": data_fingerprint(dataset), "content": sample_contents(dataset.files)}
+    """Data in a checkpoint: ``data``, their fingerprint, ``files``, their number, and ``content``, digests of up to 256
+    of them."""
+    files = dataset.files
+    return {"data": data_fingerprint(dataset), "files": len(files), "content": sample_contents(files)}
 
 
 def data_fingerprint(dataset: CropDataset) -> str:

@@ -264,6 +264,11 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
     if encoder.position == "sincos":
         out["encoder.pos_embed"] = sincos_2d(_grid(rows, columns), encoder.width)[None]
     notes = ["front end's mean and deviation folded into the patch embedding"] if standardised else []
+    if encoder.join_rows == "concatenate" and rows > 1:
+        notes.append(
+            f"model.encoder.join_rows left out: published encoders average the {rows} rows of a time step, which gives "
+            f'other features than this model; rows="concatenate" (--rows concatenate) joins them there, too'
+        )
     if "head.weight" not in weights:
         return out, metadata, notes
     targets = model.targets

@@ -132,7 +132,8 @@ class TransformersEncoder(ForeignEncoder):
     def _measure_spectrogram(self) -> None:
         config = self.model.config
         self.columns = (config.max_length - config.patch_size) // config.time_stride + 1
-        self.rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        # Not `rows`, which says that rows="concatenate" keeps them apart: of another encoder they are always averaged.
+        self.bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
         hidden, _ = self._forward([self._noise(1)])
         self._look(hidden)
         if hidden[-1].shape[1] != self.columns:
@@ -166,7 +167,7 @@ class TransformersEncoder(ForeignEncoder):
         samples = torch.tensor([len(clip) for clip in clips], device="cpu")
         if self.form == "spectrogram":
             states = [
-                state[:, 2:].unflatten(1, (self.rows, self.columns)).mean(1)  # frequency runs slowest
+                state[:, 2:].unflatten(1, (self.bands, self.columns)).mean(1)  # frequency runs slowest
                 for state in states
             ]
             step, patch = self.model.config.time_stride, self.model.config.patch_size

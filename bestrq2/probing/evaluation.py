@@ -237,4 +237,5 @@ def chance(rows: Rows | None, outcome: Outcome) -> float:
         return 0.0
     if rows.targets.ndim == 1:
         return 1 / len(rows.classes)
-    return float(np.mean(rows.targets[rows.folds != NEVER].mean(0)))
+    shares = rows.targets[rows.folds != NEVER].mean(0)
+    return float(shares[shares > 0].mean()) if shares.any() else 0.0  # of the classes that the metric is of

@@ -38,14 +38,22 @@ def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manif
     end) and label (or event_label).
 
     Paths are relative to the table's folder, or to the manifest's, or absolute. A row without onset, offset and label
-    says that a clip has no event, as does the absence of rows.
+    says that a clip has no event, as does the absence of rows. A file that the manifest lists twice has them twice.
 
     Raises:
-        ManifestError: for a missing column, a row that is no event, or a table none of whose paths is in the manifest.
+        ManifestError: for a missing column, a row that is no event, a table none of whose paths is in the manifest, or
+            a clip that begins inside of its file: whether its onsets are those of the file is not known.
         OSError: if it cannot be read.
     """
     source = Path(table)
-    number = {os.path.abspath(file.path): i for i, file in enumerate(files)}
+    number: dict[str, list[int]] = {}
+    for i, file in enumerate(files):
+        if file.start > 0:
+            raise ManifestError(
+                f"{manifest}: {printable(file.path)} from {file.start:g} s on: onsets count from the beginning of a "
+                "file; write such a clip to a file of its own"
+            )
+        number.setdefault(os.path.abspath(file.path), []).append(i)
     found: list[list[tuple[float, float, str]]] = [[] for _ in files]
     foreign = rows = 0
     table_rows = rows_of(source)
@@ -59,12 +67,13 @@ def read_events(table: str | os.PathLike[str], files: Sequence[AudioFile], manif
         rows += 1
         path = str(row[names["path"]] or "")
         places = (os.path.abspath(os.path.join(folder, path)) for folder in (source.parent, manifest.parent))
-        clip = next((number[place] for place in places if place in number), None)
+        clips = next((number[place] for place in places if place in number), None)
         event = _event(f"{source}:{line}", *(row[names[name]] for name in ("onset", "offset", "label")))
-        if clip is None:
+        if clips is None:
             foreign += 1
         elif event is not None:
-            found[clip].append(event)
+            for clip in clips:
+                found[clip].append(event)
     classes = sorted({label for events in found for _, _, label in events})
     if not classes:
         raise ManifestError(f"{source}: none of its {rows} rows is an event of a clip in {manifest}")

@@ -1,8 +1,10 @@
 """Labels and features brought together: the clips that could be read, their folds, and one matrix per features."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from bestrq2.config import ConfigError
 
 from .evaluation import Outcome, Rows, chance, clip_rows, frame_rows, probe_features, probe_retrieval
 from .events import behind_the_end
@@ -58,7 +60,14 @@ def assemble(labels: LabelledClips, features: Features, task: ProbeTask, hop: fl
     readable = labels.take(features.usable)
     for skip in features.skips:
         readable.left_out[f"unreadable: {skip.reason}"] += 1
-    clips, kept = settle(readable, task)
+    lost: list[str] = []
+    if task.kind == "events":
+        readable, lost = _audible(readable, features.seconds)
+    try:
+        clips, kept = settle(readable, task)
+    except ConfigError as error:
+        raise ConfigError("; ".join([str(error), *lost])) from error
+    clips.warnings += lost
     per_clip = {name: [values[i] for i in kept] for name, values in features.of.items()}
     seconds = [features.seconds[i] for i in kept]
     if task.kind == "retrieval":
@@ -69,7 +78,6 @@ def assemble(labels: LabelledClips, features: Features, task: ProbeTask, hop: fl
     if tested < FEW_GROUPS:
         clips.warnings.append(f"only {tested} groups are tested: their intervals say little")
     if task.kind == "events":
-        clips.warnings += behind_the_end(clips.events, seconds, [file.path for file in clips.files])
         counts = [len(frames) for frames in next(iter(per_clip.values()))]
         rows = frame_rows(clips, folds, counts, hop)
         values = {name: np.concatenate(frames) for name, frames in per_clip.items()}
@@ -77,3 +85,14 @@ def assemble(labels: LabelledClips, features: Features, task: ProbeTask, hop: fl
         rows = clip_rows(clips, folds)
         values = {name: np.stack(vectors).astype(np.float64) for name, vectors in per_clip.items()}
     return Experiment(task, clips, folds, rows, values, seconds, features.parts)
+
+
+def _audible(clips: LabelledClips, seconds: list[float]) -> tuple[LabelledClips, list[str]]:
+    """The clips without the events that begin behind their end: no frame has them, so they make no class testable. And
+    a warning, if there are any."""
+    lost = behind_the_end(clips.events, seconds, [file.path for file in clips.files])
+    events = [rows[rows[:, 0] < length] for rows, length in zip(clips.events, seconds)]
+    targets = np.zeros_like(clips.targets)
+    for row, found in enumerate(events):
+        targets[row, found[:, 2].astype(int)] = True
+    return replace(clips, events=events, targets=targets), lost

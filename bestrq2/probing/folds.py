@@ -6,9 +6,8 @@ Letters: N clips, C classes, K folds.
 import numpy as np
 
 from bestrq2.config import ConfigError
-from bestrq2.errors import counted
 
-from .labels import TEST, LabelledClips
+from .labels import TEST, LabelledClips, check_sides
 from .task import ProbeTask
 
 NEVER = -1  # the fold of clips that only train
@@ -63,13 +62,8 @@ def make_folds(clips: LabelledClips, task: ProbeTask) -> np.ndarray:
         ConfigError: if there are fewer than two groups, or one side of a fixed split is empty.
     """
     if clips.parts is not None:
-        folds = np.where(clips.parts == TEST, 0, NEVER)
-        if len(np.unique(folds)) < 2:
-            raise ConfigError(
-                f"--split: expected training and test clips, got only {'test' if not folds[0] else 'training'} clips"
-                + "".join(f"; {counted(count, 'row')} {reason}" for reason, count in clips.left_out.items())
-            )
-        return folds.astype(np.int64)
+        check_sides(clips, task)
+        return np.where(clips.parts == TEST, 0, NEVER).astype(np.int64)
     num_groups = int(clips.groups.max()) + 1
     if num_groups < 2:
         raise ConfigError("expected at least two groups, one to train on and one to test, got 1")

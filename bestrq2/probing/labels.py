@@ -112,8 +112,7 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     _set_targets(clips, task, values)
     if task.group is None and task.kind != "retrieval" and not task.split:
         clips.warnings.append("no --group: clips of one recording may lie in training and test, and scores too high")
-    if task.kind != "events":
-        clips.warnings += _listed_again(files, values, parts, task)
+    clips.warnings += _listed_again(clips, values, task)
     if clips.parts is not None and task.group and task.kind != "retrieval":
         shared = set(clips.groups[clips.parts == TRAIN]) & set(clips.groups[clips.parts == TEST])
         if shared:
@@ -128,16 +127,20 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     return clips
 
 
-def _listed_again(files: list[AudioFile], values: list[Any], parts: list[int], task: ProbeTask) -> list[str]:
+def _listed_again(clips: LabelledClips, values: list[Any], task: ProbeTask) -> list[str]:
     """Warnings of clips that are listed several times on one side of a split, with one label or with several."""
-    labels: dict[Any, list[Any]] = {}
-    for file, value, part in zip(files, values, parts):
-        labels.setdefault((file.path, file.start, file.end, part), []).append(value)
-    again = {clip: found for clip, found in labels.items() if len(found) > 1}
+    rows: dict[Any, list[int]] = {}
+    for row, file in enumerate(clips.files):
+        part = None if clips.parts is None else int(clips.parts[row])
+        rows.setdefault((file.path, file.start, file.end, part), []).append(row)
+    again = {clip: found for clip, found in rows.items() if len(found) > 1}
     if not again:
         return []
-    other = [clip for clip, found in again.items() if any(value != found[0] for value in found)]
-    effect = ": each finds itself, and scores are too high" if task.kind == "retrieval" and not task.split else ""
+    other = [clip for clip, found in again.items() if any(values[row] != values[found[0]] for row in found)]
+    # In retrieval within one list; clips of one group are not searched for each other.
+    apart = task.group is None or any(len(set(clips.groups[found])) > 1 for found in again.values())
+    itself = task.kind == "retrieval" and clips.parts is None and apart
+    effect = ": each finds itself, and scores are too high" if itself else ""
     warnings = [f"{counted(len(again), 'clip')} listed more than once, first {printable(next(iter(again))[0])}{effect}"]
     if other:
         first = printable(other[0][0])
@@ -254,14 +257,31 @@ def doubtful_names(classes: Sequence[str]) -> list[str]:
 
 
 def check_testable(clips: LabelledClips, task: ProbeTask) -> None:
-    """Refuse, before any audio is decoded, what :func:`settle` would refuse once it is.
+    """Refuse, before any audio is decoded, what :func:`settle` and :func:`check_sides` would refuse once it is.
 
     Clips that cannot be read make only fewer labels testable.
 
     Raises:
-        ConfigError: as :func:`settle`.
+        ConfigError: as these.
     """
     settle(clips.take(np.arange(len(clips))), task)
+    check_sides(clips, task)
+
+
+def check_sides(clips: LabelledClips, task: ProbeTask) -> None:
+    """
+    Raises:
+        ConfigError: if one side of a fixed split is empty, with the rows that were left out.
+    """
+    if clips.parts is None or len(np.unique(clips.parts)) > 1:
+        return
+    expected, sides = "training and test clips", ("training clips", "test clips")
+    if task.kind == "retrieval":
+        expected, sides = "a gallery and queries", ("a gallery", "queries")
+    raise ConfigError(
+        f"--split: expected {expected}, got only {sides[clips.parts[0]]}"
+        + "".join(f"; {counted(count, 'row')} {reason}" for reason, count in clips.left_out.items())
+    )
 
 
 def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.ndarray]:

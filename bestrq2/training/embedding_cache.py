@@ -3,7 +3,7 @@
 Every file is cut into consecutive windows of the crop length. A shard holds the windows of 32 files as plain tensors,
 with its SHA-256 in a JSON file beside it that is written last: an interrupted cache goes on where it stopped, and a
 shard that is damaged, incomplete or of files that were replaced is made again. The folder's name depends on the
-encoder's weights, the targets and the list of files.
+encoder's weights, how it joins rows of patches, the targets and the list of files.
 """
 
 import bisect
@@ -147,6 +147,9 @@ def build_cache(
     digest = module_digest(encoder)
     crop = round(config.data.crop_seconds * source.sampling_rate)
     described = json.dumps([asdict(config.model.front_end), asdict(config.model.targets), targets.width, crop])
+    joined = getattr(encoder, "join_rows", "average")
+    if joined != "average":  # the same weights give wider embeddings
+        described += f"\0{joined}"
     identity = hashlib.sha256(f"{digest}\0{described}\0{file_list_digest(files)}".encode()).hexdigest()[:16]
     folder = root / identity
     folder.mkdir(parents=True, exist_ok=True)

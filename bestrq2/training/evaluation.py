@@ -147,9 +147,13 @@ def probe_task(config: ProbeConfig) -> ProbeTask | None:
     """The task that a configuration describes; None without a probe."""
     if not config.every:
         return None
-    if config.manifest is None:
-        return packaged_task()
-    return ProbeTask(**{entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name != "every"})
+    chosen = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name != "every"}
+    if config.manifest is not None:
+        return ProbeTask(**chosen)
+    for name in ("label", "group"):  # unless they are chosen, those of the clips of the package
+        if chosen[name] == getattr(ProbeConfig(), name):
+            del chosen[name]
+    return packaged_task(**chosen)
 
 
 def _rows(batch: Batch, inside: torch.Tensor) -> Batch:

@@ -38,11 +38,26 @@ def test_what_changed_is_named(files, tmp_path):
     before = sample_contents(files)
     write(tmp_path / "audio" / "new.wav", 7)
     new = collect(tmp_path / "audio")[0]
-    assert changed_files(new, before) == f"5 files instead of 4; new or changed: {new[-1].path}"
-    assert changed_files(files[1:], before) == "3 files instead of 4; the content of 1 is gone"
-    assert changed_files([new[-1], *files[1:]], before).startswith("new or changed: ")
-    assert changed_files(files[::-1], before).startswith("the same content under other names")
-    assert changed_files(files * 100, before) == changed_files(files, None) == ""
+    assert changed_files(new, before, 4) == f"5 files instead of 4; new or changed: {new[-1].path}"
+    assert changed_files(files[1:], before, 4) == "3 files instead of 4; the content of 1 is gone"
+    assert changed_files([new[-1], *files[1:]], before, 4).startswith("new or changed: ")
+    assert changed_files(files[::-1], before, 4).startswith("the same content under other names")
+    assert changed_files(files, before, None) == ""  # a checkpoint of an earlier version
+
+
+def test_of_many_files_the_number_alone_is_told(files):
+    """Of 300 files about 170 are sampled: the others are not known, and the sample is not their number."""
+    before = sample_contents(files * 75)
+    assert len(before.split()) < SAMPLED_FILES
+    assert changed_files(files * 25, before, 300) == "100 files instead of 300"
+    assert changed_files(files * 75, before, 300) == ""
+    assert changed_files(files * 75, sample_contents(files), 4) == "300 files instead of 4"
+
+
+def test_content_that_is_not_known_is_not_compared(files):
+    rows = [AudioFile(f"a.parquet::{number}", 1.0) for number in range(3)]
+    assert changed_files(rows, sample_contents(rows), 3) == ""
+    assert changed_files(rows[:1], sample_contents(rows), 3) == "1 file instead of 3"
 
 
 def test_copies_and_shards_of_the_same_files_have_the_same_content(files, tmp_path):

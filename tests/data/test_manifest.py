@@ -140,6 +140,20 @@ def test_bad_manifests_name_the_line(tmp_path, name, text, message):
         read_manifest(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"path": "clips/spk.001.wav", "file": "spk.001"},  # a name with a dot, without its ending
+        {"path": "clips/a.wav", "file": " a.wav", "filename": " "},  # spaces around a delimiter
+        {"path": "clips/a.b", "file": "a.b"},
+        {"path": "clips/a.wav", "wav": True, "file": 17},  # no names
+    ],
+)
+def test_columns_that_name_the_same_file(tmp_path, row):
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    assert [item.path for item in read_manifest(tmp_path / "m.jsonl")] == [str(tmp_path / row["path"])]
+
+
 @pytest.mark.parametrize("other", ["a.wav", "", "elsewhere/a.flac", "C:\\\\clips\\\\a.wav", "a"])
 def test_a_second_column_that_names_the_same_file(tmp_path, other):
     (tmp_path / "m.jsonl").write_text(f'{{"path": "clips/a.wav", "filename": "{other}"}}\n')

@@ -149,6 +149,14 @@ def test_repeated_samples_keep_their_own_labels(tmp_path):
         assert len(report.notes) == 1
 
 
+@pytest.mark.parametrize("unread", [b"x" * 5000, b"caf\xe9"])
+def test_a_label_that_is_not_read_keeps_its_place(tmp_path, unread):
+    """Too long, or in another encoding: the label of the second clip does not go to the first."""
+    samples = [("a.ogg", _clip(0)), ("a.txt", unread), ("a.ogg", _clip(1)), ("a.txt", b"dog")]
+    files, _ = collect(str(_tar(tmp_path / "s.tar", samples)))
+    assert [item.label for item in files] == ["", "dog"]
+
+
 def test_a_sidecar_in_another_encoding_costs_nothing_else(tmp_path):
     samples = [("a.ogg", _clip(0)), ("a.cls", b"caf\xe9"), ("a.ogg", _clip(1)), ("a.cls", b"dog")]
     files, report = collect(str(_tar(tmp_path / "s.tar", [*samples, ("b.ogg", _clip(2)), ("b.txt", b"\xff\x00x")])))

@@ -7,10 +7,12 @@ from safetensors.torch import load_file, save_file
 
 import bestrq2
 from bestrq2 import export
-from bestrq2.config import ConfigError
+from bestrq2.config import ConfigError, load_config
 from bestrq2.errors import CheckpointError
 from bestrq2.interchange import UnknownLayoutError, load_pretraining, open_source
+from bestrq2.interchange.tensors import assemble_encoder, write_encoder_file
 from bestrq2.layers.masking import MaskPlan
+from bestrq2.models import build_model
 
 HEADS = 4
 
@@ -151,10 +153,6 @@ def test_export_gives_the_same_file_back(build, tmp_path, capsys):
 
 def test_export_of_a_standardised_strip_model(tmp_path, capsys):
     """The default recipe standardises its input; folded into the kernel, features stay the same."""
-    from bestrq2.config import load_config
-    from bestrq2.interchange.tensors import assemble_encoder, write_encoder_file
-    from bestrq2.models import build_model
-
     config = load_config("best_rq2_tiny", ["model.front_end.mean=-40", "model.front_end.std=15"])
     weights = build_model(config).state_dict()
     write_encoder_file(tmp_path / "ours.safetensors", config, weights)
@@ -165,6 +163,21 @@ def test_export_of_a_standardised_strip_model(tmp_path, capsys):
     read = load_file(tmp_path / "theirs.safetensors")
     assert read["patch_embed.patch_embed.proj.weight"].shape == (128, 1, 64, 4)
     assert_same(bestrq2.load(tmp_path / "theirs.safetensors").encode(waveform)[0], expected, 1e-5)
+
+
+def test_export_tells_that_published_encoders_average_rows(tmp_path, capsys):
+    grid = ["model.encoder.patch_height=16", "model.encoder.depth=1", "model.front_end.normalize=none"]
+    for joined in ("average", "concatenate"):
+        config = load_config("best_rq2_tiny", [*grid, f"model.encoder.join_rows={joined}"])
+        weights = build_model(config).state_dict()
+        write_encoder_file(tmp_path / "ours.safetensors", config, weights)
+        out = tmp_path / f"{joined}.safetensors"
+        assert export.main([str(tmp_path / "ours.safetensors"), "--published", str(out)]) == 0
+        told = "join_rows left out: published encoders average the 4 rows" in capsys.readouterr().out
+        assert told is (joined == "concatenate")
+    waveform = clips(2.2)
+    expected, _ = assemble_encoder(config, weights, tmp_path).encode(waveform)
+    assert_same(bestrq2.load(out).encode(waveform, rows="concatenate")[0], expected, 1e-5)
 
 
 def broken(change):

@@ -13,6 +13,7 @@ from bestrq2 import embed, train
 from bestrq2.config import ConfigError
 from bestrq2.data import tiny_dataset
 from bestrq2.interchange import open_encoder
+from bestrq2.models.readout import averaged_rows
 from bestrq2.training.embedding_cache import module_digest
 
 transformers = pytest.importorskip("transformers")
@@ -129,6 +130,14 @@ def test_features_are_those_of_the_model(family, folders):
             state = state[:, 2:].reshape(1, 12, 101, 32).mean(1)
         torch.testing.assert_close(layers[number, 0], state[0, : int(counts)], atol=1e-6, rtol=0)
     assert int(counts) == {"wav2vec2-layer": 74, "wav2vec2-bert": 74, "ast": 15, "whisper": 75}[family]
+
+
+def test_no_choice_of_rows_is_offered(folders):
+    """The rows of AST are averaged whatever is asked for: neither notes nor index.csv may say otherwise."""
+    encoder, clip = open_encoder(folders / "ast"), 0.1 * torch.randn(1, 16000)
+    assert encoder.encode(clip, rows="concatenate")[0].shape == encoder.encode(clip)[0].shape
+    assert averaged_rows(encoder, None) is None
+    assert getattr(encoder, "rows", 1) == 1
 
 
 @pytest.mark.parametrize("family", ["wav2vec2-layer", "ast", "whisper"])

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from bestrq2.config import ConfigError
-from bestrq2.data import ManifestError
+from bestrq2.data import AudioFile, ManifestError
+from bestrq2.probing.evaluation import Outcome, chance
 from bestrq2.probing.events import behind_the_end, frame_labels, read_events, segment_decisions, segment_labels
+from bestrq2.probing.experiment import assemble
+from bestrq2.probing.features import Features
 from bestrq2.probing.folds import make_folds
-from bestrq2.probing.labels import TEST, TRAIN, doubtful_names, read_clips
+from bestrq2.probing.labels import TEST, TRAIN, LabelledClips, check_testable, doubtful_names, read_clips
 from bestrq2.probing.task import ProbeTask, packaged_task
 
 
@@ -124,6 +127,10 @@ def test_clips_listed_again(write):
     assert read_clips(task).warnings == [again, other]
     task = ProbeTask(manifest=manifest, label="kind", kind="retrieval")
     assert any("each finds itself" in warning for warning in read_clips(task).warnings)
+    # Clips of one group are not searched for each other.
+    assert read_clips(replace(task, group="path")).warnings == [again, other]
+    manifest = write("path,kind,g\na.wav,dog,1\na.wav,dog,2\nb.wav,dog,3\n")
+    assert any("each finds itself" in text for text in read_clips(replace(task, group="g")).warnings)
 
 
 def test_numbers(write):
@@ -171,6 +178,40 @@ def test_events(write, tmp_path):
         read_events(bad, clips.files, tmp_path / "clips.csv")
 
 
+def test_events_of_a_file_that_is_listed_twice(write):
+    """Both rows have them; where a row begins inside of its file, it is open what onsets count from."""
+    table = write("path,onset,offset,label\na.wav,0.5,1,dog\na.wav,3,4,cat\n", "events.csv")
+    task = ProbeTask(manifest=write("path\na.wav\nb.wav\na.wav\n"), kind="events", events=table, group="path")
+    clips = read_clips(task)
+    assert [len(rows) for rows in clips.events] == [2, 0, 2]
+    assert clips.targets.tolist() == [[True, True], [False, False], [True, True]]
+    assert clips.warnings == [f"1 clip listed more than once, first {Path(table).parent / 'a.wav'}"]
+    write("path,start,end\na.wav,0,2\na.wav,2,4\n")
+    with pytest.raises(ManifestError, match=r"clips\.csv: .*a\.wav from 2 s on: onsets count from the beginning"):
+        read_clips(task)
+
+
+def test_events_behind_the_end_make_no_class():
+    """Of "cat" no event is heard: it is no class, and chance is that of the dogs; of no event at all is an error."""
+    events = [np.array([[0.0, 0.5, 1], [300.0, 400.0, 0]])] * 4
+    files = [AudioFile(f"{n}.wav") for n in range(4)]
+    clips = LabelledClips(files, np.ones((4, 2), dtype=bool), ["cat", "dog"], np.arange(4), events=events)
+    features = Features({"encoder": [np.zeros((10, 3), np.float32)] * 4}, list(range(4)), [1.0] * 4)
+    task = ProbeTask(kind="events", events="events.csv", head="linear")
+    experiment = assemble(clips, features, task, 0.1)
+    assert experiment.clips.classes == ["dog"]
+    assert experiment.rows.targets.sum() == 4 * 5
+    assert [len(rows) for rows in experiment.clips.events] == [1] * 4
+    (said,) = [text for text in experiment.clips.warnings if "left out: they begin" in text]
+    assert said.startswith("4 events of 8 left out")
+    clips.events = [rows[1:] for rows in events]
+    with pytest.raises(ConfigError, match=r"at least one label that can be tested.*; 4 events of 4 left out: they beg"):
+        assemble(clips, features, task, 0.1)
+    rows = experiment.rows
+    rows.targets = np.stack((rows.targets[:, 0], np.zeros(40, bool)), 1)
+    assert chance(rows, Outcome({})) == 0.5
+
+
 def test_events_behind_the_end_are_told():
     events = [np.array([[0.5, 9.0, 0]]), np.zeros((0, 3)), np.array([[1.5, 2.0, 0], [500.0, 900.0, 0]])]
     (said,) = behind_the_end(events, [1.0, 1.0, 2.0], ["a", "b", "c"])
@@ -190,8 +231,12 @@ def test_another_separator_is_told(write):
 def test_a_split_without_test_clips_tells_what_was_left_out(write):
     manifest = write("path,kind,part\na.wav,x,train\nb.wav,y,train\nc.wav,x,Test\n")
     task = ProbeTask(manifest=manifest, label="kind", split="part")
-    with pytest.raises(ConfigError, match="got only training clips; 1 row with part 'Test'"):
-        make_folds(read_clips(task), task)
+    for refuse in (make_folds, check_testable):  # before any audio is decoded, too
+        with pytest.raises(ConfigError, match="got only training clips; 1 row with part 'Test'"):
+            refuse(read_clips(task), task)
+    task = replace(task, kind="retrieval", train_values=("x",), test_values=("train",))
+    with pytest.raises(ConfigError, match="expected a gallery and queries, got only queries; 1 row with part 'Test'"):
+        check_testable(read_clips(task), task)
 
 
 def test_frames_and_segments():

@@ -8,11 +8,12 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from bestrq2.config import load_config
+from bestrq2.config import ProbeConfig, load_config
 from bestrq2.models import build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
 from bestrq2.probing.features import untrained_copy
 from bestrq2.probing.in_memory import _prepared
+from bestrq2.training.evaluation import probe_task
 
 SMALL = ["model.front_end.normalize=global", "model.front_end.mean=-47", "model.front_end.std=31"]
 SMALL += ["model.encoder.depth=2", "model.encoder.width=64", "model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
@@ -133,3 +134,13 @@ def test_changed_labels_are_read_again(encoder, tmp_path):
     assert run_probe(encoder, task, detailed=True)["clips"] == 16
     manifest.write_text("path,kind\n" + "".join(f"{f.path},{r['domain']}\n" for f, r in rows))
     assert run_probe(encoder, task, detailed=True)["clips"] == 24
+
+
+def test_choices_without_a_manifest():
+    """A probe during training on the packaged clips is read and fitted as the configuration says."""
+    assert probe_task(ProbeConfig(every=1)) == packaged_task(combine="average")
+    task = probe_task(ProbeConfig(every=1, head="ridge", layers="all", pooling="max", rows="concatenate"))
+    assert task == packaged_task(head="ridge", layers="all", combine="average", pooling="max", rows="concatenate")
+    assert probe_task(ProbeConfig(every=1, label="item", group="path")) == packaged_task(
+        combine="average", label="item", group="path"
+    )

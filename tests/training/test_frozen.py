@@ -99,6 +99,17 @@ def test_cache_is_shared_and_depends_on_the_encoder(encoder_file, tmp_path, caps
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_the_same_weights_that_join_their_rows_are_cached_apart(tmp_path, capsys):
+    grid = [*TARGETS, "model.encoder.patch_height=16", "model.encoder.depth=1", "model.encoder.width=32"]
+    for joined in ("average", "concatenate"):
+        config = load_config("best_rq2_tiny", [*grid, "model.encoder.hidden=48", f"model.encoder.join_rows={joined}"])
+        torch.manual_seed(1)
+        write_encoder_file(tmp_path / f"{joined}.safetensors", config, build_model(config).state_dict())
+        cache = f"frozen.cache={tmp_path / 'cache'}"
+        run(tmp_path, joined, tmp_path / f"{joined}.safetensors", *QUICK, "train.steps=1", cache)
+        assert "1 of 1 shards computed" in capsys.readouterr().out
+
+
 def test_embeddings_of_a_replaced_file_are_made_again(encoder_file, tmp_path, capsys):
     """Folders are not in the name of the cache: files of the same names and lengths must not share embeddings."""
     folder, cache = tmp_path / "audio", f"frozen.cache={tmp_path / 'cache'}"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,9 +301,19 @@ def test_changed_data_is_refused(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "training data changed" in told
     assert "2 files instead of 3; the content of 1 is gone" in told
-    data.rename(tmp_path / "moved")
+    # A change that decides over no clip is not what is told, nor is another place.
+    assert main(["--resume", str(tmp_path / "run"), "train.steps=14", "data.workers=1"]) == 2
+    assert "2 files instead of 3; the content of 1 is gone" in capsys.readouterr().err
+    moved = data.rename(tmp_path / "moved")
     assert main(["--resume", str(tmp_path / "run"), "train.steps=14"]) == 2
     assert f"name the new place: bestrq2 train --resume {tmp_path / 'run'} --data PLACE" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path / "run"), "train.steps=14", "--data", str(moved)]) == 2
+    told = capsys.readouterr().err
+    assert f"data.source: {data} -> {moved}: 2 files instead of 3; the content of 1 is gone. Restore them" in told
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert main(["--resume", str(tmp_path / "run"), "--data", str(tmp_path / "typo")]) == 2
+    assert "the data of this run" not in capsys.readouterr().err
 
 
 def test_non_finite_steps_stop_with_advice(tmp_path, capsys):

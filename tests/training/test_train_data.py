@@ -1,5 +1,6 @@
 """The training command on the sources and batchings of bestrq2.data: the same curve from every container."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_a_damaged_shard_is_said(sources, tmp_path, capsys):
     assert "the shard was cut, and members may be lost" in printed
 
 
-def test_buckets_and_domain_weights(sources, tmp_path):
+def test_buckets_and_domain_weights(sources, tmp_path, capsys):
     """Resumed in the middle, the curve is that of the whole run; padding stays small."""
     options = (
         "data.batching=buckets",
@@ -98,6 +99,8 @@ def test_buckets_and_domain_weights(sources, tmp_path):
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-00000004")
     assert main(["--runs", str(tmp_path), "--resume", str(tmp_path / "part")]) == 0
     assert _curve(tmp_path / "part") == whole
+    assert main(["--resume", str(tmp_path / "part"), "train.steps=9", "train.batch_size=2"]) == 2  # of other seconds
+    assert re.search(r"the clips of every step would be others .*train\.batch_size: \d+ -> 2", capsys.readouterr().err)
     assert all(float(row["padding_share"]) < 0.15 for row in read_metrics(tmp_path / "whole")[1:])
 
 

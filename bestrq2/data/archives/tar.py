@@ -32,7 +32,7 @@ from bestrq2.errors import AudioError, Skip, counted, printable
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 3"  # 1 replaced letters of labels that are not UTF-8, 2 did not count repeated names
+_FORMAT = "bestrq2 tar index 4"  # 1 replaced letters that are not UTF-8, 2 and 3 mixed labels up where names repeat
 _BLOCK = tarfile.BLOCKSIZE
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _LONGEST_NAME = 1 << 20
@@ -134,8 +134,7 @@ class _Entry:
 def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
     audio: list[tuple[_Entry, str, int]] = []  # with the name in the shard, and how often it came before
     sidecars: dict[str, dict[str, list[str | None]]] = {}  # name without extension -> extension -> texts
-    names: set[str] = set()
-    times: Counter[str] = Counter()
+    names, times = set[str](), Counter[str]()
     for entry in _walk(file, index.size, index.damage):
         name = posixpath.normpath(entry.name).lstrip("/")
         if any(part.startswith(".") and part != ".." for part in name.split("/")):
@@ -155,13 +154,16 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
             names.add(unique)
             audio.append((_Entry(unique, entry.offset, entry.stop), name, times[name]))
             times[name] += 1
-        elif extension in _SIDECARS and size <= _SIDECARS[extension] and entry.stop <= index.size:
-            file.seek(entry.offset)
-            text = None  # keeps the place of one that cannot be read among several
-            try:
-                text = decode_text(file.read(size))
-            except TextEncodingError as error:
-                index.damage.append(f"{name}, line {error.line}: {error}; it is not used")
+        elif extension in _SIDECARS:
+            text = None  # keeps the place of one that is not read among several
+            if size <= _SIDECARS[extension] and entry.stop <= index.size:
+                file.seek(entry.offset)
+                try:
+                    text = decode_text(file.read(size))
+                except TextEncodingError as error:
+                    index.damage.append(f"{name}, line {error.line}: {error}; it is not used")
+            else:
+                index.others[f".{extension}"] += 1
             sidecars.setdefault(stem, {}).setdefault(extension, []).append(text)
         else:
             index.others[f".{extension}" if extension else "(no extension)"] += 1
