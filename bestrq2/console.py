@@ -7,11 +7,12 @@ standard output and decides itself what to show.
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["ConsoleHandler", "console_log"]
+__all__ = ["ConsoleHandler", "console_log", "progress_bar"]
 
 
 class ConsoleHandler(logging.Handler):
@@ -23,6 +24,15 @@ class ConsoleHandler(logging.Handler):
             text = f"{record.levelname.lower()}: {text}"
         with contextlib.suppress(OSError, ValueError):  # closed, or full: no work is lost for a message
             tqdm.write(text, file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
+    """tqdm with its ``options``; where standard error is no terminal, it writes every ten seconds, not ten a second."""
+    try:
+        interactive = sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it was closed
+        interactive = False
+    return tqdm(iterable, **{"mininterval": 0.1 if interactive else 10, "dynamic_ncols": True, **options})
 
 
 @contextlib.contextmanager

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bestrq2.command import command, leave
+from bestrq2.console import progress_bar
 
 # isort: split
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
@@ -305,7 +305,7 @@ def run(
     layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
     files, rows = [file for _, file in named], getattr(encoder, "rows", 1)
     written, skips = 0, []
-    with tqdm(total=len(files), desc="embedding", unit="file") as bar:
+    with progress_bar(total=len(files), desc="embedding", unit="file") as bar:
         results = embed(encoder, files, batch_size=batch_size, pooling=pooling, **reading)
         for (name, file), result in zip(named, results):
             bar.update()
@@ -336,7 +336,7 @@ def run(
     for skip in skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
     if not written:
-        print(f"error: none of {counted(len(files), 'file')} could be embedded", file=sys.stderr)
+        print(f"error: no file could be embedded ({counted(len(files), 'file')} tried)", file=sys.stderr)
         return 2
     paths = ", ".join(str(path) for path in writer.close())
     print(f"{counted(written, 'file')} embedded, {unusable + len(skips)} skipped: {paths}")

@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bestrq2.command import command, leave
+from bestrq2.console import progress_bar
 
 # isort: split
 import torch
-from tqdm import tqdm
 
 from bestrq2.config import ConfigError
 from bestrq2.data import Skip, iterate_clips
@@ -117,7 +117,7 @@ def extract_all(
     """Features of every clip, with a progress bar."""
     encoder = pair[ENCODER]
     wanted = readings(task.layers, task.combine, encoder.depth)
-    with tqdm(total=len(labels), desc="encoding", unit="clip") as bar:
+    with progress_bar(total=len(labels), desc="encoding", unit="clip") as bar:
         return extract(
             iterate_clips(labels.files, encoder.sampling_rate),
             pair,
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
     for skip in features.skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
     if not features.usable:
-        raise ConfigError(f"{task.path}: none of its {len(labels)} files can be read")
+        raise ConfigError(f"{task.path}: no file can be read ({counted(len(labels), 'file')} tried)")
     if options.controls and task.kind != "events":
         add_log_mel_encoder(features, labels, task, encoder.sampling_rate, options.batch_size)
     experiment = assemble(labels, features, task, encoder.hop_size_in_ms / 1000)
@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
         own = next(values for name, values in experiment.values.items() if name.startswith(ENCODER))
         rungs = controls.ladder(decoded, own, experiment.clips, task, encoder.sampling_rate)
     outcomes: dict[str, dict[str, Outcome]] = {}
-    with tqdm(total=len(experiment.values) * len(heads), desc="probing", unit="head", leave=False) as bar:
+    with progress_bar(total=len(experiment.values) * len(heads), desc="probing", unit="head", leave=False) as bar:
         for name in experiment.values:
             outcomes[name] = {}
             for head in heads:

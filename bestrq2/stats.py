@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from bestrq2.command import command, leave
+from bestrq2.console import progress_bar
 
 # isort: split
 import torch
-from tqdm import tqdm
 
 from bestrq2.config import ConfigError, load_config, recipe_names, write_yaml
 from bestrq2.data import batches
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             clips = min(options.clips, dataset.num_slots)
             size = min(8, clips)
             stream = batches(dataset, size, num_steps=-(-clips // size), workers=config.data.workers)
-            progress = tqdm(stream, total=-(-clips // size), desc="measuring", unit="batch")
+            progress = progress_bar(stream, total=-(-clips // size), desc="measuring", unit="batch")
             found = measure_statistics(build_encoder(config.model).front_end, progress, torch.device("cpu"))
         section = {"normalize": "global", "mean": round(found.mean, 4), "std": round(found.std, 4)}
         origin = printable(str(config.data.source or "the packaged clips"))

@@ -1,13 +1,15 @@
 """The log of the library: silent unless asked, on a terminal through the commands."""
 
+import io
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from bestrq2.console import ConsoleHandler, console_log
+from bestrq2.console import ConsoleHandler, console_log, progress_bar
 from bestrq2.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,20 @@ def test_output_that_was_closed_raises_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Closed())
     with console_log():
         logging.getLogger("bestrq2").info("x")
+
+
+def test_progress_in_a_file_is_not_a_line_for_every_step(capsys):
+    for _ in progress_bar(range(20), miniters=1):
+        time.sleep(0.02)
+    assert capsys.readouterr().err.count("\r") <= 3
+
+
+def test_progress_without_standard_error(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(progress_bar(range(3), disable=True)) == [0, 1, 2]
 
 
 def test_a_program_that_trains_by_library_calls_can_be_silent(tmp_path):

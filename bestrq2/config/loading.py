@@ -6,10 +6,11 @@ from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from omegaconf import DictConfig, IntegerNode, ListConfig, OmegaConf
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.nodes import LiteralNode
 
 from bestrq2.errors import ConfigError
 
@@ -23,6 +24,17 @@ def recipe_names() -> list[str]:
     return sorted(p.name[:-5] for p in resources.files("bestrq2.recipes").iterdir() if p.name.endswith(".yaml"))
 
 
+# What options are called elsewhere, for the hint of an unknown key.
+_OTHER_NAMES = {
+    "hidden_size": "model.encoder.width",
+    "lr": "optimizer.learning_rate",
+    "mask_ratio": "model.masking.ratio",
+    "max_steps": "train.steps",
+    "n_mels": "model.front_end.num_mels",
+    "num_layers": "model.encoder.depth",
+    "num_workers": "data.workers",
+    "sample_rate": "model.front_end.sampling_rate",
+}
 _FREE_KEYS = ("data.domain_weights.",)  # below these, the keys are the user's own names
 
 
@@ -45,15 +57,56 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     known = _known_keys(Config())
     for key in _leaves(layer):
         if key and key not in known and not key.startswith(_FREE_KEYS):
-            close = get_close_matches(key, known, n=1) or [k for k in known if k.endswith("." + key.split(".")[-1])][:1]
+            last = key.split(".")[-1]
+            same = [k for k in known if k.split(".")[-1] == last]  # the option, under another section
+            close = get_close_matches(key, same, n=1, cutoff=0) or get_close_matches(key, known, n=1)
+            close = [_OTHER_NAMES[last]] if last in _OTHER_NAMES else close
             hint = f"; did you mean {close[0]!r}?" if close else f"; known sections: {', '.join(_sections())}"
             raise ConfigError(f"{origin}: unknown configuration key {key!r}{hint}")
     _fit(base, layer, origin)
     try:
         return OmegaConf.merge(base, layer)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        reason = readable(str(error).splitlines()[0])
-        raise ConfigError(f"{origin}: {getattr(error, 'full_key', '')}: {reason}") from error
+        raise ConfigError(f"{origin}: {_mismatch(base, layer, error)}") from error
+
+
+_KINDS = {
+    IntegerNode: "a whole number",
+    FloatNode: "a number",
+    BooleanNode: "true or false",
+    StringNode: "text",
+    int: "whole numbers",
+    float: "numbers",
+    str: "texts",
+}
+
+
+def _node(config: DictConfig, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node._get_node(part) if isinstance(node, DictConfig) else None
+    return node
+
+
+def _mismatch(base: DictConfig, layer: DictConfig, error: OmegaConfBaseException) -> str:
+    """The key of a value that does not fit, what was expected there, and the value."""
+    key = str(getattr(error, "full_key", None) or "").split("[")[0]
+    expected, given = (_node(config, key) for config in (base, layer))
+    if expected is None:  # an entry under a name of the user's own
+        key = key.rpartition(".")[0]
+        expected, given = (_node(config, key) for config in (base, layer))
+    if isinstance(expected, ListConfig | DictConfig):
+        of = _KINDS.get(expected._metadata.element_type, "values")
+        kind = f"a list of {of}" if isinstance(expected, ListConfig) else f"names with {of}, such as {{a: 1, b: 2}}"
+    elif isinstance(expected, LiteralNode):
+        kind = "one of " + ", ".join(str(choice) for choice in get_args(expected.ref_type))
+    else:
+        kind = _KINDS.get(type(expected), "")
+    if not kind or given is None:
+        return f"{key}: {readable(str(error).splitlines()[0])}"
+    plain = given._value() if isinstance(given, Node) else OmegaConf.to_container(given)
+    got = "nothing" if plain is None else readable(repr(plain))
+    return f"{key}: expected {kind}, got {got}"
 
 
 def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> None:

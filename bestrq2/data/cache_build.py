@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from bestrq2.console import progress_bar
 from bestrq2.data.cache import SampleCache, cache_key, checksums, decode_clip, shard_path, to_int16
 from bestrq2.data.files import AudioFile, split_address
 from bestrq2.errors import AudioError, DataError, counted, printable
@@ -109,7 +109,7 @@ def open_cache(
         _check_room(target, [item for item, _ in wanted], sampling_rate)
         with (
             _Writer(target, known, ends) as writer,
-            tqdm(total=len(wanted), desc="decoding", unit="file", disable=not progress) as bar,
+            progress_bar(total=len(wanted), desc="decoding", unit="file", disable=not progress) as bar,
         ):
             for row, samples in _decoded(wanted, sampling_rate, threads or min(16, os.cpu_count() or 1)):
                 writer.add(row, samples)

@@ -10,8 +10,7 @@ from importlib.resources import files as package_files
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
+from bestrq2.console import progress_bar
 from bestrq2.data.audio import SILENCE, audio_info
 from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile
 from bestrq2.data.parts import clip_duration, part_digest
@@ -111,7 +110,9 @@ def scan(
             return error.skip
 
     threads = num_threads or min(16, 2 * (os.cpu_count() or 1))
-    with tqdm(total=len(files), desc="checking" if check else "scanning", unit="file", disable=not progress) as bar:
+    with progress_bar(
+        total=len(files), desc="checking" if check else "scanning", unit="file", disable=not progress
+    ) as bar:
         closed = [item for item in files if check or item.duration is None]
         looked = _in_order(look, closed, threads)
         for item in files:

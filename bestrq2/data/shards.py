@@ -23,6 +23,7 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
+from bestrq2.console import progress_bar
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
@@ -87,7 +88,7 @@ def pack(
     try:
         packed = Packed()
         shard: _Shard | None = None
-        with tqdm(total=len(files), desc="packing", unit="file", disable=not progress) as bar:
+        with progress_bar(total=len(files), desc="packing", unit="file", disable=not progress) as bar:
             for clip in _clips(files, packed.skips, bar):
                 if shard is not None and shard.size_with(clip) > max_bytes:
                     packed.files += shard.finish()
@@ -100,7 +101,7 @@ def pack(
             packed.files += shard.finish()
         if not packed.files:
             listed = "".join(f"\n  {skip}" for skip in packed.skips[:10])
-            raise DataError(f"none of {counted(len(files), 'file')} could be packed:{listed}")
+            raise DataError(f"no file could be packed ({counted(len(files), 'file')} tried):{listed}")
         write_manifest(partial / "manifest.csv", packed.files)
         with open(partial / _SUMS, "w", encoding="utf-8") as file:
             for written in packed.shards:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bestrq2.config import Config, ConfigError
+from bestrq2.console import progress_bar
 from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
 from bestrq2.data.content import content_digest, same_content
 from bestrq2.data.fingerprint import file_list_digest
@@ -156,7 +156,7 @@ def build_cache(
     encoder.to(device)
     shards, records, made = [], [], 0
     groups = [files[start : start + FILES_PER_SHARD] for start in range(0, len(files), FILES_PER_SHARD)]
-    for number, group in enumerate(tqdm(groups, desc="embeddings", unit="shard")):
+    for number, group in enumerate(progress_bar(groups, desc="embeddings", unit="shard")):
         path = folder / f"shard-{number:05d}.safetensors"
         contents = [content_digest(item) for item in group]
         record = _verified(path, contents)

@@ -1,7 +1,6 @@
 """The pretraining loop, on one process or many."""
 
 import logging
-import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -9,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bestrq2.config import Config, config_to_dict
+from bestrq2.console import progress_bar
 from bestrq2.data import Batch, DataError, batches
 from bestrq2.data.fingerprint import data_identity
 from bestrq2.errors import REASONS, TrainingError
@@ -112,13 +111,10 @@ class Trainer:
         if progress.evaluated_step != progress.step:
             self._evaluate()  # before the first step, or left out when the run was asked to stop
         stream = self._stream(progress.step, settings.steps - progress.step)
-        interactive = sys.stderr.isatty()
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=settings.steps,
             initial=progress.step,
             unit="step",
-            mininterval=0.2 if interactive else 10,
-            dynamic_ncols=True,
             disable=not self.ranks.is_first,
         )
         stopping = False

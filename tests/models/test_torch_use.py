@@ -106,7 +106,8 @@ def test_copies_and_functional_calls(case):
         wanted = other(waveform, lengths, step=3)
         torch.manual_seed(5)
         found = torch.func.functional_call(model, doubled, (waveform, lengths), {"step": 3})
-    assert torch.equal(found.loss, wanted.loss)
+    # Weights that are no parameters take PyTorch's product with bias, which rounds as another one on some processors.
+    torch.testing.assert_close(found.loss, wanted.loss)
 
 
 @pytest.mark.parametrize("kind", ["strips", "streaming"])

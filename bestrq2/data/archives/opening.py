@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
+from bestrq2.console import progress_bar
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import _HDF5, _TAR, Listing, split_address
 from bestrq2.errors import AudioError, Skip
@@ -76,7 +75,9 @@ def list_archives(archives: Sequence[tuple[str, str]], progress: bool) -> Iterab
     """List archives in their order, several at once: on a network file system this is waiting."""
     with (
         ThreadPoolExecutor(min(8, max(1, len(archives)))) as pool,
-        tqdm(total=len(archives), desc="indexing", unit="archive", disable=not progress or len(archives) < 2) as bar,
+        progress_bar(
+            total=len(archives), desc="indexing", unit="archive", disable=not progress or len(archives) < 2
+        ) as bar,
     ):
         for start in range(0, len(archives), 64):
             for listing in pool.map(_list_archive, archives[start : start + 64]):
