@@ -114,7 +114,8 @@ class Listing:
     """Contents of a folder or an archive: audio ``files``, counts of other extensions, and unreadable entries.
 
     ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
-    ``notes`` are sentences about what was found.
+    ``notes`` are sentences about what was found. ``repeated`` are archives in which clips have the name of an earlier
+    one: the address of the first, and their number.
     """
 
     files: list[AudioFile]
@@ -122,6 +123,7 @@ class Listing:
     skips: list[Skip] = field(default_factory=list)
     archives: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    repeated: list[tuple[str, int]] = field(default_factory=list)
 
 
 EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})

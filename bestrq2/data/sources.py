@@ -31,20 +31,22 @@ _EXPECTED = (
 
 @dataclass
 class Found:
-    """All ``files`` of a source that was called ``name``, what was damaged, other files by extension, and ``notes``
-    on how the source was read."""
+    """All ``files`` of a source that was called ``name``, what was damaged, other files by extension, ``notes`` on how
+    the source was read, and ``repeated`` names of clips as in a listing."""
 
     name: str
     files: list[AudioFile] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    repeated: list[tuple[str, int]] = field(default_factory=list)
 
     def add(self, listing: Listing) -> None:
         self.files += listing.files
         self.skips += listing.skips
         self.ignored += listing.ignored
         self.notes += listing.notes
+        self.repeated += listing.repeated
 
 
 def find_audio(source: Source, *, progress: bool = False, split: str | None = "train") -> Found:
@@ -95,6 +97,13 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         else:
             raise DataError(f"{part} is of no kind that is known; expected {_EXPECTED}")
     list_archives()
+    if found.repeated:  # said once: a data set may have thousands of shards
+        clips = counted(sum(number for _, number in found.repeated), "clip")
+        shards = counted(len(found.repeated), "shard")
+        found.notes.append(
+            f"{clips} in {shards} with the name of an earlier one of the same shard, first "
+            f"{printable(found.repeated[0][0])}: all are used, the later ones are called NAME~2 and so on"
+        )
     return found
 
 

@@ -132,8 +132,8 @@ def test_sidecars_and_order(tmp_path):
         "line 1 column 2 (char 1)); it is not used)"
     ]
     assert report.notes == [
-        f"{shard}: 1 clip with the name of an earlier one, first z.ogg: all are used, the later ones are called NAME~2 "
-        "and so on"
+        f"1 clip in 1 shard with the name of an earlier one of the same shard, first {shard}::z.ogg: all are used, the "
+        "later ones are called NAME~2 and so on"
     ]
     np.testing.assert_array_equal(load_audio(files[4].path), load_audio(tiny_dataset()[4].path))
 
@@ -147,6 +147,36 @@ def test_repeated_samples_keep_their_own_labels(tmp_path):
         labels = {split_address(item.path)[1]: item.label for item in files}
         assert labels == {"a.ogg": "cat", "a~2.ogg": "dog", "b.ogg": "new"}
         assert len(report.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("members", "labels"),
+    [
+        ("a.ogg a.cls:1 a.wav a.cls:2", "1 2"),
+        ("a.cls:1 a.ogg a.wav a.cls:2", "1 2"),  # joined; each sorted
+        ("a.l.ogg a.cls:1 a.r.ogg a.cls:2", "1 2"),
+        ("a.ogg a.wav a.cls:1", "1 1"),  # one sample of two clips
+        ("a.ogg a.wav a.cls:1 a.ogg a.wav a.cls:2", "1 1 2 2"),
+        ("a.ogg a.wav a.cls:1 a.cls:2", "2 2"),  # a label that was changed later
+    ],
+)
+def test_repeated_keys_with_other_endings(tmp_path, members, labels):
+    """Shards that were joined may have a key again for a clip of another format: its label is its own."""
+    made = []
+    for member in members.split():
+        name, _, label = member.partition(":")
+        made.append((name, label.encode() or _clip()))
+    files = find_audio(_tar(tmp_path / "s.tar", made)).files
+    assert " ".join(item.label for item in files) == labels
+
+
+def test_repeated_names_of_many_shards_are_one_note(tmp_path):
+    for number in range(3):
+        names = ["a.ogg", "b.ogg"] if number == 1 else ["a.ogg", "a.ogg", "a.ogg"]
+        _tar(tmp_path / f"s{number}.tar", [(name, _clip(clip)) for clip, name in enumerate(names)])
+    _, report = collect(tmp_path)
+    assert len(report.notes) == 1
+    assert report.notes[0].startswith("4 clips in 2 shards with the name of an earlier one of the same shard, first ")
 
 
 @pytest.mark.parametrize("unread", [b"x" * 5000, b"caf\xe9"])

@@ -12,32 +12,27 @@ import io
 import json
 import os
 import posixpath
-import re
-import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from bestrq2.data.archives.readers import Section
+from bestrq2.data.archives.tar_walk import Entry, walk
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.encodings import TextEncodingError, decode_text
-from bestrq2.errors import AudioError, Skip, counted, printable
+from bestrq2.errors import AudioError, Skip
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 4"  # 1 replaced letters that are not UTF-8, 2 and 3 mixed labels up where names repeat
-_BLOCK = tarfile.BLOCKSIZE
+_FORMAT = "bestrq2 tar index 5"  # 1 replaced letters that are not UTF-8, 2 to 4 mixed labels up where names repeat
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
-_LONGEST_NAME = 1 << 20
-_LONGEST_END = 1 << 16  # zeros after the last member; tar writes up to 10 KiB, a download that stopped may leave more
-_REGULAR = {tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE}
 
 
 @dataclass(frozen=True)
@@ -122,20 +117,12 @@ def _write(place: Path, index: TarIndex) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One regular member: ``stop`` is the end of its bytes, beyond the end of the shard if it was cut."""
-
-    name: str
-    offset: int
-    stop: int
-
-
 def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
-    audio: list[tuple[_Entry, str, int]] = []  # with the name in the shard, and how often it came before
-    sidecars: dict[str, dict[str, list[str | None]]] = {}  # name without extension -> extension -> texts
+    audio: list[tuple[Entry, str, int, int]] = []  # with the name, how often it came before, the place
+    clips: dict[str, list[int]] = {}  # name that sidecars may have -> places of its clips among all members
+    sidecars: dict[str, dict[str, list[_Text]]] = {}  # name without extension -> extension -> texts
     names, times = set[str](), Counter[str]()
-    for entry in _walk(file, index.size, index.damage):
+    for place, entry in enumerate(walk(file, index.size, index.damage)):
         name = posixpath.normpath(entry.name).lstrip("/")
         if any(part.startswith(".") and part != ".." for part in name.split("/")):
             index.others["(hidden)"] += 1
@@ -152,7 +139,9 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
                 index.repeated += 1
                 index.repeated_name = index.repeated_name or name
             names.add(unique)
-            audio.append((_Entry(unique, entry.offset, entry.stop), name, times[name]))
+            audio.append((Entry(unique, entry.offset, entry.stop), name, times[name], place))
+            for key in _keys(name):
+                clips.setdefault(key, []).append(place)
             times[name] += 1
         elif extension in _SIDECARS:
             text = None  # keeps the place of one that is not read among several
@@ -164,36 +153,52 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
                     index.damage.append(f"{name}, line {error.line}: {error}; it is not used")
             else:
                 index.others[f".{extension}"] += 1
-            sidecars.setdefault(stem, {}).setdefault(extension, []).append(text)
+            sidecars.setdefault(stem, {}).setdefault(extension, []).append(_Text(place, text))
         else:
             index.others[f".{extension}" if extension else "(no extension)"] += 1
-    for entry, name, before in audio:
-        folder, base = posixpath.split(name)
-        key = posixpath.join(folder, base.split(".")[0])  # webdataset's: up to the first dot
+    for entry, name, before, place in audio:
         texts = {}
-        for place in (key, name.rpartition(".")[0]):
-            texts.update(_of_one(sidecars.get(place, {}), before, times[name]))
+        for key in _keys(name):
+            for kind, found in sidecars.get(key, {}).items():
+                at = _number_of(clips[key], place, [text.place for text in found], before, times[name])
+                if at is not None and (text := found[at].text) is not None:
+                    texts[kind] = text
         stated = _stated(entry.name, texts, index.damage)
         index.members.append(TarMember(entry.name, entry.offset, entry.stop - entry.offset, **stated))
     return index
 
 
-def _of_one(sidecars: dict[str, list[str | None]], before: int, times: int) -> dict[str, str]:
-    """The texts of one of the ``times`` clips of a name, of which ``before`` came earlier, by extension.
+class _Text(NamedTuple):
+    """The text of a sidecar, None if it is not read, and its place among all members."""
 
-    As many texts as clips belong to them in their order. Of several texts for one clip the last counts, as when the
-    shard is unpacked. Else it is not known whose they are, and the first clip has the first one.
+    place: int
+    text: str | None
+
+
+def _keys(name: str) -> list[str]:
+    """Names that a clip's sidecars may have: webdataset's, up to the first dot, and that without the extension."""
+    folder, base = posixpath.split(name)
+    return list(dict.fromkeys([posixpath.join(folder, base.split(".")[0]), name.rpartition(".")[0]]))
+
+
+def _number_of(clips: list[int], place: int, texts: list[int], before: int, times: int) -> int | None:
+    """Which of the sidecars at ``texts`` belongs to the clip at ``place``, None if that is not known.
+
+    Clips and texts that came in pairs belong together. Else, as many texts as clips of the clip's name (there are
+    ``times``, ``before`` of them earlier) belong to them in their order. Of several texts for one clip the last counts,
+    as when the shard is unpacked; of clips of one name whose texts are fewer or more, the first has the first one.
+
+    Args:
+        clips: places of all clips that may have these texts.
     """
-    chosen = {}
-    for extension, texts in sidecars.items():
-        text = None
-        if len(texts) == times:
-            text = texts[before]
-        elif before == 0:
-            text = texts[-1] if times == 1 else texts[0]
-        if text is not None:
-            chosen[extension] = text
-    return chosen
+    pairs = zip(clips, texts)
+    if len(clips) == len(texts) and all(max(one) < min(two) for one, two in pairwise(pairs)):
+        return clips.index(place)
+    if len(texts) == times:
+        return before
+    if before == 0:
+        return len(texts) - 1 if times == 1 else 0
+    return None
 
 
 def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, Any]:
@@ -225,112 +230,6 @@ def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, An
     }
 
 
-def _walk(file: BinaryIO, size: int, damage: list[str]) -> Iterator[_Entry]:
-    """Every regular member of a tar archive; unreadable parts are noted in ``damage`` and skipped."""
-    at, found, ended = 0, 0, False
-    long_name: str | None = None
-    long_size: int | None = None
-    offsets: dict[str, tuple[int, int]] = {}  # of hard links' targets
-    while at + _BLOCK <= size:
-        file.seek(at)
-        block = file.read(_BLOCK)
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if not 0 <= header.size < 1 << 62:
-                raise tarfile.HeaderError(f"size {header.size}")
-        except tarfile.HeaderError:
-            following = _next_header(file, at + _BLOCK, size)
-            zeros = not block.strip(b"\0")
-            if following is None and zeros:
-                ended = True
-                if found and size - at > _LONGEST_END:
-                    damage.append(f"{size - at} zeros at the end of {size} bytes: members may be lost")
-                elif found and _anything_from(file, at):
-                    damage.append(f"{size - at} bytes that are not empty have no header: members are lost")
-                break
-            if found or not zeros or following is not None:
-                until = size if following is None else following
-                what = "zeros" if zeros else "no valid header"
-                damage.append(f"{what} from byte {at} to {until} of {size}: members that were there are lost")
-            if following is None:
-                return
-            at, long_name, long_size = following, None, None
-            continue
-        found += 1
-        start = at + _BLOCK
-        stored = header.size if header.type in _REGULAR or header.type in b"LKxgXS" else 0
-        if header.type in _REGULAR and long_size is not None:
-            stored = long_size
-        at = start + -(-stored // _BLOCK) * _BLOCK
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            data = b""
-            if stored <= _LONGEST_NAME:
-                file.seek(start)
-                data = file.read(stored)
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            else:
-                records = _pax_records(data)
-                long_name = records.get("path", long_name)
-                stated = records.get("size", "")
-                long_size = min(int(stated), 1 << 62) if re.fullmatch(r"\d{1,30}", stated, re.A) else long_size
-            continue
-        if header.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-            continue
-        name = header.name if long_name is None else long_name
-        long_name, long_size = None, None
-        if header.type in _REGULAR:
-            offsets[name] = (start, start + stored)
-            yield _Entry(name, start, start + stored)
-        elif header.type == tarfile.LNKTYPE and header.linkname in offsets:
-            yield _Entry(name, *offsets[header.linkname])
-        elif header.type != tarfile.DIRTYPE and is_audio(name):
-            damage.append(f"{name} is a link or a sparse file, which cannot be read from a shard")
-    if not found:
-        damage.append(f"no members in {size} bytes: an empty tar archive, or none")
-    elif not ended:
-        damage.append(
-            f"the end-of-archive mark is missing after {size} bytes: the shard was cut, and members may be lost"
-        )
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    """The records "length key=value" of a pax header; none after the first that is malformed."""
-    records: dict[str, str] = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
-            break
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
-    return records
-
-
-def _anything_from(file: BinaryIO, at: int) -> bool:
-    file.seek(at)
-    return any(file.read(_LONGEST_END))
-
-
-def _next_header(file: BinaryIO, at: int, size: int) -> int | None:
-    """The first block from ``at`` on that is a valid header of a ustar, pax or GNU archive."""
-    step = 1 << 20
-    for start in range(at, size, step):
-        file.seek(start)
-        chunk = file.read(step)
-        place = chunk.find(b"ustar", 257)
-        while place >= 0:
-            if place % _BLOCK == 257:
-                block = chunk[place - 257 : place - 257 + _BLOCK]
-                try:
-                    tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                    return start + place - 257
-                except tarfile.HeaderError:
-                    pass
-            place = chunk.find(b"ustar", place + 1)
-    return None
-
-
 def list_tar(shard: str, domain: str = "") -> Listing:
     """The clips of a shard in their order, and what is damaged or lost.
 
@@ -342,10 +241,7 @@ def list_tar(shard: str, domain: str = "") -> Listing:
     index = tar_index(shard)
     listing = Listing([], Counter(index.others), [Skip(shard, "damaged archive", what) for what in index.damage])
     if index.repeated:
-        listing.notes.append(
-            f"{shard}: {counted(index.repeated, 'clip')} with the name of an earlier one, first "
-            f"{printable(from_text(index.repeated_name))}: all are used, the later ones are called NAME~2 and so on"
-        )
+        listing.repeated.append((address(shard, from_text(index.repeated_name)), index.repeated))
     if index.size == 0:
         listing.skips[:] = [Skip(shard, "empty file")]
     for member in index.members:
