@@ -43,6 +43,7 @@ from benchmarks.transfer.scores import (
     Suite,
     all_scores,
     check_identity,
+    check_runs,
     probe_baseline,
     probe_run,
     train_run,
@@ -133,6 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         if plan.precision == "fp32":  # folders from before there was a choice
             del described["precision"]
         identity = {"plan": described, "source": source, "tasks": {k: asdict(v) for k, v in tasks.items()}}
+        check_runs(out, identity)
         check_identity(results, identity)
         try:
             if not options.table:

@@ -2,7 +2,8 @@
 
 ``OUT/runs/<candidate>-seed<k>`` is a usual run folder. ``OUT/scores/<name>.npz`` holds the score of one task with its
 bootstrap resamples, written at once; what exists is not computed again. ``OUT/identity.json`` says what all of them are
-scores of: another plan, corpus or readout in the same folder is refused.
+scores of: another plan, corpus or readout in the same folder is refused. ``OUT/runs/identity.json`` says the same of the
+runs, which scores of other tasks and heads share.
 """
 
 import json
@@ -90,6 +91,27 @@ def check_identity(out: Path, identity: dict[str, Any]) -> None:
     partial = out / ".identity.json.partial"
     partial.write_text(text)
     partial.replace(path)
+
+
+def check_runs(out: Path, identity: dict[str, Any]) -> None:
+    """
+    Args:
+        identity: of scores; what training depends on is compared.
+
+    Raises:
+        ConfigError: if the runs in ``out`` are of another plan or other audio.
+    """
+
+    def of_training(identity: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "source": identity["source"],
+            **{key: identity["plan"][key] for key in ("candidates", "flops", "steps")},
+        }
+
+    kept, scores = out / "runs" / "identity.json", out / "identity.json"
+    if not kept.exists() and scores.exists():  # runs from before they had an identity of their own
+        check_identity(out / "runs", of_training(json.loads(scores.read_text())))
+    check_identity(out / "runs", of_training(identity))
 
 
 def train_run(plan: Plan, candidate: Candidate, seed: int, steps: int, source: str | None, out: Path) -> Path:

@@ -1,17 +1,19 @@
 """Encoder files for X-ARES and XARES-LLM, and a check that is stricter than theirs.
 
-The generated file holds one class, whose name (recipe and a hash of the weights) is unique because X-ARES names its
-cache of embeddings after it; its weights lie beside it. Both frameworks turn the file's path into a module name, so run
-them from a folder above the file and give a relative path.
+The generated file holds one class, whose name (recipe and a hash of weights and settings) is unique because X-ARES
+names its cache of embeddings after it; its weights lie beside it. Both frameworks turn the file's path into a module
+name, so run them from a folder above the file and give a relative path.
 """
 
 import hashlib
 import importlib.util
+import json
 import multiprocessing
 import pickle
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,8 +151,9 @@ def write_encoder_module(out: Path, config: Config, weights: Mapping[str, Tensor
     for name, tensor in sorted(encoder_weights(weights).items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else b"")
-    if config.model.encoder.join_rows != "average":  # other features of the same weights
-        digest.update(config.model.encoder.join_rows.encode())
+    # Settings that no weights show give other features of the same weights.
+    settings = (asdict(config.model.front_end), asdict(config.model.encoder), config.data.crop_seconds)
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     label = "".join(word.capitalize() for word in re.findall(r"[a-zA-Z0-9]+", config.recipe)) or "Model"
     name = f"{label if label[0].isalpha() else 'M' + label}{digest.hexdigest()[:8]}Encoder"
     beside = out.with_suffix(".safetensors")

@@ -3,7 +3,7 @@
 Every file is cut into consecutive windows of the crop length. A shard holds the windows of 32 files as plain tensors,
 with its SHA-256 in a JSON file beside it that is written last: an interrupted cache goes on where it stopped, and a
 shard that is damaged, incomplete or of files that were replaced is made again. The folder's name depends on the
-encoder's weights, how it joins rows of patches, the targets and the list of files.
+encoder's weights and settings, the targets and the list of files.
 """
 
 import bisect
@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
 from bestrq2.data.content import content_digest, same_content
 from bestrq2.data.fingerprint import file_list_digest
 from bestrq2.interchange import AudioEncoder
+from bestrq2.interchange.adapters import ModuleAdapter
 from bestrq2.interchange.tensors import write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.models import build_encoder
@@ -45,6 +46,40 @@ def module_digest(module: nn.Module) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def settings_digest(module: nn.Module) -> str:
+    """SHA-256 over what a module and those inside of it are and were set to: the same weights with another number of
+    heads, window or floor of the spectrogram give other features. Paths and versions are left out."""
+    digest, seen = hashlib.sha256(), set[int]()
+    for name, part in module.named_modules():
+        digest.update(f"{name}\0{type(part).__qualname__}\n".encode())
+        for key, value in sorted(vars(part).items()):
+            if key not in _OF_EVERY_MODULE and id(value) not in seen:
+                if hasattr(value, "to_dict"):  # of transformers: a large one, which every part refers to
+                    seen.add(id(value))
+                if (plain := _plain(value)) is not None:
+                    digest.update(f"{key} {json.dumps(plain, sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it, None for what is none."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if not isinstance(value, type) and hasattr(value, "to_dict"):
+        value = value.to_dict()
+    elif not isinstance(value, type) and is_dataclass(value):
+        value = {"": type(value).__qualname__, **vars(value)}
+    if isinstance(value, dict):
+        left_out = ("_name_or_path", "transformers_version")
+        return {str(key): _plain(part) for key, part in value.items() if key not in left_out}
+    return None
 
 
 def align(features: Tensor, hop: float, columns: int, column: float) -> Tensor:
@@ -102,13 +137,16 @@ class EmbeddingCache:
     """The finished cache: ``len`` windows, any of them by number.
 
     Attributes:
-        digest: of the encoder that made it.
+        digest: of the weights of the encoder that made it.
+        settings: digest of its settings; "" of a module of others, which may keep anything in its attributes.
         width: D.
         skips: files that could not be read.
     """
 
-    def __init__(self, shards: list[Path], records: list[dict[str, Any]], digest: str, width: int) -> None:
-        self.digest, self.width = digest, width
+    def __init__(
+        self, shards: list[Path], records: list[dict[str, Any]], digest: str, settings: str, width: int
+    ) -> None:
+        self.digest, self.settings, self.width = digest, settings, width
         self.files = [safe_open(path, framework="pt") for path in shards]
         self.starts = [np.cumsum([0, *record["lengths"]]) for record in records]
         self.ends = np.cumsum([len(record["lengths"]) for record in records]).tolist()
@@ -144,13 +182,11 @@ def build_cache(
             f"model.front_end.sampling_rate: expected the frozen encoder's {source.sampling_rate} Hz, "
             f"got {config.model.front_end.sampling_rate}"
         )
-    digest = module_digest(encoder)
+    digest, settings = module_digest(encoder), settings_digest(encoder)
     crop = round(config.data.crop_seconds * source.sampling_rate)
     described = json.dumps([asdict(config.model.front_end), asdict(config.model.targets), targets.width, crop])
-    joined = getattr(encoder, "join_rows", "average")
-    if joined != "average":  # the same weights give wider embeddings
-        described += f"\0{joined}"
-    identity = hashlib.sha256(f"{digest}\0{described}\0{file_list_digest(files)}".encode()).hexdigest()[:16]
+    parts = (digest, settings, described, file_list_digest(files))
+    identity = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = root / identity
     folder.mkdir(parents=True, exist_ok=True)
     encoder.to(device)
@@ -166,7 +202,8 @@ def build_cache(
         shards.append(path)
         records.append(record)
     logger.info(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
-    return EmbeddingCache(shards, records, digest, source.output_dim)
+    settings = "" if isinstance(encoder, ModuleAdapter) else settings
+    return EmbeddingCache(shards, records, digest, settings, source.output_dim)
 
 
 def _sha256(path: Path) -> str:

@@ -73,6 +73,13 @@ class HeadTrainer(Trainer):
             raise ConfigError(
                 f"frozen.source: {source} is not the encoder that this run began with (its weights differ)"
             )
+        # Settings as another version of a library has them may differ in name alone: no reason to refuse.
+        settings = dataset.cache.settings
+        if checkpoint is not None and checkpoint.extra.get("encoder_settings", settings) != settings:
+            logger.warning(
+                f"frozen.source: {config.frozen.source} has the weights that this run began with, but its settings, or "
+                "the versions of its libraries, have changed: its embeddings may be others"
+            )
         super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint)
         # Neither pictures nor health of an encoder: a head has none.
         self.measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
@@ -87,7 +94,8 @@ class HeadTrainer(Trainer):
         )
 
     def _identity(self) -> dict[str, Any]:
-        return {**data_identity(self.dataset.source), "encoder_sha256": self.digest}
+        encoder = {"encoder_sha256": self.digest, "encoder_settings": self.dataset.cache.settings}
+        return data_identity(self.dataset.source) | encoder
 
     def _about(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

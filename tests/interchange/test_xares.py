@@ -134,9 +134,12 @@ def test_names(encoder_file, tmp_path):
     other = replace(own, join_rows="concatenate" if own.join_rows == "average" else "average")
     config = replace(source.config, model=replace(source.config.model, encoder=other))
     write_encoder_module(tmp_path / "d.py", config, source.weights, "xares")
-    names = [_open_class(tmp_path / f"{letter}.py").__name__ for letter in "abcd"]
+    lower = replace(source.config.model.front_end, floor_db=source.config.model.front_end.floor_db - 10)
+    config = replace(source.config, model=replace(source.config.model, front_end=lower))
+    write_encoder_module(tmp_path / "e.py", config, source.weights, "xares")
+    names = [_open_class(tmp_path / f"{letter}.py").__name__ for letter in "abcde"]
     assert names[0] == names[1]  # the same features, the same cache of X-ARES
-    assert len(set(names)) == 3  # other weights, or other features of the same weights: another
+    assert len(set(names)) == 4  # other weights, or other features of the same weights: another
     (tmp_path / "a.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         _open_class(tmp_path / "a.py")()

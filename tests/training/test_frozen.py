@@ -13,7 +13,7 @@ import bestrq2
 from bestrq2 import train
 from bestrq2.config import ConfigError, load_config
 from bestrq2.data import tiny_dataset
-from bestrq2.interchange import open_encoder
+from bestrq2.interchange import open_encoder, open_source
 from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.interchange.xares import write_encoder_module
 from bestrq2.models import build_model
@@ -99,15 +99,31 @@ def test_cache_is_shared_and_depends_on_the_encoder(encoder_file, tmp_path, caps
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_the_same_weights_that_join_their_rows_are_cached_apart(tmp_path, capsys):
-    grid = [*TARGETS, "model.encoder.patch_height=16", "model.encoder.depth=1", "model.encoder.width=32"]
-    for joined in ("average", "concatenate"):
-        config = load_config("best_rq2_tiny", [*grid, "model.encoder.hidden=48", f"model.encoder.join_rows={joined}"])
+GRID = [*TARGETS, "model.encoder.patch_height=16", "model.encoder.depth=1", "model.encoder.width=32"]
+SETTINGS = ["model.encoder.heads=2", "model.encoder.join_rows=concatenate", "model.front_end.floor_db=-70"]
+
+
+def test_the_same_weights_with_other_settings_are_cached_apart(tmp_path, capsys):
+    source, cache = tmp_path / "encoder.safetensors", f"frozen.cache={tmp_path / 'cache'}"
+    for number, setting in enumerate(["model.encoder.heads=1", *SETTINGS, "model.encoder.heads=1"]):
+        config = load_config("best_rq2_tiny", [*GRID, "model.encoder.hidden=48", setting])
         torch.manual_seed(1)
-        write_encoder_file(tmp_path / f"{joined}.safetensors", config, build_model(config).state_dict())
-        cache = f"frozen.cache={tmp_path / 'cache'}"
-        run(tmp_path, joined, tmp_path / f"{joined}.safetensors", *QUICK, "train.steps=1", cache)
-        assert "1 of 1 shards computed" in capsys.readouterr().out
+        write_encoder_file(source, config, build_model(config).state_dict())
+        run(tmp_path, f"run{number}", source, *QUICK, "train.steps=1", cache)
+        expected = "0 of 1 shards" if number > len(SETTINGS) else "1 of 1 shards"
+        assert f"{expected} computed" in capsys.readouterr().out, setting
+
+
+def test_a_resumed_run_tells_of_other_settings_of_its_encoder(encoder_file, tmp_path, caplog):
+    source = shutil.copyfile(encoder_file, tmp_path / "encoder.safetensors")
+    folder = run(tmp_path, "run", source, *QUICK, "train.steps=4")
+    assert train.main(["--resume", str(folder), "train.steps=8"]) == 0
+    assert "its settings" not in caplog.text
+    opened = open_source(source)
+    opened.config.model.front_end.floor_db = -60.0
+    write_encoder_file(source, opened.config, opened.weights)
+    assert train.main(["--resume", str(folder), "train.steps=12"]) == 0
+    assert "has the weights that this run began with, but its settings" in caplog.text
 
 
 def test_embeddings_of_a_replaced_file_are_made_again(encoder_file, tmp_path, capsys):

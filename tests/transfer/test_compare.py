@@ -69,8 +69,23 @@ def test_quick_and_again(tmp_path, monkeypatch, capsys):
     assert values(tmp_path)[0] == known
     with pytest.raises(SystemExit):
         command.main(["--quick", "--held-out"])
-    assert command.main([*arguments[:-1], str(tmp_path), "--corpora", str(tmp_path)]) == 2
+    assert command.main([*arguments, "--corpora", str(tmp_path)]) == 2
     assert "error" in capsys.readouterr().err
+
+
+def test_runs_on_other_audio_are_not_reused(tmp_path, monkeypatch, capsys):
+    """Other tasks and heads have scores of their own, but the runs are the same: they must be those that were meant."""
+    monkeypatch.setattr(command, "compare", lambda *_: None)
+    out, packaged = tmp_path / "out", ["--quick", "--out", str(tmp_path / "out")]
+    assert command.main(packaged) == 0
+    for old in (False, True):  # folders from before runs had an identity of their own
+        if old:
+            (out / "runs" / "identity.json").unlink()
+        for other in (["--corpora", str(tmp_path), "--held-out"], ["--corpora", str(tmp_path)], ["--steps", "7"]):
+            assert command.main([*packaged, *other, "--head", "ridge"]) == 2, other
+            assert "runs holds another comparison" in capsys.readouterr().err
+    assert not (out / "ridge").exists()
+    assert command.main([*packaged, "--head", "ridge"]) == 0
 
 
 def test_equal_beginnings_are_scored_once(tmp_path, monkeypatch):
