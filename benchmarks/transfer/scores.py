@@ -2,8 +2,8 @@
 
 ``OUT/runs/<candidate>-seed<k>`` is a usual run folder. ``OUT/scores/<name>.npz`` holds the score of one task with its
 bootstrap resamples, written at once; what exists is not computed again. ``OUT/identity.json`` says what all of them are
-scores of: another plan, corpus or readout in the same folder is refused. ``OUT/runs/identity.json`` says the same of the
-runs, which scores of other tasks and heads share.
+scores of: another plan, corpus or readout in the same folder is refused. ``OUT/runs/identity.json`` says the same of
+the runs, which scores of other tasks and heads share.
 """
 
 import json
