@@ -182,7 +182,7 @@ def _keys(name: str) -> list[str]:
 
 
 def _number_of(clips: list[int], place: int, texts: list[int], before: int, times: int) -> int | None:
-    """Which of the sidecars at ``texts`` belongs to the clip at ``place``, None if that is not known.
+    """Number of the sidecar at ``texts`` that belongs to the clip at ``place``, None if that is not known.
 
     Clips and texts that came in pairs belong together. Else, as many texts as clips of the clip's name (there are
     ``times``, ``before`` of them earlier) belong to them in their order. Of several texts for one clip the last counts,
