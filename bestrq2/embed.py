@@ -37,7 +37,7 @@ import torch
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
-from bestrq2.durability import whole_file
+from bestrq2.durability import whole_file, write_array
 from bestrq2.errors import counted, printable
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
@@ -70,12 +70,12 @@ class NpyWriter:
     def add(self, record: dict[str, Any], features: np.ndarray, clip: np.ndarray) -> None:
         path = self.folder / "features" / f"{record['name']}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_array(path, features)
+        write_array(path, features)
         self.rows.append({**record, "features": str(path.relative_to(self.folder))})
         self.clips.append(clip)
 
     def close(self) -> list[Path]:
-        _write_array(self.folder / "clips.npy", np.stack(self.clips))
+        write_array(self.folder / "clips.npy", np.stack(self.clips))
         index = self.folder / "index.csv"
         with whole_file(index) as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
@@ -119,11 +119,6 @@ class ParquetWriter:
     def discard(self) -> None:
         """Remove what was written of an unfinished table."""
         self.partial.unlink(missing_ok=True)
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with whole_file(path, "wb") as file:
-        np.save(file, array)
 
 
 def _fitting(name: str) -> str:

@@ -1,13 +1,15 @@
 """No command replaces what is there unless it is told to, and files are whole or as they were."""
 
+import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bestrq2 import export, manifest, probe, report, stats, stream
 from bestrq2.data import tiny_dataset
-from bestrq2.durability import whole_file
+from bestrq2.durability import whole_file, write_array
 from bestrq2.errors import ConfigError
 from bestrq2.interchange import tensors
 from bestrq2.outputs import check_new, numbered
@@ -134,3 +136,14 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, error):
     with whole_file(path, "wb") as file:
         file.write(b"after")
     assert path.read_bytes() == b"after"
+
+
+def test_an_array_that_does_not_fit(tmp_path, limited_files):
+    """numpy's own words for it are "6400 requested and 4064 written"."""
+    path = tmp_path / "x.npy"
+    with limited_files(4096), pytest.raises(OSError, match="File too large") as raised:
+        write_array(path, np.arange(1600, dtype=np.float32))
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
+    assert not list(tmp_path.iterdir())
+    write_array(path, np.arange(1600).reshape(40, 40).T)
+    assert np.array_equal(np.load(path), np.arange(1600).reshape(40, 40).T)
