@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import soundfile
 import torch
 
+from bestrq2 import cache as command
 from bestrq2.data import AudioError, AudioFile, BucketDataset, CropDataset, batches, collect, load_audio, tiny_dataset
 from bestrq2.data.cache import BLOCK, shard_path, to_int16
 from bestrq2.data.cache_build import open_cache
@@ -306,3 +308,11 @@ def test_packaged_ogg(tmp_path):
         for item in tiny_dataset()
     )
     assert worst <= 0.501
+
+
+def test_the_command_says_which_split_it_left_out(tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        shutil.copy(tiny_dataset()[0].path, tmp_path / "data" / split)
+    assert command.main([str(tmp_path / "data"), "--out", str(tmp_path / "cache")]) == 0
+    assert "only train is used" in capsys.readouterr().out
