@@ -15,7 +15,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from bestrq2.signals import end_imports, handled_by
+from bestrq2.signals import FOLDER_GONE, end_imports, folder_is_gone, handled_by
 
 # isort: split
 from bestrq2.console import console_log
@@ -251,14 +251,6 @@ def _stop_signals() -> Iterator[None]:
         yield
 
 
-def _check_folder() -> None:
-    """Libraries fail in a current folder that is gone, with words that lead nowhere (oneMKL: "Cannot load ...")."""
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise ConfigError("the current folder was deleted; change to one that exists (cd), and start again") from error
-
-
 def _lost(out: _Output, err: _Output, rest: str = "") -> bool:
     """Return True if standard output could not be written, though it has a reader; reported once, where commands call
     each other."""
@@ -301,7 +293,8 @@ def command(main: Main) -> Main:
         with _safe_output() as (out, err), console_log(), _thread_failures(err):
             try:
                 with _stop_signals():
-                    _check_folder()
+                    if folder_is_gone():
+                        raise ConfigError(FOLDER_GONE)
                     code = main(arguments)
             except SystemExit as ended:  # argparse, after --help or a wrong option
                 if _lost(out, err) and not ended.code:

@@ -1,4 +1,4 @@
-"""Signals while the modules of a command are imported; this one imports nothing that takes time."""
+"""Signals and the current folder while a command imports its modules; this one imports nothing that takes time."""
 
 import contextlib
 import os
@@ -9,9 +9,20 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["end_imports", "handled_by", "importing"]
+__all__ = ["FOLDER_GONE", "end_imports", "folder_is_gone", "handled_by", "importing"]
 
+FOLDER_GONE = "the current folder was deleted; change to one that exists (cd), and start again"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def folder_is_gone() -> bool:
+    """Return True in a current folder that was deleted, where libraries fail with words that lead nowhere (oneMKL while
+    torch is imported: "Cannot load libtorch_cpu.so")."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def leave_at_once(number: int, frame: FrameType | None) -> None:
@@ -51,6 +62,9 @@ def _begin_imports() -> None:
     processes = sys.modules.get("multiprocessing.process")  # every worker has it
     worker = processes is not None and processes.parent_process() is not None
     if name.split(".")[0] == "bestrq2" and not worker and threading.current_thread() is threading.main_thread():
+        if folder_is_gone():
+            print(f"error: {FOLDER_GONE}", file=sys.stderr)
+            sys.exit(2)
         for number in SIGNALS:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, leave_at_once)
