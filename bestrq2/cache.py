@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, found = open_cache(
         options.out, files, options.sampling_rate, verify=options.verify, threads=options.threads, progress=progress
     )
+    for note in report.notes:
+        print(f"note: {note}")
     print(found)
     for line in [str(report), *report.examples()] if report.skips else []:
         print(f"  {line}")

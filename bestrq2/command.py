@@ -29,6 +29,7 @@ Main = TypeVar("Main", bound=Callable[..., int])
 _REMEDIES = {
     errno.ENOSPC: "free some space there, or write elsewhere",
     errno.EDQUOT: "the quota is used up: free some space there, or write elsewhere",
+    errno.EFBIG: "the limit of file sizes is reached: raise it (ulimit -f unlimited), or use another file system",
     errno.EACCES: "change its permissions, or use another folder",
     errno.EPERM: "change its permissions, or use another folder",
     errno.EROFS: "use a folder that can be written",

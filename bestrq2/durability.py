@@ -5,9 +5,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
-__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors", "whole_file"]
+import numpy as np
+
+__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors", "whole_file", "write_array"]
 
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
 
@@ -74,6 +77,16 @@ def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
+    """Write a ``.npy`` file as :func:`whole_file` does.
+
+    Raises:
+        OSError: it cannot be written; the error has its name and the system's reason.
+    """
+    with whole_file(path, "wb") as file:
+        np.save(SimpleNamespace(write=file.write), array)  # into a real file numpy's error gives no reason
 
 
 def has_utf8_name(path: str | os.PathLike[str]) -> bool:

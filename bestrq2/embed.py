@@ -38,7 +38,7 @@ import torch
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
-from bestrq2.durability import whole_file
+from bestrq2.durability import whole_file, write_array
 from bestrq2.errors import counted, printable, tabular
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
@@ -71,12 +71,12 @@ class NpyWriter:
     def add(self, record: dict[str, Any], features: np.ndarray, clip: np.ndarray) -> None:
         path = self.partial / "features" / f"{record['name']}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_array(path, features)
+        write_array(path, features)
         self.rows.append({**record, "features": str(path.relative_to(self.partial))})
         self.clips.append(clip)
 
     def close(self) -> list[Path]:
-        _write_array(self.partial / "clips.npy", np.stack(self.clips))
+        write_array(self.partial / "clips.npy", np.stack(self.clips))
         with whole_file(self.partial / "index.csv") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
@@ -138,11 +138,6 @@ class ParquetWriter:
     def discard(self) -> None:
         """Remove what was written of an unfinished table."""
         self.partial.unlink(missing_ok=True)
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with whole_file(path, "wb") as file:
-        np.save(file, array)
 
 
 def _fitting(name: str) -> str:

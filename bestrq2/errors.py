@@ -19,6 +19,7 @@ __all__ = [
     "Skip",
     "TrainingError",
     "UnknownLayoutError",
+    "byte_count",
     "counted",
     "printable",
     "tabular",
@@ -97,6 +98,19 @@ def counted(number: int, noun: str) -> str:
     ('1 row', '2 rows')
     """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def byte_count(number: float) -> str:
+    """A size for a message; small ones do not become nothing.
+
+    >>> byte_count(2_500_000_000), byte_count(40_960), byte_count(12)
+    ('2.5 GB', '41 kB', '12 bytes')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= unit:
+            value = number / unit
+            return f"{value:.1f} {name}" if value < 10 else f"{value:.0f} {name}"
+    return counted(round(number), "byte")
 
 
 @dataclass(frozen=True)

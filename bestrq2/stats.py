@@ -10,6 +10,8 @@ Writes a YAML snippet for a recipe, to standard output without ``--out``; messag
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bestrq2.command import command, leave
@@ -19,7 +21,7 @@ from bestrq2.console import progress_bar
 import torch
 
 from bestrq2.config import ConfigError, load_config, recipe_names, write_yaml
-from bestrq2.data import batches
+from bestrq2.data import Batch, batches
 from bestrq2.durability import whole_file
 from bestrq2.errors import printable
 from bestrq2.models import build_encoder
@@ -27,6 +29,16 @@ from bestrq2.outputs import add_overwrite, check_new
 from bestrq2.train import default_recipe
 from bestrq2.training.open_data import open_dataset
 from bestrq2.training.statistics import measure_statistics
+
+
+def _first_clips(stream: Iterable[Batch], clips: int) -> Iterator[Batch]:
+    """Batches of ``clips`` clips together: the last one is cut, for batches of similar length may be large."""
+    for batch in stream:
+        kept = min(clips, len(batch))
+        yield replace(batch, waveform=batch.waveform[:kept], lengths=batch.lengths[:kept])
+        clips -= kept
+        if not clips:
+            return
 
 
 @command
@@ -61,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             size = min(8, clips)
             stream = batches(dataset, size, num_steps=-(-clips // size), workers=config.data.workers)
             progress = progress_bar(stream, total=-(-clips // size), desc="measuring", unit="batch")
-            found = measure_statistics(build_encoder(config.model).front_end, progress, torch.device("cpu"))
+            first = _first_clips(progress, clips)
+            found = measure_statistics(build_encoder(config.model).front_end, first, torch.device("cpu"))
         section = {"normalize": "global", "mean": round(found.mean, 4), "std": round(found.std, 4)}
         origin = printable(str(config.data.source or "the packaged clips"))
         text = f"# over {found.frames} frames of {found.clips} clips of {origin}\n"
@@ -69,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is None:
             print(text, end="")
         else:
+            check_new("--out", [options.out], options.overwrite)  # another process may have written it meanwhile
             with whole_file(options.out) as file:
                 file.write(text)
             print(f"mean {found.mean:.2f} dB, deviation {found.std:.2f} dB written to {options.out}")

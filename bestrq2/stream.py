@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bestrq2.config import ConfigError
 from bestrq2.data import load_audio
-from bestrq2.durability import whole_file
+from bestrq2.durability import write_array
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import load
 from bestrq2.models import ConformerEncoder
@@ -144,8 +144,7 @@ def show(
     factor = arrival.compute_seconds / arrival.audio_seconds
     print(f"{frames} frames of {arrival.audio_seconds:.2f} s in {arrival.compute_seconds:.2f} s: {factor:.3f}")
     if out is not None:
-        with whole_file(out, "wb") as file:
-            np.save(file, torch.cat(parts).numpy())
+        write_array(out, torch.cat(parts).numpy())
         print(f"written to {out}")
     return 0
 

@@ -91,6 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.resume and "=" in options.resume and not Path(options.resume).exists():
         options.overrides.insert(0, options.resume)  # "--resume train.steps=100": an override followed the bare option
         options.resume = ""
+    for option, chosen in (("--find-batch", options.find_batch), ("--show-config", options.show_config)):
+        if chosen and options.resume is not None:
+            parser.error(f"{option} is about a new run: drop --resume (what a run uses is in its config.yaml)")
     if options.show_config:
         print(describe(load_config(default_recipe(options), options.overrides, chosen_values(options))))
         return 0
@@ -114,6 +117,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         with alone_in(folder, ranks):
             return resume(folder, options.overrides, values, ranks)
     config = load_config(default_recipe(options), options.overrides, values)
+    if options.find_batch and config.frozen.source:
+        raise ConfigError("--find-batch measures pretraining, not the training of a head: drop --frozen-encoder")
     # What would end the run later is refused before the data are read, which may take long.
     ranks.all_agree(lambda: choose_precision(config.train.precision, device_of(config, ranks)))
     if not options.find_batch:
@@ -298,9 +303,7 @@ def start(
         if write:
             ranks.from_first(lambda: run.write_config(config))
         return trainer.train()
-    if write:
-        ranks.from_first(lambda: run.write_config(config))
-    return train_head(config, dataset, run, checkpoint, ranks)
+    return train_head(config, dataset, run, checkpoint, ranks, write)
 
 
 def seeded_model(config: Config, ranks: Ranks | None = None) -> BestRQ2 | BestRQ:

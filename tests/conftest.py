@@ -1,5 +1,6 @@
 """Shared fixtures: seeds, the device under test, and uninitialised memory that fails loudly."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -119,6 +120,23 @@ with torch.device("cpu"):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def limited_files():
+    """``with limited_files(bytes)``: no file can become longer, as on a disk that is full by then."""
+    resource = pytest.importorskip("resource")
+
+    @contextlib.contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(autouse=True)

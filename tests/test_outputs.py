@@ -1,13 +1,15 @@
 """No command replaces what is there unless it is told to, and files are whole or as they were."""
 
+import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bestrq2 import export, manifest, probe, report, stats, stream
 from bestrq2.data import tiny_dataset
-from bestrq2.durability import whole_file
+from bestrq2.durability import whole_file, write_array
 from bestrq2.errors import ConfigError
 from bestrq2.interchange import tensors
 from bestrq2.outputs import check_new, numbered
@@ -49,6 +51,19 @@ def test_a_manifest_is_replaced_when_asked(tmp_path, capsys):
     out.write_text("old")
     assert manifest.main([CLIP, "--out", str(out), "--overwrite"]) == 0
     assert Path(CLIP).name in out.read_text()
+
+
+def test_what_another_process_wrote_meanwhile_stays(tmp_path, monkeypatch, capsys):
+    out, collect = tmp_path / "clips.csv", manifest.collect
+
+    def collected(*arguments, **options):
+        out.write_text("of another process")
+        return collect(*arguments, **options)
+
+    monkeypatch.setattr(manifest, "collect", collected)
+    assert manifest.main([CLIP, "--out", str(out)]) == 2
+    assert f"{out} exists" in capsys.readouterr().err
+    assert out.read_text() == "of another process"
 
 
 def test_a_comparison_is_not_replaced(tmp_path, monkeypatch):
@@ -134,3 +149,14 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, error):
     with whole_file(path, "wb") as file:
         file.write(b"after")
     assert path.read_bytes() == b"after"
+
+
+def test_an_array_that_does_not_fit(tmp_path, limited_files):
+    """numpy's own words for it are "6400 requested and 4064 written"."""
+    path = tmp_path / "x.npy"
+    with limited_files(4096), pytest.raises(OSError, match="File too large") as raised:
+        write_array(path, np.arange(1600, dtype=np.float32))
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
+    assert not list(tmp_path.iterdir())
+    write_array(path, np.arange(1600).reshape(40, 40).T)
+    assert np.array_equal(np.load(path), np.arange(1600).reshape(40, 40).T)

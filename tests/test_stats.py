@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from bestrq2.stats import main
+
 
 def test_the_printed_snippet_is_a_recipe(tmp_path):
     printed = subprocess.run(
@@ -20,3 +22,10 @@ def test_the_printed_snippet_is_a_recipe(tmp_path):
     assert front_end.normalize == "global"
     assert front_end.std > 0
     assert "Data" in printed.stderr
+
+
+def test_no_more_clips_than_asked_for_are_measured(capsys):
+    """At most one epoch: batches of similar length would have several times as many."""
+    for asked, measured in ((10, 10), (100, 24)):
+        assert main(["--clips", str(asked), "data.batching=buckets", "data.crop_seconds=8"]) == 0
+        assert f" of {measured} clips of the packaged clips" in capsys.readouterr().out

@@ -18,7 +18,8 @@ import numpy as np
 from bestrq2.console import progress_bar
 from bestrq2.data.cache import SampleCache, cache_key, checksums, decode_clip, shard_path, to_int16
 from bestrq2.data.files import AudioFile, split_address
-from bestrq2.errors import AudioError, DataError, counted, printable
+from bestrq2.durability import named_in_errors
+from bestrq2.errors import AudioError, DataError, byte_count, counted, printable
 
 __all__ = ["CacheReport", "open_cache"]
 
@@ -55,7 +56,7 @@ class CacheReport:
         parts = [f"{self.added} decoded now"]
         parts += [f"{count} {name}" for name in ("changed", "damaged", "failed") if (count := getattr(self, name))]
         parts.append(f"{self.rounded} rounded to 16 bits" if self.rounded else "all exact in 16 bits")
-        return f"{self.folder}: {counted(self.files, 'file')}, {self.bytes / 1e9:.3g} GB ({', '.join(parts)})"
+        return f"{self.folder}: {counted(self.files, 'file')}, {byte_count(self.bytes)} ({', '.join(parts)})"
 
 
 def open_cache(
@@ -179,7 +180,11 @@ class _Writer:
         # never written again, even where a newer row has replaced it: another process may read it.
         self.shard = max(ends, default=0)
         self.at = ends.get(self.shard, 0)
-        self.file: BinaryIO | None = None
+        self.file: BinaryIO | None = None  # at _path
+
+    @property
+    def _path(self) -> Path:
+        return shard_path(self.folder, self.shard)
 
     def __enter__(self) -> "_Writer":
         return self
@@ -189,7 +194,8 @@ class _Writer:
             self.commit()  # also what was decoded before an error or Ctrl-C
         finally:
             if self.file is not None:
-                self.file.close()
+                with named_in_errors(self._path):
+                    self.file.close()
 
     def add(self, row: dict[str, Any], samples: np.ndarray) -> None:
         if "reason" not in row:
@@ -199,7 +205,8 @@ class _Writer:
             if self.file is None:
                 self._open(self.shard, self.at)
             assert self.file is not None
-            self.file.write(samples.tobytes())
+            with named_in_errors(self._path):
+                self.file.write(samples.tobytes())
             row = row | {"shard": self.shard, "at": self.at}
             self.at += len(samples)
         self.pending.append(row)
@@ -209,7 +216,8 @@ class _Writer:
 
     def _open(self, shard: int, at: int) -> None:
         if self.file is not None:
-            self.file.close()
+            with named_in_errors(self._path):
+                self.file.close()
         path = shard_path(self.folder, shard)
         self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed in __exit__)
         self.file.truncate(2 * at)
@@ -219,10 +227,12 @@ class _Writer:
     def commit(self) -> None:
         if self.pending:
             if self.file is not None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                with named_in_errors(self._path):
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
             new = not (self.folder / _INDEX).exists()
-            with open(self.folder / _INDEX, "a", encoding="ascii") as index:
+            path = self.folder / _INDEX
+            with named_in_errors(path), open(path, "a", encoding="ascii") as index:
                 if new:
                     index.write(json.dumps({"format": FORMAT}) + "\n")
                 index.writelines(json.dumps(row) + "\n" for row in self.pending)
@@ -253,7 +263,9 @@ def _read_index(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[int, int]
             row = json.loads(line)
             if number == 0:
                 if row["format"] != FORMAT:
-                    raise DataError(f"{path} has format {row['format']}, expected {FORMAT}: use another data.cache")
+                    raise DataError(
+                        f"{path} has format {row['format']}, expected {FORMAT}: use another folder for the cache"
+                    )
                 continue
             if "reason" not in row:
                 shard = int(row["shard"])
@@ -267,7 +279,7 @@ def _read_index(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[int, int]
             rows[row["path"]] = {name: kind(row[name]) for name, kind in _DECODE} | row
         except (ValueError, KeyError, TypeError) as error:
             if number == 0:
-                raise DataError(f"{path} is no index of a cache: name another folder as data.cache") from error
+                raise DataError(f"{path} is no index of a cache: use another folder for the cache") from error
             continue  # damaged: its file is decoded again
     return rows, ends
 
@@ -277,8 +289,8 @@ def _check_room(folder: Path, files: Sequence[AudioFile], sampling_rate: int) ->
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"{printable(str(folder))} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB of samples are needed: "
-            "free some space, or name another folder as data.cache"
+            f"{printable(str(folder))} has {byte_count(free)} free, {byte_count(needed)} of samples are needed: free "
+            "some space, or name a folder with more room for the cache (data.cache, bestrq2 cache --out)"
         )
 
 

@@ -31,7 +31,7 @@ from bestrq2.data.audio import audio_info
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
 from bestrq2.data.parts import load_clip
-from bestrq2.durability import flush_file
+from bestrq2.durability import flush_file, named_in_errors
 from bestrq2.errors import AudioError, DataError, Skip, counted
 
 __all__ = ["Packed", "pack"]
@@ -94,8 +94,9 @@ def pack(
                     packed.files += shard.finish()
                     shard = None
                 if shard is None:
-                    shard = _Shard(partial / f"{prefix}-{len(packed.shards):06d}.tar")
-                    packed.shards.append(target / shard.path.name)
+                    name = f"{prefix}-{len(packed.shards):06d}.tar"
+                    packed.shards.append(target / name)
+                    shard = _Shard(partial / name, packed.shards[-1])
                 shard.add(clip)
         if shard is not None:
             packed.files += shard.finish()
@@ -103,7 +104,7 @@ def pack(
             listed = "".join(f"\n  {skip}" for skip in packed.skips[:10])
             raise DataError(f"no file could be packed ({counted(len(files), 'file')} tried):{listed}")
         write_manifest(partial / "manifest.csv", packed.files)
-        with open(partial / _SUMS, "w", encoding="utf-8") as file:
+        with named_in_errors(target / _SUMS), open(partial / _SUMS, "w", encoding="utf-8") as file:
             for written in packed.shards:
                 file.write(f"{_sha256(partial / written.name)}  {written.name}\n")
             file.flush()
@@ -226,8 +227,8 @@ def _content(item: AudioFile) -> tuple[bytes, str]:
 class _Shard:
     """One shard while it is written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._size = path, 0
+    def __init__(self, path: Path, target: Path) -> None:
+        self.path, self.target, self._size = path, target, 0  # target: what it will be called
         self._written: list[tuple[AudioFile, str, str]] = []  # file, name in the shard, hash of its bytes
         self._file = open(path, "wb")  # noqa: SIM115 (closed by finish)
         self._tar = tarfile.open(  # noqa: SIM115
@@ -238,7 +239,8 @@ class _Shard:
         for name, content in clip.parts:
             header = tarfile.TarInfo(name)  # no time and no owner: the same files give the same shard
             header.size, header.mode = len(content), 0o644
-            self._tar.addfile(header, io.BytesIO(content))
+            with named_in_errors(self.target):
+                self._tar.addfile(header, io.BytesIO(content))
         vars(self._tar)["members"].clear()  # else tarfile keeps them all
         self._written.append((clip.item, clip.name, hashlib.sha256(clip.content).hexdigest()))
         self._size += clip.size
@@ -253,7 +255,7 @@ class _Shard:
         Raises:
             DataError: a clip reads back differently.
         """
-        with self._file:
+        with named_in_errors(self.target), self._file:
             self._tar.close()
             self._file.flush()
             flush_file(self._file.fileno())

@@ -19,7 +19,7 @@ from bestrq2.ops import ChunkLayout
 
 from .layer_choice import Layer, block_list, check_layers, choose_layers
 from .readout import ROW_JOINS, ReadoutMixin, check_choice
-from .streaming import StreamingState
+from .streaming import BROKEN, StreamingState
 
 PIECE_SECONDS = 30.0  # encode() takes clips that are longer in pieces of about this length
 
@@ -272,7 +272,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         if state.front_end.over:
             raise ValueError("all clips of this state have ended: start a new one with start_stream()")
         if state.broken:
-            raise ValueError("an earlier call with this state failed midway: start a new one with start_stream()")
+            raise ValueError(BROKEN)
         if self.training:
             raise ValueError("stream() needs the encoder in evaluation mode: call .eval()")
         if waveform.requires_grad and torch.is_grad_enabled():

@@ -11,6 +11,7 @@ from bestrq2.layers.log_mel_stream import LogMelState
 from bestrq2.ops import ChunkLayout
 
 UNLIMITED = -1
+BROKEN = "an earlier call with this state failed midway: start a new one with start_stream()"
 
 
 @dataclass
@@ -65,7 +66,13 @@ class StreamingState:
         return StreamingState.from_state_dict(tensors)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Named tensors, e.g. for safetensors; :meth:`from_state_dict` is the inverse."""
+        """Named tensors, e.g. for safetensors; :meth:`from_state_dict` is the inverse.
+
+        Raises:
+            ValueError: for a broken state, with which nothing can go on.
+        """
+        if self.broken:
+            raise ValueError(BROKEN)
         chunk, left = self.layout.chunk_size, self.layout.left_context
         front = self.front_end
         numbers = [chunk or 0, UNLIMITED if left is None else left, self.tokens]

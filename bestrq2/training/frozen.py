@@ -122,9 +122,17 @@ class HeadTrainer(Trainer):
 
 
 def train_head(
-    config: Config, dataset: CropDataset, run: RunFolder, checkpoint: Checkpoint | None, ranks: Ranks
+    config: Config,
+    dataset: CropDataset,
+    run: RunFolder,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks,
+    write: bool = False,
 ) -> int:
-    """Cache the embeddings, train a head on them, and show that the encoder is what it was. Returns the exit code."""
+    """Cache the embeddings, train a head on them, and show that the encoder is what it was. Returns the exit code.
+
+    With ``write`` the configuration goes to the run folder, once the encoder is known to be the run's own.
+    """
     device = choose_device(config.train.device, ranks.local_rank)
     root = Path(config.frozen.cache) if config.frozen.cache else run.path / "embeddings"
 
@@ -136,4 +144,7 @@ def train_head(
     embeddings = cache()
     for skip in embeddings.skips if ranks.is_first else ():
         logger.warning(f"skipped {skip}")
-    return HeadTrainer(config, EmbeddingDataset(embeddings, dataset, config), run, ranks, checkpoint).train()
+    trainer = HeadTrainer(config, EmbeddingDataset(embeddings, dataset, config), run, ranks, checkpoint)
+    if write:
+        ranks.from_first(lambda: run.write_config(config))
+    return trainer.train()

@@ -3,18 +3,21 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from bestrq2 import cache as command
 from bestrq2.data import AudioError, AudioFile, BucketDataset, CropDataset, batches, collect, load_audio, tiny_dataset
-from bestrq2.data.cache import BLOCK, to_int16
+from bestrq2.data.cache import BLOCK, shard_path, to_int16
 from bestrq2.data.cache_build import open_cache
 from bestrq2.data.fingerprint import data_fingerprint
 from bestrq2.errors import DataError
@@ -194,9 +197,19 @@ def test_unreadable_files_are_read_as_without_a_cache(tmp_path):
     assert report.added == 0
 
 
-def test_no_room(tmp_path):
+def test_no_room(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="GB free"):
         open_cache(tmp_path / "cache", [AudioFile(str(tmp_path / "long.wav"), duration=1e15)])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=8192))
+    with pytest.raises(DataError, match=r"8.2 kB free, 32 kB of samples are needed: .* bestrq2 cache --out"):
+        open_cache(tmp_path / "cache", [AudioFile(str(tmp_path / "long.wav"), duration=1)])
+
+
+def test_a_cache_that_does_not_fit_names_its_file(tmp_path, limited_files):
+    files = write(tmp_path / "audio")
+    with limited_files(4096), pytest.raises(OSError, match="File too large") as raised:
+        open_cache(tmp_path / "cache", files, threads=1)
+    assert str(raised.value.filename) == str(shard_path(tmp_path / "cache" / "16000", 0))
 
 
 def test_several_shards(tmp_path, monkeypatch):
@@ -295,3 +308,11 @@ def test_packaged_ogg(tmp_path):
         for item in tiny_dataset()
     )
     assert worst <= 0.501
+
+
+def test_the_command_says_which_split_it_left_out(tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        shutil.copy(tiny_dataset()[0].path, tmp_path / "data" / split)
+    assert command.main([str(tmp_path / "data"), "--out", str(tmp_path / "cache")]) == 0
+    assert "only train is used" in capsys.readouterr().out

@@ -154,6 +154,13 @@ def test_packing_all_or_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
+def test_a_shard_that_does_not_fit_is_named(tmp_path, limited_files):
+    with limited_files(4096), pytest.raises(OSError, match="File too large") as raised:
+        pack(tiny_dataset()[:2], tmp_path / "out")
+    assert raised.value.filename == str(tmp_path / "out" / "shards-000000.tar")
+    assert not list(tmp_path.iterdir())
+
+
 def test_command(tmp_path, write_wav, capsys):
     folder = _mixed_folder(tmp_path / "audio", write_wav)
     (folder / "broken.wav").write_bytes(b"RIFF")

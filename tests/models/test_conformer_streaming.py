@@ -284,3 +284,6 @@ def test_a_call_that_failed_midway(monkeypatch):
             model.stream(waveform, state)
     with pytest.raises(ValueError, match="failed midway"):
         model.stream(waveform, state)
+    for leave in (state.state_dict, lambda: state.to("cpu")):  # a copy lacks a part, too
+        with pytest.raises(ValueError, match="failed midway"):
+            leave()

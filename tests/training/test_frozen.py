@@ -126,6 +126,18 @@ def test_a_resumed_run_tells_of_other_settings_of_its_encoder(encoder_file, tmp_
     assert "has the weights that this run began with, but its settings" in caplog.text
 
 
+def test_a_refused_encoder_is_not_left_in_the_configuration(encoder_file, tmp_path, capsys):
+    folder = run(tmp_path, "run", encoder_file, *QUICK, "train.steps=4")
+    other, before = tmp_path / "other.safetensors", (folder / "config.yaml").read_bytes()
+    opened = open_source(encoder_file)
+    write_encoder_file(other, opened.config, {name: tensor + 1 for name, tensor in opened.weights.items()})
+    assert train.main(["--resume", str(folder), "--frozen-encoder", str(other), "train.steps=8"]) == 2
+    assert "is not the encoder that this run began with" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_bytes() == before
+    assert train.main(["--resume", str(folder), "train.steps=8"]) == 0
+    assert "steps: 8" in (folder / "config.yaml").read_text()
+
+
 def test_embeddings_of_a_replaced_file_are_made_again(encoder_file, tmp_path, capsys):
     """Folders are not in the name of the cache: files of the same names and lengths must not share embeddings."""
     folder, cache = tmp_path / "audio", f"frozen.cache={tmp_path / 'cache'}"

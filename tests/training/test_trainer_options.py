@@ -214,6 +214,16 @@ def test_probe_beside_training(tmp_path, capsys):
     assert "nowhere.csv" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--find-batch", "--show-config"])
+def test_questions_about_a_new_run_start_no_old_one(tmp_path, option, capsys):
+    for resumed in (["--resume", str(tmp_path)], ["--resume"], ["--name", "a", "--resume"]):
+        with pytest.raises(SystemExit):
+            main([option, *resumed])
+        assert f"{option} is about a new run: drop --resume" in capsys.readouterr().err
+    assert main(["--find-batch", "--frozen-encoder", str(tmp_path), "--config", "best_rq2_tiny"]) == 2
+    assert "drop --frozen-encoder" in capsys.readouterr().err
+
+
 def test_batch_finder_prints_a_table_and_the_settings(capsys, monkeypatch):
     monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.05)
     assert main(["--find-batch", *QUICK, "train.batch_size=64"]) == 0
