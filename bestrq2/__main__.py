@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
-from bestrq2.command import command, importing, leave
+from bestrq2.signals import importing
 from bestrq2.version import __version__
+
+with importing():
+    from bestrq2.command import command, leave
 
 COMMANDS = {
     "train": ("bestrq2.train", "pretrain an encoder, or continue a run"),

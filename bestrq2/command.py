@@ -6,7 +6,6 @@ Import this before torch: it sets what OpenMP reads when torch is loaded.
 import contextlib
 import errno
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,10 +15,13 @@ from functools import wraps
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
-from bestrq2.console import console_log
-from bestrq2.errors import BestRQError, printable
+from bestrq2.signals import FOLDER_GONE, end_imports, folder_is_gone, handled_by
 
-__all__ = ["command", "importing", "leave", "sentence"]
+# isort: split
+from bestrq2.console import console_log
+from bestrq2.errors import BestRQError, ConfigError, byte_count, printable
+
+__all__ = ["command", "leave", "output_closed", "sentence"]
 
 # Threads that wait must not spin: on a laptop whose other core is busy, spinning made small models 2.7 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -66,6 +68,12 @@ _PASSED_ON = (
     ("CUDA driver version is insufficient", "the CUDA driver is too old for this torch", "use the device cpu"),
 )
 
+_FOR_LACK_OF_MEMORY = (
+    "no further thread can be started",
+    "no further thread or process can be started",
+    "out of memory",
+)
+
 
 class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGHUP, raised where the program is so that unfinished files are removed."""
@@ -90,14 +98,29 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "bestrq2").startswith("bestrq2"):
         return f"the package {error.name!r} is needed and not installed: pip install {(error.name or '').split('.')[0]}"
     if isinstance(error, MemoryError):
-        return "out of memory; use a smaller batch (train.batch_size, --batch-size) or fewer workers"
+        limit = _address_limit()
+        return f"out of memory; {limit}use a smaller batch (train.batch_size, --batch-size) or fewer workers"
     if isinstance(error, UnicodeDecodeError):
         return f"a text file is not {error.encoding}: byte {error.object[error.start]:#04x} at position {error.start}"
     if isinstance(error, RuntimeError):
         for part, what, remedy in _PASSED_ON:
             if part in str(error):
-                return f"{what}; {remedy} ({str(error).strip().splitlines()[0]})"
+                limit = _address_limit() if what in _FOR_LACK_OF_MEMORY else ""
+                return f"{what}; {limit}{remedy} ({str(error).strip().splitlines()[0]})"
     return None
+
+
+def _address_limit() -> str:
+    """The part of a remedy that speaks of ``ulimit -v``, where it is set: threads need room for their stacks."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    except (ImportError, AttributeError, OSError, ValueError):
+        return ""
+    if limit == resource.RLIM_INFINITY:
+        return ""
+    return f"the address space is limited to {byte_count(limit)}: raise ulimit -v; or else "
 
 
 def _several_ranks() -> bool:
@@ -107,12 +130,13 @@ def _several_ranks() -> bool:
 class _Output(io.TextIOBase):
     """Standard output or error that never raises: a reader that went away or a full disk must not end the work.
 
-    The first failure is kept in ``failure``; what comes after it is dropped.
+    The first failure is kept in ``failure``; what comes after it is dropped. ``told``: it was reported.
     """
 
     def __init__(self, stream: TextIO, number: int) -> None:
         self.stream, self.number = stream, number
         self.failure: OSError | None = None
+        self.told = False
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
@@ -169,13 +193,15 @@ class _Output(io.TextIOBase):
                     os.close(null)
 
 
-def _open_standard_files() -> None:
+def _open_standard_files() -> list[int]:
     """Give a process that was started with closed standard files (``>&-``) a sink, before another file gets their
-    numbers and what is printed goes there."""
+    numbers and what is printed goes there. Returns the numbers."""
+    closed = []
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
+            closed.append(number)
             opened = os.open(os.devnull, os.O_RDWR)
             if opened != number:
                 os.dup2(opened, number)
@@ -183,9 +209,15 @@ def _open_standard_files() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the end)
+    return closed
 
 
-_open_standard_files()
+_closed = _open_standard_files()
+
+
+def output_closed() -> bool:
+    """Return True if this process was started without a standard output: what is printed is nowhere."""
+    return 1 in _closed
 
 
 @contextlib.contextmanager
@@ -207,60 +239,6 @@ def _safe_output() -> Iterator[tuple[_Output, _Output]]:
             sys.stderr = before[1]
 
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, b"interrupted\n" if number == signal.SIGINT else b"stopped\n")
-    os._exit(128 + number)
-
-
-@contextlib.contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], Any], replaces: Callable[[Any], bool]) -> Iterator[None]:
-    """``handler`` in place of the present handlers for which ``replaces`` is true; only the main thread has any."""
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if replaces(signal.getsignal(number)):
-                previous[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
-
-
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """A signal while modules are imported ends the process at once; nothing has been written by then.
-
-    An exception there is caught by libraries: torch went on with half of numpy, and failed later with a traceback.
-    """
-    with _handled_by(_leave_at_once, lambda now: now not in (signal.SIG_IGN, None)):
-        yield
-
-
-def _begin_imports() -> None:
-    """The same for ``python -m bestrq2.train``, from here until its ``main`` begins."""
-    name = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")
-    worker = multiprocessing.parent_process() is not None
-    if name.split(".")[0] == "bestrq2" and not worker and threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(number, _leave_at_once)
-
-
-def _end_imports() -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) is _leave_at_once:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-_begin_imports()
-
-
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the work as Ctrl-C does, unless somebody chose otherwise (``nohup``)."""
@@ -269,8 +247,39 @@ def _stop_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # once is enough
         raise Stopped(number)
 
-    with _handled_by(stop, lambda now: now is signal.SIG_DFL):
+    with handled_by(stop, lambda now: now is signal.SIG_DFL):
         yield
+
+
+def _lost(out: _Output, err: _Output, rest: str = "") -> bool:
+    """Return True if standard output could not be written, though it has a reader; reported once, where commands call
+    each other."""
+    out.flush()
+    if out.failure is None or out.failure.errno == errno.EPIPE:
+        return False
+    if not out.told:
+        out.told = True
+        print(f"error: standard output cannot be written: {out.failure.strerror}{rest}", file=err)
+    return True
+
+
+@contextlib.contextmanager
+def _thread_failures(err: _Output) -> Iterator[None]:
+    """A foreseeable failure in a thread is one line too."""
+    before = threading.excepthook
+
+    def report(given: threading.ExceptHookArgs) -> None:
+        message = None if given.exc_value is None else sentence(given.exc_value)
+        if message is None:
+            before(given)
+        elif not type(given.thread).__module__.startswith("tensorboard."):  # its next use warns: MetricsLog
+            print(f"warning: {message}", file=err)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def command(main: Main) -> Main:
@@ -281,10 +290,16 @@ def command(main: Main) -> Main:
     """
 
     def watched(arguments: Sequence[str] | None) -> int:
-        with _safe_output() as (out, err), console_log():
+        with _safe_output() as (out, err), console_log(), _thread_failures(err):
             try:
                 with _stop_signals():
+                    if folder_is_gone():
+                        raise ConfigError(FOLDER_GONE)
                     code = main(arguments)
+            except SystemExit as ended:  # argparse, after --help or a wrong option
+                if _lost(out, err) and not ended.code:
+                    return 2
+                raise
             except Stopped as error:
                 print(f"stopped by {error}", file=err)
                 return 128 + error.number
@@ -297,15 +312,12 @@ def command(main: Main) -> Main:
                     raise
                 print(f"error: {message}", file=err)
                 return 2
-            out.flush()
-            if out.failure is not None and out.failure.errno != errno.EPIPE:
-                print(f"error: standard output cannot be written: {out.failure.strerror}", file=err)
-                return code or 2
-            return code
+            rest = "; what it would have shown is lost, all else is done" if code == 0 else ""
+            return code or 2 if _lost(out, err, rest) else code
 
     @wraps(main)
     def guarded(arguments: Sequence[str] | None = None) -> int:
-        _end_imports()
+        end_imports()
         try:
             return watched(arguments)
         except KeyboardInterrupt:  # between the last line of the command and here

@@ -3,6 +3,7 @@
 The operations (``bestrq2.ops``) and layers raise Python's own ``TypeError``, ``ValueError`` and ``RuntimeError``.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "TrainingError",
     "UnknownLayoutError",
     "byte_count",
+    "check_open_files",
     "counted",
     "printable",
     "tabular",
@@ -152,3 +154,17 @@ class AudioError(BestRQError):
 
 class DataError(BestRQError, RuntimeError):
     """A source of audio that gives nothing to work with; the message says what was found and why it was left out."""
+
+
+def check_open_files(error: Exception) -> None:
+    """The limit of open files is a failure of this process, not of the file that it could not open.
+
+    Raises:
+        DataError: if that is what ``error`` says; no clip must be left out for it.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    if full or "Too many open files" in str(error):  # h5py has no number
+        raise DataError(
+            "Too many open files; raise the limit of open files (ulimit -n 4096), or use fewer threads (--threads) and "
+            "workers (data.workers=0)"
+        ) from error

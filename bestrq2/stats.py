@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from bestrq2.command import command, leave
+from bestrq2.command import command, leave, output_closed
 from bestrq2.console import progress_bar
 
 # isort: split
@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is not None:  # before anything is measured
         check_new("--out", [options.out], options.overwrite)
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    elif output_closed():
+        raise ConfigError("there is no standard output to print to: name a file with --out")
     try:
         values = {"model.front_end.normalize": "none"}
         if options.data is not None:

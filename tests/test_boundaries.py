@@ -20,6 +20,7 @@ LAYERS = [
         "bestrq2.encodings",
         "bestrq2.durability",
         "bestrq2.outputs",
+        "bestrq2.signals",
         "bestrq2.console",
         "bestrq2.charts",
         "bestrq2.command",

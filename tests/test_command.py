@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,7 @@ def test_an_interrupt_behind_the_last_line(monkeypatch, capsys):
 def test_a_signal_while_modules_are_imported(number, said):
     """Libraries catch an exception there, and go on half imported."""
     code = (
-        "import signal; from bestrq2.command import importing\n"
+        "import signal; from bestrq2.signals import importing\n"
         f"with importing():\n    try: signal.raise_signal({int(number)})\n    except BaseException: pass\n"
         "print('went on')\n"
     )
@@ -170,6 +171,7 @@ def test_output_that_nobody_reads_does_not_end_the_work(tmp_path):
             result = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
         assert result.returncode == 2
         assert result.stderr.startswith(b"error: standard output cannot be written: ")
+        assert result.stderr.endswith(b"; what it would have shown is lost, all else is done\n")
         assert result.stderr.count(b"\n") == 1
 
 
@@ -213,3 +215,83 @@ def test_errors_share_a_base_and_leave_ends():
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 3
+
+
+class _Full:
+    """A standard output on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        pass
+
+
+def test_lost_output_is_told_once(monkeypatch, capsys):
+    @command
+    def shows(arguments):
+        print("the result")
+        if arguments:
+            sys.exit(0)  # argparse after --help
+        return 0
+
+    monkeypatch.setattr(sys, "stdout", _Full())
+    assert command(lambda arguments: shows())() == 2
+    assert capsys.readouterr().err.count("standard output cannot be written: No space left on device;") == 1
+    assert command(lambda arguments: shows(["--help"]))() == 2
+    assert capsys.readouterr().err.splitlines() == ["error: standard output cannot be written: No space left on device"]
+
+
+def test_a_result_without_an_output(monkeypatch, capsys):
+    monkeypatch.setattr("bestrq2.command._closed", [1])
+    assert main(["stats"]) == 2
+    assert capsys.readouterr().err == "error: there is no standard output to print to: name a file with --out\n"
+
+
+def test_a_current_folder_that_was_deleted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.startswith("error: the current folder was deleted; change to one that exists")
+
+
+def test_failures_of_threads(capsys):
+    class Writer(threading.Thread):
+        __module__ = "tensorboard.summary.writer"
+
+    def fails():
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    @command
+    def starts(arguments):
+        for kind in (threading.Thread, Writer):
+            thread = kind(target=fails)
+            thread.start()
+            thread.join()
+        return 0
+
+    assert starts() == 0
+    assert capsys.readouterr().err == "warning: x: No space left on device; free some space there, or write elsewhere\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_a_limit_of_the_address_space_is_named(error, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY, -1))
+    assert "ulimit -v" not in sentence(error)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (10**9, -1))
+    assert "limited to 1.0 GB: raise ulimit -v; or else " in sentence(error)
+
+
+def test_an_interrupt_of_the_first_imports():
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'tqdm': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from bestrq2.__main__ import main\n"
+    )
+    result = run("-c", code)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")

@@ -20,7 +20,7 @@ from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
 from bestrq2.data.hidden_audio import audio_behind_end
 from bestrq2.data.mistaken import not_audio, same_letters, warn_of_levels
-from bestrq2.errors import AudioError
+from bestrq2.errors import AudioError, check_open_files
 
 __all__ = [
     "AudioDigest",
@@ -35,6 +35,7 @@ TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a 
 LARGEST_SAMPLE = 2.0**31
 SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 _LOSSY = ("VORBIS", "OPUS", "MPEG")
+_SYSTEM_ERROR = 2  # libsndfile's number
 _EXACT_SECONDS = 30.0
 _PREROLL_SECONDS = 1.0
 _MARGIN = 400  # samples at the lower of the two rates; soxr's HQ filter is shorter than 200
@@ -215,10 +216,16 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
             name, "missing", f"the locale ({error.encoding}) has no such letter: set LC_ALL=C.UTF-8"
         ) from error
     except OSError as error:
+        check_open_files(error)
         raise AudioError(name, "not readable", error.strerror or str(error)) from error
     except soundfile.LibsndfileError as error:
         if member is None and not os.access(name, os.R_OK):
             raise AudioError(name, "not readable", "permission denied") from error
+        if member is None and error.code == _SYSTEM_ERROR:
+            try:
+                open(name, "rb").close()
+            except OSError as reason:  # which libsndfile does not give
+                check_open_files(reason)
         what = not_audio(name) if member is None else ""
         raise AudioError(name, "not decodable", what or error.error_string.strip()) from error
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:

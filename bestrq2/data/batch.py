@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, dataloader
 
 from bestrq2.data.dataset import Sample
 from bestrq2.data.steps import EqualSteps, StepPlan, plan_of, rank_share
-from bestrq2.errors import DataError, Skip
+from bestrq2.errors import DataError, Skip, check_open_files
 
 __all__ = ["Batch", "batches", "collate"]
 
@@ -251,6 +251,7 @@ def _named_start() -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError) as error:
+        check_open_files(error)
         raise DataError(
             f"a data worker could not be started: {error or type(error).__name__} (interpreter: "
             f"{os.fsdecode(get_executable())}); data.workers=0 decodes in the main process"

@@ -17,7 +17,7 @@ from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, to_text
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
 from bestrq2.durability import flush_file, named_in_errors
-from bestrq2.errors import ManifestError
+from bestrq2.errors import ManifestError, check_open_files
 
 __all__ = [
     "discover_folder",
@@ -52,7 +52,8 @@ def discover_folder(folder: str | os.PathLike[str]) -> Listing:
     above = _folders_above(root)
     links: set[str] = set()
 
-    def unreadable(_: OSError) -> None:
+    def unreadable(error: OSError) -> None:
+        check_open_files(error)
         ignored["(unreadable folder)"] += 1
 
     for where, folders, names in os.walk(root, followlinks=True, onerror=unreadable):

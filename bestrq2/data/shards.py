@@ -32,7 +32,7 @@ from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
 from bestrq2.data.parts import load_clip
 from bestrq2.durability import flush_file, named_in_errors
-from bestrq2.errors import AudioError, DataError, Skip, counted
+from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted
 
 __all__ = ["Packed", "pack"]
 
@@ -162,6 +162,7 @@ def _clips(files: Sequence[AudioFile], skips: list[Skip], bar: tqdm) -> Iterator
             skips.append(error.skip)
             continue
         except OSError as error:
+            check_open_files(error)
             reason = "missing" if isinstance(error, FileNotFoundError) else "not readable"
             skips.append(Skip(item.path, reason, error.strerror or str(error)))
             continue

@@ -14,7 +14,7 @@ from bestrq2.data.audio import audio_info
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
 from bestrq2.data.splits import choose_split, split_of, split_of_row
-from bestrq2.errors import AudioError, DataError, Skip, counted, printable
+from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
 
 __all__ = ["Found", "Source", "expand_pattern", "find_audio"]
 
@@ -111,6 +111,7 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
     try:
         rows = read_rows(path)
     except OSError as error:
+        check_open_files(error)
         raise DataError(f"manifest {path} cannot be read: {error.strerror or error}") from error
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
     _check_unit(path, files)
@@ -170,6 +171,7 @@ def _add_folder(folder: str, found: Found, split: str | None) -> list[tuple[str,
     try:
         listing = discover_folder(folder)
     except OSError as error:
+        check_open_files(error)
         raise DataError(f"folder {folder} cannot be listed: {error.strerror or error}") from error
     if listing.files:  # archives beside them are most often the same audio, packed: they are reported as ignored
         splits = [split_of(item.path, folder, False) for item in listing.files]

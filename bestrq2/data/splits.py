@@ -33,10 +33,10 @@ def split_of(path: str, folder: str, names_too: bool) -> str | None:
 
 
 def split_of_row(row: Mapping[str, Any]) -> str | None:
-    """The split that a column of a manifest says, if one does."""
+    """The split that a column of a manifest says, if one does: by a word of it, as in ``train-clean-100``."""
     for column in ("split", "subset", "partition", "set"):
-        if isinstance(value := row.get(column), str) and value.strip().lower() in _SPLITS:
-            return _SPLITS[value.strip().lower()]
+        if isinstance(value := row.get(column), str) and (found := _WORD.search(value.strip())):
+            return _SPLITS[found[1].lower()]
     return None
 
 

@@ -15,7 +15,12 @@ import bestrq2.data.batch  # noqa: F401  (what the workers need)
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print what the system refused (a limit of processes) without a traceback: the main process gives the remedy."""
+    """Print what the system refused (a limit of processes) without a traceback: the main process gives the remedy.
+
+    It also says itself that it could not hand over the files of a new worker, which is an end of file here.
+    """
+    if isinstance(error, EOFError):
+        return
     if not isinstance(error, OSError):
         sys.__excepthook__(kind, error, trace)
         return

@@ -13,7 +13,7 @@ from bestrq2.config import Config, config_to_dict
 from bestrq2.console import progress_bar
 from bestrq2.data import Batch, DataError, batches
 from bestrq2.data.fingerprint import data_identity
-from bestrq2.errors import REASONS, TrainingError
+from bestrq2.errors import REASONS, CheckpointError, TrainingError
 from bestrq2.hardware import (
     choose_device,
     choose_precision,
@@ -401,7 +401,10 @@ class Trainer:
         title = f"{self.config.recipe}, {done} steps"
         report = save_report(self.run.path, title)
         if self.saver.problem is not None:
-            raise self.saver.problem
+            raise CheckpointError(  # what was wrong has been said when it happened
+                f"the checkpoint of step {done} could not be written, see above; once there is room, continue with: "
+                f"{self.run.resume_command()}"
+            ) from self.saver.problem
         if stop is not None:
             logger.info(f"Stopped by {stop.name} after step {done}; continue with: {self.run.resume_command()}")
             return stop.exit_code

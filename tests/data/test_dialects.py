@@ -285,6 +285,13 @@ def test_splits(folder):
     assert report.notes[0].endswith(": 2 rows")
 
 
+def test_splits_in_a_column_with_other_words(folder):
+    """Names of parts of LibriSpeech and AudioSet: what a folder of that name says, a column says, too."""
+    for train, test in (("train-clean-100", "test-clean"), ("balanced_train", "eval"), ("Training", "dev set")):
+        (folder / "m.csv").write_text(f"path,subset\nshort.wav,{train}\nlong.wav,{test}\n")
+        assert [f.path for f in collect(folder / "m.csv")[0]] == [str(folder / "short.wav")], train
+
+
 def test_splits_of_archives(folder):
     files = [AudioFile(str(folder / "short.wav"), 1.0)]
     for name in ("train-00000-of-00001", "validation-00000-of-00001", "test-00000-of-00001"):

@@ -1,5 +1,8 @@
 """Scanning: nothing is left out without being counted, and nothing usable is an error that says why."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from bestrq2.data import AudioFile, DataError, collect, read_manifest, scan, tiny_dataset
+from bestrq2.data import AudioFile, DataError, batch, collect, read_manifest, scan, tiny_dataset
 from bestrq2.manifest import main
 
 from .conftest import on_disk
@@ -134,3 +137,44 @@ def test_command_line(tmp_path, write_wav):
     done = subprocess.run([*command, str(tmp_path / "m.csv")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert read_manifest(tmp_path / "m.csv") == [AudioFile(str(tmp_path / "a.wav"), 1.0, 16000)]
+
+
+@pytest.fixture
+def no_more_files(monkeypatch):
+    """A call after which no file can be opened."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit():
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_limit_of_open_files_is_no_fault_of_a_file(no_more_files, monkeypatch):
+    files = [AudioFile(item.path) for item in tiny_dataset()[:2]]
+
+    def refused(*_):
+        no_more_files()
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile, "SoundFile", refused)
+    for _ in range(2):  # libsndfile meets it, then Python
+        with pytest.raises(DataError, match=r"Too many open files; .*ulimit -n"):
+            scan(files, num_threads=1)
+
+
+def test_the_limit_of_open_files_at_the_start_of_a_worker(monkeypatch, capfd):
+    with pytest.raises(DataError, match="ulimit -n"), batch._named_start():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        from bestrq2.data.worker_server import _in_one_line
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _in_one_line(EOFError, EOFError(), None)  # its end of it: nothing was received
+    assert capfd.readouterr().err == ""

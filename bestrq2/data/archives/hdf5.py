@@ -15,7 +15,7 @@ import numpy as np
 
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import AudioFile, Listing, address
-from bestrq2.errors import AudioError, DataError, Skip
+from bestrq2.errors import AudioError, DataError, Skip, check_open_files
 
 __all__ = ["DEFAULT_SAMPLE_RATE", "list_hdf5", "open_hdf5_clip"]
 
@@ -137,6 +137,7 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
         except AudioError as error:
             return Listing([], skips=[error.skip])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            check_open_files(error)
             return Listing([], skips=[Skip(path, "damaged archive", str(error))])
 
 
@@ -194,6 +195,7 @@ def open_hdf5_clip(path: str, name: str) -> SampleReader:
         except AudioError as error:
             raise error if error.path == where else AudioError(where, error.reason, error.detail) from error
         except OSError as error:
+            check_open_files(error)
             raise AudioError(where, "not readable", str(error)) from error
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise AudioError(where, "not decodable", str(error)) from error

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from bestrq2.console import progress_bar
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import _HDF5, _TAR, Listing, split_address
-from bestrq2.errors import AudioError, Skip
+from bestrq2.errors import AudioError, Skip, check_open_files
 
 __all__ = ["list_archives", "open_member"]
 
@@ -68,6 +68,7 @@ def _listed(path: str, domain: str) -> Listing:
 
         return list_arrow(path)
     except OSError as error:
+        check_open_files(error)
         return Listing([], skips=[Skip(path, "not readable", error.strerror or str(error))])
 
 
