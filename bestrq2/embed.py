@@ -22,6 +22,7 @@ import csv
 import errno
 import hashlib
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,13 +39,13 @@ import torch
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
 from bestrq2.durability import named_in_errors, whole_file, write_array
-from bestrq2.errors import counted, printable
+from bestrq2.errors import counted, printable, tabular
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
-from bestrq2.outputs import add_overwrite, check_new
+from bestrq2.outputs import add_overwrite, alone_in, check_new
 
-NPY_RESULTS, PARQUET_RESULTS = ("index.csv", "clips.npy"), ("features.parquet",)
+NPY_RESULTS, PARQUET_RESULTS = ("clips.npy", "index.csv"), ("features.parquet",)
 _LONGEST_NAME = 200  # bytes
 _BATCH_SECONDS = 60.0  # on average, of the clips encoded together
 
@@ -58,33 +59,51 @@ class Writer(Protocol):
 
 
 class NpyWriter:
-    """One array file per audio file, and an index."""
+    """One array file per audio file, and an index; all in a hidden folder until the last is written."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in NPY_RESULTS:  # of earlier features, some of which these may replace before all are written
-            (folder / name).unlink(missing_ok=True)
+        self.folder, self.partial = folder, folder / ".partial"
+        self.discard()  # what a killed process left
+        self.partial.mkdir()
         self.rows: list[dict[str, Any]] = []
         self.clips: list[np.ndarray] = []
 
     def add(self, record: dict[str, Any], features: np.ndarray, clip: np.ndarray) -> None:
-        path = self.folder / "features" / f"{record['name']}.npy"
+        path = self.partial / "features" / f"{record['name']}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_array(path, features)
-        self.rows.append({**record, "features": str(path.relative_to(self.folder))})
+        self.rows.append({**record, "features": str(path.relative_to(self.partial))})
         self.clips.append(clip)
 
     def close(self) -> list[Path]:
-        write_array(self.folder / "clips.npy", np.stack(self.clips))
-        index = self.folder / "index.csv"
-        with whole_file(index) as file:
+        write_array(self.partial / "clips.npy", np.stack(self.clips))
+        with whole_file(self.partial / "index.csv") as file:
             writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-        return [self.folder / "features", self.folder / "clips.npy", index]
+        self._remove_earlier()
+        # The index last: it makes them results.
+        for name in (*(row["features"] for row in self.rows), *NPY_RESULTS):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.partial / name).replace(self.folder / name)
+        self.discard()
+        return [self.folder / "features", *(self.folder / name for name in NPY_RESULTS)]
+
+    def _remove_earlier(self) -> None:
+        """The features that an earlier index names: among the new ones they would pass for these."""
+        index = self.folder / NPY_RESULTS[-1]
+        try:
+            with open(index, encoding="utf-8", newline="") as file:
+                earlier = [row["features"] for row in csv.DictReader(file)]
+        except (OSError, ValueError, KeyError):  # none, or a file of somebody else
+            earlier = []
+        index.unlink(missing_ok=True)
+        for name in earlier:
+            if name and name.startswith("features" + os.sep) and ".." not in Path(name).parts:
+                (self.folder / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Every array is whole; without an index they are no results."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 class ParquetWriter:
@@ -256,8 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code of a transformers folder")
     add_overwrite(parser)
     options = parser.parse_args(arguments)
-    results = PARQUET_RESULTS if options.format == "parquet" else NPY_RESULTS
-    check_new("--out", [options.out / name for name in results], options.overwrite)
+    check_results(options)
     if (options.out / "checkpoints").is_dir():
         raise ConfigError(f"--out: {options.out} is a run folder; name a folder for features")
     if options.batch_size < 1:
@@ -276,14 +294,26 @@ def main(arguments: list[str] | None = None) -> int:
     if note := averaged_rows(encoder, options.rows):
         print(f"note: {note}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
-    writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine}
     reading["rows"] = options.rows
-    try:
-        return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
-    except BaseException:
-        writer.discard()
-        raise
+    with alone_in("--out", options.out):
+        check_results(options)  # another process may have written them meanwhile
+        writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
+        try:
+            return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
+        finally:
+            writer.discard()
+
+
+def check_results(options: argparse.Namespace) -> None:
+    """Refuse to replace results, unless this was asked for."""
+    results = PARQUET_RESULTS if options.format == "parquet" else NPY_RESULTS
+    check_new("--out", [options.out / name for name in results], options.overwrite)
+    folder = options.out / "features"
+    if options.format == "npy" and not options.overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"--out: {printable(str(folder))} holds files; choose another name, or add to them with --overwrite"
+        )
 
 
 def run(
@@ -312,7 +342,7 @@ def run(
             _, features, clip, seconds = result
             record = {
                 "name": name,
-                "path": printable(file.path),
+                "path": tabular(file.path),
                 "seconds": seconds,
                 "frames": features.shape[-2],
                 "width": features.shape[-1],

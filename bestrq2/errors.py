@@ -27,6 +27,7 @@ __all__ = [
     "counted",
     "printable",
     "system_reason",
+    "tabular",
 ]
 
 
@@ -98,16 +99,24 @@ REASONS = (
 
 
 def printable(name: str) -> str:
-    """A file name for a message or a table: bytes that are not UTF-8, line breaks and control characters are escaped.
+    """A file name for a message: bytes that are not UTF-8, line breaks and control characters are escaped.
 
     Such a name must not turn a report into a UnicodeEncodeError, into two lines, or into a coloured terminal.
     """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _decoded(name))
+
+
+def tabular(name: str) -> str:
+    """A file name for a table in UTF-8, which can hold all but bytes that are not UTF-8: these are escaped."""
+    return _decoded(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _decoded(name: str) -> str:
     try:
         # Not os.fsencode, whose encoding is the locale's.
-        text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a surrogate pair, out of JSON
-        text = name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return name
 
 
 def counted(number: int, noun: str) -> str:

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_threads=options.threads,
         progress=True,
     )
+    check_new("--out", [out, skipped], options.overwrite)  # another process may have written them meanwhile
     write_manifest(out, files)
     if report.skips:
         with whole_file(skipped) as file:

@@ -3,12 +3,13 @@ refused before anything is computed."""
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bestrq2.errors import ConfigError, printable
 
-__all__ = ["add_overwrite", "check_new", "check_writable", "numbered"]
+__all__ = ["add_overwrite", "alone_in", "check_new", "check_writable", "numbered"]
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,34 @@ def check_new(option: str, paths: Iterable[Path], overwrite: bool = False) -> No
                 f"{option}: {printable(str(path))} exists; choose another name, or replace it with --overwrite"
             )
         check_writable(option, path.parent, path)
+
+
+@contextmanager
+def alone_in(option: str, folder: Path) -> Iterator[None]:
+    """Keep other processes from writing results into a folder. The system unlocks it however this one ends.
+
+    Raises:
+        ConfigError: if another process does. File systems without locks are not protected.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{option}: another process is writing to {printable(str(folder))}; wait for it, or choose another name"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(option: str, folder: Path, result: Path | None = None) -> None:

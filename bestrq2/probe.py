@@ -178,6 +178,8 @@ def run(options: argparse.Namespace) -> int:
         print("The best of several layers was chosen on the test clips: its score is optimistically biased.")
     shown = {name: str(value) for name, value in vars(options).items() if value not in (None, [])}
     out = numbered("probe") if options.out is None else options.out
+    if options.out is not None:  # another process may have written them meanwhile
+        check_new("--out", [out / name for name in results], options.overwrite)
     written = report.write(out, outcomes, experiment, {**origin, "options": shown})
     print(f"Written: {', '.join(map(str, written))}")
     return 1 if any(rung.holds is False for rung in rungs) else 0

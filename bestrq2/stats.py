@@ -84,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is None:
             print(text, end="")
         else:
+            check_new("--out", [options.out], options.overwrite)  # another process may have written it meanwhile
             with whole_file(options.out) as file:
                 file.write(text)
             print(f"mean {found.mean:.2f} dB, deviation {found.std:.2f} dB written to {options.out}")

@@ -9,6 +9,7 @@ keeps up). The delay of a feature is its chunk, plus half an analysis window, pl
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def live_features(
         ValueError: for settings that cannot be streamed, or pieces shorter than a sample.
     """
     device = next(encoder.parameters()).device
-    size = round(piece_seconds * encoder.sampling_rate)
+    size = round(piece_seconds * encoder.sampling_rate) if math.isfinite(piece_seconds) else 0
     if size < 1:
         raise ValueError(f"expected pieces of at least one sample, got {piece_seconds} s")
     state = encoder.start_stream(1, layout)

@@ -38,6 +38,7 @@ from bestrq2.models import BestRQ, BestRQ2, build_model
 from bestrq2.runs.changes import check_resume
 from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoints, newest_intact
 from bestrq2.runs.folder import RunFolder
+from bestrq2.runs.metrics import read_metrics
 from bestrq2.training.batch_finder import find_batch
 from bestrq2.training.distributed import Ranks
 from bestrq2.training.frozen import train_head
@@ -191,6 +192,7 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     own = ranks.from_first(lambda: run.read_config(saved))
     config = with_overrides(own, overrides, values)
     if checkpoint is None:
+        ranks.from_first(lambda: check_never_saved(run, own))
         ranks.say(f"{run.path} ended before its first checkpoint: it begins again")
     else:
         ranks.say(f"Resuming {run.path} from step {checkpoint.step} ({checkpoint.folder.name})")
@@ -256,6 +258,20 @@ def warn_of_replaced(dataset: CropDataset, recorded: str | None) -> None:
         )
 
 
+def check_never_saved(run: RunFolder, config: Config) -> None:
+    """Refuse to begin a run again, over its curves, whose checkpoints were deleted.
+
+    Raises:
+        CheckpointError: if it was trained beyond the step of its first checkpoint.
+    """
+    done = max((int(row["step"]) for row in read_metrics(run.path)), default=0)
+    if done >= config.train.save_every:
+        raise CheckpointError(
+            f"{run.path} was trained for {done} steps, but {run.checkpoints} holds no checkpoint: bring one back, or "
+            "start a new run"
+        )
+
+
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
     """None if the run ended before it wrote any."""
     checkpoint, problems = newest_intact(run.checkpoints)
@@ -263,6 +279,10 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
         print(f"warning: skipped a damaged checkpoint: {problem}", file=sys.stderr)
     if checkpoint is None and problems:
         raise CheckpointError(f"{run.checkpoints}: no intact checkpoint to resume from")
+    if checkpoint is None and not run.checkpoints.is_dir():
+        raise CheckpointError(
+            f"{run.checkpoints} is gone, and with it what --resume needs: bring it back, or start a new run"
+        )
     return checkpoint
 
 

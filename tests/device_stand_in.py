@@ -5,6 +5,7 @@ mixture of its tensors with CPU tensors, except for CPU scalars. Importing this 
 run it in a process of its own.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -94,4 +95,4 @@ class Backend(types.ModuleType):
 _setup_privateuseone_for_python_backend(NAME, backend_module=Backend(f"torch.{NAME}"))
 devices.WITHOUT_FLOAT64 = (NAME,)
 hardware.APPLE = NAME
-torch.backends.mps.is_available = lambda: True
+torch.backends.mps.is_available = functools.cache(lambda: True)  # torch.compile takes it for a cached function

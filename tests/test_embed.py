@@ -13,8 +13,9 @@ from bestrq2 import embed, load, stats, train
 from bestrq2.config import load_config
 from bestrq2.data import load_audio, tiny_dataset
 from bestrq2.data.files import from_text
-from bestrq2.errors import printable
+from bestrq2.errors import printable, tabular
 from bestrq2.models import build_encoder
+from bestrq2.outputs import alone_in
 
 QUICK = ["train.steps=2", "train.batch_size=2", "model.encoder.depth=2", "model.front_end.mean=-47.5"]
 
@@ -81,16 +82,57 @@ def test_parquet_equals_npy(run, folder, tmp_path):
         np.testing.assert_allclose(np.reshape(row["features"], (row["frames"], row["width"])), features, atol=1e-5)
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwriting_leaves_no_features_of_other_files(run, folder, tmp_path, capsys):
+    first, second = (str(next(folder.rglob(name))) for name in ("long.wav", "blip.flac"))
+    out = tmp_path / "out"
+    assert embed.main([str(run), first, "--out", str(out)]) == 0
+    (out / "features" / "mine.npy").write_bytes(b"of the user")
+    (out / ".partial" / "features").mkdir(parents=True)  # a killed process
+    (out / ".partial" / "features" / "cut.npy").touch()
+    assert embed.main([str(run), second, "--out", str(out), "--overwrite"]) == 0
+    names = {str(name) for name in contents(out)}
+    assert names == {"index.csv", "clips.npy", "features/blip.flac.npy", "features/mine.npy"}
+    (out / "index.csv").unlink()
+    (out / "clips.npy").unlink()
+    assert embed.main([str(run), second, "--out", str(out)]) == 2
+    assert "features holds files; choose another name" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_write_into_one_folder(run, folder, tmp_path, capsys):
+    (out := tmp_path / "out").mkdir()
+    with alone_in("--out", out):
+        assert embed.main([str(run), str(folder), "--out", str(out)]) == 2
+    assert f"--out: another process is writing to {out}; wait for it" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
+def test_names_in_the_index_are_those_of_the_files(run, tmp_path):
+    """A table can hold a line break; only bytes that are not UTF-8 are escaped."""
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    names = ["line\nbreak.wav", "line\\nbreak.wav", "tab\t.wav", 'quote", ".wav', "cr\r.wav"]
+    for name in names:
+        soundfile.write(audio / name, np.random.default_rng(0).normal(0, 0.1, 16000), 16000)
+    assert embed.main([str(run), str(audio), "--out", str(tmp_path / "out")]) == 0
+    with open(tmp_path / "out" / "index.csv", newline="", encoding="utf-8") as file:
+        assert {row["path"] for row in csv.DictReader(file)} == {str(audio / name) for name in names}
+    assert tabular("a\udce9\n") == "a\\xe9\n"
+
+
 @pytest.mark.parametrize("format", ["npy", "parquet"])
-def test_an_interrupted_call_leaves_no_results(run, folder, tmp_path, monkeypatch, capsys, format):
-    """Not even those of the call before, whose index would name features of this one."""
+def test_an_interrupted_call_changes_no_results(run, folder, tmp_path, monkeypatch, capsys, format):
+    """Those of the call before stay as they are, and nothing of this one is among them."""
     pytest.importorskip("pyarrow")
     blip = str(next(folder.rglob("blip.flac")))
     arguments = [str(run), blip, blip, "--out", str(tmp_path / "out"), "--format", format]
     assert embed.main(arguments) == 0
     assert embed.main(arguments) == 2
     assert "exists; choose another name, or replace it with --overwrite" in capsys.readouterr().err
-    whole = embed.embed
+    whole, before = embed.embed, contents(tmp_path / "out")
 
     def interrupted(*arguments, **options):
         yield next(whole(*arguments, **options))
@@ -98,8 +140,7 @@ def test_an_interrupted_call_leaves_no_results(run, folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(embed, "embed", interrupted)
     assert embed.main([*arguments, "--overwrite"]) == 130
-    left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert left == ({"blip.flac.npy", "blip.flac-2.npy"} if format == "npy" else {"features.parquet"})
+    assert contents(tmp_path / "out") == before
 
 
 def test_same_names_from_two_folders_are_kept_apart(run, folder, tmp_path):

@@ -59,6 +59,19 @@ def test_a_manifest_is_replaced_when_asked(tmp_path, capsys):
     assert Path(CLIP).name in out.read_text()
 
 
+def test_what_another_process_wrote_meanwhile_stays(tmp_path, monkeypatch, capsys):
+    out, collect = tmp_path / "clips.csv", manifest.collect
+
+    def collected(*arguments, **options):
+        out.write_text("of another process")
+        return collect(*arguments, **options)
+
+    monkeypatch.setattr(manifest, "collect", collected)
+    assert manifest.main([CLIP, "--out", str(out)]) == 2
+    assert f"{out} exists" in capsys.readouterr().err
+    assert out.read_text() == "of another process"
+
+
 def test_a_comparison_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "both.html").write_text("-")
     monkeypatch.setattr(report, "RunRecord", lambda folder: _Run(tmp_path))

@@ -50,6 +50,7 @@ def test_live_features_equal_encode(runs, tmp_path, capsys):
         (["nothing", "AUDIO"], "no such file or folder"),
         (["streaming", "missing.wav"], "missing.wav"),
         (["streaming", "AUDIO", "--piece", "0"], "pieces of at least one sample"),
+        (["streaming", "AUDIO", "--piece", "inf"], "pieces of at least one sample"),
         (["streaming", "AUDIO", "--chunk-size", "0"], "chunk_size must be at least 1"),
         (["streaming", "AUDIO", "--out", "nowhere/x.npy"], "the folder nowhere does not exist"),
         (["streaming", "AUDIO", "--out", "nowhere.npy/"], "expected the name of a file"),

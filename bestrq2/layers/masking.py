@@ -45,9 +45,9 @@ class MaskPlan:
 
     @property
     def realised_ratio(self) -> float:
-        """Predicted share of all valid tokens."""
-        predicted, seen = int(self.predicted_lengths.sum()), int(self.seen_lengths.sum())
-        return predicted / max(1, predicted + seen)
+        """Masked share of all valid tokens."""
+        masked, seen = int(self.masked_lengths.sum()), int(self.seen_lengths.sum())
+        return masked / max(1, masked + seen)
 
     def predicted_valid(self) -> Tensor | None:
         """``(B, Np)`` bool on the device, or None when every entry is valid."""

@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -22,6 +23,8 @@ from torch import Tensor
 from bestrq2.config import recipe_names
 from bestrq2.durability import flush_file, flush_folder
 from bestrq2.errors import CheckpointError, system_reason
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors", "ema.safetensors", "state.json"
 GRAPHS = {".onnx", ".pt2"}  # what `bestrq2 export --onnx` and `--torch-export` write
@@ -247,6 +250,8 @@ def _find_checkpoint(path: Path) -> Checkpoint:
         found, messages = newest_intact(parent)
         problems += messages
         if found:
+            for problem in problems:
+                logger.warning(f"skipped a damaged checkpoint: {problem}; {found.folder.name} is used")
             return found
     detail = f": {'; '.join(problems)}" if problems else " (expected a run folder or a step-* folder with state.json)"
     raise CheckpointError(f"{path}: no intact checkpoint{detail}")

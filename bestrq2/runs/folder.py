@@ -130,9 +130,11 @@ class RunFolder:
         """
         if path:
             for folder in (Path(path), runs / path):
-                if (folder / "config.yaml").exists():
+                if (folder / "config.yaml").exists() or list_checkpoints(folder / "checkpoints"):
                     return cls(folder)
-            raise ConfigError(f"--resume {path}: expected a run folder with config.yaml, or the name of one in {runs}")
+            raise ConfigError(
+                f"--resume {path}: expected a run folder with config.yaml or checkpoints, or the name of one in {runs}"
+            )
         written: dict[Path, float] = {}
         for folder in _folders_in(runs):
             try:
@@ -175,7 +177,7 @@ class RunFolder:
         except ConfigError as error:
             if isinstance(error.__cause__, PermissionError):
                 raise
-            problem = str(error).splitlines()[0]
+            problem = str(error).splitlines()[0] if path.exists() else "there is no such file"
         else:
             missing = _first_missing(values, saved or config_to_dict(Config()))
             if missing is None:

@@ -32,10 +32,10 @@ class ClipPicture:
         frame_seconds: from frame to frame.
         f_min, f_max: edges of the mel filters, Hz.
         height, width: bands and frames of a token.
-        masked: ``(R, C)`` bool: hidden from the encoder and predicted.
+        masked: ``(R, C)`` bool: hidden from the encoder.
         true: ``(G, R, C)`` codes of all tokens.
-        predicted: ``(G, R, C)`` most likely codes, -1 where not masked.
-        probability: ``(G, R, C)`` of the true code, NaN where not masked.
+        predicted: ``(G, R, C)`` most likely codes, -1 where not predicted.
+        probability: ``(G, R, C)`` of the true code, NaN where not predicted.
         true_colours, predicted_colours: ``(G, R, C, 3)`` in 0..1; similar codes have similar colours.
     """
 
@@ -87,14 +87,14 @@ def draw_clips(path: Path, clips: list[ClipPicture], title: str, codebook_size: 
                 true, predicted, chance = column[2 + 3 * book : 5 + 3 * book]
                 _draw_code_grids(true, predicted, clip, book)
                 true.set_title(f"{name}true codes (similar colour: similar code; seen patches pale)")
-                predicted.set_title(f"{name}predicted codes (dot: correct; white: seen, not predicted)")
+                predicted.set_title(f"{name}predicted codes (dot: correct; white: not predicted)")
                 _draw_chance_grid(chance, clip, book)
         column[-1].set_xlabel("time (s)")
     figure.savefig(path, format="png", dpi=90)
 
 
 def _accuracy(clips: list[ClipPicture]) -> str:
-    places = sum(int(clip.masked.sum()) * len(clip.true) for clip in clips)
+    places = sum(int((clip.predicted >= 0).sum()) for clip in clips)
     correct = sum(int((clip.predicted == clip.true).sum()) for clip in clips)
     return f"{correct} of {places} masked codes correct ({correct / max(1, places):.0%})"
 
@@ -158,7 +158,7 @@ def _pale(clip: ClipPicture, book: int) -> np.ndarray:
 def _predicted(clip: ClipPicture, book: int) -> np.ndarray:
     from matplotlib.colors import to_rgb
 
-    return np.where(clip.masked[..., None], clip.predicted_colours[book], to_rgb(ABSENT))
+    return np.where(clip.predicted[book][..., None] >= 0, clip.predicted_colours[book], to_rgb(ABSENT))
 
 
 def _draw_code_bands(axis: Axes, clip: ClipPicture, book: int) -> None:
@@ -175,7 +175,7 @@ def _draw_chance_bars(axis: Axes, clip: ClipPicture, book: int, codebook_size: i
 
     step = clip.width * clip.frame_seconds
     left = _grid_extent(clip)[0]
-    places = np.flatnonzero(clip.masked[0])
+    places = np.flatnonzero(clip.predicted[book, 0] >= 0)
     right = clip.predicted[book, 0, places] == clip.true[book, 0, places]
     chance = clip.probability[book, 0, places]
     kinds = ((right, RIGHT, "correct"), (~right, WRONG, "another code predicted"))

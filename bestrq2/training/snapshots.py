@@ -126,8 +126,8 @@ def clip_pictures(model: BestRQ2 | BestRQ, batch: Batch, output: PretrainOutput,
         def grid(values: np.ndarray, rows: int = rows) -> np.ndarray:
             return np.moveaxis(values.reshape(-1, rows, *values.shape[1:]), (0, 1), (1, 0))
 
-        masked = np.zeros(count, bool)
-        masked[places] = True
+        masked = np.ones(count, bool)  # also what is not predicted
+        masked[plan.seen[clip, : int(plan.seen_lengths[clip])].cpu().numpy()] = False
         clip_predicted = np.full((count, len(palettes)), -1)
         clip_predicted[places] = predicted[clip, : len(places)].cpu().numpy()
         clip_probability = np.full((count, len(palettes)), np.nan)

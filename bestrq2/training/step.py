@@ -19,7 +19,8 @@ class StepTotals:
         clip_loss: likewise, of the target for whole clips.
         touching: targets with a seen token beside them; counted on steps that are logged.
         targets: predicted tokens.
-        tokens: predicted and seen ones.
+        tokens: masked and seen ones.
+        masked: tokens, predicted or not.
         audio_seconds, padded_seconds: of the batch, without and with its padding.
         waited: seconds that the loop waited for data.
         flops: matrix-product operations.
@@ -43,6 +44,7 @@ class StepTotals:
     failures: float = 0.0
     clip_loss: float = 0.0
     touching: float = 0.0
+    masked: float = 0.0
 
     @classmethod
     def of(cls, batch: Batch, sampling_rate: float, waited: float, stop: bool, overdue: bool) -> "StepTotals":
@@ -56,7 +58,9 @@ class StepTotals:
         )
 
     def add_plan(self, plan: MaskPlan, flops: float) -> None:
-        self.tokens += int(plan.masked_lengths.sum()) + int(plan.seen_lengths.sum())
+        masked = int(plan.masked_lengths.sum())
+        self.masked += masked
+        self.tokens += masked + int(plan.seen_lengths.sum())
         self.flops += flops
 
     def add(self, other: "StepTotals") -> None:
@@ -85,7 +89,7 @@ class StepTotals:
 
     @property
     def realised_ratio(self) -> float:
-        return self.targets / max(1.0, self.tokens)
+        return self.masked / max(1.0, self.tokens)
 
     @property
     def padding_share(self) -> float:

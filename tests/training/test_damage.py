@@ -63,22 +63,49 @@ def test_read_only_folder(half, nursery, tmp_path):
     assert state() == before
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "binary", "not a mapping"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "half", "binary", "not a mapping"])
 def test_damaged_configuration(half, whole, damage, capfd):
     """A configuration cut short would be valid YAML with defaults for the rest."""
     path = half / "config.yaml"
     text = path.read_text()
     path.write_bytes(
         {
+            "gone": b"",
             "empty": b"",
             "half": text[: text.index("train:") + 60].rsplit("\n", 1)[0].encode(),
             "binary": bytes(300) + b"\xff\xfe",
             "not a mapping": b"- a\n- b\n",
         }[damage]
     )
+    if damage == "gone":
+        path.unlink()
     assert main(["--resume", str(half)]) == 0
     assert "config.yaml is damaged or cut short" in capfd.readouterr().err
     assert_same(half, whole)
+
+
+@pytest.mark.parametrize(("folder", "message"), [(True, "checkpoints is gone"), (False, "holds no checkpoint: bring")])
+def test_deleted_checkpoints(half, folder, message, capfd):
+    """The run does not begin again over its curves."""
+    for step in list_checkpoints(half / "checkpoints"):
+        shutil.rmtree(step)
+    if folder:
+        shutil.rmtree(half / "checkpoints")
+    log = (half / "metrics.csv").read_bytes()
+    assert main(["--resume", str(half)]) == 2
+    assert message in capfd.readouterr().err
+    assert (half / "metrics.csv").read_bytes() == log
+
+
+def test_an_older_checkpoint_is_not_taken_in_silence(whole, tmp_path, caplog):
+    shutil.copytree(whole, run := tmp_path / "run", symlinks=True)
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    os.truncate(newest / "model.safetensors", 100)
+    with caplog.at_level("WARNING", "bestrq2"):
+        found = find_checkpoint(run)
+    assert found.folder != newest
+    assert f"skipped a damaged checkpoint: {newest / 'model.safetensors'}: damaged" in caplog.text
+    assert f"{found.folder.name} is used" in caplog.text
 
 
 def test_torn_log_and_damaged_notes(half, whole, capfd):

@@ -214,6 +214,15 @@ def test_probe_beside_training(tmp_path, capsys):
     assert "nowhere.csv" in capsys.readouterr().err
 
 
+def test_mask_ratio_counts_what_is_masked_and_not_predicted(tmp_path):
+    for share in (1.0, 0.25):
+        options = ["model.masking.ratio=[0.5,0.5]", f"model.predictor.share={share}", "train.steps=2"]
+        assert main(["--runs", str(tmp_path), "--name", f"run{share}", *QUICK, *options, "train.log_every=1"]) == 0
+    whole, part = ([row["mask_ratio"] for row in read_metrics(tmp_path / f"run{share}")] for share in (1.0, 0.25))
+    assert whole == part
+    assert 0.45 < float(part[-1]) <= 0.5
+
+
 @pytest.mark.parametrize("option", ["--find-batch", "--show-config"])
 def test_questions_about_a_new_run_start_no_old_one(tmp_path, option, capsys):
     for resumed in (["--resume", str(tmp_path)], ["--resume"], ["--name", "a", "--resume"]):
