@@ -19,7 +19,7 @@ from bestrq2.signals import FOLDER_GONE, end_imports, folder_is_gone, handled_by
 
 # isort: split
 from bestrq2.console import console_log
-from bestrq2.errors import BestRQError, ConfigError, byte_count, printable
+from bestrq2.errors import REMEDIES, BestRQError, ConfigError, byte_count, printable, system_reason
 
 __all__ = ["command", "leave", "output_closed", "sentence"]
 
@@ -28,32 +28,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 Main = TypeVar("Main", bound=Callable[..., int])
 
-_REMEDIES = {
-    errno.ENOSPC: "free some space there, or write elsewhere",
-    errno.EDQUOT: "the quota is used up: free some space there, or write elsewhere",
-    errno.EFBIG: "the limit of file sizes is reached: raise it (ulimit -f unlimited), or use another file system",
-    errno.EACCES: "change its permissions, or use another folder",
-    errno.EPERM: "change its permissions, or use another folder",
-    errno.EROFS: "use a folder that can be written",
-    errno.EMFILE: "raise the limit of open files (ulimit -n 4096), or use fewer workers (data.workers=0)",
-    errno.ENFILE: "the machine has too many open files: close programs, or use fewer workers (data.workers=0)",
-    errno.ENAMETOOLONG: "use a shorter name",
-    errno.ENOENT: "check the name",
-    errno.ENOTDIR: "part of this path is a file: check the name",
-    errno.EISDIR: "this is a folder: name a file",
-    errno.EADDRINUSE: "choose another port (MASTER_PORT, or torchrun --rdzv-endpoint)",
-    errno.ENOMEM: "use a smaller batch or fewer workers",
-    errno.EIO: "the disk or the network file system failed: see the system's log",
-    errno.ESTALE: "the network file system lost this file: try again",
-    errno.ELOOP: "links point at each other: check the path",
-    errno.EXDEV: "both names must be on one file system",
-}
-
 # Errors of the system that libraries pass on as a plain RuntimeError: part of the text, what happened, remedy.
 _PASSED_ON = (
     ("can't start new thread", "no further thread can be started", "raise ulimit -u, or set OMP_NUM_THREADS=1"),
     ("Resource temporarily unavailable", "no further thread or process can be started", "raise ulimit -u"),
-    ("Too many open files", "too many files are open", _REMEDIES[errno.EMFILE]),
+    ("Too many open files", "too many files are open", REMEDIES[errno.EMFILE]),
     ("No space left on device", "the disk or shared memory (/dev/shm) is full", "free space, or set data.workers=0"),
     ("unable to open shared memory", "shared memory (/dev/shm) cannot be used", "enlarge it, or set data.workers=0"),
     ("unable to allocate shared memory", "shared memory (/dev/shm) is full", "enlarge it, or set data.workers=0"),
@@ -92,9 +71,7 @@ def sentence(error: BaseException) -> str | None:
             return f"{error}; see the messages of the other ranks"
         given = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         names = " -> ".join(printable(os.fsdecode(name)) for name in given)
-        what = error.strerror or str(error) or type(error).__name__
-        remedy = _REMEDIES.get(error.errno or 0)
-        return (f"{names}: " if names else "") + what + (f"; {remedy}" if remedy else "")
+        return (f"{names}: " if names else "") + system_reason(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "bestrq2").startswith("bestrq2"):
         return f"the package {error.name!r} is needed and not installed: pip install {(error.name or '').split('.')[0]}"
     if isinstance(error, MemoryError):
@@ -299,6 +276,9 @@ def command(main: Main) -> Main:
             except SystemExit as ended:  # argparse, after --help or a wrong option
                 if _lost(out, err) and not ended.code:
                     return 2
+                for name in sys.argv[1:] if arguments is None else arguments:
+                    if ended.code and str(name).startswith("-") and os.path.exists(name):
+                        print(f"note: the file {printable(name)} is taken for an option: write ./{name}", file=err)
                 raise
             except Stopped as error:
                 print(f"stopped by {error}", file=err)

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors", "whole_file", "write_array"]
+__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors", "replacing", "whole_file", "write_array"]
 
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
 
@@ -59,6 +59,25 @@ def named_in_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
+def replacing(path: str | os.PathLike[str], partial: Path) -> Iterator[Path]:
+    """Put the file ``partial``, which the block writes, in the place of ``path``; remove it if that fails.
+
+    Raises:
+        OSError: it cannot be written; the error has the name of ``path``.
+    """
+    try:
+        with named_in_errors(path):
+            yield partial
+            os.replace(partial, path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (partial, str(partial)):
+            error.filename, error.filename2 = os.fspath(path), None
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file (text in UTF-8, or bytes) that is complete when the block ends, and as it was before if that fails.
 
@@ -68,15 +87,8 @@ def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    try:
-        with named_in_errors(target):
-            with open(partial, mode, **text) as file:  # type: ignore[call-overload]
-                yield file
-            os.replace(partial, target)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    with replacing(target, partial), open(partial, mode, **text) as file:  # type: ignore[call-overload]
+        yield file
 
 
 def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:

@@ -38,7 +38,7 @@ import torch
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
-from bestrq2.durability import whole_file, write_array
+from bestrq2.durability import named_in_errors, whole_file, write_array
 from bestrq2.errors import counted, printable, tabular
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
@@ -126,13 +126,15 @@ class ParquetWriter:
         columns["clip"] = self.arrow.array([clip.reshape(-1)], vector)
         columns["features"] = self.arrow.array([features.reshape(-1)], vector)
         table = self.arrow.table(columns)
-        if self.writer is None:
-            self.writer = self.parquet.ParquetWriter(self.partial, table.schema)
-        self.writer.write_table(table)
+        with named_in_errors(self.path):
+            if self.writer is None:
+                self.writer = self.parquet.ParquetWriter(self.partial, table.schema)
+            self.writer.write_table(table)
 
     def close(self) -> list[Path]:
-        self.writer.close()
-        self.partial.replace(self.path)
+        with named_in_errors(self.path):
+            self.writer.close()
+            self.partial.replace(self.path)
         return [self.path]
 
     def discard(self) -> None:

@@ -5,11 +5,13 @@ The operations (``bestrq2.ops``) and layers raise Python's own ``TypeError``, ``
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "REASONS",
+    "REMEDIES",
     "AudioError",
     "BestRQError",
     "CheckpointError",
@@ -24,6 +26,7 @@ __all__ = [
     "check_open_files",
     "counted",
     "printable",
+    "system_reason",
     "tabular",
 ]
 
@@ -55,6 +58,29 @@ class UnknownLayoutError(ConfigError):
 class CheckpointError(BestRQError):
     """A checkpoint that could not be written or read; the message says which file and why."""
 
+
+# What to do about an error of the system.
+REMEDIES = {
+    errno.ENOSPC: "free some space there, or write elsewhere",
+    errno.EDQUOT: "the quota is used up: free some space there, or write elsewhere",
+    errno.EFBIG: "the limit of file sizes is reached: raise it (ulimit -f unlimited), or use another file system",
+    errno.EACCES: "change its permissions, or use another folder",
+    errno.EPERM: "change its permissions, or use another folder",
+    errno.EROFS: "use a folder that can be written",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 4096), or use fewer threads (--threads) and "
+    "workers (data.workers=0)",
+    errno.ENFILE: "the machine has too many open files: close programs, or use fewer workers (data.workers=0)",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENOENT: "check the name",
+    errno.ENOTDIR: "part of this path is a file: check the name",
+    errno.EISDIR: "this is a folder: name a file",
+    errno.EADDRINUSE: "choose another port (MASTER_PORT, or torchrun --rdzv-endpoint)",
+    errno.ENOMEM: "use a smaller batch or fewer workers",
+    errno.EIO: "the disk or the network file system failed: see the system's log",
+    errno.ESTALE: "the network file system lost this file: try again",
+    errno.ELOOP: "links point at each other: check the path",
+    errno.EXDEV: "both names must be on one file system",
+}
 
 REASONS = (
     "missing",  # no such file
@@ -164,7 +190,20 @@ def check_open_files(error: Exception) -> None:
     """
     full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
     if full or "Too many open files" in str(error):  # h5py has no number
-        raise DataError(
-            "Too many open files; raise the limit of open files (ulimit -n 4096), or use fewer threads (--threads) and "
-            "workers (data.workers=0)"
-        ) from error
+        raise DataError(f"Too many open files; {REMEDIES[errno.EMFILE]}") from error
+
+
+def system_reason(error: Exception) -> str:
+    """The reason why the system refused something, and what to do about it, without the name of a file.
+
+    >>> system_reason(OSError(28, "No space left on device", "x.csv.partial"))
+    'No space left on device; free some space there, or write elsewhere'
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (passed_on := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors
+        number = int(passed_on[1])
+        what = os.strerror(number)
+    else:
+        what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    remedy = REMEDIES.get(number or 0)
+    return what + (f"; {remedy}" if remedy else "")

@@ -36,7 +36,7 @@ def check_new(option: str, paths: Iterable[Path], overwrite: bool = False) -> No
             raise ConfigError(
                 f"{option}: {printable(str(path))} exists; choose another name, or replace it with --overwrite"
             )
-        check_writable(option, path.parent)
+        check_writable(option, path.parent, path)
 
 
 @contextmanager
@@ -67,19 +67,36 @@ def alone_in(option: str, folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_writable(option: str, folder: Path) -> None:
+def check_writable(option: str, folder: Path, result: Path | None = None) -> None:
     """Refuse a folder that cannot be made or written.
+
+    Args:
+        option: named in the message.
+        folder: for the results.
+        result: named in the message (default: the folder).
 
     Raises:
         ConfigError: if the folder, or the nearest one above it that exists, is none or cannot be written.
     """
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    name = printable(str(there))
+    given, name = (_called(place) for place in (result or folder, there))
     if not there.is_dir():
-        raise ConfigError(f"{option} {printable(str(folder))}: {name} is not a folder")
+        raise ConfigError(f"{option} {given}: {name} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        remedy = "change its permissions, or use another folder"
-        raise ConfigError(f"{option} {printable(str(folder))}: {name} cannot be written: {remedy}")
+        remedy = "its file system is read-only," if _is_read_only(there) else "change its permissions, or"
+        remedy += " use another folder"
+        raise ConfigError(f"{option} {given}: {'it' if name == given else name} cannot be written: {remedy}")
+
+
+def _called(path: Path) -> str:
+    return "the current folder" if path == Path() else printable(str(path))
+
+
+def _is_read_only(folder: Path) -> bool:
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+    except (OSError, AttributeError):  # Windows has no statvfs
+        return False
 
 
 def numbered(stem: str) -> Path:

@@ -135,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
     """Probe, print and write; 1 if a control fails, else 0."""
     require_sklearn()
     if options.out is None:
-        check_writable("--out", Path())
+        check_writable("without --out, results in", Path())
     else:
         results = (*report.FILES, *report.PICTURES)
         check_new("--out", [options.out / name for name in results], options.overwrite)

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from bestrq2.command import command, leave
-from bestrq2.errors import TrainingError
+from bestrq2.errors import TrainingError, printable, system_reason
 from bestrq2.outputs import add_overwrite, check_new
 from bestrq2.runs.bad_batch_report import describe_bad_batch
 from bestrq2.runs.record import RunRecord
@@ -70,7 +70,9 @@ def report(folders: list[Path], out: Path | None, overwrite: bool = False) -> li
     try:
         path = write_report(runs, out, title)
     except OSError as error:
-        raise TrainingError(f"{out}: cannot be written: {error}") from error
+        raise TrainingError(
+            f"{printable(str(error.filename or out))}: cannot be written: {system_reason(error)}"
+        ) from error
     return [f"Report:  {path}", f"Curves:  {path.with_suffix('.png')}"]
 
 

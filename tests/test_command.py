@@ -295,3 +295,11 @@ def test_an_interrupt_of_the_first_imports():
     )
     result = run("-c", code)
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+def test_a_file_that_looks_like_an_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("-dash.ogg").touch()
+    with pytest.raises(SystemExit):
+        main(["cache", "-dash.ogg", "--out", "x"])
+    assert capsys.readouterr().err.endswith("note: the file -dash.ogg is taken for an option: write ./-dash.ogg\n")

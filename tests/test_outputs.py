@@ -3,16 +3,22 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from bestrq2 import export, manifest, probe, report, stats, stream
+from bestrq2.config import Config
 from bestrq2.data import tiny_dataset
 from bestrq2.durability import whole_file, write_array
-from bestrq2.errors import ConfigError
+from bestrq2.errors import CheckpointError, ConfigError, TrainingError
 from bestrq2.interchange import tensors
-from bestrq2.outputs import check_new, numbered
+from bestrq2.outputs import check_new, check_writable, numbered
+from bestrq2.runs import report as runs_report
+from bestrq2.runs.folder import RunFolder
+from bestrq2.runs.metrics import MetricsLog
 
 CLIP = tiny_dataset()[0].path
 
@@ -84,12 +90,19 @@ class _Run:
 
 def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--out .*file/below: .*file is not a folder"):
+    with pytest.raises(ConfigError, match=r"--out .*file/below/x.csv: .*file is not a folder"):
         check_new("--out", [tmp_path / "file" / "below" / "x.csv"])
     with pytest.raises(ConfigError, match="is a folder, expected the name of a file"):
         check_new("--out", [tmp_path], overwrite=True)
     monkeypatch.setattr(os, "access", lambda place, mode: False)  # also where the tests run as root
     with pytest.raises(ConfigError, match="cannot be written: change its permissions"):
+        check_new("--out", [tmp_path / "new" / "x.csv"])
+    with pytest.raises(ConfigError, match=r"^--out x.csv: the current folder cannot be written: "):
+        check_new("--out", [Path("x.csv")])
+    with pytest.raises(ConfigError, match=r"^results in the current folder: it cannot be written: "):
+        check_writable("results in", Path())
+    monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(ConfigError, match="cannot be written: its file system is read-only, use another folder"):
         check_new("--out", [tmp_path / "new" / "x.csv"])
 
 
@@ -149,6 +162,45 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, error):
     with whole_file(path, "wb") as file:
         file.write(b"after")
     assert path.read_bytes() == b"after"
+
+
+def test_tensors_that_do_not_fit(tmp_path, limited_files):
+    with limited_files(4096), pytest.raises(CheckpointError) as raised:
+        tensors.write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(5000)}, {})
+    assert str(raised.value).startswith(
+        f"{tmp_path / 'x.safetensors'}: cannot be written: File too large; the limit of"
+    )
+
+
+def test_a_run_that_cannot_be_written(tmp_path, monkeypatch):
+    def refused(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with pytest.raises(ConfigError) as raised:
+        RunFolder(tmp_path).write_config(Config())
+    assert str(raised.value) == (
+        f"{tmp_path / 'config.yaml'} cannot be written: Read-only file system; use a folder that can be written"
+    )
+
+
+def test_reports_that_do_not_fit_leave_nothing(tmp_path, monkeypatch, limited_files):
+    monkeypatch.setattr(runs_report, "draw_curves", lambda path, *_: path.write_bytes(bytes(4000)) > 0)
+    monkeypatch.setattr(runs_report, "page", lambda *_: "x" * 10_000)
+    with limited_files(4096), pytest.raises(OSError, match="too large") as raised:
+        runs_report.write_report([], tmp_path / "report.html", "")
+    assert raised.value.filename == str(tmp_path / "report.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+    with limited_files(2048), pytest.raises(OSError, match="too large") as raised:
+        runs_report.write_report([], tmp_path / "report.html", "")
+    assert raised.value.filename == str(tmp_path / "report.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
+def test_a_log_that_does_not_fit_leaves_nothing(tmp_path, limited_files):
+    with limited_files(50), pytest.raises(TrainingError, match="the log cannot be written"):
+        MetricsLog(tmp_path, 0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_array_that_does_not_fit(tmp_path, limited_files):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
-from bestrq2.errors import CheckpointError
+from bestrq2.errors import CheckpointError, system_reason
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
 from bestrq2.models.build import load_weights
 
@@ -49,7 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file(contiguous, partial, {"format": "pt", **metadata})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+        raise CheckpointError(f"{path}: cannot be written: {system_reason(error)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

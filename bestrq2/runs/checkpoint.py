@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bestrq2.config import recipe_names
 from bestrq2.durability import flush_file, flush_folder
-from bestrq2.errors import CheckpointError
+from bestrq2.errors import CheckpointError, system_reason
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(parent).free if parent.exists() else 0
         raise CheckpointError(
-            f"could not save the checkpoint of step {step} to {final}: {error} "
+            f"could not save the checkpoint of step {step} to {final}: {system_reason(error)} "
             f"({needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free). Earlier checkpoints are untouched."
         ) from error
     for old in [folder for folder in list_checkpoints(parent) if _step_of(folder) <= step][:-keep_last]:

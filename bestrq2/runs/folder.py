@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from bestrq2.config import (
     read_yaml,
 )
 from bestrq2.data import Skip
-from bestrq2.durability import has_utf8_name
-from bestrq2.errors import CheckpointError, TrainingError, counted, printable
+from bestrq2.durability import has_utf8_name, replacing
+from bestrq2.errors import CheckpointError, TrainingError, counted, printable, system_reason
 from bestrq2.outputs import check_writable
 from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
@@ -159,7 +159,7 @@ class RunFolder:
         try:
             _write(self.path / "config.yaml", config_to_yaml(config))
         except OSError as error:
-            raise ConfigError(f"{self.path / 'config.yaml'} cannot be written: {error}") from error
+            raise ConfigError(f"{self.path / 'config.yaml'} cannot be written: {system_reason(error)}") from error
 
     def read_config(self, saved: Mapping[str, Any] | None = None) -> Config:
         """The configuration in ``config.yaml``.
@@ -308,14 +308,8 @@ def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefi
 
 def _write(path: Path, text: str) -> None:
     """Replace a file whole: a kill in the middle must not leave a run that cannot be resumed."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path, path.with_name(path.name + ".partial")) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def processor_name() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bestrq2.config import ConfigError
+from bestrq2.durability import replacing
 from bestrq2.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -198,8 +199,8 @@ class MetricsLog:
         columns = columns or self.columns
         temporary = self.path.with_suffix(".csv.partial")
         header = _as_csv([dict(zip(columns, columns))], columns)
-        temporary.write_bytes((header + _as_csv(rows, columns)).encode())
-        temporary.replace(self.path)
+        with replacing(self.path, temporary):
+            temporary.write_bytes((header + _as_csv(rows, columns)).encode())
         if self._file is not None:
             self._file.close()
         self._file = self.path.open("ab", buffering=0)

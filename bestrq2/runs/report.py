@@ -2,7 +2,11 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from bestrq2.durability import named_in_errors, replacing
+from bestrq2.errors import printable, system_reason
 
 from .record import RunRecord
 from .report_curves import draw_curves
@@ -26,7 +30,9 @@ def save_report(folder: Path, title: str | None = None) -> Path | None:
     try:
         return write_report([run], folder / "report.html", f"{run.name} ({title})")
     except Exception as error:  # whatever is wrong with a report, the run is finished
-        logger.warning(f"the report could not be written: {error or type(error).__name__}")
+        name = getattr(error, "filename", None)
+        where = f"{printable(str(name))}: " if name else ""
+        logger.warning(f"the report could not be written: {where}{system_reason(error)}")
         return None
 
 
@@ -38,9 +44,14 @@ def write_report(runs: Sequence[RunRecord], path: Path, title: str) -> Path:
     """
     picture = path.with_suffix(".png")
     partial = picture.with_name(picture.name + ".partial")
-    drawn = draw_curves(partial, list(runs), title)
-    if drawn:
-        partial.replace(picture)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(runs, title, picture if drawn else None), encoding="utf-8", errors="backslashreplace")
-    return partial.replace(path)
+    try:
+        with named_in_errors(picture):
+            drawn = draw_curves(partial, list(runs), title)
+            if drawn:
+                partial.replace(picture)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    with replacing(path, path.with_name(path.name + ".partial")) as partial:
+        partial.write_text(page(runs, title, picture if drawn else None), encoding="utf-8", errors="backslashreplace")
+    return path
