@@ -262,10 +262,11 @@ def check_never_saved(run: RunFolder, config: Config) -> None:
     """Refuse to begin a run again, over its curves, whose checkpoints were deleted.
 
     Raises:
-        CheckpointError: if it was trained beyond the step of its first checkpoint.
+        CheckpointError: if it was trained beyond the step of its second checkpoint. One that was killed while it wrote
+            the first, beside further steps, begins again.
     """
     done = max((int(row["step"]) for row in read_metrics(run.path)), default=0)
-    if done >= config.train.save_every:
+    if done > 2 * config.train.save_every:
         raise CheckpointError(
             f"{run.path} was trained for {done} steps, but {run.checkpoints} holds no checkpoint: bring one back, or "
             "start a new run"
