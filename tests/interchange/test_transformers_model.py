@@ -251,7 +251,8 @@ def test_peft(exported, tmp_path):
     targets = ["qkv", "proj"] if hasattr(exported.own, "patch_embed") else ["qkv", "fc1", "pointwise1"]
     model = peft.get_peft_model(open_model(exported.folder), peft.LoraConfig(r=4, target_modules=targets))
     before = model(**exported.inputs)[0]
-    assert torch.equal(before, open_model(exported.folder)(**exported.inputs)[0])
+    # Layers in a wrapper take PyTorch's product with bias, which rounds as another one on some processors.
+    torch.testing.assert_close(before, open_model(exported.folder)(**exported.inputs)[0], rtol=1e-4, atol=1e-4)
     model(**exported.inputs).pooler_output.square().mean().backward()
     trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     assert trained
