@@ -62,7 +62,7 @@ class NpyWriter:
     """One array file per audio file, and an index; all in a hidden folder until the last is written."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.partial = folder, folder / ".partial"
+        self.folder, self.partial = folder, folder / ".features.partial"
         self.discard()  # what a killed process left
         self.partial.mkdir()
         self.rows: list[dict[str, Any]] = []

@@ -91,8 +91,8 @@ def test_overwriting_leaves_no_features_of_other_files(run, folder, tmp_path, ca
     out = tmp_path / "out"
     assert embed.main([str(run), first, "--out", str(out)]) == 0
     (out / "features" / "mine.npy").write_bytes(b"of the user")
-    (out / ".partial" / "features").mkdir(parents=True)  # a killed process
-    (out / ".partial" / "features" / "cut.npy").touch()
+    (out / ".features.partial" / "features").mkdir(parents=True)  # a killed process
+    (out / ".features.partial" / "features" / "cut.npy").touch()
     assert embed.main([str(run), second, "--out", str(out), "--overwrite"]) == 0
     names = {str(name) for name in contents(out)}
     assert names == {"index.csv", "clips.npy", "features/blip.flac.npy", "features/mine.npy"}
