@@ -177,7 +177,7 @@ def _long_flac(file: BinaryIO, size: int, start: int) -> str | None:
         return None  # damaged, or in another form
 
     def frame(position: int, last: bool) -> tuple[int, int] | None:
-        """Of the first or last frame that begins in a piece of the file: where, and number of the sample behind it."""
+        """Position of the first or last frame that begins in a piece of the file, and number of the sample behind it."""
         file.seek(position)
         piece = file.read(_FLAC_TAIL)
         place = len(piece) if last else -1
@@ -198,7 +198,7 @@ def _long_flac(file: BinaryIO, size: int, start: int) -> str | None:
 
 
 def _behind_metadata(file: BinaryIO, position: int) -> int:
-    """Where the frames of a FLAC begin: behind its blocks of metadata, each of which states its length."""
+    """Position of the first frame of a FLAC, behind its blocks of metadata, each of which states its length."""
     for _ in range(1000):
         file.seek(position)
         header = file.read(4)
