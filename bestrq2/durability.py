@@ -116,8 +116,8 @@ def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
 def save_file(
     tensors: "Mapping[str, Tensor]", path: str | os.PathLike[str], metadata: dict[str, str] | None = None
 ) -> None:
-    """``safetensors.torch.save_file`` with the permissions of any new file. Those of version 0.8 can be read by nobody
-    but their owner (safetensors 782).
+    """``safetensors.torch.save_file`` with the permissions of any new file. Those that version 0.8 gives let
+    the owner alone read it (safetensors 782).
 
     Raises:
         OSError, safetensors.SafetensorError: it cannot be written.
