@@ -9,7 +9,7 @@ import os
 import struct
 from typing import BinaryIO
 
-__all__ = ["missing_fraction", "mp3_counts_frames", "mp3_end", "ogg_without_end"]
+__all__ = ["au_audio", "behind_id3", "chunks", "missing_fraction", "mp3_counts_frames", "mp3_end", "ogg_without_end"]
 
 _STREAMED = 0x7FF00000  # sizes from here on are placeholders of programs that wrote to a pipe
 _LARGEST_PAGE = 27 + 255 + 255 * 255  # bytes, of Ogg
@@ -22,17 +22,51 @@ def missing_fraction(file: BinaryIO) -> float:
         OSError: the file cannot be read.
     """
     size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    head = file.read(12)
-    if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
-        return _missing_in_chunk(file, size, b"data", "<I")
-    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
-        return _missing_in_chunk(file, size, b"SSND", ">I")
+    start = behind_id3(file)
+    file.seek(start)
+    if file.read(4) in (b".snd", b"dns."):
+        begin, length = au_audio(file, start)
+        return max(0.0, 1.0 - (size - begin) / length) if length else 0.0
+    found = chunks(file, start)
+    if found is not None:
+        return _missing_in_chunk(file, size, *found)
     tag = _xing(file)
     if tag is not None and tag[1]:
         start, promised = tag
         return max(0.0, 1.0 - (size - start) / promised)
     return 0.0
+
+
+def behind_id3(file: BinaryIO, position: int = 0) -> int:
+    """Position behind the ID3 tags that begin there, which libsndfile skips before formats of every kind."""
+    while True:
+        file.seek(position)
+        head = file.read(10)
+        if head[:3] != b"ID3" or len(head) < 10:
+            return position
+        position += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
+
+
+def chunks(file: BinaryIO, start: int) -> tuple[int, bytes, str, int] | None:
+    """For a file made of chunks: where the first one is, name of the one with audio, format of the number that states a
+    chunk's length, and the multiple to which chunks are padded. None for another file."""
+    file.seek(start)
+    head = file.read(12)
+    if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
+        return start + 12, b"data", "<I", 2
+    if head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC"):
+        return start + 12, b"SSND", ">I", 2
+    if head[:4] == b"caff":
+        return start + 8, b"data", ">q", 1
+    return None
+
+
+def au_audio(file: BinaryIO, start: int) -> tuple[int, int | None]:
+    """First byte and stated number of bytes of the audio in an AU file; None if it was not known."""
+    file.seek(start)
+    head = file.read(12).ljust(12, b"\xff")
+    offset, length = struct.unpack("<II" if head[:4] == b"dns." else ">II", head[4:])
+    return start + offset, None if length == 0xFFFFFFFF else length
 
 
 def ogg_without_end(file: BinaryIO) -> str | None:
@@ -45,7 +79,7 @@ def ogg_without_end(file: BinaryIO) -> str | None:
         OSError: the file cannot be read.
     """
     size = file.seek(0, os.SEEK_END)
-    file.seek(0)
+    file.seek(behind_id3(file))
     if file.read(4) != b"OggS":
         return None
     start = max(0, size - 2 * _LARGEST_PAGE)
@@ -78,36 +112,34 @@ def mp3_end(file: BinaryIO) -> int | None:
     return None if tag is None or not tag[1] else tag[0] + tag[1]
 
 
-def _missing_in_chunk(file: BinaryIO, size: int, name: bytes, number: str) -> float:
-    """Walk the chunks of a RIFF or IFF file to the audio and compare its stated size with the bytes that follow."""
-    position = 12
+def _missing_in_chunk(file: BinaryIO, size: int, position: int, name: bytes, number: str, padding: int) -> float:
+    """Walk the chunks of a file to the audio and compare its stated size with the bytes that follow."""
+    bytes_of_header = 4 + struct.calcsize(number)
     long_size = 0  # RF64 keeps the real size of its audio, past 4 GiB, in a chunk of its own
     for _ in range(1000):  # a damaged file must not keep us walking
         file.seek(position)
-        header = file.read(8)
-        if len(header) < 8:
+        header = file.read(bytes_of_header)
+        if len(header) < bytes_of_header:
             return 0.0
         (length,) = struct.unpack(number, header[4:])
-        position += 8
+        position += bytes_of_header
         if header[:4] == b"ds64":
             long_size = int.from_bytes(file.read(16)[8:], "little")
         if header[:4] == name:
             if length == 0xFFFFFFFF and long_size:
                 return max(0.0, 1.0 - (size - position) / long_size)
-            if length == 0 or length >= _STREAMED:
+            if length <= 0 or (bytes_of_header == 8 and length >= _STREAMED):
                 return 0.0
             return max(0.0, 1.0 - (size - position) / length)
-        position += length + length % 2
+        if length < 0:
+            return 0.0
+        position += length + length % padding
     return 0.0
 
 
 def _xing(file: BinaryIO) -> tuple[int, int] | None:
     """Find the Xing, Info or VBRI tag of an MP3: (offset of its frame, promised bytes from there, 0 if not stated)."""
-    file.seek(0)
-    start = 0
-    head = file.read(10)
-    if head[:3] == b"ID3" and len(head) == 10:
-        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0)))
+    start = behind_id3(file)
     file.seek(start)
     frame = file.read(256)
     if len(frame) < 64 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:

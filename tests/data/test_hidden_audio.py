@@ -18,6 +18,8 @@ NOISE = np.random.default_rng(0).standard_normal(5 * RATE).astype(np.float32) * 
 
 def encoded(form, samples=NOISE, **options):
     buffer = io.BytesIO()
+    if form == "RAW":
+        return bytearray((samples * 32767).astype("<i2").tobytes())
     soundfile.write(buffer, samples, RATE, format=form, **options)
     return bytearray(buffer.getvalue())
 
@@ -34,7 +36,47 @@ def flac(stated):
     return data
 
 
+def stated(form, seconds=1):
+    """The header of a shorter file before all of the audio."""
+    return encoded(form, NOISE[: seconds * RATE], subtype="PCM_16") + encoded("RAW", subtype="PCM_16")
+
+
+def silent_at_first():
+    data = encoded("WAV", np.concatenate((NOISE, np.zeros(3 * RATE, np.float32), NOISE)), subtype="PCM_16")
+    data[40:44] = struct.pack("<I", 2 * len(NOISE))
+    return data
+
+
+def unmarked(data):
+    """An Ogg whose last page is not marked as the end, as of a capture that was stopped."""
+    page = data.rindex(b"OggS")
+    data[page + 5] &= ~4
+    data[page + 22 : page + 26] = bytes(4)
+    checksum = 0
+    for byte in data[page:]:
+        checksum ^= byte << 24
+        for _ in range(8):
+            checksum = (checksum << 1 ^ (0x04C11DB7 if checksum >> 31 else 0)) & 0xFFFFFFFF
+    data[page + 22 : page + 26] = struct.pack("<I", checksum)
+    return data
+
+
+ID3 = b"ID3\x04\0\0" + bytes([0, 0, 1, 0]) + bytes(128)
+APE = b"APETAGEX" + struct.pack("<4I", 2000, 32, 0, 0x80000000) + bytes(8) + bytes(32)
+
 HIDDEN = {
+    "tag before.flac": lambda: ID3 + flac(RATE // 2),
+    "tag before.wav": lambda: ID3 + wav(RATE),
+    "silent at first.wav": silent_at_first,
+    "short.au": lambda: stated("AU"),
+    "short.caf": lambda: stated("CAF"),
+    "short.rf64": lambda: stated("RF64"),
+    "equal parts.flac": lambda: encoded("FLAC", subtype="PCM_16") * 4,
+    "short part behind.flac": lambda: encoded("FLAC") + encoded("FLAC", NOISE[: 3 * RATE]),
+    "long part behind.flac": lambda: encoded("FLAC", NOISE[: 3 * RATE]) + encoded("FLAC"),
+    "tag between.ogg": lambda: encoded("OGG") + b"TAG" + bytes(125) + encoded("OGG", NOISE[::-1]),
+    "first without end.ogg": lambda: unmarked(encoded("OGG")) + encoded("OGG", NOISE[::-1]),
+    "ape tag between.mp3": lambda: encoded("MP3") + APE + encoded("MP3"),
     "short.wav": lambda: wav(RATE),
     "zero.wav": lambda: wav(0),
     "short.flac": lambda: flac(RATE // 2),
@@ -59,6 +101,15 @@ WHOLE = {
     "padded.wav": lambda: encoded("WAV", subtype="PCM_16") + bytes(50000),
     "piped.wav": lambda: wav(0xFFFFFFFF),
     "plain.aiff": lambda: encoded("AIFF", subtype="PCM_24"),
+    "odd.wav": lambda: encoded("WAV", NOISE[:-1], subtype="PCM_U8") + b"LIST" + struct.pack("<I", 5000) + bytes(5000),
+    "long padding.wav": lambda: encoded("WAV", subtype="PCM_16") + bytes(200000) + b"junk\x01\0\0\0x",
+    "plain.au": lambda: encoded("AU", subtype="PCM_16"),
+    "little.au": lambda: encoded("AU", subtype="PCM_16", endian="LITTLE"),
+    "plain.caf": lambda: encoded("CAF", subtype="PCM_16"),
+    "plain.rf64": lambda: encoded("RF64", subtype="PCM_16"),
+    "tag before.flac": lambda: ID3 + encoded("FLAC"),
+    "silent.flac": lambda: encoded("FLAC", 0 * NOISE),
+    "long.flac": lambda: encoded("FLAC", np.tile(NOISE, 4)),
     "plain.flac": lambda: encoded("FLAC", subtype="PCM_16"),
     "24.flac": lambda: encoded("FLAC", np.stack((NOISE, -NOISE), 1), subtype="PCM_24"),
     "unstated.flac": lambda: flac(0),
@@ -77,7 +128,7 @@ def test_whole_files_are_read(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(WHOLE[name]())
     assert audio_behind_end(io.BytesIO(path.read_bytes())) is None
-    assert len(load_audio(path)) == pytest.approx(len(NOISE), abs=3000)
+    assert len(load_audio(path)) == pytest.approx((4 if name == "long.flac" else 1) * len(NOISE), abs=3000)
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
@@ -95,6 +146,16 @@ def test_a_cut_ogg_is_reported(tmp_path, subtype, share):
         load_audio(path)
     with pytest.raises(DataError, match=r"1 truncated"):
         collect(path)
+
+
+@pytest.mark.parametrize("form", ["AU", "WAV"])
+def test_a_cut_file_behind_a_tag_is_reported(tmp_path, form):
+    path = tmp_path / "cut"
+    for lead in (b"", ID3):
+        data = encoded(form, subtype="PCM_16")
+        path.write_bytes(lead + data[: len(data) // 2])
+        with pytest.raises(AudioError, match=r"truncated \(50\.0 % of the audio bytes are missing"):
+            audio_info(path)
 
 
 @pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16", "NMS_ADPCM_32", "IMA_ADPCM", "MS_ADPCM"])
