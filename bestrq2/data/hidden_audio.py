@@ -6,6 +6,7 @@ chained Ogg, and a WAV, AIFF, AU, CAF or FLAC whose writer was stopped may state
 
 import os
 import struct
+from itertools import pairwise
 from typing import BinaryIO
 
 from bestrq2.data.containers import au_audio, behind_id3, chunks
