@@ -147,7 +147,7 @@ def _audio_column(schema: Any) -> str:
     return "audio" if "audio" in found else found[0] if found else ""
 
 
-def _faults() -> tuple[type[BaseException], ...]:
+def _faults() -> tuple[type[Exception], ...]:
     """Exceptions of reading a damaged file; looked up when something was raised, so pyarrow may be missing."""
     try:
         import pyarrow
