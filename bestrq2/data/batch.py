@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, dataloader
 from bestrq2.data.dataset import Sample
 from bestrq2.data.steps import EqualSteps, StepPlan, plan_of, rank_share
 from bestrq2.errors import DataError, Skip, check_open_files
+from bestrq2.signals import kept_from_children
 
 __all__ = ["Batch", "batches", "collate"]
 
@@ -216,7 +217,8 @@ def _deliver(
         before = set(active_children())
         with _named_start() if workers else nullcontext(), _without_main(dataset) if workers else nullcontext():
             try:
-                stream = iter(loader)
+                with kept_from_children():
+                    stream = iter(loader)
             except BaseException:
                 for worker in set(active_children()) - before:
                     worker.kill()
