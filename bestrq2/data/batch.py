@@ -254,9 +254,12 @@ def _named_start() -> Iterator[None]:
         yield
     except (OSError, EOFError) as error:
         check_open_files(error)
+        remedy = "data.workers=0 decodes in the main process"
+        if "AF_UNIX path too long" in str(error):
+            remedy = f"the name of the folder for temporary files is too long: TMPDIR=/tmp helps, or {remedy}"
         raise DataError(
             f"a data worker could not be started: {error or type(error).__name__} (interpreter: "
-            f"{os.fsdecode(get_executable())}); data.workers=0 decodes in the main process"
+            f"{os.fsdecode(get_executable())}); {remedy}"
         ) from error
 
 
