@@ -76,7 +76,9 @@ def _open(path: Path, heads: int | None, hop_length: int | None) -> OpenedModel:
             "model.merge_and_unload().save_pretrained(FOLDER)"
         )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)
+        return _open_file(
+            path / "model.safetensors", _heads_in(path / "config.json") if heads is None else heads, hop_length
+        )
     checkpoint = find_checkpoint(path)
     config = config_from_dict(checkpoint.config)
     if config.frozen.source:
@@ -103,9 +105,9 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
         raise unknown_layout(path, "neither an encoder file of bestrq2 nor a published checkpoint", list(tensors))
     published = from_published(
         tensors,
-        heads=heads or number("heads", int),
+        heads=number("heads", int) if heads is None else heads,
         predictor_heads=number("predictor_heads", int),
-        hop_length=hop_length or number("hop_length", int),
+        hop_length=number("hop_length", int) if hop_length is None else hop_length,
         window_seconds=number("window_seconds", float),
         origin=path,
     )
