@@ -296,7 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine}
     reading["rows"] = options.rows
-    with alone_in("--out", options.out):
+    busy = f"--out: another process is writing to {printable(str(options.out))}; wait for it, or choose another name"
+    with alone_in(options.out, ConfigError(busy)):
         check_results(options)  # another process may have written them meanwhile
         writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bestrq2.errors import ConfigError, printable
+from bestrq2.errors import BestRQError, ConfigError, printable
 
 __all__ = ["add_overwrite", "alone_in", "check_new", "check_writable", "numbered"]
 
@@ -40,16 +40,21 @@ def check_new(option: str, paths: Iterable[Path], overwrite: bool = False) -> No
 
 
 @contextmanager
-def alone_in(option: str, folder: Path) -> Iterator[None]:
-    """Keep other processes from writing results into a folder. The system unlocks it however this one ends.
+def alone_in(folder: Path, refusal: BestRQError, file: str | None = None) -> Iterator[None]:
+    """Keep other processes from writing into a folder. The system unlocks it however this process ends.
 
-    Raises:
-        ConfigError: if another process does. File systems without locks are not protected.
+    Args:
+        folder: to write into.
+        refusal: raised if another process does.
+        file: made in the folder and locked in its place: NFS locks only what is open for writing.
+
+    File systems without locks are not protected.
     """
     try:
         import fcntl
 
-        descriptor = os.open(folder, os.O_RDONLY)
+        flags = os.O_RDONLY if file is None else os.O_WRONLY | os.O_CREAT
+        descriptor = os.open(folder if file is None else folder / file, flags, 0o666)
     except (ImportError, OSError):
         yield
         return
@@ -57,9 +62,7 @@ def alone_in(option: str, folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(
-                f"{option}: another process is writing to {printable(str(folder))}; wait for it, or choose another name"
-            ) from error
+            raise refusal from error
         except OSError:  # a file system without locks
             pass
         yield

@@ -183,7 +183,11 @@ def folder_to_resume(options: argparse.Namespace) -> RunFolder | None:
     if options.resume:
         raise ConfigError(f"--name {options.name} --resume {options.resume}: name the run once")
     named = RunFolder(options.runs / options.name)
-    return named if list_checkpoints(named.checkpoints) else None
+    if not list_checkpoints(named.checkpoints):
+        return None
+    if options.config:
+        print(f"note: the configuration of {named.path} is used, not --config {options.config}", file=sys.stderr)
+    return named
 
 
 def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: Ranks) -> int:

@@ -104,7 +104,7 @@ def test_overwriting_leaves_no_features_of_other_files(run, folder, tmp_path, ca
 
 def test_two_processes_do_not_write_into_one_folder(run, folder, tmp_path, capsys):
     (out := tmp_path / "out").mkdir()
-    with alone_in("--out", out):
+    with alone_in(out, RuntimeError()):
         assert embed.main([str(run), str(folder), "--out", str(out)]) == 2
     assert f"--out: another process is writing to {out}; wait for it" in capsys.readouterr().err
     assert not list(out.iterdir())

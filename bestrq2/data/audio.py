@@ -20,7 +20,7 @@ from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
 from bestrq2.data.hidden_audio import audio_behind_end
 from bestrq2.data.mistaken import not_audio, same_letters, warn_of_levels
-from bestrq2.errors import AudioError, check_open_files
+from bestrq2.errors import AudioError, DataError, check_open_files
 
 __all__ = [
     "AudioDigest",
@@ -207,7 +207,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                     name, "truncated", f"{size} bytes are not the {seconds:.0f} s that the header promises"
                 )
             yield file
-    except AudioError:
+    except (AudioError, DataError):  # a DataError, which is a RuntimeError, is no fault of the file
         raise
     except FileNotFoundError as error:
         raise AudioError(name, "missing", same_letters(name)) from error

@@ -6,6 +6,7 @@ chained Ogg, and a WAV, AIFF, AU, CAF or FLAC whose writer was stopped may state
 
 import os
 import struct
+from itertools import pairwise
 from typing import BinaryIO
 
 from bestrq2.data.containers import au_audio, behind_id3, chunks
@@ -177,7 +178,7 @@ def _long_flac(file: BinaryIO, size: int, start: int) -> str | None:
         return None  # damaged, or in another form
 
     def frame(position: int, last: bool) -> tuple[int, int] | None:
-        """Position of the first or last frame that begins in a piece of the file, and number of the sample behind it."""
+        """Position of the first or last frame that begins in a piece of the file, and the sample number behind it."""
         file.seek(position)
         piece = file.read(_FLAC_TAIL)
         place = len(piece) if last else -1
@@ -192,7 +193,7 @@ def _long_flac(file: BinaryIO, size: int, start: int) -> str | None:
         return f"its header states {total} samples, the last frame ends at sample {final[1]}"
     between = (frame(begin + int(share * (size - begin)), False) for share in _FLAC_PLACES)
     found = sorted({place for place in (frame(begin, False), *between, final) if place is not None})
-    if any(number <= before for (_, before), (_, number) in zip(found, found[1:])):
+    if any(number <= before for (_, before), (_, number) in pairwise(found)):
         return f"its frames count anew before the end of its {size} bytes: several FLAC files joined"
     return None
 

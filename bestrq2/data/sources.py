@@ -117,7 +117,9 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
     _check_unit(path, files)
     parts = _count_parts(files)
     of_parts = f", {parts} of them parts of longer files" if parts else ""
-    found.notes.append(f"{path}: {counted(len(rows), 'row')}{of_parts}")
+    segments = Path(path).with_name("segments")
+    listed = segments if Path(path).name == "wav.scp" and segments.is_file() else path
+    found.notes.append(f"{listed}: {counted(len(rows), 'row')}{of_parts}")
     found.notes += [note] if note else []
     repeats = len(files) - len({(item.path, item.start, item.end) for item in files})
     if repeats:

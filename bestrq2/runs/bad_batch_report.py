@@ -6,7 +6,7 @@ import numpy as np
 
 from bestrq2.charts import plain_text
 from bestrq2.config import read_text, read_yaml
-from bestrq2.errors import TrainingError
+from bestrq2.errors import TrainingError, system_reason
 
 from .bad_batches import BadBatch, clip_statistics, load_bad_batch
 
@@ -40,7 +40,7 @@ def describe_bad_batch(path: Path, picture: Path | None = None) -> list[str]:
     try:
         draw_bad_batch(picture, batch, rate)
     except OSError as error:
-        raise TrainingError(f"{picture}: cannot be written: {error}") from error
+        raise TrainingError(f"{picture}: cannot be written: {system_reason(error)}") from error
     bad = [number for number, row in enumerate(rows) if row["nan"] or row["inf"]]
     lines.append(
         f"Not finite already in the audio: clips {', '.join(map(str, bad))}"

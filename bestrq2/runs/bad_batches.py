@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bestrq2.data import Batch
-from bestrq2.errors import TrainingError
+from bestrq2.errors import TrainingError, system_reason
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def save_bad_batch(
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink()
-        logger.warning(f"the batch of step {step} could not be kept in {folder}: {error}")
+        logger.warning(f"the batch of step {step} could not be kept in {folder}: {system_reason(error)}")
         return None
     return final
 

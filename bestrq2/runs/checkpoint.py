@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bestrq2.config import recipe_names
 from bestrq2.durability import flush_file, flush_folder
-from bestrq2.errors import CheckpointError, system_reason
+from bestrq2.errors import CheckpointError, byte_count, system_reason
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def save_checkpoint(
         free = shutil.disk_usage(parent).free if parent.exists() else 0
         raise CheckpointError(
             f"could not save the checkpoint of step {step} to {final}: {system_reason(error)} "
-            f"({needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free). Earlier checkpoints are untouched."
+            f"({byte_count(needed)} needed, {byte_count(free)} free). Earlier checkpoints are untouched."
         ) from error
     for old in [folder for folder in list_checkpoints(parent) if _step_of(folder) <= step][:-keep_last]:
         if old.name not in keep:
@@ -277,7 +277,7 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"{path} cannot be read for want of permission; let this user read it (chmod, chown), or run as its owner"
         )
-    return CheckpointError(f"{path}: cannot be read: {error}")
+    return CheckpointError(f"{path}: cannot be read: {system_reason(error)}")
 
 
 def _sha256(path: Path) -> str:

@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from bestrq2.config import (
 from bestrq2.data import Skip
 from bestrq2.durability import has_utf8_name, replacing
 from bestrq2.errors import CheckpointError, TrainingError, counted, printable, system_reason
-from bestrq2.outputs import check_writable
+from bestrq2.outputs import alone_in, check_writable
 from bestrq2.runs.checkpoint import list_checkpoints
 from bestrq2.version import __version__
 
@@ -90,7 +90,7 @@ class RunFolder:
                 run.remove_unused()  # its name must not be taken by what is no run
                 raise
         except OSError as error:
-            raise ConfigError(f"cannot make a run folder in {runs}: {error}") from error
+            raise ConfigError(f"cannot make a run folder in {runs}: {system_reason(error)}") from error
         return run
 
     @staticmethod
@@ -188,28 +188,10 @@ class RunFolder:
         logger.warning(f"{path} is damaged or cut short ({problem}); the configuration of the checkpoint is used")
         return config_from_dict(dict(saved))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from training into this folder. The system unlocks it however this one ends.
-
-        Raises:
-            TrainingError: if another process does. File systems without locks are not protected.
-        """
-        try:
-            import fcntl
-
-            file = (self.path / ".lock").open("a")
-        except (ImportError, OSError):
-            yield
-            return
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise TrainingError(f"{self.path}: another process trains in this run folder; stop it first") from error
-            except OSError:
-                pass
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from training into this folder; ``with`` raises TrainingError if one does."""
+        refusal = TrainingError(f"{self.path}: another process trains in this run folder; stop it first")
+        return alone_in(self.path, refusal, ".lock")
 
     def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
         """Append the files that could not be read to ``skipped.txt`` (one per rank) and print a warning."""
@@ -231,7 +213,7 @@ class RunFolder:
                     file.writelines(f"{line}\n" for line in new)
                 listed.update(new)
         except OSError as error:
-            logger.warning(f"the list of skipped files could not be written: {error}")
+            logger.warning(f"{path}, the list of skipped files, could not be written: {system_reason(error)}")
 
     def resume_command(self) -> str:
         """The command line that continues this run."""
@@ -273,7 +255,7 @@ class RunFolder:
         try:
             _write(self.path / "versions.json", json.dumps([*self.read_versions(), record], indent=1) + "\n")
         except OSError as error:
-            logger.warning(f"{self.path / 'versions.json'} could not be written: {error}")
+            logger.warning(f"{self.path / 'versions.json'} could not be written: {system_reason(error)}")
 
     def read_versions(self) -> list[dict[str, Any]]:
         """The record of every start of this run, oldest first."""
@@ -291,7 +273,7 @@ def _folders_in(runs: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise ConfigError(f"--runs {runs}: cannot be listed: {error.strerror or error}") from error
+        raise ConfigError(f"--runs {runs}: cannot be listed: {system_reason(error)}") from error
 
 
 def _first_missing(values: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str | None:

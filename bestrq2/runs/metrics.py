@@ -16,7 +16,7 @@ import numpy as np
 
 from bestrq2.config import ConfigError
 from bestrq2.durability import replacing
-from bestrq2.errors import TrainingError
+from bestrq2.errors import TrainingError, system_reason
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class MetricsLog:
             self._keep_damaged()
             self._replace(kept)
         except OSError as error:
-            raise TrainingError(f"{self.path}: the log cannot be written: {error}") from error
+            raise TrainingError(f"{self.path}: the log cannot be written: {system_reason(error)}") from error
         self._board: SummaryWriter | None = None
         try:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1 if existed else None)
@@ -174,7 +174,9 @@ class MetricsLog:
                 self._append(_as_csv(self._pending, self.columns).encode())
             self._pending = []
         except OSError as error:
-            self._warn("metrics.csv", f"{self.path}: {error}; rows are kept in memory until they can be written")
+            self._warn(
+                "metrics.csv", f"{self.path}: {system_reason(error)}; rows are kept in memory until they can be written"
+            )
 
     def _append(self, text: bytes) -> None:
         assert self._file is not None
@@ -211,7 +213,7 @@ class MetricsLog:
             self._board = None
         else:
             self._run = None
-        self._warn(name, f"{name} stopped: {type(error).__name__}: {error}; metrics.csv goes on")
+        self._warn(name, f"{name} stopped: {type(error).__name__}: {system_reason(error)}; metrics.csv goes on")
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:

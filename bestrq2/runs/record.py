@@ -23,11 +23,11 @@ _SKIP = re.compile(rf": ({'|'.join(map(re.escape, REASONS))})(?: \(.*\))?$")
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """``mib`` on disk; ``score``, lower is better, decides which ones are kept as the best; ``best``: none is lower."""
+    """``size`` in bytes; ``score``, lower is better, decides which are kept as the best; ``best``: none is lower."""
 
     name: str
     written: str
-    mib: float
+    size: int
     score: float | None
     best: bool
 
@@ -145,7 +145,7 @@ class RunRecord:
             digits = path.name.rpartition("-")[2]
             step = int(digits) if digits.isdecimal() else -1
             best = bool(ranked) and ranked[0][1] == step
-            found.append(CheckpointRecord(path.name, written, size / 2**20, scores.get(step), best))
+            found.append(CheckpointRecord(path.name, written, size, scores.get(step), best))
         return found
 
     @cached_property

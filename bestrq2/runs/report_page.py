@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bestrq2.config import write_yaml
+from bestrq2.errors import byte_count
 
 from .record import RunRecord, flatten
 
@@ -164,7 +165,7 @@ def _checkpoints(run: RunRecord) -> str:
     rows = []
     for checkpoint in run.checkpoints:
         score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}{' (best)' if checkpoint.best else ''}"
-        rows.append([checkpoint.name, checkpoint.written, f"{checkpoint.mib:.1f} MiB", score])
+        rows.append([checkpoint.name, checkpoint.written, byte_count(checkpoint.size), score])
     return _table([["checkpoint", "written", "size", "validation loss, else training loss"]], rows)
 
 

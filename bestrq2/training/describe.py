@@ -1,5 +1,7 @@
 """Lines about a run, logged before its first step and beside the progress bar."""
 
+import math
+
 import torch
 
 from bestrq2 import ops
@@ -46,6 +48,12 @@ def describe_run(
     if (missing := extension_obstacle()) is not None:
         say(f"note: the slower PyTorch path runs: {missing}")
     say(f"Run: {run.path} (utilisation against {peak[0] / 1e12:.2f} TFLOP/s, {peak[1]})")
+    saved, measured = config.train.save_every, config.validation.every
+    if config.train.keep_best and config.validation.source and (both := math.lcm(saved, measured)) != saved:
+        say(
+            f"note: train.keep_best compares the checkpoints of every {both} steps: they are saved every {saved} steps,"
+            f" the held-out loss is measured every {measured}"
+        )
     if ranks.is_first:
         run.write_versions(describe_device(device), ranks.size)
 

@@ -32,6 +32,7 @@ class Evaluation:
     Attributes:
         validates: whether there is validation audio.
         validation_loss: of the last validation, None before the first.
+        validated_step: when that was.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Evaluation:
         settings = config.validation
         self.validates = settings.source is not None
         self.validation_loss: float | None = None
+        self.validated_step = -1
         if self.validates:
             # The same crops every time: neither shares of domains nor batches of similar length.
             crops = replace(
@@ -86,12 +88,17 @@ class Evaluation:
         if due["validation"]:
             with evaluating(self.model):
                 found |= self._validate()
+            self.validated_step = step
         if due["probe"]:
             found |= self._probe(step)
         if due["pictures"] and self.pictured is not None:
             with self._autocast():
                 fixed_pictures(self.run_path if self.ranks.is_first else None, self.model, self.pictured, step, log)
         return found
+
+    def loss_at(self, step: int) -> float | None:
+        """The held-out loss after ``step`` steps; None if it was not measured then."""
+        return self.validation_loss if step == self.validated_step else None
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

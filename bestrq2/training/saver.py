@@ -5,7 +5,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from bestrq2.config import Config, config_to_dict
-from bestrq2.errors import CheckpointError
+from bestrq2.errors import CheckpointError, system_reason
 from bestrq2.runs.checkpoint import BEST, folder_name, read_best, save_checkpoint, write_best
 from bestrq2.runs.folder import RunFolder
 
@@ -92,4 +92,4 @@ class Saver:
         try:
             write_best(self.parent, self._best)
         except OSError as error:  # the checkpoints are whole; only the note about them is not
-            logger.warning(f"{self.parent / BEST} could not be written: {error}")
+            logger.warning(f"{self.parent / BEST} could not be written: {system_reason(error)}")

@@ -244,7 +244,6 @@ class Trainer:
             found, self.late = self._read(self.late), None
             sums = StepTotals(found.loss, found.accuracy, clip_loss=found.clip_loss, touching=found.touching)
             self.since_log.add(sums)
-            self.since_save.add(sums)
 
     def _read(self, reading: Reading) -> StepTotals:
         """Wait for a step and act on its values. Returns its totals over all ranks."""
@@ -281,6 +280,7 @@ class Trainer:
                 state.optimizer.step()
             if state.average is not None:
                 state.average.update()
+            self.since_save.add(totals)
             self.bad_in_a_row = 0
             return
         state.progress.skipped_steps += 1
@@ -308,7 +308,6 @@ class Trainer:
         progress, settings = self.state.progress, self.settings
         done, last = progress.step, progress.step == settings.steps
         self.since_log.add(totals)
-        self.since_save.add(totals)
         self.bar.update()
         if self._is_logged(done):
             self._log(totals)
@@ -342,7 +341,9 @@ class Trainer:
         if self.log is not None:
             self.log.flush()
         snapshot = self.state.snapshot(**self.identity)
-        value = self.state.progress.validation_loss if self.evaluation.validates else self.since_save.mean_loss
+        value: float | None = self.since_save.mean_loss if self.since_save.targets else None
+        if self.evaluation.validates:
+            value = self.evaluation.loss_at(self.state.progress.step)
         if snapshot is not None:
             self.saver.save(snapshot, value, wait)
         self.since_save = StepTotals()

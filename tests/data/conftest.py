@@ -107,3 +107,18 @@ def write_wav(tmp_path: Path, speech: np.ndarray) -> Callable[..., Path]:
         return convert(path, gain * np.tile(speech, -(-count // len(speech)))[:count], 16000)
 
     return write
+
+
+@pytest.fixture
+def no_more_files(monkeypatch):
+    """A call after which no file can be opened."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit():
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

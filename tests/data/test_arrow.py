@@ -173,6 +173,19 @@ def test_random_damage(tmp_path, damaged_copies, extension):
     assert usable > 120
 
 
+def test_the_limit_of_open_files_is_no_damage(tmp_path, no_more_files):
+    _save(folder := tmp_path / "saved", tiny_dataset()[:2], shards=1)
+    pyarrow.parquet.write_table(_table(tiny_dataset()[:2]), table := tmp_path / "rows.parquet")
+    from bestrq2.data.archives import arrow  # noqa: F401  (afterwards no module can be opened)
+
+    no_more_files()
+    for source in (folder / "data-00000-of-00001.arrow", table, folder):
+        with pytest.raises(DataError, match=r"Too many open files; .*ulimit -n"):
+            collect(source)
+    with pytest.raises(DataError, match=r"Too many open files; .*ulimit -n"):
+        load_audio(f"{table}::0")
+
+
 def test_splits_must_be_named(tmp_path):
     for split in ("train", "test"):
         _save(tmp_path / "both" / split, tiny_dataset()[:4])
@@ -189,6 +202,8 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r'need pyarrow: pip install "bestrq2\[datasets\]"'):
         collect(folder)
+    with pytest.raises(DataError, match="need pyarrow"):  # it is no fault of the clip
+        load_audio(f"{folder / 'data-00000-of-00002.arrow'}::0")
 
 
 def test_as_the_library_writes_it(tmp_path):

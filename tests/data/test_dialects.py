@@ -104,7 +104,7 @@ def test_kaldi_folder(folder):
     for source in (folder, folder / "wav.scp"):
         files, report = collect(source)
         assert seconds(files) == [{5: 1.0}, {8: 1.0, 9: 1.0}]
-        assert "2 rows, 2 of them parts" in report.notes[0]
+        assert report.notes[0] == f"{folder / 'segments'}: 2 rows, 2 of them parts of longer files"
     (folder / "segments").write_text("utt1 rec 0 6.00\nutt2 rec 6 -1\n")
     assert "2 rows, 2 of them parts" in collect(folder)[1].notes[0]
     (folder / "segments").write_text("utt1 rec 0 10.00\n")

@@ -166,6 +166,8 @@ def test_without_h5py(published, monkeypatch):
     monkeypatch.setattr("bestrq2.data.archives.hdf5._files", {})
     with pytest.raises(DataError, match=r'HDF5 needs h5py: pip install "bestrq2\[hdf5\]"'):
         collect(path)
+    with pytest.raises(DataError, match="HDF5 needs h5py"):  # it is no fault of the clip
+        load_audio(f"{path}::0")
 
 
 def test_a_file_that_another_process_writes_anew(tmp_path):

@@ -139,21 +139,6 @@ def test_command_line(tmp_path, write_wav):
     assert read_manifest(tmp_path / "m.csv") == [AudioFile(str(tmp_path / "a.wav"), 1.0, 16000)]
 
 
-@pytest.fixture
-def no_more_files(monkeypatch):
-    """A call after which no file can be opened."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-
-    def limit():
-        free = os.dup(0)
-        os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
 def test_the_limit_of_open_files_is_no_fault_of_a_file(no_more_files, monkeypatch):
     files = [AudioFile(item.path) for item in tiny_dataset()[:2]]
 

@@ -118,7 +118,7 @@ def test_everything_of_a_run_is_in_one_file(tmp_path):
         'truncated 2 /data/<img src="x">.wav: truncated (12 % missing)',
         "not finite 1 /data/c: missing.wav: not finite",
         "step-00000040",
-        "1.0 MiB 1.2500 (best)",
+        "1.0 MB 1.2500 (best)",
         "1.0 MiB 1.5000 Configuration",
         "train.steps 100 200000",
         "codebook_size: 512",

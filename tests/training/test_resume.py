@@ -94,8 +94,11 @@ def test_a_replaced_file_is_named(tmp_path, capsys):
     assert (
         f"warning: the content of {folder / names[1]} changed since the checkpoint was written (3 of 3 files" in error
     )
-    assert main(["--resume", str(tmp_path / "run"), "train.steps=2"]) == 0
-    assert "changed since" not in capsys.readouterr().err
+    again = ["--runs", str(tmp_path), "--name", "run", "--resume", "--config", "conformer.yaml", "train.steps=2"]
+    assert main(again) == 0
+    error = capsys.readouterr().err
+    assert "changed since" not in error
+    assert f"note: the configuration of {tmp_path / 'run'} is used, not --config conformer.yaml" in error
 
 
 def test_changes_by_key():

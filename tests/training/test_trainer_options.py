@@ -159,6 +159,17 @@ def test_best_checkpoints_are_kept(tmp_path):
     assert {path.name for path in list_checkpoints(checkpoints)} == {f"step-{best:08d}", "step-00000010"}
 
 
+def test_best_checkpoints_are_compared_where_the_held_out_loss_was_measured(tmp_path, caplog):
+    data = str(Path(__file__).parents[2] / "bestrq2" / "data" / "tiny")
+    options = [f"validation.source={data}", "validation.every=4", "validation.clips=2", "train.keep_best=9"]
+    saves = ["train.steps=12", "train.save_every=3", "train.keep_last=1"]
+    with caplog.at_level("INFO"):
+        assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, *options, *saves]) == 0
+    best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    assert [entry["step"] for entry in best] == [12], "3, 6 and 9 have the loss of an earlier step"
+    assert "train.keep_best compares the checkpoints of every 12 steps" in caplog.text
+
+
 def test_validation_disturbs_nothing(tmp_path, plain_training):
     drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
     assert main(["--runs", str(tmp_path), "--name", "without", *QUICK, *drops]) == 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bestrq2.data.files import AudioFile, Listing, address
-from bestrq2.errors import AudioError, DataError, Skip
+from bestrq2.errors import AudioError, DataError, Skip, check_open_files, system_reason
 
 __all__ = ["list_arrow", "open_arrow_clip", "saved_dataset_files"]
 
@@ -75,6 +75,7 @@ class _Table:
             if not whole_file and (at < size or not _is_closed(source)):
                 raise pyarrow.ArrowInvalid(f"the end is missing, or came early, at byte {at} of {size}")
         except (pyarrow.ArrowException, OSError) as error:
+            check_open_files(error)
             self.damage = f"{sum(map(len, batches))} rows can be read, then: {error}"
         return batches
 
@@ -146,7 +147,7 @@ def _audio_column(schema: Any) -> str:
     return "audio" if "audio" in found else found[0] if found else ""
 
 
-def _faults() -> tuple[type[BaseException], ...]:
+def _faults() -> tuple[type[Exception], ...]:
     """Exceptions of reading a damaged file; looked up when something was raised, so pyarrow may be missing."""
     try:
         import pyarrow
@@ -183,6 +184,7 @@ def list_arrow(path: str) -> Listing:
             values = table.values(columns)
             outside = table.paths_only()
     except _faults() as error:
+        check_open_files(error)
         return Listing([], skips=[Skip(path, "damaged archive", str(error).splitlines()[0])])
     features: dict[str, Any] = {column: _features(table.schema).get(column) for column in ("domain", "label")}
     names = {column: found.get("names") for column, found in features.items() if isinstance(found, dict)}
@@ -235,6 +237,7 @@ def open_arrow_clip(path: str, name: str) -> BinaryIO:
                 raise AudioError(where, "missing", f"the file has rows 0 to {table.num_rows - 1}")
             value = table.row(int(name))
     except _faults() as error:
+        check_open_files(error)
         raise AudioError(where, "not readable", str(error).splitlines()[0]) from error
     if isinstance(value, dict):
         content, outside = value.get("bytes"), value.get("path")
@@ -267,7 +270,8 @@ def saved_dataset_files(folder: str) -> list[str]:
             state = json.load(file)
         files = [os.path.join(folder, entry["filename"]) for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{folder}: not a dataset of save_to_disk: {error}") from error
+        check_open_files(error)
+        raise DataError(f"{folder}: not a dataset of save_to_disk: {system_reason(error)}") from error
     if state.get("_indices_data_files"):
         raise DataError(f"{folder}: a selection of rows, saved by an old version of datasets; save it again")
     for path in files:

@@ -136,6 +136,8 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
             return Listing(files)
         except AudioError as error:
             return Listing([], skips=[error.skip])
+        except DataError:  # a RuntimeError
+            raise
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             check_open_files(error)
             return Listing([], skips=[Skip(path, "damaged archive", str(error))])
@@ -197,5 +199,7 @@ def open_hdf5_clip(path: str, name: str) -> SampleReader:
         except OSError as error:
             check_open_files(error)
             raise AudioError(where, "not readable", str(error)) from error
+        except DataError:  # a RuntimeError
+            raise
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise AudioError(where, "not decodable", str(error)) from error
