@@ -224,12 +224,11 @@ def test_tensors_of_other_shapes_are_refused_by_name(build, change, tmp_path):
     for name, tensor in state(model).items():
         tensors = state(model) | {name: CHANGES[change](tensor)}
         path = write(tmp_path / "model.safetensors", tensors)
-        try:
-            bestrq2.load(path, heads=HEADS, hop_length=model.hop)
-        except ConfigError as error:
-            assert str(error).startswith(str(path))
-        else:  # not of the encoder, or no change
-            assert not name.startswith(("encoder.", "patch_embed")) or tensors[name].shape == tensor.shape
+        if tensors[name].shape == tensor.shape and tensors[name].is_floating_point():
+            continue
+        if name.startswith(("encoder.", "patch_embed")):
+            with pytest.raises(ConfigError, match=str(path)):
+                bestrq2.load(path, heads=HEADS, hop_length=model.hop)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
