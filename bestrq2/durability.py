@@ -2,15 +2,27 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-__all__ = ["flush_file", "flush_folder", "has_utf8_name", "named_in_errors", "replacing", "whole_file", "write_array"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "flush_file",
+    "flush_folder",
+    "has_utf8_name",
+    "named_in_errors",
+    "replacing",
+    "save_file",
+    "whole_file",
+    "write_array",
+]
 
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
 
@@ -99,6 +111,24 @@ def write_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
     """
     with whole_file(path, "wb") as file:
         np.save(SimpleNamespace(write=file.write), array)  # into a real file numpy's error gives no reason
+
+
+def save_file(
+    tensors: "Mapping[str, Tensor]", path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """``safetensors.torch.save_file`` with the permissions of any new file. Those that version 0.8 gives let
+    the owner alone read it (safetensors 782).
+
+    Raises:
+        OSError, safetensors.SafetensorError: it cannot be written.
+    """
+    from safetensors import torch
+
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777  # by the umask, or the access list of the folder
+    torch.save_file(dict(tensors), path, metadata)
+    with suppress(OSError):  # a file system without permissions
+        os.chmod(path, mode)
 
 
 def has_utf8_name(path: str | os.PathLike[str]) -> bool:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
+from bestrq2.durability import save_file
 from bestrq2.errors import CheckpointError, system_reason
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
 from bestrq2.models.build import load_weights

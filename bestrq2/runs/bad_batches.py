@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bestrq2.data import Batch
+from bestrq2.durability import save_file
 from bestrq2.errors import TrainingError, system_reason
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bestrq2.config import recipe_names
-from bestrq2.durability import flush_file, flush_folder
+from bestrq2.durability import flush_file, flush_folder, save_file
 from bestrq2.errors import CheckpointError, byte_count, system_reason
 
 logger = logging.getLogger(__name__)

@@ -39,6 +39,10 @@ def rewrite(folder, change):
     save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_rest(folder):
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("variant", ["", ".fp16"])
 def test_shards(folder, variant):
     expected = features_of(folder)

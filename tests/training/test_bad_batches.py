@@ -33,6 +33,11 @@ def test_round_trip(tmp_path, batch):
     assert sorted(p.suffix for p in path.parent.iterdir()) == [".json", ".safetensors"]
 
 
+def test_others_may_read_it_as_far_as_they_may_read_other_files(tmp_path, batch):
+    path = save_bad_batch(tmp_path, 12, 1, batch, 1.0, 1.0)
+    assert path.stat().st_mode == path.with_suffix(".json").stat().st_mode
+
+
 def test_limit_counts_each_rank(tmp_path, batch):
     paths = [save_bad_batch(tmp_path, step, 0, batch, 1.0, 1.0, limit=2) for step in range(4)]
     assert [path is not None for path in paths] == [True, True, False, False]

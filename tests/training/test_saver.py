@@ -133,6 +133,18 @@ def save(parent: Path, step: int, keep_last: int = 1) -> Path:
     return save_checkpoint(parent, step, tensors, tensors, {}, {"data": "x"}, keep_last)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_files_of_a_checkpoint_have_the_permissions_of_other_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = save(tmp_path, 4)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        ("model.safetensors", "state.json", "training.safetensors"), mode
+    )
+
+
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_new_one(tmp_path):
     save(tmp_path, 4)
     for step in (8, 12):
