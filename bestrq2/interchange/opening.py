@@ -15,7 +15,7 @@ from bestrq2.models.build import load_weights
 from bestrq2.models.teacher import Teacher
 from bestrq2.runs.checkpoint import STATE, find_checkpoint, unreadable
 
-from .hugging_face_folder import document_of, read_folder
+from .hugging_face_folder import document_of, holds_own_weights, read_folder
 from .published import from_published
 from .published_keys import unknown_layout
 from .tensors import CONFIG_ENTRY, assemble_encoder, config_in, read_tensors, refuse_pickle
@@ -92,8 +92,8 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
     tensors, metadata = read_tensors(path)
     if CONFIG_ENTRY in metadata:
         return OpenedModel(config_in(metadata, path), tensors, False, path)
-    if document_of(path.parent) is not None:  # of a transformers folder that another library wrote
-        return OpenedModel(*read_folder(path.parent), False, path)
+    if document_of(path.parent) is not None and holds_own_weights(path, tensors):  # which another library wrote
+        return OpenedModel(*read_folder(path.parent, path.name), False, path)
 
     def number(name: str, kind: type) -> Any:
         try:
