@@ -27,21 +27,22 @@ from bestrq2.interchange import hugging_face_folder, s3prl_folder
 from bestrq2.interchange.graphs import check_writers, trace, write_onnx, write_torch_export
 from bestrq2.interchange.opening import OpenedModel, open_source
 from bestrq2.interchange.published import to_published
+from bestrq2.interchange.staging import Check, staged
 from bestrq2.interchange.tensors import assemble_encoder, write_tensors
-from bestrq2.interchange.xares import Interface, check_encoder_module, write_encoder_module
+from bestrq2.interchange.xares import Interface, check_encoder_module, check_module_name, write_encoder_module
 from bestrq2.outputs import add_overwrite, check_new
+from bestrq2.runs.checkpoint import STATE, list_checkpoints
 
 
-def export_published(source: OpenedModel, out: Path) -> list[str]:
+def export_published(source: OpenedModel, out: Path, look_again: Check | None = None) -> list[str]:
     tensors, metadata, notes = to_published(source.config, source.weights)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--published: expected a file name ending in .safetensors, got {out}")
-    write_tensors(out, tensors, metadata)
+    with staged(out.parent, [out.name], look_again) as stage:
+        write_tensors(stage / out.name, tensors, metadata)
     return [f"{out}: {len(tensors)} tensors in published names", *notes]
 
 
-def export_folder(source: OpenedModel, out: Path) -> list[str]:
-    paths = hugging_face_folder.write_folder(out, source.config, source.weights, source.origin)
+def export_folder(source: OpenedModel, out: Path, look_again: Check | None = None) -> list[str]:
+    paths = hugging_face_folder.write_folder(out, source.config, source.weights, source.origin, look_again)
     names = ", ".join(path.name for path in paths)
     return [
         f"{out}: {names}",
@@ -49,32 +50,66 @@ def export_folder(source: OpenedModel, out: Path) -> list[str]:
     ]
 
 
-def export_module(source: OpenedModel, out: Path, interface: Interface) -> list[str]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    weights = write_encoder_module(out, source.config, source.weights, interface)
-    problems = check_encoder_module(out)
-    if problems:
-        raise ConfigError(f"{out}: written, but it fails its check: {'; '.join(problems)}")
+def export_module(
+    source: OpenedModel, out: Path, look_again: Check | None = None, *, interface: Interface = "xares"
+) -> list[str]:
+    weights = out.with_suffix(".safetensors")
+    with staged(out.parent, [weights.name, out.name], look_again) as stage:
+        write_encoder_module(stage / out.name, source.config, source.weights, interface)
+        problems = check_encoder_module(stage / out.name)
+        if problems:
+            raise ConfigError(f"{out}: not written, it fails its check: {'; '.join(problems)}")
     return [f"{out}, {weights}: checked for {interface}; give its path relative to the folder you run in"]
 
 
-def export_s3prl(source: OpenedModel, out: Path) -> list[str]:
-    paths = s3prl_folder.write_s3prl(out, source.config, source.weights, source.origin)
+def export_s3prl(source: OpenedModel, out: Path, look_again: Check | None = None) -> list[str]:
+    paths = s3prl_folder.write_s3prl(out, source.config, source.weights, source.origin, look_again)
     names = ", ".join(path.name for path in paths)
     return [f"{out}: {names}", f"{out / 'hubconf.py'} says how s3prl finds it; it needs bestrq2 installed"]
 
 
-def export_graphs(source: OpenedModel, onnx: Path | None, torch_export: Path | None) -> list[str]:
+def export_graphs(
+    source: OpenedModel, onnx: Path | None, torch_export: Path | None, look_again: Callable[[str], None]
+) -> list[str]:
     encoder = assemble_encoder(source.config, source.weights, source.origin)
-    check_writers(onnx, torch_export)
     progress("tracing the encoder as one graph, which takes a minute or so")
     program = trace(encoder)
     lines = []
-    for write, out in ((write_torch_export, torch_export), (write_onnx, onnx)):
+    for option, write, out in (
+        ("--torch-export", write_torch_export, torch_export),
+        ("--onnx", write_onnx, onnx),
+    ):
         if out is not None:
-            progress(f"writing {out} and checking it against PyTorch")
-            lines.append(write(out, program, encoder, source.config))
+            progress(f"writing {printable(str(out))} and checking it against PyTorch")
+            lines.append(write(out, program, encoder, source.config, partial(look_again, option)))
     return lines
+
+
+def check_names(options: argparse.Namespace) -> None:
+    """Refuse every name that a writer would refuse, before the first of them has written anything.
+
+    Raises:
+        ConfigError: for such a name, or a package that is missing.
+    """
+    if options.published is not None and options.published.suffix != ".safetensors":
+        name = printable(str(options.published))
+        raise ConfigError(f"--published: expected a file name ending in .safetensors, got {name}")
+    if options.xares is not None:
+        check_module_name(options.xares, "xares")
+    if options.xares_llm is not None:
+        check_module_name(options.xares_llm, "xares-llm")
+    if options.s3prl is not None:
+        s3prl_folder.upstream_name(options.s3prl)
+    if options.hf is not None and ((options.hf / STATE).exists() or _has_checkpoints(options.hf)):
+        raise ConfigError(
+            f"--hf: {printable(str(options.hf))} is a run or a part of one, in whose place the exported encoder would "
+            "be read from then on; choose another folder"
+        )
+    check_writers(options.onnx, options.torch_export)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return bool(list_checkpoints(folder) or list_checkpoints(folder / "checkpoints"))
 
 
 def progress(text: str) -> None:
@@ -115,32 +150,39 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_overwrite(parser)
     options = parser.parse_args(arguments)
-    forms: dict[str, tuple[Callable[[OpenedModel, Path], list[str]], Path | None]] = {
+    forms: dict[str, tuple[Callable[[OpenedModel, Path, Check], list[str]], Path | None]] = {
         "--hf": (export_folder, options.hf),
         "--xares": (partial(export_module, interface="xares"), options.xares),
         "--xares-llm": (partial(export_module, interface="xares-llm"), options.xares_llm),
         "--published": (export_published, options.published),
         "--s3prl": (export_s3prl, options.s3prl),
     }
-    wanted = [(write, out) for write, out in forms.values() if out is not None]
+    wanted = [(option, write, out) for option, (write, out) in forms.items() if out is not None]
     graphs = options.onnx is not None or options.torch_export is not None
     if not wanted and not graphs:
         raise ConfigError(f"nothing to write: give at least one of {', '.join(forms)}, --onnx, --torch-export")
+    results = results_of(options)
     taken: dict[str, str] = {}
-    for option, files in results_of(options).items():
+    for option, files in results.items():
         for path in map(os.path.abspath, files):
             if (other := taken.setdefault(path, option)) != option:
                 raise ConfigError(f"{option} and {other} would both write {printable(path)}: give them other names")
         if not has_utf8_name(files[0]):
             raise ConfigError(f"{printable(str(files[0]))}: expected a name in UTF-8")
-        check_new(option, files, options.overwrite)
+
+    def look(option: str) -> None:
+        check_new(option, results[option], options.overwrite)
+
+    check_names(options)
+    for option in results:
+        look(option)
     source = open_source(options.encoder, heads=options.heads, hop_length=options.hop_length)
-    for write, out in wanted:
-        for line in write(source, out):
-            print(line)
+    for option, write, out in wanted:
+        for line in write(source, out, partial(look, option)):  # another process may have written it meanwhile
+            print(printable(line))
     if graphs:
-        for line in export_graphs(source, options.onnx, options.torch_export):
-            print(line)
+        for line in export_graphs(source, options.onnx, options.torch_export, look):
+            print(printable(line))
     return 0
 
 

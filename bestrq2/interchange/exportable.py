@@ -117,7 +117,7 @@ class ExportableViT(ExportableEncoder):
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         num_samples = waveform.shape[1]
         window, column = self.window, self.hop * self.width
-        waveform = waveform * _inside(lengths, num_samples).to(waveform.dtype)
+        waveform = torch.where(_inside(lengths, num_samples), waveform, 0.0)
         lengths = lengths.clamp(min=self.shortest)
         totals = self.columns(lengths)
         columns = self.most_columns(lengths)
@@ -166,7 +166,7 @@ class ExportableConformer(ExportableEncoder):
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         num_samples = waveform.shape[1]
-        waveform = waveform * _inside(lengths, num_samples).to(waveform.dtype)
+        waveform = torch.where(_inside(lengths, num_samples), waveform, 0.0)
         lengths = lengths.clamp(min=self.shortest)
         totals = self.columns(lengths)
         columns = self.most_columns(lengths)

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_to_dict
 from bestrq2.durability import named_in_errors
+from bestrq2.errors import printable
 from bestrq2.models import ConformerEncoder, ViTEncoder
 from bestrq2.version import __version__
 
 from .exportable import exportable
+from .staging import Check, staged
 from .tensors import CONFIG_ENTRY
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -81,7 +83,8 @@ def largest_error(encoder: ViTEncoder | ConformerEncoder, run: Run) -> float:
         lengths = torch.tensor([max(1, round(part * rate)) for part in case], device="cpu")
         waveform = 0.1 * torch.randn(
             len(case), int(lengths.max()) + 3, generator=generator, dtype=torch.float32, device="cpu"
-        )  # noise in the padding
+        )
+        waveform[torch.arange(waveform.shape[1], device="cpu") >= lengths[:, None]] = torch.nan  # any padding is none
         with torch.no_grad():
             expected, counts = encoder.encode(waveform, lengths)
             features, found = run(waveform, lengths)
@@ -96,13 +99,13 @@ def largest_error(encoder: ViTEncoder | ConformerEncoder, run: Run) -> float:
     return worst
 
 
-def _checked(path: Path, encoder: ViTEncoder | ConformerEncoder, run: Run, by: str) -> str:
+def _checked(path: Path, encoder: ViTEncoder | ConformerEncoder, start: Callable[[], Run], by: str) -> str:
     try:
-        error = largest_error(encoder, run)
+        error = largest_error(encoder, start())
     except Exception as problem:  # whatever a runtime may raise is the finding
-        raise ConfigError(f"{path}: written, but it fails its check by {by}: {problem}") from problem
+        raise ConfigError(f"{path}: not written, it fails its check by {by}: {problem}") from problem
     if not error < TOLERANCE:
-        raise ConfigError(f"{path}: written, but by {by} features differ by {error:.1e}, expected below {TOLERANCE}")
+        raise ConfigError(f"{path}: not written: by {by} features differ by {error:.1e}, expected below {TOLERANCE}")
     return f"{path}: checked by {by}, largest error {error:.1e} of the features' root mean square"
 
 
@@ -125,9 +128,13 @@ def check_writers(onnx: Path | None, torch_export: Path | None) -> None:
 
 
 def write_torch_export(
-    path: Path, program: torch.export.ExportedProgram, encoder: ViTEncoder | ConformerEncoder, config: Config
+    path: Path,
+    program: torch.export.ExportedProgram,
+    encoder: ViTEncoder | ConformerEncoder,
+    config: Config,
+    look_again: Check | None = None,
 ) -> str:
-    """Write a .pt2 file, read it again and compare. ``torch.export.load(path).module()`` runs it without bestrq2.
+    """Write a .pt2 file, once it was read again and compared; ``torch.export.load(path).module()`` needs no bestrq2.
 
     Returns:
         what was checked.
@@ -137,28 +144,26 @@ def write_torch_export(
         OSError: if the file cannot be written.
     """
     check_writers(None, path)
-    partial = path.with_name(f".partial-{path.name}")
     extra = {"bestrq2.json": json.dumps(describe(encoder, config))}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # In memory first: where a disk is full, torch's own writer of files ends the process.
-            content = io.BytesIO()
-            torch.export.save(program, content, extra_files=extra)
-        with named_in_errors(path):
-            partial.write_bytes(content.getbuffer())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    with warnings.catch_warnings():
+    with staged(path.parent, [path.name], look_again) as stage, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _checked(path, encoder, torch.export.load(path).module(), "torch.export.load")
+        # In memory first: where a disk is full, torch's own writer of files ends the process.
+        content = io.BytesIO()
+        torch.export.save(program, content, extra_files=extra)
+        made = stage / path.name
+        with named_in_errors(made):
+            made.write_bytes(content.getbuffer())
+        return _checked(path, encoder, lambda: torch.export.load(made).module(), "torch.export.load")
 
 
 def write_onnx(
-    path: Path, program: torch.export.ExportedProgram, encoder: ViTEncoder | ConformerEncoder, config: Config
+    path: Path,
+    program: torch.export.ExportedProgram,
+    encoder: ViTEncoder | ConformerEncoder,
+    config: Config,
+    look_again: Check | None = None,
 ) -> str:
-    """Write one ONNX file and, where onnxruntime is installed, compare what it gives. ``program`` is used up.
+    """Write one ONNX file, once what it gives was compared, where onnxruntime is installed. ``program`` is used up.
 
     Returns:
         what was checked.
@@ -172,9 +177,31 @@ def write_onnx(
     size = sum(t.numel() * t.element_size() for t in [*program.state_dict.values(), *program.constants.values()])
     if size > ONNX_LIMIT:
         raise ConfigError(f"--onnx: {size / 1e9:.1f} GB of weights, expected at most 2 GB in one ONNX file")
+    with staged(path.parent, [path.name], look_again) as stage:
+        made = stage / path.name
+        with named_in_errors(made):
+            _save_onnx(made, program, describe(encoder, config))
+        try:
+            import onnxruntime
+        except ImportError:
+            return f"{path}: NOT checked, because onnxruntime is not installed: pip install 'bestrq2[onnx]'"
+
+        def start() -> Run:
+            name = os.fsencode(made).decode("utf-8")  # as onnxruntime encodes it, whatever the locale is
+            session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
+
+            def run(waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+                features, counts = session.run(OUTPUTS, {"waveform": waveform.numpy(), "lengths": lengths.numpy()})
+                return torch.from_numpy(features), torch.from_numpy(counts)
+
+            return run
+
+        return _checked(path, encoder, start, f"onnxruntime {onnxruntime.__version__}")
+
+
+def _save_onnx(path: Path, program: torch.export.ExportedProgram, description: dict[str, str]) -> None:
     log = logging.getLogger("torch.onnx")
     level = log.level
-    partial = path.with_name(f".partial-{path.name}")
     try:
         log.setLevel(logging.ERROR)  # it warns that torchvision is missing
         with warnings.catch_warnings():
@@ -183,27 +210,12 @@ def write_onnx(
                 program, (), dynamo=True, input_names=INPUTS, output_names=OUTPUTS, verbose=False, external_data=False
             )
         assert made is not None
-        made.model.metadata_props.update(describe(encoder, config))
-        made.save(partial, external_data=False)
-        partial.replace(path)
+        made.model.metadata_props.update(description)
+        made.save(path, external_data=False)
     finally:
         log.setLevel(level)
-        partial.unlink(missing_ok=True)
-    try:
-        import onnxruntime
-    except ImportError:
-        return f"{path}: NOT checked, because onnxruntime is not installed: pip install 'bestrq2[onnx]'"
-    name = os.fsencode(path).decode("utf-8")  # as onnxruntime encodes it, whatever the locale is
-    session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
-
-    def run(waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        features, counts = session.run(OUTPUTS, {"waveform": waveform.numpy(), "lengths": lengths.numpy()})
-        return torch.from_numpy(features), torch.from_numpy(counts)
-
-    return _checked(path, encoder, run, f"onnxruntime {onnxruntime.__version__}")
 
 
 def _check_name(path: Path, suffix: str, option: str) -> None:
     if path.suffix != suffix:
-        raise ConfigError(f"{option}: expected a file name ending in {suffix}, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise ConfigError(f"{option}: expected a file name ending in {suffix}, got {printable(str(path))}")

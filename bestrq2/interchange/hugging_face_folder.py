@@ -5,7 +5,7 @@ in any floating dtype, with the configuration in config.json alone.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from bestrq2.durability import whole_file
 from bestrq2.errors import CheckpointError
 from bestrq2.runs.checkpoint import unreadable
 
+from .staging import Check, staged
 from .tensors import assemble_encoder, read_tensors, write_encoder_file
 
 MODEL_TYPE = "bestrq2"
@@ -24,15 +25,23 @@ CODE = ("configuration_bestrq2.py", "modeling_bestrq2.py", "feature_extraction_b
 FILES = ("model.safetensors", "config.json", "preprocessor_config.json", *CODE)
 
 
-def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Path) -> list[Path]:
-    """Write config.json, model.safetensors, preprocessor_config.json and the code that transformers runs.
+def write_folder(
+    folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Path, look_again: Check | None = None
+) -> list[Path]:
+    """Write config.json, model.safetensors, preprocessor_config.json and the code that transformers runs, all of them
+    or none.
+
+    Args:
+        folder: made if need be.
+        config, weights: of a run (all weights, or the encoder's alone).
+        origin: of the weights, for errors.
+        look_again: see :func:`~bestrq2.interchange.staging.staged`.
 
     Raises:
         CheckpointError, OSError: if a file cannot be written.
-        ConfigError: if the weights do not fit the configuration.
+        ConfigError: if the weights do not fit the configuration, or another process is writing there.
     """
     encoder = assemble_encoder(config, weights, origin)
-    folder.mkdir(parents=True, exist_ok=True)
     documents = {
         "config.json": {
             "architectures": ["BestRQ2Model"],
@@ -58,15 +67,15 @@ def write_folder(folder: Path, config: Config, weights: Mapping[str, Tensor], or
             "sampling_rate": encoder.sampling_rate,
         },
     }
-    # The configuration goes first and comes last: no moment has the weights of one encoder and that of another.
-    (folder / "config.json").unlink(missing_ok=True)
-    write_encoder_file(folder / "model.safetensors", config, weights)
     code = resources.files("bestrq2.interchange.hugging_face")
     texts = {name: code.joinpath(name).read_text(encoding="utf-8") for name in CODE}
-    texts |= {name: json.dumps(document, indent=2) + "\n" for name, document in reversed(documents.items())}
-    for name, text in texts.items():
-        with whole_file(folder / name) as file:
-            file.write(text)
+    texts |= {name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
+    names = sorted(FILES, key=lambda name: name == "config.json")  # without it, the others are no model
+    with staged(folder, names, look_again, alone="--hf") as stage:
+        write_encoder_file(stage / "model.safetensors", config, weights)
+        for name, text in texts.items():
+            with whole_file(stage / name) as file:
+                file.write(text)
     return [folder / name for name in FILES]
 
 
@@ -85,8 +94,12 @@ def document_of(folder: Path) -> dict[str, object] | None:
     return document if isinstance(document, dict) and document.get("model_type") == MODEL_TYPE else None
 
 
-def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+def read_folder(folder: Path, name: str | None = None) -> tuple[Config, dict[str, Tensor]]:
     """Configuration, and tensors named ``encoder.*``, of a folder with such a config.json.
+
+    Args:
+        folder: which :func:`document_of` finds to be one.
+        name: of one of its files, such as ``model.fp16.safetensors``; None: the weights that transformers would take.
 
     Raises:
         ConfigError: for a config.json without a usable ``bestrq2_config``, or an index that names files elsewhere.
@@ -102,7 +115,7 @@ def read_folder(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     except ValueError as error:
         raise ConfigError(f"{folder / 'config.json'}: bestrq2_config cannot be used: {error}") from error
     tensors: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
+    for path in _weight_files(folder) if name is None else _files_with(folder, name):
         found, _ = read_tensors(path)
         repeated = next((name for name in found if name in tensors), None)
         if repeated is not None:
@@ -126,6 +139,22 @@ def _weight_files(folder: Path) -> list[Path]:
     if not variants:
         raise CheckpointError(f"{folder}: expected model.safetensors, or model.safetensors.index.json and its shards")
     return [_one_of(variants, folder)]
+
+
+def _files_with(folder: Path, name: str) -> list[Path]:
+    """One file, or all shards if it is one of them."""
+    for index in sorted(folder.glob("model.safetensors.index*.json")):
+        if folder / name in (shards := _shards(folder, index)):
+            return shards
+    return [folder / name]
+
+
+def holds_own_weights(path: Path, names: Iterable[str]) -> bool:
+    """Return True if a file in such a folder, with tensors of these names, is the encoder or a shard of it, and no
+    other model that lies there."""
+    return (
+        any(name.endswith("encoder.front_end.mean") for name in names) or len(_files_with(path.parent, path.name)) > 1
+    )
 
 
 def _one_of(paths: list[Path], folder: Path) -> Path:

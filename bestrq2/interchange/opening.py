@@ -15,7 +15,7 @@ from bestrq2.models.build import load_weights
 from bestrq2.models.teacher import Teacher
 from bestrq2.runs.checkpoint import STATE, find_checkpoint, unreadable
 
-from .hugging_face_folder import document_of, read_folder
+from .hugging_face_folder import document_of, holds_own_weights, read_folder
 from .published import from_published
 from .published_keys import unknown_layout
 from .tensors import CONFIG_ENTRY, assemble_encoder, config_in, read_tensors, refuse_pickle
@@ -76,7 +76,9 @@ def _open(path: Path, heads: int | None, hop_length: int | None) -> OpenedModel:
             "model.merge_and_unload().save_pretrained(FOLDER)"
         )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        return _open_file(path / "model.safetensors", heads or _heads_in(path / "config.json"), hop_length)
+        return _open_file(
+            path / "model.safetensors", _heads_in(path / "config.json") if heads is None else heads, hop_length
+        )
     checkpoint = find_checkpoint(path)
     config = config_from_dict(checkpoint.config)
     if config.frozen.source:
@@ -90,8 +92,8 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
     tensors, metadata = read_tensors(path)
     if CONFIG_ENTRY in metadata:
         return OpenedModel(config_in(metadata, path), tensors, False, path)
-    if document_of(path.parent) is not None:  # of a transformers folder that another library wrote
-        return OpenedModel(*read_folder(path.parent), False, path)
+    if document_of(path.parent) is not None and holds_own_weights(path, tensors):  # which another library wrote
+        return OpenedModel(*read_folder(path.parent, path.name), False, path)
 
     def number(name: str, kind: type) -> Any:
         try:
@@ -103,9 +105,9 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
         raise unknown_layout(path, "neither an encoder file of bestrq2 nor a published checkpoint", list(tensors))
     published = from_published(
         tensors,
-        heads=heads or number("heads", int),
+        heads=number("heads", int) if heads is None else heads,
         predictor_heads=number("predictor_heads", int),
-        hop_length=hop_length or number("hop_length", int),
+        hop_length=number("hop_length", int) if hop_length is None else hop_length,
         window_seconds=number("window_seconds", float),
         origin=path,
     )

@@ -10,6 +10,7 @@ table (ours are computed; the table is checked), and their two-dimensional rotar
 each half of a head (ours across halves: queries and keys are permuted alike).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -93,6 +94,10 @@ def from_published(
         UnknownLayoutError: for missing or extra tensors, listing keys.
         ConfigError: for tensors whose values or shapes we cannot reproduce, or an unknown hop.
     """
+    numbers = {"heads": heads, "predictor_heads": predictor_heads, "hop_length": hop_length}
+    for name, number in {**numbers, "window_seconds": window_seconds}.items():
+        if number is not None and not 0 < number < math.inf:
+            raise ConfigError(f"{origin}: {name}: expected a positive number, got {number}")
     keys = Keys(without_prefix(tensors, origin), origin)
     config = Config(recipe="published")
     weights: dict[str, Tensor] = {}
@@ -109,10 +114,15 @@ def from_published(
     )
 
     front = config.model.front_end
-    filters, window = keys.get(FILTERS), keys.get(WINDOW)
+    filters, window = keys.get(FILTERS, dims=2), keys.get(WINDOW, dims=1)
     if filters is not None:
         front.n_fft, front.num_mels = 2 * (filters.shape[0] - 1), filters.shape[1]
     front.win_length = front.n_fft if window is None else len(window)
+    if front.n_fft < front.win_length or front.num_mels < height:
+        raise ConfigError(
+            f"{origin}: a window of {front.win_length} samples and patches of {height} bands do not fit a spectrogram "
+            f"of {front.n_fft}-point frames with {front.num_mels} bands"
+        )
     known_hop = UNWRITTEN.get((front.n_fft, front.win_length, height, frames))
     if hop_length is None and known_hop is None:
         raise ConfigError(
@@ -121,10 +131,9 @@ def from_published(
         )
     front.hop_length, front.f_max = hop_length or known_hop or 0, SAMPLING_RATE / 2
     expected_filters = mel_filters(front.n_fft, front.num_mels, SAMPLING_RATE, 0.0, SAMPLING_RATE / 2)
-    _check_buffer(filters, expected_filters, FILTERS, "HTK filters from 0 to 8000 Hz", origin)
-    _check_buffer(
-        window, torch.hann_window(front.win_length, device="cpu", dtype=torch.float32), WINDOW, "a Hann window", origin
-    )
+    _check_buffer(keys, FILTERS, filters, expected_filters, "HTK filters from 0 to 8000 Hz")
+    expected_window = torch.hann_window(front.win_length, device="cpu", dtype=torch.float32)
+    _check_buffer(keys, WINDOW, window, expected_window, "a Hann window")
     weights["encoder.front_end.mean"] = torch.zeros(front.num_mels, dtype=torch.float32, device="cpu")
     weights["encoder.front_end.std"] = torch.ones(front.num_mels, dtype=torch.float32, device="cpu")
 
@@ -133,10 +142,9 @@ def from_published(
     shape = asdict(settings) | {"drop_path": 0.1}
     config.model.encoder = EncoderConfig(**shape, patch_height=height, patch_width=frames, position=position)
     weights |= {f"encoder.encoder.{name}": tensor for name, tensor in blocks.items()}
-    table = keys.get("encoder.pos_embed")
     seconds = window_seconds or WINDOW_SECONDS
-    if table is not None:
-        columns = _check_table(table, rows, "encoder.pos_embed", origin)
+    columns = _check_table(keys, "encoder.pos_embed", rows)
+    if columns is not None:
         seconds = window_seconds or columns * frames * front.hop_length / SAMPLING_RATE
     config.data.crop_seconds = seconds
 
@@ -163,9 +171,7 @@ def _read_pretraining(
         settings, blocks, _ = read_transformer(keys, "predictor.", rows, predictor_heads, head_dim)
         config.model.predictor = PredictorConfig(**asdict(settings))
         weights |= {f"predictor.transformer.{name}": tensor for name, tensor in blocks.items()}
-        table = keys.get("predictor.pos_embed")
-        if table is not None:
-            _check_table(table, rows, "predictor.pos_embed", keys.origin)
+        _check_table(keys, "predictor.pos_embed", rows)
         for name in ("weight", "bias"):
             weights[f"predictor.input_proj.{name}"] = keys.need(f"predictor_input_proj.{name}")
         parts.append("predictor")
@@ -179,7 +185,7 @@ def _read_pretraining(
         weights["head.bias"] = keys.need(head + ".bias")[None]
         parts.append("head")
     if keys.below("quantizer."):
-        projection, codebook = keys.need("quantizer.P"), keys.need("quantizer.CB")
+        projection, codebook = keys.need("quantizer.P", dims=2), keys.need("quantizer.CB", dims=2)
         # Any length of a code gives other codes than unit length: theirs are stored normalised.
         weights["quantizer.projection"], weights["quantizer.codebook"] = projection[None], codebook[None]
         weights["quantizer.mean"], weights["quantizer.std"] = (
@@ -192,11 +198,13 @@ def _read_pretraining(
     return set(parts) >= {"mask_token", "head", "quantizer", *([] if one_stage else ["predictor"])}
 
 
-def _check_buffer(found: Tensor | None, expected: Tensor, name: str, what: str, origin: Path | str) -> None:
+def _check_buffer(keys: Keys, name: str, found: Tensor | None, expected: Tensor, what: str) -> None:
     if found is None:
         return
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=1e-4):
-        raise ConfigError(f"{origin}: {name} {list(found.shape)} is not {what}, the only front end that is published")
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=keys.tolerance(name)):
+        raise ConfigError(
+            f"{keys.origin}: {name} {list(found.shape)} is not {what}, the only front end that is published"
+        )
 
 
 def _grid(rows: int, columns: int) -> Tensor:
@@ -205,13 +213,17 @@ def _grid(rows: int, columns: int) -> Tensor:
     return torch.stack((token // columns, token % columns), dim=-1)
 
 
-def _check_table(table: Tensor, rows: int, name: str, origin: Path | str) -> int:
-    """Time columns of a sin-cos table, whose values must be those that we compute."""
-    _, tokens, width = table.shape
+def _check_table(keys: Keys, name: str, rows: int) -> int | None:
+    """Time columns of a sin-cos table, whose values must be those that we compute; None without one."""
+    table = keys.get(name, dims=3)
+    if table is None:
+        return None
+    count, tokens, width = table.shape
     columns = tokens // rows
-    if tokens != rows * columns or not torch.allclose(table[0], sincos_2d(_grid(rows, columns), width), atol=1e-4):
+    same = count == 1 and tokens == rows * columns and width % 4 == 0
+    if not same or not torch.allclose(table[0], sincos_2d(_grid(rows, columns), width), atol=keys.tolerance(name)):
         raise ConfigError(
-            f"{origin}: {name} {list(table.shape)} is not the sin-cos table of a grid with {rows} frequency rows; "
+            f"{keys.origin}: {name} {list(table.shape)} is not the sin-cos table of a grid with {rows} frequency rows; "
             "learned positions are not supported"
         )
     return columns
@@ -240,6 +252,8 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
         raise ConfigError("--published: the published front end takes 16 kHz audio and bands from 0 to 8000 Hz")
     if front.floor_db != FLOOR_DB:
         raise ConfigError(f"--published: the published front end has a floor of {FLOOR_DB:g} dB, got {front.floor_db}")
+    if front.n_fft % 2:
+        raise ConfigError(f"--published: expected an even model.front_end.n_fft, got {front.n_fft}")
     if front.num_mels % encoder.patch_height:
         raise ConfigError(
             f"--published: {front.num_mels} bands are no multiple of the patch height {encoder.patch_height}"
@@ -269,6 +283,8 @@ def to_published(config: Config, weights: Mapping[str, Tensor]) -> tuple[dict[st
             f"model.encoder.join_rows left out: published encoders average the {rows} rows of a time step, which gives "
             f'other features than this model; rows="concatenate" (--rows concatenate) joins them there, too'
         )
+    if "clip_head.weight" in weights:
+        notes.append("the head of model.clip_weight left out: published models have none")
     if "head.weight" not in weights:
         return out, metadata, notes
     targets = model.targets

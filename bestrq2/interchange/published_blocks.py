@@ -35,7 +35,7 @@ def read_transformer(
         depth += 1
     if depth == 0:
         raise unknown_layout(keys.origin, f"no tensor '{stem}blocks.0.attn.qkv.weight'", list(keys.tensors))
-    width = keys.tensors[f"{stem}blocks.0.attn.qkv.weight"].shape[1]
+    width = keys.need(f"{stem}blocks.0.attn.qkv.weight", dims=2).shape[1]
     linear = [name for name in keys.below(f"{stem}blocks.") if name.endswith(".bias") and ".norm" not in name]
     out: dict[str, Tensor] = {}
     hidden, gated = 0, False
@@ -43,11 +43,12 @@ def read_transformer(
         block = f"{stem}blocks.{i}."
         _copy_norms(keys, block, f"blocks.{i}.", out)
         for name in ("attn.qkv", "attn.proj"):
-            out[f"blocks.{i}.{name}.weight"] = keys.need(f"{block}{name}.weight")
+            out[f"blocks.{i}.{name}.weight"] = keys.need(f"{block}{name}.weight", dims=2)
             _copy_bias(keys, f"{block}{name}.bias", f"blocks.{i}.{name}", out, bool(linear))
+        _check_shape(keys, f"{block}attn.qkv.weight", 3 * width, width)
         hidden, gated = _copy_feed_forward(keys, block, f"blocks.{i}.mlp.", out, bool(linear))
         for name in ("attn.q_norm", "attn.k_norm"):
-            scale = keys.get(f"{block}{name}.weight")
+            scale = keys.get(f"{block}{name}.weight", dims=1)
             if scale is not None:
                 out[f"blocks.{i}.{name}.weight"] = scale
     out["norm.weight"] = keys.need(stem + "norm.weight")
@@ -78,13 +79,21 @@ def read_transformer(
 def _copy_norms(keys: Keys, block: str, own: str, out: dict[str, Tensor]) -> None:
     for name in ("norm1", "norm2"):
         out[f"{own}{name}.weight"] = keys.need(f"{block}{name}.weight")
-        bias = keys.get(f"{block}{name}.bias")
+        bias = keys.get(f"{block}{name}.bias", dims=1)
         if bias is not None:
             out[f"{own}{name}.bias"] = bias
 
 
+def _check_shape(keys: Keys, name: str, *expected: int) -> None:
+    found = keys.need(name)
+    if found.shape != expected:
+        raise ConfigError(f"{keys.origin}: {name}: expected the shape {list(expected)}, got {list(found.shape)}")
+
+
 def _copy_bias(keys: Keys, name: str, own: str, out: dict[str, Tensor], wanted: bool) -> None:
     bias = keys.get(name)
+    if bias is not None:
+        _check_shape(keys, name, out[f"{own}.weight"].shape[0])
     if wanted:
         out[f"{own}.bias"] = (
             torch.zeros(out[f"{own}.weight"].shape[0], dtype=torch.float32, device="cpu") if bias is None else bias
@@ -96,10 +105,11 @@ def _copy_feed_forward(keys: Keys, block: str, own: str, out: dict[str, Tensor],
     stem = block + "mlp."
     for gate, value, last in SWIGLU_NAMES:
         if f"{stem}{gate}.weight" in keys.tensors:
-            out[f"{own}fc1.weight"] = torch.cat([keys.need(f"{stem}{name}.weight") for name in (gate, value)])
-            out[f"{own}fc2.weight"] = keys.need(f"{stem}{last}.weight")
+            _check_shape(keys, f"{stem}{value}.weight", *keys.need(f"{stem}{gate}.weight", dims=2).shape)
+            out[f"{own}fc1.weight"] = torch.cat([keys.need(f"{stem}{name}.weight", dims=2) for name in (gate, value)])
+            out[f"{own}fc2.weight"] = keys.need(f"{stem}{last}.weight", dims=2)
             if bias:
-                parts = [keys.get(f"{stem}{name}.bias") for name in (gate, value)]
+                parts = [keys.get(f"{stem}{name}.bias", dims=1) for name in (gate, value)]
                 width = out[f"{own}fc2.weight"].shape[1]
                 out[f"{own}fc1.bias"] = torch.cat(
                     [torch.zeros(width, dtype=torch.float32, device="cpu") if part is None else part for part in parts]
@@ -108,8 +118,8 @@ def _copy_feed_forward(keys: Keys, block: str, own: str, out: dict[str, Tensor],
             return out[f"{own}fc2.weight"].shape[1], True
     first, last = next((pair for pair in PACKED_NAMES if f"{stem}{pair[0]}.weight" in keys.tensors), PACKED_NAMES[0])
     out[f"{own}fc1.weight"], out[f"{own}fc2.weight"] = (
-        keys.need(f"{stem}{first}.weight"),
-        keys.need(f"{stem}{last}.weight"),
+        keys.need(f"{stem}{first}.weight", dims=2),
+        keys.need(f"{stem}{last}.weight", dims=2),
     )
     _copy_bias(keys, f"{stem}{first}.bias", own + "fc1", out, bias)
     _copy_bias(keys, f"{stem}{last}.bias", own + "fc2", out, bias)
@@ -128,7 +138,7 @@ def _head_dim(
         head_dim = len(frequencies[0][1]) * (2 if rows == 1 else 4)
     else:
         head_dim = width // heads if heads else default
-    if width % head_dim or (heads is not None and heads * head_dim != width):
+    if head_dim < 1 or width % head_dim or (heads is not None and heads * head_dim != width):
         raise ConfigError(
             f"{keys.origin}: heads of width {head_dim} do not make up the width {width}"
             + (f" with heads={heads}" if heads else ": give heads (--heads)")
@@ -138,14 +148,14 @@ def _head_dim(
 
 def _rotary_frequencies(keys: Keys, stem: str) -> list[tuple[str, Tensor]]:
     names = [name for name in keys.below(stem) if ".inv_freq" in name and "rope" in name]
-    return [(name, tensor) for name in names if (tensor := keys.get(name)) is not None]
+    return [(name, tensor) for name in names if (tensor := keys.get(name, dims=1)) is not None]
 
 
 def _check_rotary(keys: Keys, stem: str, head_dim: int, rows: int) -> None:
     count = head_dim // (2 if rows == 1 else 4)
     expected = 10000.0 ** (-torch.arange(count, device="cpu", dtype=torch.float32) / count)
     for name, found in _rotary_frequencies(keys, stem):
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4):
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=keys.tolerance(name)):
             raise ConfigError(f"{keys.origin}: {name} {list(found.shape)} are not {count} frequencies of base 10000")
 
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from bestrq2.errors import UnknownLayoutError
+from bestrq2.errors import ConfigError, UnknownLayoutError
 
 
 def unknown_layout(origin: str | Path, why: str, names: list[str], shown: int = 24) -> UnknownLayoutError:
@@ -22,15 +23,27 @@ class Keys:
     origin: Path | str
     used: set[str] = field(default_factory=set)
 
-    def get(self, name: str) -> Tensor | None:
+    def get(self, name: str, dims: int | None = None) -> Tensor | None:
+        """A tensor in float32, or None.
+
+        Raises:
+            ConfigError: if it has integers, is empty, or has another number of dimensions than ``dims``.
+        """
         if name not in self.tensors:
             return None
         self.used.add(name)
         tensor = self.tensors[name]
-        return tensor.float() if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point() or not tensor.numel() or dims not in (None, tensor.dim()):
+            wanted = "floating numbers" if dims is None else f"floating numbers in {dims} dimensions"
+            raise ConfigError(f"{self.origin}: {name}: expected {wanted}, got {tensor.dtype} {list(tensor.shape)}")
+        return tensor.float()
 
-    def need(self, name: str) -> Tensor:
-        tensor = self.get(name)
+    def tolerance(self, name: str) -> float:
+        """Largest error of a number up to 1 in the precision in which a tensor is stored, at least 1e-4."""
+        return max(1e-4, torch.finfo(self.tensors[name].dtype).eps)
+
+    def need(self, name: str, dims: int | None = None) -> Tensor:
+        tensor = self.get(name, dims)
         if tensor is None:
             raise unknown_layout(self.origin, f"no tensor {name!r}", list(self.tensors))
         return tensor

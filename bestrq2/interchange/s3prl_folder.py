@@ -1,5 +1,7 @@
 """A folder for s3prl: an upstream whose ``hidden_states`` are the layers of one of our encoders."""
 
+import keyword
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +12,13 @@ from bestrq2.config import Config, ConfigError
 from bestrq2.durability import whole_file
 
 from .opening import open_own
+from .staging import Check, staged
 from .tensors import assemble_encoder, write_encoder_file
 
 SAMPLING_RATE = 16000  # of all audio in s3prl
 WEIGHTS = "encoder.safetensors"
 FILES = ("expert.py", "hubconf.py", "__init__.py", WEIGHTS)
+TAKEN = {"Path", "_expert", "dependencies", "importlib", "sys"}  # in hubconf.py, or by torch.hub
 
 EXPERT = '''"""s3prl upstream of {description}, written by `bestrq2 export --s3prl`. Needs bestrq2."""
 
@@ -110,25 +114,50 @@ def _check_rate(rate: int) -> None:
         raise ConfigError(f"--s3prl: s3prl's audio has {SAMPLING_RATE} Hz, but this encoder expects {rate} Hz")
 
 
-def write_s3prl(folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Path) -> list[Path]:
-    """Write expert.py, hubconf.py, __init__.py and the weights. The folder's name is that of the upstream.
+def upstream_name(folder: Path) -> str:
+    """The folder's name, which is that of a function in hubconf.py.
 
     Raises:
-        ConfigError: if the folder's name is not an identifier, or the encoder is not at 16 kHz.
-        CheckpointError, OSError: if a file cannot be written.
+        ConfigError: if it cannot be one.
     """
     name = folder.resolve().name
-    if not name.isidentifier():
-        raise ConfigError(f"--s3prl: expected a folder whose name is an identifier, such as my_encoder; got {name!r}")
+    usable = name.isidentifier() and not keyword.iskeyword(name) and unicodedata.normalize("NFKC", name) == name
+    if not usable or name in TAKEN:
+        raise ConfigError(
+            f"--s3prl: expected a folder whose name can be that of a function in hubconf.py, such as my_encoder; "
+            f"got {name!r}"
+        )
+    return name
+
+
+def write_s3prl(
+    folder: Path, config: Config, weights: Mapping[str, Tensor], origin: Path, look_again: Check | None = None
+) -> list[Path]:
+    """Write expert.py, hubconf.py, __init__.py and the weights, all of them or none. The folder's name is that of the
+    upstream.
+
+    Args:
+        folder: made if need be.
+        config, weights: of a run (all weights, or the encoder's alone).
+        origin: of the weights, for errors.
+        look_again: see :func:`~bestrq2.interchange.staging.staged`.
+
+    Raises:
+        ConfigError: if the folder's name cannot be a function's, the encoder is not at 16 kHz, or another process is
+            writing there.
+        CheckpointError, OSError: if a file cannot be written.
+    """
+    name = upstream_name(folder)
     encoder = assemble_encoder(config, weights, origin)
     _check_rate(encoder.sampling_rate)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_encoder_file(folder / WEIGHTS, config, weights)
     expert = EXPERT.format(
         description=config.recipe, layers=encoder.depth + 1, width=encoder.output_dim, weights=WEIGHTS
     )
     texts = {"expert.py": expert, "hubconf.py": HUBCONF.replace("{name}", name), "__init__.py": ""}
-    for file, text in texts.items():
-        with whole_file(folder / file) as written:
-            written.write(text)
+    names = (WEIGHTS, "__init__.py", "expert.py", "hubconf.py")
+    with staged(folder, names, look_again, alone="--s3prl") as stage:
+        write_encoder_file(stage / WEIGHTS, config, weights)
+        for file, text in texts.items():
+            with whole_file(stage / file) as written:
+                written.write(text)
     return [folder / file for file in FILES]

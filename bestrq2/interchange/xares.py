@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.durability import whole_file
+from bestrq2.errors import printable
 
 from .opening import open_own
 from .tensors import encoder_weights, write_encoder_file
@@ -113,9 +115,11 @@ class XaresLlmModule(FrozenModule):
 
 
 def _open_class(path: str | Path) -> type[FrozenModule]:
-    """The encoder class of a generated file."""
-    path = Path(path)
-    name = f"_bestrq2_encoder_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    """The encoder class of a generated file, the same one as long as the file is the same."""
+    path = Path(path).resolve()
+    state = path.stat()
+    identity = f"{os.fsdecode(path)} {state.st_mtime_ns} {state.st_size}"
+    name = f"_bestrq2_encoder_{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
@@ -133,6 +137,18 @@ def _reopen(path: str, device: str) -> nn.Module:
     return _open_class(path)().to(device)
 
 
+def check_module_name(out: Path, interface: Interface) -> None:
+    """
+    Raises:
+        ConfigError: if ``out`` cannot be imported as a module by its name.
+    """
+    if out.suffix != ".py" or not out.stem.isidentifier():
+        raise ConfigError(
+            f"--{interface}: expected a Python file whose name is an identifier, such as my_encoder.py; got "
+            f"{printable(str(out))}"
+        )
+
+
 def write_encoder_module(out: Path, config: Config, weights: Mapping[str, Tensor], interface: Interface) -> Path:
     """Write ``out`` (a .py file) and the weights beside it.
 
@@ -143,10 +159,7 @@ def write_encoder_module(out: Path, config: Config, weights: Mapping[str, Tensor
         ConfigError: if ``out`` cannot be imported as a module by its name.
         CheckpointError, OSError: if a file cannot be written.
     """
-    if out.suffix != ".py" or not out.stem.isidentifier():
-        raise ConfigError(
-            f"--{interface}: expected a Python file whose name is an identifier, such as my_encoder.py; got {out}"
-        )
+    check_module_name(out, interface)
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder_weights(weights).items()):
         digest.update(name.encode())

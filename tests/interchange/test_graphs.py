@@ -1,7 +1,7 @@
 """Encoders as graphs: torch.export always, ONNX where onnxruntime is installed."""
 
+import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -155,8 +155,10 @@ def test_a_wrong_graph_is_not_accepted(case, tmp_path):
         with pytest.raises(ConfigError, match=message):
             largest_error(encoder, wrong(change))
     other = torch.export.export(Other(), (torch.zeros(2, 9), torch.ones(2, dtype=torch.int64)))
-    with pytest.raises(ConfigError, match="fails its check"):
+    (tmp_path / "wrong.pt2").write_text("what was there")
+    with pytest.raises(ConfigError, match=r"wrong\.pt2: not written, it fails its check"):
         write_torch_export(tmp_path / "wrong.pt2", other, encoder, config)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("wrong.pt2", "what was there")]
 
 
 class Other(torch.nn.Module):
@@ -203,12 +205,22 @@ def test_description_is_text(case):
     assert values["output_dim"] == "32"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_an_error(tmp_path):
+def test_a_full_disk_is_an_error(tmp_path, limited_files):
     """torch's writer would end the process: its destructor raises."""
     config = load_config("best_rq2_tiny", SMALL)
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
-    (tmp_path / ".partial-a.pt2").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"No space left on device: .*a\.pt2"):
-        write_torch_export(tmp_path / "a.pt2", program, build_encoder(config.model), config)
+    with limited_files(1000), pytest.raises(OSError, match=r"File too large: '.*a\.pt2'") as caught:
+        write_torch_export(tmp_path / "new" / "a.pt2", program, build_encoder(config.model), config)
+    assert caught.value.filename == str(tmp_path / "new" / "a.pt2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_onnx_file_that_does_not_fit(case, tmp_path, limited_files):
+    pytest.importorskip("onnxscript")
+    config, encoder, program = case
+    (tmp_path / "a.onnx").write_text("what was there")
+    with limited_files(1000), pytest.raises(OSError, match=r"File too large") as caught:
+        write_onnx(tmp_path / "a.onnx", copy.deepcopy(program), encoder, config)
+    assert caught.value.filename == str(tmp_path / "a.onnx")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.onnx", "what was there")]

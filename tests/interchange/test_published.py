@@ -10,6 +10,7 @@ from bestrq2 import export
 from bestrq2.config import ConfigError, load_config
 from bestrq2.errors import CheckpointError
 from bestrq2.interchange import UnknownLayoutError, load_pretraining, open_source
+from bestrq2.interchange.published import to_published
 from bestrq2.interchange.tensors import assemble_encoder, write_encoder_file
 from bestrq2.layers.masking import MaskPlan
 from bestrq2.models import build_model
@@ -204,6 +205,70 @@ def test_what_is_not_understood_is_an_error(change, message, tmp_path):
     path = write(tmp_path / "model.safetensors", broken(change))
     with pytest.raises(ConfigError, match=message):
         bestrq2.load(path, heads=HEADS)
+
+
+CHANGES = {
+    "flat": lambda tensor: tensor.flatten(),
+    "one dimension more": lambda tensor: tensor[None],
+    "transposed": lambda tensor: tensor.T if tensor.dim() == 2 else tensor,
+    "cut": lambda tensor: tensor[:-1],
+    "one number": lambda tensor: torch.tensor(1.0),
+    "integers": lambda tensor: tensor.long(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("build", [{"rope": True}, {"kind": "one_stage"}, {"kind": "strip", "n_fft": 1024, "hop": 160}])
+def test_tensors_of_other_shapes_are_refused_by_name(build, change, tmp_path):
+    model = PublishedModel(depth=1, **build)
+    for name, tensor in state(model).items():
+        tensors = state(model) | {name: CHANGES[change](tensor)}
+        path = write(tmp_path / "model.safetensors", tensors)
+        if tensors[name].shape == tensor.shape and tensors[name].is_floating_point():
+            continue
+        if name.startswith(("encoder.", "patch_embed")):
+            with pytest.raises(ConfigError, match=str(path)):
+                bestrq2.load(path, heads=HEADS, hop_length=model.hop)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("build", [{}, {"rope": True}, {"kind": "strip", "n_fft": 1024, "hop": 160}])
+def test_files_in_half_precision(build, dtype, tmp_path):
+    """Window, filters and tables are the only ones there are, up to their rounding; the exact ones are used."""
+    model = PublishedModel(**build)
+    rounded = {name: tensor.to(dtype) for name, tensor in state(model).items()}
+    encoder = bestrq2.load(write(tmp_path / "model.safetensors", rounded), heads=HEADS, hop_length=model.hop)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    exact = {name: t if name.endswith("pos_embed") else rounded[name].float() for name, t in state(model).items()}
+    exact |= {name: t for name, t in state(model).items() if "spectrogram" in name or "inv_freq" in name}
+    model.load_state_dict(exact)
+    waveform = clips(10)
+    assert_same(encoder.encode(waveform)[0], model.features(waveform))
+
+
+NUMBERS = [("heads", "0"), ("heads", "-4"), ("hop_length", "-1"), ("window_seconds", "nan"), ("window_seconds", "0")]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS)
+def test_numbers_in_metadata_that_mean_nothing(name, value, tmp_path):
+    path = write(tmp_path / "model.safetensors", state(PublishedModel(depth=1)), **{name: value})
+    with pytest.raises(ConfigError, match=f"{name}: expected a positive number, got"):
+        bestrq2.load(path)
+
+
+@pytest.mark.parametrize(("option", "number"), [("--heads", "0"), ("--heads", "-4"), ("--hop-length", "0")])
+def test_numbers_of_the_command_that_mean_nothing(option, number, tmp_path, capsys):
+    path = write(tmp_path / "model.safetensors", state(PublishedModel(depth=1)), heads=str(HEADS))
+    assert export.main([str(path), option, number, "--published", str(tmp_path / "out.safetensors")]) == 2
+    assert f"expected a positive number, got {number}" in capsys.readouterr().err
+
+
+def test_a_transform_that_no_table_of_filters_shows_is_refused():
+    """An odd n_fft would be read again as the even one below it."""
+    front = ["model.front_end.n_fft=401", "model.front_end.win_length=400", "model.front_end.num_mels=64"]
+    config = load_config("best_rq2_tiny", front)
+    with pytest.raises(ConfigError, match=r"expected an even model\.front_end\.n_fft, got 401"):
+        to_published(config, build_model(config).state_dict())
 
 
 def test_files_of_others(tmp_path):

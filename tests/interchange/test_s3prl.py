@@ -88,7 +88,7 @@ def test_folder_is_found_as_a_package(folder, encoder_file):
 
 def test_refusals(encoder_file, tmp_path, capsys):
     assert export.main([str(encoder_file), "--s3prl", str(tmp_path / "no-name")]) == 2
-    assert "identifier" in capsys.readouterr().err
+    assert "function in hubconf.py" in capsys.readouterr().err
     config = load_config("best_rq2_tiny", ["model.front_end.sampling_rate=8000", "model.front_end.f_max=4000"])
     write_encoder_file(tmp_path / "slow.safetensors", config, build_model(config).state_dict())
     assert export.main([str(tmp_path / "slow.safetensors"), "--s3prl", str(tmp_path / "slow")]) == 2
