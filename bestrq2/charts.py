@@ -1,7 +1,10 @@
 """Text of users in charts: names of runs, files and classes are drawn as they are written."""
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from bestrq2.errors import printable
 
@@ -11,10 +14,23 @@ __all__ = ["chart_label", "plain_text"]
 @contextmanager
 def plain_text() -> Iterator[None]:
     """Draw dollar signs as dollar signs inside of this context: elsewhere matplotlib reads ``$...$`` as TeX."""
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+    with _matplotlib().rc_context({"text.parse_math": False, "text.usetex": False}):
         yield
+
+
+def _matplotlib() -> Any:
+    """Import matplotlib whatever ``MPLBACKEND`` says. Commands that a notebook starts in another environment (Colab,
+    Kaggle) inherit one that is not installed there, which ends the import. We draw into files and need none."""
+    given = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
+    try:
+        import matplotlib
+    finally:
+        if given is not None:
+            os.environ["MPLBACKEND"] = given
+    if given:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = given
+    return matplotlib
 
 
 def chart_label(name: str) -> str:

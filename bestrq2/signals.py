@@ -9,10 +9,21 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["FOLDER_GONE", "end_imports", "folder_is_gone", "handled_by", "importing"]
+__all__ = [
+    "FOLDER_GONE",
+    "WARNINGS",
+    "end_imports",
+    "folder_is_gone",
+    "handled_by",
+    "importing",
+    "kept_from_children",
+]
 
 FOLDER_GONE = "the current folder was deleted; change to one that exists (cd), and start again"
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+# Warnings of what comes: sbatch --signal=USR1@300, qsub -notify, ulimit -t. By default they kill a process.
+WARNINGS = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)]
 
 
 def folder_is_gone() -> bool:
@@ -44,6 +55,23 @@ def handled_by(handler: Callable[[int, FrameType | None], Any], replaces: Callab
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+    """Processes that start inside of this context never get SIGHUP and the warnings, which terminals and schedulers
+    send to the whole group: the main process decides when its helpers end. It gets what arrives meanwhile afterwards.
+
+    SIGINT and SIGTERM are left alone: multiprocessing has its own way with them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, *WARNINGS})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

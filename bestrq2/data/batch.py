@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, dataloader
 from bestrq2.data.dataset import Sample
 from bestrq2.data.steps import EqualSteps, StepPlan, plan_of, rank_share
 from bestrq2.errors import DataError, Skip, check_open_files
+from bestrq2.signals import kept_from_children
 
 __all__ = ["Batch", "batches", "collate"]
 
@@ -216,7 +217,8 @@ def _deliver(
         before = set(active_children())
         with _named_start() if workers else nullcontext(), _without_main(dataset) if workers else nullcontext():
             try:
-                stream = iter(loader)
+                with kept_from_children():
+                    stream = iter(loader)
             except BaseException:
                 for worker in set(active_children()) - before:
                     worker.kill()
@@ -252,9 +254,12 @@ def _named_start() -> Iterator[None]:
         yield
     except (OSError, EOFError) as error:
         check_open_files(error)
+        remedy = "data.workers=0 decodes in the main process"
+        if "AF_UNIX path too long" in str(error):
+            remedy = f"the name of the folder for temporary files is too long: TMPDIR=/tmp helps, or {remedy}"
         raise DataError(
             f"a data worker could not be started: {error or type(error).__name__} (interpreter: "
-            f"{os.fsdecode(get_executable())}); data.workers=0 decodes in the main process"
+            f"{os.fsdecode(get_executable())}); {remedy}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: finish the step, save, leave. A later second signal ends the process at once."""
+"""Signals that end a run: finish the step, save, leave. A later second SIGINT, SIGTERM or SIGHUP ends it at once."""
 
 import signal
 import sys
@@ -6,12 +6,15 @@ import threading
 import time
 from types import FrameType
 
+from bestrq2.signals import WARNINGS
+
 HANDLED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 DEBOUNCE_SECONDS = 2.0  # a second signal within this time is a duplicate of the first
 
 
 class StopSignal:
-    """Context manager that turns the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into ``requested``.
+    """Context manager that turns the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into ``requested``, and so the
+    warnings of schedulers and limits, where their handler is still the system's.
 
     The handler only notes it: output there could meet a closed pipe, or the lock of the output it interrupted. A signal
     that was ignored (``nohup``) stays ignored. Outside of the main thread, where Python takes no handlers, nothing is
@@ -36,6 +39,9 @@ class StopSignal:
             for number in HANDLED:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
+            for number in WARNINGS:
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,7 +51,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             # Schedulers signal every process of a job, and torchrun passes the signal on to its processes once more.
-            if time.monotonic() - self._since > DEBOUNCE_SECONDS:
+            # A limit of processor time is told every second.
+            if number not in WARNINGS and time.monotonic() - self._since > DEBOUNCE_SECONDS:
                 sys.exit(128 + number)
             return
         self._since = time.monotonic()

@@ -242,6 +242,15 @@ def test_a_worker_that_cannot_be_started(dataset, monkeypatch, error):
         next(batches(dataset, 2))
 
 
+def test_a_folder_for_temporary_files_with_a_name_too_long_for_sockets(dataset, monkeypatch):
+    def iterate(loader):
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("bestrq2.data.batch.DataLoader.__iter__", iterate)
+    with pytest.raises(DataError, match=r"too long: TMPDIR=/tmp helps, or data\.workers=0"):
+        next(batches(dataset, 2, workers=1))
+
+
 @pytest.mark.parametrize("started", [0, 1])
 def test_workers_of_which_one_cannot_be_started(dataset, monkeypatch, started):
     """One sentence: no traceback of the loader's cleanup beside it, and no worker that goes on."""

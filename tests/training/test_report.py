@@ -2,7 +2,10 @@
 
 import base64
 import logging
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -119,7 +122,7 @@ def test_everything_of_a_run_is_in_one_file(tmp_path):
         "not finite 1 /data/c: missing.wav: not finite",
         "step-00000040",
         "1.0 MB 1.2500 (best)",
-        "1.0 MiB 1.5000 Configuration",
+        "1.0 MB 1.5000 Configuration",
         "train.steps 100 200000",
         "codebook_size: 512",
         f"--bad-batch {kept}",
@@ -294,3 +297,31 @@ def test_skipped_files_are_listed_once(tmp_path):
         r"b\xe9\n.wav: missing",
         "a.wav: missing",
     ]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg", ""])
+def test_the_backend_of_the_environment_does_not_matter(tmp_path, backend):
+    """Matplotlib itself cannot be imported with the first one where it is not installed. Others stay as they are, for
+    the user's own figures."""
+    code = """
+import sys
+from bestrq2.charts import plain_text
+assert "matplotlib" not in sys.modules
+with plain_text():
+    from matplotlib.figure import Figure
+    Figure().savefig(sys.argv[1])
+import matplotlib, os
+print(os.environ["MPLBACKEND"], matplotlib.get_backend(auto_select=False))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MPLBACKEND": backend},
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert words[0] == backend or not backend
+    if backend == "svg":
+        assert words[1] == "svg"
+    assert Image.open(tmp_path / "a.png").size

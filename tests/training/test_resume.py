@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import re
 import shutil
 import signal
@@ -142,7 +143,7 @@ def test_a_full_disk_at_the_start_leaves_the_name_free(tmp_path, monkeypatch, ca
     assert (run.path / "config.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_handler_only_notes_the_signal(name, monkeypatch):
     monkeypatch.setattr("sys.stderr", None)  # any output would fail
     monkeypatch.setattr("sys.stdout", None)
@@ -161,6 +162,51 @@ def test_signals_that_were_ignored_stay_ignored():
         assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_warning_that_is_repeated_ends_nothing_at_once(monkeypatch):
+    monkeypatch.setattr("bestrq2.training.interrupt.DEBOUNCE_SECONDS", -1)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGXCPU)
+        signal.raise_signal(signal.SIGXCPU)  # the next second of processor time
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    assert stop.exit_code == 128 + signal.SIGXCPU
+
+
+def test_handlers_of_the_user_for_warnings_are_kept():
+    got = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+        assert (stop.requested, got) == (False, [1])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_the_whole_group_spares_the_workers(tmp_path, number):
+    """As a closed terminal or a scheduler sends it; Python's tracker of semaphores is in the group, too."""
+    command = [sys.executable, "-m", "bestrq2", "train", "--runs", str(tmp_path), "--name", "r", "train.steps=5000"]
+    command += ["train.pictures_every=0", "data.workers=1"]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=root, start_new_session=True
+    ) as process:
+        try:
+            metrics = tmp_path / "r" / "metrics.csv"
+            while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 2):
+                assert process.poll() is None
+                threading.Event().wait(0.1)
+            os.killpg(process.pid, number)
+            printed = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number, printed
+    assert "Traceback" not in printed
+    assert "error" not in printed
+    assert len(list_checkpoints(tmp_path / "r" / "checkpoints")) == 1
 
 
 def test_training_in_another_thread(tmp_path):
