@@ -40,7 +40,7 @@ from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoint
 from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import read_metrics
 from bestrq2.training.batch_finder import find_batch
-from bestrq2.training.distributed import Ranks
+from bestrq2.training.distributed import Ranks, is_shared, shared
 from bestrq2.training.frozen import train_head
 from bestrq2.training.open_data import fill_statistics, open_dataset
 from bestrq2.training.optimizer import learning_rate
@@ -103,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     except FAILURES as error:
         if ranks.is_first or isinstance(error, OutOfMemory):
             print(f"error: {error}", file=sys.stderr)
+        elif not is_shared(error):  # the first rank knows no more than that this one has ended
+            print(f"error: rank {ranks.rank}: {error}", file=sys.stderr)
         return 2
     finally:
         ranks.close()
@@ -110,15 +112,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and options.resume is None:
-        raise ConfigError("--max-restarts: torchrun repeats this command line, so it needs --name NAME --resume")
+        raise shared(
+            ConfigError("--max-restarts: torchrun repeats this command line, so it needs --name NAME --resume")
+        )
     values = chosen_values(options)
     folder = ranks.from_first(lambda: folder_to_resume(options))
     if folder is not None:
         with alone_in(folder, ranks):
             return resume(folder, options.overrides, values, ranks)
-    config = load_config(default_recipe(options), options.overrides, values)
+    config = ranks.from_first(lambda: load_config(default_recipe(options), options.overrides, values))
     if options.find_batch and config.frozen.source:
-        raise ConfigError("--find-batch measures pretraining, not the training of a head: drop --frozen-encoder")
+        raise shared(
+            ConfigError("--find-batch measures pretraining, not the training of a head: drop --frozen-encoder")
+        )
     # What would end the run later is refused before the data are read, which may take long.
     ranks.all_agree(lambda: choose_precision(config.train.precision, device_of(config, ranks)))
     if not options.find_batch:
@@ -194,7 +200,7 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     checkpoint = ranks.from_first(lambda: newest_checkpoint(run))
     saved = None if checkpoint is None else checkpoint.config
     own = ranks.from_first(lambda: run.read_config(saved))
-    config = with_overrides(own, overrides, values)
+    config = ranks.from_first(lambda: with_overrides(own, overrides, values))
     if checkpoint is None:
         ranks.from_first(lambda: check_never_saved(run, own))
         ranks.say(f"{run.path} ended before its first checkpoint: it begins again")
@@ -203,7 +209,7 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     changes = []
     if checkpoint is not None:
         before = config_from_dict(checkpoint.config)
-        changes = check_resume(before, config, checkpoint.step)
+        changes = ranks.from_first(lambda: check_resume(before, config, checkpoint.step))
         old_rate, rate = (learning_rate(checkpoint.step, c.train.steps, c.optimizer) for c in (before, config))
         if abs(rate - old_rate) > 1e-6 * old_rate and checkpoint.step < config.train.steps:
             changes.append(f"the learning rate of the next step: {old_rate:.3g} -> {rate:.3g}")
@@ -218,13 +224,14 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
         what = ": ".join([*elsewhere, what or "files, durations or domains differ"])
         deciding = ("data.",) if config.data.batch_seconds is None else ("data.", "train.batch_size:")
         named = [text for text in changes if text.startswith(deciding) and not text.startswith(NO_OTHER_CLIPS)]
-        raise TrainingError(
+        problem = TrainingError(
             f"the clips of every step would be others (fingerprint {found} instead of {expected}): "
             f"{'; '.join(named)}. This cannot change on resume: leave it out, or start a new run."
             if named
             else f"the training data changed since the checkpoint was written (fingerprint {found} instead of "
             f"{expected}): {what}. Restore them, or start a new run."
         )
+        raise shared(problem)
     for change in changes:
         ranks.say(f"Changed on resume: {change}")
     if checkpoint is not None:

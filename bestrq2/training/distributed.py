@@ -117,7 +117,7 @@ class Ranks:
                 packet[1] = error
         dist.broadcast_object_list(packet, src=0, device=torch.device("cpu"))
         if packet[1] is not None:
-            raise packet[1]
+            raise shared(packet[1])
         return packet[0]
 
     def all_agree(self, make: Callable[[], T]) -> T:
@@ -134,15 +134,23 @@ class Ranks:
         except BestRQError as error:
             problem = error
         first = next(filter(None, self.texts("" if problem is None else str(problem))), None)
-        if problem is not None:
-            raise problem
         if first is not None:
-            raise ConfigError(first)
+            raise shared(ConfigError(first) if problem is None else problem)
         return result
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def shared(error: Exception) -> Exception:
+    """Mark an error that every rank raises, so that the first one alone has to print it."""
+    error.shared = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_shared(error: Exception) -> bool:
+    return getattr(error, "shared", False)
 
 
 def _number(name: str, default: int) -> int:

@@ -1,6 +1,7 @@
 """Measurements during training: the masked loss on held-out audio, a probe, pictures."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,13 +10,13 @@ import torch
 from torch import nn
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
-from bestrq2.data import Batch, CropDataset, batches
+from bestrq2.data import Batch, CropDataset, DataError, batches
 from bestrq2.hashing import mix
 from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
 from bestrq2.runs.metrics import MetricsLog
 
-from .distributed import Ranks
+from .distributed import Ranks, shared
 from .health import whole_encoder
 from .open_data import open_dataset
 from .snapshots import evaluating, fixed_batch, fixed_pictures
@@ -51,6 +52,7 @@ class Evaluation:
         self.validates = settings.source is not None
         self.validation_loss: float | None = None
         self.validated_step = -1
+        self.unread = 0.0  # files that the last validation could not read
         if self.validates:
             # The same crops every time: neither shares of domains nor batches of similar length.
             crops = replace(
@@ -86,9 +88,15 @@ class Evaluation:
         found: dict[str, float] = {}
         due = self._due(step, last)
         if due["validation"]:
-            with evaluating(self.model):
-                found |= self._validate()
-            self.validated_step = step
+            try:
+                with evaluating(self.model):
+                    found |= self._validate()
+                self.validated_step = step
+            except DataError as error:
+                if step == 0:
+                    raise
+                if self.ranks.is_first:  # training must not be lost for it
+                    logger.warning(f"step {step}: no validation: {str(error).splitlines()[0]}")
         if due["probe"]:
             found |= self._probe(step)
         if due["pictures"] and self.pictured is not None:
@@ -130,12 +138,14 @@ class Evaluation:
         share = max(1, train.batch_size // (self.ranks.size * train.accumulate))
         batch_size = share * self.ranks.size
         steps = -(-self.clips // batch_size)
-        loss = accuracy = targets = 0.0
+        loss = accuracy = targets = skips = 0.0
         stream = batches(
             self.dataset, batch_size, num_steps=steps, workers=0, rank=self.ranks.rank, world_size=self.ranks.size
         )
         with closing(stream):
-            for batch in stream:
+            for _ in range(steps):
+                batch = self._next(stream)
+                skips += len(batch.skips)
                 inside = batch.index < self.clips
                 kept = batch if bool(inside.all()) else _rows(batch, inside)
                 with self._autocast():
@@ -145,9 +155,30 @@ class Evaluation:
                 loss += float(output.loss) * count
                 accuracy += float(output.accuracy) * count
                 targets += count
-        loss, accuracy, targets = self.ranks.sum([loss, accuracy, targets])
+        loss, accuracy, targets, skips = self.ranks.sum([loss, accuracy, targets, skips])
+        if skips != self.unread and self.ranks.is_first:
+            logger.warning(
+                f"validation: {round(skips)} of {self.clips} clips could not be read ({round(self.unread)} before): "
+                "others are measured in their place, so that the losses do not compare"
+            )
+        self.unread = skips
         self.validation_loss = loss / max(1.0, targets)
         return {"validation/loss": self.validation_loss, "validation/accuracy": accuracy / max(1.0, targets)}
+
+    def _next(self, stream: Iterator[Batch]) -> Batch:
+        """The next batch of this rank.
+
+        Raises:
+            DataError: on every rank, if one of them cannot have its batch.
+        """
+        batch, problem = None, ""
+        try:
+            batch = next(stream)
+        except DataError as error:
+            problem = str(error)
+        if self.ranks.sum([batch is None])[0] or batch is None:
+            raise shared(DataError(next(filter(None, self.ranks.texts(problem)), "no audio")))
+        return batch
 
 
 def probe_task(config: ProbeConfig) -> ProbeTask | None:

@@ -80,9 +80,9 @@ class HeadTrainer(Trainer):
                 f"frozen.source: {config.frozen.source} has the weights that this run began with, but its settings, or "
                 "the versions of its libraries, have changed: its embeddings may be others"
             )
-        super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint)
         # Neither pictures nor health of an encoder: a head has none.
         self.measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
+        super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint)
         self.health = HealthCheck(self.measured, self.model, dataset.source, ranks, self.device)
 
     def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:

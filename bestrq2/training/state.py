@@ -66,7 +66,7 @@ class TrainingState:
         settings = config.train
         self.ranks = ranks
         if checkpoint is not None:
-            load_weights(model, checkpoint.weights(), checkpoint.folder)
+            load_weights(model, ranks.all_agree(checkpoint.weights), checkpoint.folder)
         self.model = cast(Any, model.to(device).train())  # one of several classes with the same methods
         self.parallel: nn.Module = wrap_model(self.model, settings.strategy, ranks, device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -81,7 +81,7 @@ class TrainingState:
         self.started = time.perf_counter()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        tensors, extra = checkpoint.training_state(), checkpoint.extra
+        tensors, extra = self.ranks.all_agree(checkpoint.training_state), checkpoint.extra
         restore_optimizer(self.model, self.optimizer, tensors)
         if self.ranks.is_first:  # the others count from zero: the sum over ranks is what the checkpoint says
             self.usage.load_state_dict({name: tensors[f"usage.{name}"] for name in self.usage.state_dict()})

@@ -8,7 +8,7 @@ from bestrq2.data import Batch
 from bestrq2.errors import TrainingError
 from bestrq2.layers.masking import MaskPlan
 
-from .distributed import Ranks
+from .distributed import Ranks, shared
 
 
 @dataclass
@@ -118,18 +118,24 @@ def check_batch(config: Config, dataset: Any, size: int) -> None:
     settings = config.train
     share = size * settings.accumulate
     if settings.batch_size % size or settings.batch_size < share:
-        raise TrainingError(
-            f"train.batch_size: expected a multiple of {size} ranks, and at least {share} for "
-            f"train.accumulate={settings.accumulate}, got {settings.batch_size}"
+        raise shared(
+            TrainingError(
+                f"train.batch_size: expected a multiple of {size} ranks, and at least {share} for "
+                f"train.accumulate={settings.accumulate}, got {settings.batch_size}"
+            )
         )
     if config.model.mixing.share and settings.batch_size % (2 * share):
-        raise TrainingError(
-            f"train.batch_size: expected pairs of clips for model.mixing.share, a multiple of {2 * share} with "
-            f"{size} ranks and train.accumulate={settings.accumulate}, got {settings.batch_size}"
+        raise shared(
+            TrainingError(
+                f"train.batch_size: expected pairs of clips for model.mixing.share, a multiple of {2 * share} with "
+                f"{size} ranks and train.accumulate={settings.accumulate}, got {settings.batch_size}"
+            )
         )
     # Ranks that cut a step into different numbers of micro-batches would wait for each other forever.
     if (rows := dataset.plan(settings.batch_size).min_rows) < share:
-        raise TrainingError(
-            f"data.batch_seconds: expected room for {share} clips of full length ({size} ranks times "
-            f"train.accumulate={settings.accumulate}), got room for {rows}"
+        raise shared(
+            TrainingError(
+                f"data.batch_seconds: expected room for {share} clips of full length ({size} ranks times "
+                f"train.accumulate={settings.accumulate}), got room for {rows}"
+            )
         )

@@ -35,7 +35,7 @@ from bestrq2.runs.report import save_report
 
 from .compilation import compile_blocks, compiles
 from .describe import about_model, describe_run, is_finite, postfix
-from .distributed import Ranks, only_accumulate
+from .distributed import Ranks, only_accumulate, shared
 from .evaluation import Evaluation
 from .feeder import Feeder, Preparation, preparation
 from .first_look import describe_targets, first_look
@@ -72,7 +72,7 @@ class Trainer:
         settings = config.train
         self.config, self.settings, self.dataset, self.run, self.ranks = config, settings, dataset, run, ranks
         check_batch(config, dataset, ranks.size)
-        self.device = choose_device(settings.device, ranks.local_rank)
+        self.device = ranks.all_agree(lambda: choose_device(settings.device, ranks.local_rank))
         self.autocast = choose_precision(settings.precision, self.device)
         self.resumed = checkpoint is not None
         self.state = TrainingState(config, model, ranks, self.device, self.autocast, checkpoint)
@@ -87,6 +87,7 @@ class Trainer:
         self.bad_in_a_row = 0
         self.late: Reading | None = None
         self.health = HealthCheck(config, self.model, dataset, ranks, self.device)
+        self.evaluation = self._make_evaluation()  # what it cannot use is refused before anything is written
 
     def train(self) -> int:
         """Returns the exit code: 0, or 128 + signal number after a requested stop.
@@ -105,7 +106,6 @@ class Trainer:
         if not self.resumed:
             self._first_look()
         self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
-        self.evaluation = self._make_evaluation()
         self.since_log, self.since_save = StepTotals(), StepTotals()
         self.interval_start = time.perf_counter()
         if progress.evaluated_step != progress.step:
@@ -176,7 +176,7 @@ class Trainer:
         if feeder.error is not None and not isinstance(feeder.error, DataError):
             raise feeder.error
         messages = self.ranks.texts("" if feeder.error is None else str(feeder.error))
-        raise DataError(next(filter(None, messages), "the data of another rank failed"))
+        raise shared(DataError(next(filter(None, messages), "the data of another rank failed")))
 
     def _step(self, batch: Batch, feeder: Feeder, waited: float, stop: bool) -> StepTotals:
         """One update. Returns what the step was, summed over all ranks."""
@@ -317,10 +317,11 @@ class Trainer:
         if done % settings.save_every == 0 or last or stopping or failing or totals.overdue > 0:
             self._save(wait=last or stopping or failing)
         if self.bad_in_a_row >= settings.max_bad_steps:
-            raise TrainingError(
+            problem = TrainingError(
                 f"{self.bad_in_a_row} steps in a row were not finite: lower optimizer.learning_rate, set "
                 f"optimizer.max_grad_norm=1, or use train.precision=fp32. Checkpoints are in {self.run.checkpoints}."
             )
+            raise shared(problem)
 
     def _evaluate(self) -> None:
         progress = self.state.progress

@@ -204,6 +204,83 @@ def test_sigterm_reaches_all_ranks(tmp_path, data, alone):
     assert list_checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{step:08d}"
 
 
+ON_RANK_1 = """
+import os
+if os.environ["RANK"] == "1":
+    from bestrq2.errors import CheckpointError, DataError
+    from bestrq2.runs.checkpoint import Checkpoint
+    from bestrq2.training.trainer import Trainer
+    def fail(*_):
+        raise {error}
+    {place} = fail
+"""
+FAULTS = [
+    ("Checkpoint.weights", "CheckpointError('not on this machine')", "error: not on this machine"),
+    ("Checkpoint.training_state", "CheckpointError('not on this machine')", "error: not on this machine"),
+    ("Trainer._stream", "DataError('not on this machine')", "error: rank 1: not on this machine"),
+]
+
+
+@pytest.mark.parametrize(("place", "error", "message"), FAULTS)
+def test_what_one_rank_cannot_do_is_told(tmp_path, alone, nursery, place, error, message):
+    """The first rank knows no more than that another one has ended, unless they agreed on it."""
+    shutil.copytree(alone, tmp_path / "run")
+    code = ON_RANK_1.format(place=place, error=error)
+    result, output = nursery.run(tmp_path, ["--resume", str(tmp_path / "run"), "train.steps=9"], code, ranks=2)
+    assert result == 2
+    assert output.count(message) == 1, output
+    assert output.count("not on this machine") == 1, output
+    assert "Traceback" not in output, output
+
+
+LOST = """
+from pathlib import Path
+from bestrq2.training.evaluation import Evaluation
+run = Evaluation.run
+def lose(self, step, last, log):
+    if step == 4 and self.ranks.is_first:
+        for file in Path({folder!r}).iterdir():
+            file.write_bytes(file.read_bytes()[:100])
+    return run(self, step, last, log)
+Evaluation.run = lose
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_validation_audio_that_is_lost_costs_no_training(tmp_path, data, nursery, ranks):
+    shutil.copytree(data, tmp_path / "held out")
+    more = [f"validation.source={tmp_path / 'held out'}", "train.save_every=100", "data.workers=0"]
+    code = LOST.format(folder=str(tmp_path / "held out"))
+    result, output = nursery.run(tmp_path, options(data, tmp_path, "run", *more), code, ranks=ranks)
+    assert result == 0, output
+    for step in (4, 8):
+        assert output.count(f"step {step}: no validation: ") == 1, output
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if row.get("validation/loss")] == ["0"]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000008"
+
+
+def test_validation_clips_that_are_replaced_are_told(tmp_path, data, nursery):
+    shutil.copytree(data, tmp_path / "held out")
+    code = LOST.format(folder=str(tmp_path / "held out")).replace(".iterdir()", ".glob('[0-4].wav')")
+    more = [f"validation.source={tmp_path / 'held out'}", "data.workers=0"]
+    result, output = nursery.run(tmp_path, options(data, tmp_path, "run", *more), code)
+    assert result == 0, output
+    assert output.count("others are measured in their place") == 1, output
+
+
+def test_validation_audio_that_is_not_there_is_refused_before_anything_is_written(tmp_path, data, alone, capsys):
+    missing = f"validation.source={tmp_path / 'nothing'}"
+    assert main(options(data, tmp_path, "new", missing)) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(alone, tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert main(["--resume", str(tmp_path / "run"), missing, "train.steps=9"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
