@@ -394,7 +394,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_unsent(error: BaseException, _: Any) -> None:
-    """End this worker: by default the batch is dropped, and the main process waits for it for ever."""
+    """End this worker: by default the batch is dropped, and the main process waits for it without end."""
     if not isinstance(error, ConnectionError | EOFError):
         os.write(2, f"data worker: {error}\n".encode(errors="backslashreplace"))
     os._exit(1)

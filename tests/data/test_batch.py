@@ -290,7 +290,7 @@ def test_a_worker_that_may_not_start_a_thread(dataset, monkeypatch, capfd):
 
 
 def test_a_batch_that_cannot_be_handed_over(dataset, monkeypatch, capfd):
-    """Shared memory is full (64 MB in a container): PyTorch prints it, drops the batch and waits for it for ever."""
+    """Shared memory is full (64 MB in a container): PyTorch prints it, drops the batch and waits for it without end."""
 
     def full(*_, **__):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
