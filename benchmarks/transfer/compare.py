@@ -49,6 +49,7 @@ from benchmarks.transfer.scores import (
     train_run,
 )
 from benchmarks.transfer.tasks import corpus_tasks, held_out_tasks, packaged_tasks
+from bestrq2.durability import whole_file
 from bestrq2.runs.metrics import read_metrics
 
 
@@ -160,9 +161,10 @@ def report(plan: Plan, tasks: list[str], out: Path) -> None:
     readout += " precision=bf16" if plan.precision == "bf16" else ""
     table.write_csv(out / "scores.csv", scores, {"plan": plan.name, "readout": readout})
     shown = table.text(results)
-    (out / "table.md").write_text(shown + "\n")
-    table.draw(out / "table.png", results)
     print(shown)
+    with whole_file(out / "table.md") as file:
+        file.write(shown + "\n")
+    table.draw(out / "table.png", results)
     print(f"Written: {out / 'scores.csv'}, {out / 'table.md'}, {out / 'table.png'}")
 
 

@@ -9,14 +9,19 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.transfer.plan import Plan
 from benchmarks.transfer.scores import BASELINE, Score
+from bestrq2.charts import chart_label, plain_text
+from bestrq2.durability import whole_file
 from bestrq2.probing.features import ENCODER, RANDOM
 from bestrq2.probing.metrics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEAN = "mean"
 _COLUMNS = ("candidate", "seed", "features", "task", "metric", "chance", "value", "low", "high")
@@ -101,20 +106,27 @@ def _cell(numbers: Sequence[tuple[float, np.ndarray]]) -> Cell:
 
 
 def title(row: tuple[str, str]) -> str:
-    name, features = row
+    """Name of a row, as it is drawn."""
+    name, features = chart_label(row[0]), row[1]
     return name if features in (ENCODER, BASELINE) else f"{name}, untrained"
+
+
+def _cell_of(name: str) -> str:
+    """A name in a table of Markdown, where a bar ends a cell."""
+    return name.replace("|", "\\|")
 
 
 def text(results: Results) -> str:
     """The table in Markdown: scores in percent, then the mean's paired differences."""
     columns = [*results.tasks, MEAN]
-    lines = ["| features | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    heads = " | ".join(map(_cell_of, columns))
+    lines = [f"| features | seeds | {heads} |", "|---" * (len(columns) + 2) + "|"]
     for row in results.rows:
         cells = [results.cell(row, task).text() for task in columns]
         count = "-" if row[0] == BASELINE else str(len(results.seeds(row)))
-        lines.append(f"| {title(row)} | {count} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_cell_of(title(row))} | {count} | " + " | ".join(cells) + " |")
     first = (results.plan.candidates[0].name, ENCODER)
-    lines += ["", "| paired difference | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += ["", f"| paired difference | {heads} |", "|---" * (len(columns) + 1) + "|"]
     for row in results.rows:
         if row[1] != ENCODER:
             continue
@@ -123,7 +135,7 @@ def text(results: Results) -> str:
                 continue
             gaps = [results.difference(row, other, task) for task in columns]
             cells = ["" if gap is None else gap.text("+") + (" *" if gap.sure else "") for gap in gaps]
-            lines.append(f"| {title(row)} - {title(other)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_cell_of(title(row))} - {_cell_of(title(other))} | " + " | ".join(cells) + " |")
     lines += ["", "Brackets: 95 % over test clips. +-: 95 % over seeds. *: outside of both."]
     return "\n".join(lines)
 
@@ -131,8 +143,7 @@ def text(results: Results) -> str:
 def write_csv(path: Path, scores: Sequence[Score], facts: dict[str, Any]) -> None:
     """One row a score, with the run's facts and those of the comparison; written at once."""
     run_columns = sorted({key for score in scores for key in score.run})
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with whole_file(path) as file:
         writer = csv.writer(file)
         writer.writerow([*_COLUMNS, *run_columns, *facts])
         for score in scores:
@@ -140,11 +151,15 @@ def write_csv(path: Path, scores: Sequence[Score], facts: dict[str, Any]) -> Non
             numbers = [f"{getattr(score, name):.5f}" for name in ("chance", "value", "low", "high")]
             row = [score.candidate, score.seed, score.features, score.task, score.metric, *numbers]
             writer.writerow([*row, *own, *facts.values()])
-    partial.replace(path)
 
 
 def draw(path: Path, results: Results) -> None:
     """A row for every kind of features, a panel for every task and for the mean: interval over clips, seeds as dots."""
+    with plain_text(), whole_file(path, "wb") as file:
+        _figure(results).savefig(file, format="png", dpi=120)
+
+
+def _figure(results: Results) -> "Figure":
     from matplotlib.figure import Figure
 
     columns = [MEAN, *results.tasks]
@@ -160,12 +175,12 @@ def draw(path: Path, results: Results) -> None:
             axes.plot(cell.value, place, "o", color=colour, markersize=6)
             seeds = [100 * results._numbers(row, seed, task)[0] for seed in results.seeds(row)]
             axes.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=9)
-        axes.set_title(task, fontsize=9)
+        axes.set_title(chart_label(task), fontsize=9)
         axes.set_xlabel("%", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
         if number == 0:
             axes.set_yticks(range(len(results.rows)), [title(row) for row in results.rows], fontsize=8)
             axes.invert_yaxis()
-    figure.suptitle(f"{results.plan.name}: bars 95 % over test clips, ticks seeds", fontsize=9)
-    figure.savefig(path, dpi=120)
+    figure.suptitle(f"{chart_label(results.plan.name)}: bars 95 % over test clips, ticks seeds", fontsize=9)
+    return figure

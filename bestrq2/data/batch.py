@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from multiprocessing.spawn import get_executable
 from typing import Any
 from weakref import WeakSet
@@ -240,9 +241,9 @@ def _deliver(
         if "DataLoader worker" in str(error):
             memory = "the machine ran out of memory, or " if "Killed" in str(error) or "Bus" in str(error) else ""
             raise DataError(
-                f"a data worker died: {memory}shared memory (/dev/shm) is full, the decoder crashed on a file, or the "
-                "worker could not start (then its error is above); workers=0 decodes in the main process and shows "
-                f"which. ({error})"
+                f"a data worker died: {memory}shared memory (/dev/shm) is full (docker run --shm-size=2g), the "
+                "decoder crashed on a file, or the worker could not start (its error is above, if there is one); "
+                f"data.workers=0 decodes in the main process and shows which. ({error})"
             ) from error
         raise
 
@@ -378,6 +379,7 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.excepthook = _report_unless_disconnected
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
         # One sends batches and one hands over their memory. Where they cannot be started, the batch is gone, and the
@@ -389,6 +391,13 @@ def _start_worker(_: int) -> None:
     except RuntimeError:
         os._exit(_NO_THREAD)
     torch.set_num_threads(1)
+
+
+def _end_unsent(error: BaseException, _: Any) -> None:
+    """End this worker: by default the batch is dropped, and the main process waits for it without end."""
+    if not isinstance(error, ConnectionError | EOFError):
+        os.write(2, f"data worker: {error}\n".encode(errors="backslashreplace"))
+    os._exit(1)
 
 
 def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -55,7 +55,7 @@ class ExportableLogMel(nn.Module):
         source = torch.minimum(folded, period - folded) * (length > 1) + begin[:, None, None]
         last = waveform.shape[1] - 1
         framed = waveform[clip[:, None, None], source.clamp(max=last)]  # (M, T, n_fft)
-        framed = framed * ((position < length + self.size // 2) & (source <= last)).to(waveform.dtype)
+        framed = framed * ((position < length + self.size - self.size // 2) & (source <= last)).to(waveform.dtype)
         spectrum = (framed.double() @ self.basis).square()
         bins = self.size // 2 + 1
         power = spectrum[..., :bins] + spectrum[..., bins:]

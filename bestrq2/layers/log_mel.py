@@ -199,7 +199,8 @@ class LogMel(nn.Module):
         return self.mean.to(self.window.device), self.std.to(self.window.device)
 
     def _decibels(self, waveform: Tensor, lengths: Tensor) -> Tensor:
-        return self._transform(reflect_edges(waveform.to(self.window.dtype), lengths, self.n_fft // 2))
+        left = self.n_fft // 2
+        return self._transform(reflect_edges(waveform.to(self.window.dtype), lengths, left, self.n_fft - left))
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -278,21 +279,23 @@ def check_lengths(waveform: Tensor, lengths: Tensor | Sequence[int] | None) -> T
     return lengths
 
 
-def reflect_edges(waveform: Tensor, lengths: Tensor, pad: int) -> Tensor:
-    """Extend every clip by ``pad`` reflected samples on both sides, at its own end rather than the batch's.
+def reflect_edges(waveform: Tensor, lengths: Tensor, pad: int, right: int | None = None) -> Tensor:
+    """Extend every clip by ``pad`` reflected samples before it and ``right`` (None: ``pad``) behind it, at its own end
+    rather than the batch's.
 
     ``x0 x1 x2 | 0 0`` with length 3 and pad 2 becomes ``x2 x1 x0 x1 x2 x1 x0 | 0 0``. Reflection repeats for clips
     shorter than ``pad``, as NumPy's ``pad(mode="reflect")`` does.
 
-    Shapes: ``(B, S)``, lengths ``(B,)`` on the CPU -> ``(B, S + 2 pad)``.
+    Shapes: ``(B, S)``, lengths ``(B,)`` on the CPU -> ``(B, pad + S + right)``.
     """
     num_samples = waveform.shape[1]
-    if num_samples > pad and bool((lengths == num_samples).all()):
-        return torch.nn.functional.pad(waveform, (pad, pad), mode="reflect")
-    position = torch.arange(-pad, num_samples + pad, device=waveform.device)
+    right = pad if right is None else right
+    if num_samples > max(pad, right) and bool((lengths == num_samples).all()):
+        return torch.nn.functional.pad(waveform, (pad, right), mode="reflect")
+    position = torch.arange(-pad, num_samples + right, device=waveform.device)
     length = lengths.to(waveform.device, non_blocking=True)[:, None]
     period = (2 * (length - 1)).clamp(min=1)
     folded = torch.remainder(position, period)
     source = torch.minimum(folded, period - folded).clamp(max=num_samples - 1)
     source = torch.where(length == 1, torch.zeros_like(source), source)
-    return waveform.gather(1, source) * (position < length + pad)
+    return waveform.gather(1, source) * (position < length + right)

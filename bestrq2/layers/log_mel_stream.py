@@ -21,7 +21,7 @@ class LogMelState:
 
     Attributes:
         signal: ``(B, W)`` the last samples; column 0 is sample ``start`` (negative: the reflected left edge).
-        reflection: ``(B, n_fft // 2)`` right edge of the clips that have ended.
+        reflection: ``(B, n_fft - n_fft // 2)`` right edge of the clips that have ended.
         totals: ``(B,)`` int64 on the CPU, samples of the clips that have ended, -1 for those that go on.
         start, received, next_frame: positions in samples, samples, frames.
     """
@@ -37,7 +37,7 @@ class LogMelState:
     def begin(cls, log_mel: LogMel, num_clips: int) -> "LogMelState":
         device = log_mel.window.device
         signal = torch.zeros(num_clips, 0, device=device, dtype=torch.float32)
-        reflection = torch.zeros(num_clips, log_mel.n_fft // 2, device=device, dtype=torch.float32)
+        reflection = torch.zeros(num_clips, log_mel.n_fft - log_mel.n_fft // 2, device=device, dtype=torch.float32)
         return cls(signal, reflection, torch.full((num_clips,), GOES_ON, dtype=torch.int64, device="cpu"))
 
     @property
@@ -62,6 +62,7 @@ def stream_frames(
         ``(B, T, F)`` float32, T >= 0 frames from ``state.next_frame`` (as it was) on; zeros behind a clip's end.
     """
     pad, hop = log_mel.n_fft // 2, log_mel.hop_length
+    right = log_mel.n_fft - pad
     device, place = waveform.device, log_mel.window.device  # of the transform: the CPU for devices without float64
     warn_of_half(waveform)
     waveform = waveform.to(place)
@@ -80,13 +81,14 @@ def stream_frames(
         first = max(0, state.start)
         known = state.signal[clip : clip + 1, first - state.start : total - state.start]
         known = F.pad(known, (0, total - first - known.shape[1]))
-        state.reflection[clip] = reflect_edges(known, torch.tensor([known.shape[1]], device="cpu"), pad)[0, -pad:]
+        size = torch.tensor([known.shape[1]], device="cpu")
+        state.reflection[clip] = reflect_edges(known, size, pad, right)[0, -right:]
         _write(state, clip, before + int(lengths[clip]))
     for clip in ((state.totals != GOES_ON) & ~fresh).nonzero().flatten().tolist():
         _write(state, clip, before)
     last = int(state.totals.max())
-    if state.over and last + pad > state.received:
-        before, state.received = state.received, last + pad
+    if state.over and last + right > state.received:
+        before, state.received = state.received, last + right
         state.signal = F.pad(state.signal, (0, state.received - before))
         for clip in range(len(state.totals)):
             _write(state, clip, before)
@@ -111,7 +113,7 @@ def stream_frames(
     else:
         frames = state.signal.new_zeros(len(state.totals), 0, log_mel.num_mels)
     # Later frames need their windows, a later end its last n_fft / 2 + 1 samples to reflect.
-    keep = min(state.next_frame * hop - pad, state.received - pad - 1)
+    keep = min(state.next_frame * hop - pad, state.received - right - 1)
     if keep > state.start:
         state.signal, state.start = state.signal[:, keep - state.start :].clone(), keep
     return frames.to(device)

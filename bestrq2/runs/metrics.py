@@ -223,8 +223,8 @@ class MetricsLog:
 
 def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -> Any:
     try:
-        import wandb
-    except ImportError as error:
+        from wandb import init
+    except ImportError as error:  # also where a folder of this name is all there is
         raise ConfigError(
             f"train.wandb={project}: the package wandb cannot be imported ({error}); pip install wandb, or leave "
             "train.wandb out (metrics.csv and TensorBoard are always written)"
@@ -236,7 +236,7 @@ def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -
         except (OSError, ValueError, KeyError, TypeError):
             identifier = uuid.uuid4().hex[:12]
             path.write_text(json.dumps({"id": identifier, "project": project}) + "\n")
-        return wandb.init(
+        return init(
             project=project,
             id=identifier,
             resume="allow",

@@ -1,6 +1,7 @@
 """Measurements during training: the masked loss on held-out audio, a probe, pictures."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import fields, replace
@@ -11,9 +12,11 @@ from torch import nn
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, DataError, batches
+from bestrq2.errors import printable, system_reason
 from bestrq2.hashing import mix
 from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
+from bestrq2.probing.labels import check_testable, read_clips
 from bestrq2.runs.metrics import MetricsLog
 
 from .distributed import Ranks, shared
@@ -63,6 +66,19 @@ class Evaluation:
             self.clips = min(settings.clips, len(self.dataset))
         self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
         self.task = probe_task(config.probe)
+
+    def check_probe(self) -> None:
+        """Refuse a probe that cannot be done, before its first time. Later that is a warning.
+
+        Raises:
+            ConfigError: where it is not what its labels allow, or they cannot be read.
+        """
+        if self.task is None:
+            return
+        try:
+            check_testable(read_clips(self.task), self.task)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"probe: {_reason(error)}") from error
 
     def due(self, step: int, last: bool) -> bool:
         """Return True if something is to be measured after ``step`` steps."""
@@ -120,8 +136,8 @@ class Evaluation:
             found = run_probe(encoder, self.task, untrained=self._untrained)
         except (ValueError, OSError) as error:
             if step == 0:
-                raise ConfigError(f"probe: {error}") from error
-            logger.warning(f"step {step}: no probe: {error}")  # training must not be lost for it
+                raise ConfigError(f"probe: {_reason(error)}") from error
+            logger.warning(f"step {step}: no probe: {_reason(error)}")  # training must not be lost for it
             return {}
         return {f"probe/{name}": value for name, value in found.items()}
 
@@ -179,6 +195,12 @@ class Evaluation:
         if self.ranks.sum([batch is None])[0] or batch is None:
             raise shared(DataError(next(filter(None, self.ranks.texts(problem)), "no audio")))
         return batch
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{printable(os.fsdecode(error.filename))}: {system_reason(error)}"
+    return str(error)
 
 
 def probe_task(config: ProbeConfig) -> ProbeTask | None:

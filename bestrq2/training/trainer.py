@@ -88,6 +88,8 @@ class Trainer:
         self.late: Reading | None = None
         self.health = HealthCheck(config, self.model, dataset, ranks, self.device)
         self.evaluation = self._make_evaluation()  # what it cannot use is refused before anything is written
+        if checkpoint is None:
+            ranks.from_first(self.evaluation.check_probe)
 
     def train(self) -> int:
         """Returns the exit code: 0, or 128 + signal number after a requested stop.

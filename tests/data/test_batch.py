@@ -289,6 +289,20 @@ def test_a_worker_that_may_not_start_a_thread(dataset, monkeypatch, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_batch_that_cannot_be_handed_over(dataset, monkeypatch, capfd):
+    """Shared memory is full (64 MB in a container): PyTorch prints it, drops the batch and waits for it without end."""
+
+    def full(*_, **__):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    with pytest.raises(DataError, match=r"a data worker died: shared memory .*data\.workers=0"):
+        next(batches(dataset, 2, workers=1, start_method="fork"))
+    printed = capfd.readouterr().err
+    assert "No space left on device" in printed
+    assert "Traceback" not in printed
+
+
 def test_a_torch_whose_iterator_has_another_name(dataset, monkeypatch):
     assert batch._worker_batches(SimpleNamespace()) is None
     assert batch._worker_batches(SimpleNamespace(_MultiProcessingDataLoaderIter=object)) is None

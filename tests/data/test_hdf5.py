@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -160,9 +161,10 @@ def test_random_damage(published, damaged_copies):
     assert usable > 60
 
 
-def test_without_h5py(published, monkeypatch):
+@pytest.mark.parametrize("found", [None, types.ModuleType("h5py")], ids=["nothing", "a folder h5py"])
+def test_without_h5py(published, monkeypatch, found):
     path, _ = published
-    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.setitem(sys.modules, "h5py", found)
     monkeypatch.setattr("bestrq2.data.archives.hdf5._files", {})
     with pytest.raises(DataError, match=r'HDF5 needs h5py: pip install "bestrq2\[hdf5\]"'):
         collect(path)

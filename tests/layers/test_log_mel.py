@@ -98,6 +98,18 @@ def test_same_alone_and_in_any_batch(clips):
         assert not frames[row, count:].any()
 
 
+@pytest.mark.parametrize("n_fft", [401, 405])
+@pytest.mark.parametrize("samples", [1600, 1599, 160, 159, 1])
+def test_an_odd_transform_has_every_frame(n_fft, samples):
+    """The last one of a clip of whole hops needs one reflected sample more behind the end than before the beginning."""
+    log_mel = LogMel(n_fft=n_fft, win_length=400, hop_length=160, num_mels=20)
+    waveform = torch.randn(2, 1600, generator=torch.Generator().manual_seed(0))
+    alone, counts = log_mel(waveform[:1, :samples])
+    assert alone.shape[1] == int(counts[0]) == 1 + samples // 160
+    together, _ = log_mel(waveform, torch.tensor([samples, 1600]))
+    assert torch.equal(together[0, : alone.shape[1]], alone[0])
+
+
 def test_reflection_equals_numpy():
     signal = torch.arange(1, 8).float()
     for length in (1, 2, 3, 7):

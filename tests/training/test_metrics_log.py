@@ -210,8 +210,9 @@ def test_wandb_gets_the_rows_and_a_resumed_run_the_same_id(tmp_path, monkeypatch
     assert run.finished
 
 
-def test_missing_wandb_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+@pytest.mark.parametrize("found", [None, types.ModuleType("wandb")], ids=["nothing", "a folder wandb"])
+def test_missing_wandb_is_one_clear_error(tmp_path, monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "wandb", found)
     with pytest.raises(ConfigError, match=r"train.wandb=sounds: the package wandb cannot be imported.*pip install"):
         MetricsLog(tmp_path, 0, wandb="sounds")
     assert not (tmp_path / "metrics.csv").exists()

@@ -222,7 +222,10 @@ def test_probe_beside_training(tmp_path, capsys):
     assert all(0 <= float(row["probe/balanced_accuracy"]) <= 1 for row in rows)
     assert rows[0]["probe/log_mel/balanced_accuracy"] == rows[-1]["probe/log_mel/balanced_accuracy"]
     assert main(["--runs", str(tmp_path), "--name", "bad", *QUICK, "probe.every=4", "probe.manifest=nowhere.csv"]) == 2
-    assert "nowhere.csv" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "error: probe: " in told
+    assert "nowhere.csv: No such file or directory; check the name" in told
+    assert not (tmp_path / "bad").exists()
 
 
 def test_mask_ratio_counts_what_is_masked_and_not_predicted(tmp_path):

@@ -205,6 +205,23 @@ def test_differences_are_paired():
     assert table.Results(plan, ["t", "u"], found[:-1]).seeds(("b", "encoder")) == [0]
 
 
+def test_names_are_shown_as_they_are_written(tmp_path, capsys):
+    """Not as TeX, which may be no formula, and not as the end of a cell or a line."""
+    names = (r"a$\frac$b", "two|parts", "two\nlines")
+    plan = Plan("p$\\alpha{$", tuple(Candidate(name, "x") for name in names), (0, 1))
+    tasks, noise = ["t_1$x$", "u"], np.random.default_rng(0).uniform(size=1000)
+    found = [score(name, seed, "encoder", task, noise) for name in names for seed in (0, 1) for task in tasks]
+    for number, entry in enumerate(found):
+        scores.write_score(tmp_path / "scores" / f"{number}.npz", entry)
+    command.report(plan, tasks, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == [r"| a$\frac$b", r"| two\|parts", r"| two\nlines"]
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in tmp_path.iterdir()} == {"scores", "scores.csv", "table.md", "table.png"}
+    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
+        assert {row["candidate"] for row in csv.DictReader(file)} == set(names)
+
+
 def test_plan_files(tmp_path):
     path = tmp_path / "masks.yaml"
     path.write_text(

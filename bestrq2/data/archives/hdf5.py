@@ -30,6 +30,7 @@ def _open(path: str) -> Any:
     """The open file, from the few that are kept; opened again if it changed on disk. Call it under the lock."""
     try:
         import h5py
+        from h5py import File  # noqa: F401  (a folder of that name can be imported, too)
     except ImportError as error:
         raise DataError(f'{path}: HDF5 needs h5py: pip install "bestrq2[hdf5]"') from error
     status = os.stat(path)
