@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,10 @@ def test_without_pyarrow(tmp_path, monkeypatch):
         collect(folder)
     with pytest.raises(DataError, match="need pyarrow"):  # it is no fault of the clip
         load_audio(f"{folder / 'data-00000-of-00002.arrow'}::0")
+    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))  # of an empty folder of this name
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
+    with pytest.raises(DataError, match="need pyarrow"):
+        collect(folder)
 
 
 def test_as_the_library_writes_it(tmp_path):

@@ -133,6 +133,8 @@ def test_feature_extractor(exported):
         ([], "at least one waveform"),
         ([np.zeros(0)], r"at least one sample, got shape \(0,\)"),
         (np.zeros((1, 2, 100)), r"mono waveforms \(S,\)"),
+        (np.zeros((16000, 2), np.float32), "samples x channels as soundfile reads them"),
+        (torch.zeros(9, 8), r"got shape \(9, 8\)"),
         (np.zeros(100, np.int16), "divide int16 by 32768"),
         ([0, 300, -20], "divide int16 by 32768"),
         (Decoder(clips[0], 8000), "16000 Hz, got 8000"),

@@ -150,10 +150,10 @@ def _audio_column(schema: Any) -> str:
 def _faults() -> tuple[type[Exception], ...]:
     """Exceptions of reading a damaged file; looked up when something was raised, so pyarrow may be missing."""
     try:
-        import pyarrow
-    except ImportError:
+        from pyarrow import ArrowException
+    except ImportError:  # also where a folder of this name is all there is
         return (OSError,)
-    return pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError
+    return ArrowException, OSError, ValueError, TypeError, KeyError
 
 
 def _open(path: str) -> _Table:
