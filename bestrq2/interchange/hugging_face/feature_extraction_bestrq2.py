@@ -43,10 +43,10 @@ class BestRQ2FeatureExtractor(SequenceFeatureExtractor):
             ValueError: for another sampling rate, several channels, no samples, integers, or values not finite.
         """
         self._check_rate(sampling_rate)
-        shape = getattr(raw_speech, "shape", ())
+        shape: tuple[int, ...] = tuple(getattr(raw_speech, "shape", ()))
         if len(shape) == 2 and shape[1] <= MOST_CHANNELS < shape[0]:
             raise ValueError(
-                f"expected waveforms (S,) or (B, S), got shape {tuple(shape)}, which looks like samples x channels as "
+                f"expected waveforms (S,) or (B, S), got shape {shape}, which looks like samples x channels as "
                 "soundfile reads them: average the channels first"
             )
         clips = [self._waveform(clip) for clip in (raw_speech if _is_batch(raw_speech) else [raw_speech])]
