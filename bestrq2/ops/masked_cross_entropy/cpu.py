@@ -29,6 +29,11 @@ CLASSES_PER_PRODUCT = 2048
 """Classes whose bf16 logit gradients are converted to fp32 at a time, on a processor without bf16 dot products."""
 
 
+CLASSES_OF_LOGITS = 512
+"""Classes whose fp32 logits are computed at a time on a processor with AVX2 alone: their weights stay in its second
+cache. Products of 512 rows were 10 to 40 % faster than with all classes at once; with AVX-512 it was not tried."""
+
+
 def chunk_rows(rows: int, num_classes: int, item_bytes: int, *, gradients: bool) -> int:
     """Rows of one chunk: an even division of ``rows`` into chunks of about the wanted size at most, in steps of 16."""
     logits = CHUNK_BYTES // item_bytes if gradients else LOSS_CHUNK_LOGITS
@@ -137,12 +142,15 @@ def _run_library(
     count = hidden.shape[0] if index is None else len(index)
     step = chunk_rows(count, num_classes, dtype.itemsize, gradients=gradient)
     buffer = torch.empty(min(step, count), num_classes, dtype=dtype, device="cpu")
+    parted = dtype == torch.float32 and native.extension().isa().startswith("avx2")
+    width = CLASSES_OF_LOGITS if parted else num_classes
     for start in range(0, count, step):
         stop = min(start + step, count)
         logits = buffer[: stop - start]  # (rows of the chunk, V)
         chosen = None if index is None else index[start:stop]
         h = (hidden[start:stop] if chosen is None else hidden.index_select(0, chosen)).to(dtype)
-        torch.mm(h, weight.T, out=logits)
+        for begin in range(0, num_classes, width):
+            torch.mm(h, weight[begin : begin + width].T, out=logits[:, begin : begin + width])
         offset = start if chosen is None else 0
         native.extension().softmax_gradient(
             {
