@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from bestrq2.data.audio import audio_info
 from bestrq2.data.cache import SampleCache
 from bestrq2.data.domains import DomainSchedule, select_domains
+from bestrq2.data.file_table import FileTable
 from bestrq2.data.files import AudioFile
 from bestrq2.data.order import SampleOrder, permute
 from bestrq2.data.parts import clip_duration, load_clip
@@ -109,7 +110,7 @@ class CropDataset(Dataset):
             raise ValueError(f"min_seconds must be in [0, crop_seconds = {crop_seconds}], got {min_seconds}")
         if max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {max_attempts}")
-        self.files = list(files)
+        self.files: Sequence[AudioFile] = list(files)
         self.left_out: list[Skip] = []
         self.schedule: DomainSchedule | None = None
         if domain_weights:
@@ -150,6 +151,10 @@ class CropDataset(Dataset):
             start, end = int(self._ends[first] - self._slots[first]), int(self._ends[last - 1])
             key = seed if len(borders) == 2 else mix(seed, _STRATUM, number)
             self._strata.append(_Stratum(first, last, start, SampleOrder(end - start, key)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For data workers, which each get a copy: millions of files are to fit into the memory of all of them."""
+        return vars(self) | {"files": FileTable(self.files)}
 
     def __len__(self) -> int:
         """Samples in an epoch; a global index may go beyond, into the epochs that follow."""
