@@ -17,8 +17,9 @@ Check = Callable[[], None]
 def staged(folder: Path, names: Sequence[str], look_again: Check | None = None, alone: str = "") -> Iterator[Path]:
     """Yield an empty folder for the files ``names``, which are put into ``folder`` when the block ends well.
 
-    If the block fails, ``folder`` is as it was. The last of the names is removed before any other file is replaced and put
-    back at the very end, so that no moment has parts of two results: it must be the one that readers look for first.
+    If the block fails, ``folder`` is as it was. The last of the names is removed before any other file is replaced and
+    put back at the very end, so that no moment has parts of two results: it must be the one that readers look for
+    first.
 
     Args:
         folder: made if need be.
