@@ -70,6 +70,21 @@ def test_frozen_or_trainable(module, tmp_path):
         bestrq2.load(f"{module}:Coarse", trainable=True)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path, capsys):
+    path, weights = tmp_path / "encoder.safetensors", model_of("strips").state_dict()
+    name = next(name for name in weights if name.endswith("qkv.weight"))
+    weights[name] = weights[name].clone()
+    weights[name][3, 1] = value
+    write_encoder_file(path, config_of("strips"), weights)
+    said = f"{name.removeprefix('encoder.')}' holds NaN or infinity in 1 of {weights[name].numel()} values"
+    with pytest.raises(ConfigError, match=said):
+        bestrq2.load(path)
+    assert export.main([str(path), "--published", str(tmp_path / "out.safetensors")]) == 2
+    assert "NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_modules_by_file_and_by_name(module, monkeypatch):
     waveform, lengths = 0.1 * torch.randn(2, 8000), torch.tensor([8000, 5000])
     energies = waveform.unflatten(1, (5, 1600)).square().mean(2)
