@@ -66,8 +66,19 @@ def test_frozen_or_trainable(module, tmp_path):
     assert trained.training
     trained.encode(0.1 * torch.randn(2, 16000))[0].square().mean().backward()
     assert all(parameter.grad is not None for parameter in trained.parameters())
-    with pytest.raises(ConfigError, match="trainable=True needs an encoder of bestrq2, got ModuleAdapter"):
-        bestrq2.load(f"{module}:Coarse", trainable=True)
+
+
+@pytest.mark.parametrize("given", [{"trainable": True}, {"published_positions": True}, {"heads": 3}, {"hop_length": 9}])
+def test_arguments_without_a_use_are_refused(given, module, tmp_path):
+    name, value = next(iter(given.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value} needs an encoder of bestrq2, got ModuleAdapter"):
+        bestrq2.load(f"{module}:Coarse", **given)
+    if name == "trainable":
+        return
+    path = tmp_path / "encoder.safetensors"
+    write_encoder_file(path, config_of("conformer"), model_of("conformer").state_dict())
+    with pytest.raises(ConfigError, match=f"{name}.*(states {name}=|ViT)"):
+        bestrq2.load(path, **given)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
