@@ -169,8 +169,8 @@ def run(options: argparse.Namespace) -> int:
         check_new("--out", [options.out / name for name in results], options.overwrite)
     task = task_of(options)
     heads = heads_of(options, task)
-    for note in unused(options, task, heads):
-        print(f"note: {note}", file=sys.stderr)
+    for useless in unused(options, task, heads):
+        print(f"note: {useless}", file=sys.stderr)
     labels = read_clips(task)
     check_testable(labels, task)
     encoder, untrained, origin = open_pair(options)
