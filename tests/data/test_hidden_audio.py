@@ -148,13 +148,18 @@ def test_a_cut_ogg_is_reported(tmp_path, subtype, share):
         collect(path)
 
 
-@pytest.mark.parametrize("form", ["AU", "WAV"])
-def test_a_cut_file_behind_a_tag_is_reported(tmp_path, form):
+CUT = [(form, "PCM_16") for form in ("AU", "WAV", "W64", "NIST", "VOC", "SVX")]
+
+
+@pytest.mark.parametrize(("form", "subtype"), [*CUT, ("NIST", "ULAW")])
+def test_a_cut_file_is_reported(tmp_path, form, subtype):
     path = tmp_path / "cut"
-    for lead in (b"", ID3):
-        data = encoded(form, subtype="PCM_16")
-        path.write_bytes(lead + data[: len(data) // 2])
-        with pytest.raises(AudioError, match=r"truncated \(50\.0 % of the audio bytes are missing"):
+    for lead in (b"", ID3) if form in ("AU", "WAV") else (b"",):
+        data = lead + encoded(form, subtype=subtype)
+        path.write_bytes(data)
+        assert audio_info(path).num_samples == len(NOISE)
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(AudioError, match=r"truncated \(5\d\.\d % of the audio bytes are missing"):
             audio_info(path)
 
 
