@@ -79,8 +79,9 @@ class MaskedBatchNorm(nn.Module):
             var = ((values - mean).square() * inside[..., None]).sum((0, 1)) / count
             with torch.no_grad():
                 unbiased = var * count / (count - 1).clamp(min=1.0)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                finite = unbiased.sum().isfinite()  # a step that overflows is skipped, and must leave no trace here
+                for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    running.lerp_(torch.where(finite, found.to(running.dtype), running), self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
         scaled = (values - mean) * (var + self.eps).rsqrt() * self.weight + self.bias

@@ -63,6 +63,15 @@ def test_batch_norm_leaves_out_padding():
     torch.testing.assert_close(ours.running_var, torchs.running_var)
 
 
+def test_batch_norm_forgets_a_batch_that_is_not_finite():
+    norm = MaskedBatchNorm(4)
+    norm(torch.randn(3, 6, 4), None)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    norm(torch.full((3, 6, 4), float("inf")), None)
+    assert torch.equal(norm.running_mean, mean)
+    assert torch.equal(norm.running_var, var)
+
+
 @pytest.mark.parametrize("channels", [(4, 3), (4, 4, 3)], ids=["4x", "8x"])
 def test_subsampling_reads_its_own_frames_and_a_few_before(channels):
     layer = ConvSubsampling(10, 6, channels)
