@@ -225,7 +225,7 @@ def _other_flac_frames(file: BinaryIO, position: int, first: bytes) -> bool:
 
 
 def _flac_kind(header: bytes) -> tuple[int, int, int]:
-    """What does not change within a stream: kind of number, sampling rate, bits of a sample."""
+    """Fields that do not change within a stream: kind of number, sampling rate, bits of a sample."""
     return header[1], header[2] & 15, header[3] & 15
 
 
