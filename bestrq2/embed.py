@@ -291,6 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     named, unusable, messages = find_files(options.inputs)
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
+    if options.layers is None and options.combine != "each":
+        print("note: --combine is not used: it is for several --layers", file=sys.stderr)
     if note := averaged_rows(encoder, options.rows):
         print(f"note: {note}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,13 @@ from bestrq2.interchange.published import to_published
 from bestrq2.interchange.staging import Check, staged
 from bestrq2.interchange.tensors import assemble_encoder, write_tensors
 from bestrq2.interchange.xares import Interface, check_encoder_module, check_module_name, write_encoder_module
+from bestrq2.models.build import check_finite
 from bestrq2.outputs import add_overwrite, check_new
 from bestrq2.runs.checkpoint import STATE, list_checkpoints
 
 
 def export_published(source: OpenedModel, out: Path, look_again: Check | None = None) -> list[str]:
+    check_finite(source.weights, source.origin)
     tensors, metadata, notes = to_published(source.config, source.weights)
     with staged(out.parent, [out.name], look_again) as stage:
         write_tensors(stage / out.name, tensors, metadata)

@@ -50,9 +50,10 @@ from bestrq2.probing.experiment import Experiment, assemble
 from bestrq2.probing.features import ENCODER, RANDOM, Features, extract, readings, untrained_copy
 from bestrq2.probing.heads import require_sklearn
 from bestrq2.probing.labels import OUTSIDE, LabelledClips, check_testable, read_clips
-from bestrq2.probing.task import COMBINATIONS, SCALINGS, Head, ProbeKind, ProbeTask, packaged_task
+from bestrq2.probing.task import COMBINATIONS, SCALINGS, STRENGTHS, Head, ProbeKind, ProbeTask, packaged_task
 
 _READING = ("layers", "combine", "rows", "pooling")
+MARKED = ("multilabel", "events")
 DEFAULT_HEADS = {"retrieval": "cosine", "events": "linear"}
 
 
@@ -80,6 +81,8 @@ def task_of(options: argparse.Namespace) -> ProbeTask:
     choices |= {
         name: getattr(options, name) for name in ("threshold", "segment_seconds", "scaling", "drop_rare", "seed")
     }
+    if options.layer is not None and options.layers is not None:
+        raise ConfigError("--layer and --layers: give one of them")
     if options.layer is not None:
         choices["layers"] = str(options.layer)
     if options.label:
@@ -96,6 +99,31 @@ def task_of(options: argparse.Namespace) -> ProbeTask:
     if options.manifest is None:
         return packaged_task(**choices)
     return ProbeTask(manifest=options.manifest, **choices)
+
+
+def unused(options: argparse.Namespace, task: ProbeTask, heads: list[str]) -> list[str]:
+    """A sentence for every option that was given and changes nothing."""
+    kind, several = task.kind, "," in task.layers or task.layers in ("all", "middle")
+    needs = (  # option, whether it was given, whether it is used, what would use it
+        ("--label", options.label, kind != "events", "another --kind: labels are those of the table --events"),
+        (
+            "--separator",
+            options.separator,
+            kind == "multilabel" and isinstance(task.label, str),
+            "one multilabel column",
+        ),
+        ("--events", options.events, kind == "events", "--kind events"),
+        ("--split-values", options.split_values, task.split, "--split"),
+        ("--folds", options.folds is not None, not task.split and kind != "retrieval", "cross-validation"),
+        ("--head", options.head, kind != "retrieval", "another --kind: retrieval trains nothing"),
+        ("--regularisation", options.regularisation, {*heads} & {*STRENGTHS}, f"--head {', '.join(STRENGTHS)}"),
+        ("--threshold", task.threshold != ProbeTask.threshold, kind in MARKED, "--kind multilabel or events"),
+        ("--segment-seconds", task.segment_seconds != ProbeTask.segment_seconds, kind == "events", "--kind events"),
+        ("--scaling", task.scaling != ProbeTask.scaling, kind == "retrieval", "--kind retrieval"),
+        ("--pooling", options.pooling, kind != "events", "another --kind: events are found in frames"),
+        ("--combine", options.combine, several, "several --layers"),
+    )
+    return [f"{option} is not used: it is for {use}" for option, given, used, use in needs if given and not used]
 
 
 def heads_of(options: argparse.Namespace, task: ProbeTask) -> list[str]:
@@ -141,6 +169,8 @@ def run(options: argparse.Namespace) -> int:
         check_new("--out", [options.out / name for name in results], options.overwrite)
     task = task_of(options)
     heads = heads_of(options, task)
+    for useless in unused(options, task, heads):
+        print(f"note: {useless}", file=sys.stderr)
     labels = read_clips(task)
     check_testable(labels, task)
     encoder, untrained, origin = open_pair(options)

@@ -207,6 +207,13 @@ def test_bad_input(run, folder, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_combining_one_layer_is_told(run, folder, tmp_path, capsys):
+    for number, layers in enumerate(([], ["--layers", "all"])):
+        arguments = [str(run), str(folder), "--out", str(tmp_path / str(number)), "--combine", "average", *layers]
+        assert embed.main(arguments) == 0
+        assert ("--combine is not used" in capsys.readouterr().err) is (not layers)
+
+
 def test_names_in_a_locale_without_them(tmp_path, monkeypatch):
     """In a C or Latin-1 locale, what cannot be a name of a file is escaped."""
     name = from_text("\u97f3.wav")  # bytes, where the tests themselves run in such a locale

@@ -59,8 +59,8 @@ def load(
 
     Raises:
         CheckpointError: for a missing or damaged file.
-        ConfigError: for a pickle, an unknown layout (listing its keys), tensors that do not fit, or an encoder that
-            lacks part of the interface.
+        ConfigError: for a pickle, an unknown layout (listing its keys), tensors that do not fit or are not finite, an
+            encoder that lacks part of the interface, or an argument that it has no use for.
     """
     text = str(source)
     file, _, name = text.rpartition(".py:")
@@ -82,8 +82,12 @@ def load(
         encoder = open_own(text, published_positions=published_positions, heads=heads, hop_length=hop_length)
         if trainable:
             encoder.requires_grad_(True).train()
-    if trainable and isinstance(encoder, ForeignEncoder):
-        raise ConfigError(f"{text}: trainable=True needs an encoder of bestrq2, got {type(encoder).__name__}")
+    hints = {"published_positions": published_positions, "heads": heads, "hop_length": hop_length}
+    given = [
+        f"{name}={value}" for name, value in {"trainable": trainable, **hints}.items() if value not in (None, False)
+    ]
+    if given and isinstance(encoder, ForeignEncoder):
+        raise ConfigError(f"{text}: {given[0]} needs an encoder of bestrq2, got {type(encoder).__name__}")
     try:
         return encoder.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or its memory is full

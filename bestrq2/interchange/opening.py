@@ -50,12 +50,24 @@ def open_source(path: str | Path, *, heads: int | None = None, hop_length: int |
 
     Raises:
         CheckpointError: for a missing or damaged file, or one that may not be read.
-        ConfigError: for a pickle, an unknown layout (listing its keys), or tensors that do not fit.
+        ConfigError: for a pickle, an unknown layout (listing its keys), tensors that do not fit, or ``heads`` or
+            ``hop_length`` other than what the source states.
     """
     try:
-        return _open(Path(path), heads, hop_length)
+        opened = _open(Path(path), heads, hop_length)
     except PermissionError as error:
         raise unreadable(Path(os.fsdecode(error.filename or path)), error) from error
+    model = opened.config.model
+    for name, given, own in (
+        ("heads", heads, model.encoder.heads),
+        ("hop_length", hop_length, model.front_end.hop_length),
+    ):
+        if given not in (None, own):
+            raise ConfigError(
+                f"{path}: {name}={given}: it states {name}={own} itself; leave it out, it is only for published "
+                "checkpoints that do not"
+            )
+    return opened
 
 
 def _open(path: Path, heads: int | None, hop_length: int | None) -> OpenedModel:
@@ -76,9 +88,7 @@ def _open(path: Path, heads: int | None, hop_length: int | None) -> OpenedModel:
             "model.merge_and_unload().save_pretrained(FOLDER)"
         )
     if (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-        return _open_file(
-            path / "model.safetensors", _heads_in(path / "config.json") if heads is None else heads, hop_length
-        )
+        return _open_file(path / "model.safetensors", _heads_in(path / "config.json") or heads, hop_length)
     checkpoint = find_checkpoint(path)
     config = config_from_dict(checkpoint.config)
     if config.frozen.source:
@@ -95,9 +105,9 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
     if document_of(path.parent) is not None and holds_own_weights(path, tensors):  # which another library wrote
         return OpenedModel(*read_folder(path.parent, path.name), False, path)
 
-    def number(name: str, kind: type) -> Any:
+    def number(name: str, kind: type, otherwise: Any = None) -> Any:
         try:
-            return kind(metadata[name]) if name in metadata else None
+            return kind(metadata[name]) if name in metadata else otherwise
         except ValueError as error:
             raise ConfigError(f"{path}: metadata {name!r} is no number: {metadata[name]!r}") from error
 
@@ -105,9 +115,9 @@ def _open_file(path: Path, heads: int | None, hop_length: int | None) -> OpenedM
         raise unknown_layout(path, "neither an encoder file of bestrq2 nor a published checkpoint", list(tensors))
     published = from_published(
         tensors,
-        heads=number("heads", int) if heads is None else heads,
+        heads=number("heads", int, heads),
         predictor_heads=number("predictor_heads", int),
-        hop_length=number("hop_length", int) if hop_length is None else hop_length,
+        hop_length=number("hop_length", int, hop_length),
         window_seconds=number("window_seconds", float),
         origin=path,
     )
@@ -136,6 +146,8 @@ def open_own(
     Arguments and errors as :func:`bestrq2.load`.
     """
     source = open_source(path, heads=heads, hop_length=hop_length)
+    if published_positions and source.config.model.encoder.kind != "vit":
+        raise ConfigError(f"{path}: published_positions is about positions of a ViT, this is a Conformer")
     return assemble_encoder(source.config, source.weights, source.origin, published_positions=published_positions)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.config import ConfigError
+from bestrq2.models.build import check_finite
 from bestrq2.runs.checkpoint import unreadable
 
 from .adapters import ForeignEncoder
@@ -70,6 +71,7 @@ class TransformersEncoder(ForeignEncoder):
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
         self.model = model.eval().requires_grad_(False)
+        check_finite({name: p for name, p in model.named_parameters() if not name.endswith(UNUSED)}, folder)
         self.sampling_rate = int(self.extractor.sampling_rate)
         self.min_samples = round(MIN_SECONDS * self.sampling_rate)
         self.group = "equal"

@@ -79,8 +79,20 @@ def residual_norm(
         the gradients of both are then joined in one pass.
     """
     pending = Branch(branch, None, scale, factor) if isinstance(branch, Tensor) else branch
-    if is_fused(x, norm.weight, None if pending is None else pending.bias) and (
-        pending is None or pending.values.dtype == x.dtype
+    if not (type(norm) in _NORMS and untouched(norm, type(norm)) and x.shape[-1:] == tuple(norm.normalized_shape)):
+        total = x if pending is None else residual_sum(x, pending)
+        return total, norm(total if kept is None else total[kept.clips])
+    return _residual_norm(x, pending, norm, kept)
+
+
+def _residual_norm(
+    x: Tensor, pending: Branch | None, norm: nn.LayerNorm | nn.RMSNorm, kept: Kept | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`residual_norm` by the parameters of the norm, whatever it does when it is called."""
+    if (
+        norm.weight is not None
+        and is_fused(x, norm.weight, None if pending is None else pending.bias)
+        and (pending is None or pending.values.dtype == x.dtype)
     ):
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
         bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
@@ -129,18 +141,26 @@ def plain_norm(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
     return F.rms_norm(x, shape, norm.weight, norm.eps)
 
 
+def _normalised(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
+    rows = x.shape[-1:] == tuple(norm.normalized_shape)
+    return _residual_norm(x, None, norm, None)[1] if rows else plain_norm(x, norm)
+
+
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last dimension, in one pass on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return residual_norm(x, None, self)[1]
+        return _normalised(x, self)
 
 
 class RMSNorm(nn.RMSNorm):
     """``nn.RMSNorm`` over the last dimension, in one pass on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return residual_norm(x, None, self)[1]
+        return _normalised(x, self)
+
+
+_NORMS = (LayerNorm, RMSNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def scaled(branch: Tensor, scale: Tensor | None, factor: float = 1.0) -> Tensor:
@@ -166,7 +186,8 @@ def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return True for a module that is not replaced, compiled or hooked: its parts may be used without calling it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and module._compiled_call_impl is None and not any(hooks)
+    changed = module._compiled_call_impl is not None or "forward" in module.__dict__ or any(hooks)
+    return type(module) is kind and not changed
 
 
 def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -226,7 +247,7 @@ def split_heads(
     """
     weights = [getattr(norm, "weight", None) for norm in (q_norm, k_norm)]
     plain = rotation is None and weights[0] is None
-    if not plain and is_fused(qkv, *weights):
+    if not plain and _are_own_head_norms(q_norm, k_norm, qkv.shape[-1]) and is_fused(qkv, *weights):
         cos, sin = (None, None) if rotation is None else rotation
         return SplitHeads.apply(qkv, *weights, cos, sin, getattr(q_norm, "eps", 0.0))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -234,3 +255,16 @@ def split_heads(
     if rotation is not None:
         q, k = turn(q, *rotation), turn(k, *rotation)
     return q, k, v
+
+
+def _are_own_head_norms(q_norm: nn.Module, k_norm: nn.Module, width: int) -> bool:
+    if all(untouched(norm, nn.Identity) for norm in (q_norm, k_norm)):
+        return True
+    return all(
+        untouched(norm, nn.RMSNorm)
+        and norm.weight is not None
+        and norm.weight.shape == (width,)
+        and norm.eps is not None
+        and norm.eps == q_norm.eps
+        for norm in (q_norm, k_norm)
+    )

@@ -3,8 +3,9 @@
 Shape letters: B clips, T frames, N tokens (all frames, or the seen ones), D width, H heads, d = D / H.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bestrq2.ops import ChunkLayout
 
-from .block_rows import LayerNorm, residual_norm, stochastic_depth
+from .block_rows import Branch, LayerNorm, residual_norm, residual_sum, stochastic_depth, untouched
 from .conformer_attention import AttentionCache, RelativeAttention, relative_sinusoids
 from .conformer_convolution import (
     ConvMode,
@@ -130,10 +131,8 @@ class ConvolutionModule(nn.Module):
     def layers(self, normed: Tensor, grid: FrameGrid, layout: ChunkLayout, cache: BlockCache | None) -> Tensor:
         """The module after the first norm, which a block joins with the residual sum before it."""
         frames = grid.to_frames(nn.functional.glu(self.pointwise1(normed), dim=-1))
-        weight, bias = self.depthwise.weight.to(frames.dtype), self.depthwise.bias
-        bias = None if bias is None else bias.to(frames.dtype)
         past = None if cache is None else cache.convolution
-        mixed = depthwise_convolution(frames, weight, bias, self.mode, layout.chunk_size, past)
+        mixed = depthwise_convolution(frames, self.depthwise, self.mode, layout.chunk_size, past)
         if cache is not None:
             joined = torch.cat((cache.convolution.to(frames.dtype), frames), dim=1)
             cache.convolution = joined[:, joined.shape[1] - cache.convolution.shape[1] :].detach().clone()
@@ -168,12 +167,24 @@ class ConformerBlock(nn.Module):
         scales: Tensor | None = None,
     ) -> Tensor:
         first, second, third, last = (None,) * 4 if scales is None else scales.unbind()
-        x, normed = residual_norm(x, None, self.ff1.norm)
-        x, normed = residual_norm(x, self.ff1.layers(normed), self.attn_norm, first, 0.5)
+        x, normed, ff1 = _enter(x, None, self.ff1, FeedForward)
+        x, normed = residual_norm(x, ff1(normed), self.attn_norm, first, 0.5)
         attended = self.attn(normed, grid, table, layout, None if cache is None else cache.attention)
-        x, normed = residual_norm(x, self.attn_dropout(attended), self.conv.norm, second)
-        x, normed = residual_norm(x, self.conv.layers(normed, grid, layout, cache), self.ff2.norm, third)
-        return residual_norm(x, self.ff2.layers(normed), self.norm, last, 0.5)[1]
+        x, normed, conv = _enter(x, Branch(self.attn_dropout(attended), None, second), self.conv, ConvolutionModule)
+        x, normed, ff2 = _enter(x, Branch(conv(normed, grid, layout, cache), None, third), self.ff2, FeedForward)
+        return residual_norm(x, ff2(normed), self.norm, last, 0.5)[1]
+
+
+def _enter(
+    x: Tensor, branch: Branch | None, module: nn.Module, kind: type[FeedForward] | type[ConvolutionModule]
+) -> tuple[Tensor, Tensor, Callable[..., Tensor]]:
+    """Residual sum, what a module of the block is given, and its function. The norm that it begins with is joined with
+    the sum, unless the module was hooked, compiled or replaced: then it is called as a whole."""
+    if untouched(module, kind):
+        own = cast(FeedForward | ConvolutionModule, module)
+        return *residual_norm(x, branch, own.norm), own.layers
+    x = x if branch is None else residual_sum(x, branch)
+    return x, x, module
 
 
 class Conformer(nn.Module):

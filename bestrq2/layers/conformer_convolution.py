@@ -18,7 +18,7 @@ def past_frames(kernel_size: int, mode: ConvMode) -> int:
 
 
 def depthwise_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mode: ConvMode, chunk_size: int | None, past: Tensor | None = None
+    x: Tensor, layer: nn.Conv1d, mode: ConvMode, chunk_size: int | None, past: Tensor | None = None
 ) -> Tensor:
     """Convolve every channel along time, reading no frame that ``mode`` forbids.
 
@@ -32,8 +32,7 @@ def depthwise_convolution(
 
     Args:
         x: ``(B, T, D)``; padded or absent frames must be zero already. Chunks are counted from its first frame.
-        weight: ``(D, 1, K)`` with odd K.
-        bias: ``(D,)`` or None.
+        layer: depthwise, without padding, with odd kernel size K.
         mode: see above.
         chunk_size: frames per chunk, for "chunk"; None is one chunk, that is "full".
         past: ``(B, past_frames(K, mode), D)``, the frames before x; None: zeros.
@@ -42,18 +41,18 @@ def depthwise_convolution(
         ``(B, T, D)``.
     """
     num_clips, num_frames, width = x.shape
-    kernel = weight.shape[-1]
+    kernel = layer.kernel_size[0]
     left = past_frames(kernel, mode)
     past = x.new_zeros(num_clips, left, width) if past is None else past.to(x.dtype)
     x = torch.cat((past, x), dim=1)
     ahead = kernel - 1 - left
     if mode != "chunk" or chunk_size is None or chunk_size >= num_frames:
-        return F.conv1d(F.pad(x.transpose(1, 2), (0, ahead)), weight, bias, groups=width).transpose(1, 2)
+        return layer(F.pad(x.transpose(1, 2), (0, ahead))).transpose(1, 2)
     num_chunks = -(-num_frames // chunk_size)
     x = F.pad(x, (0, 0, 0, num_chunks * chunk_size - num_frames))
     pieces = x.unfold(1, left + chunk_size, chunk_size)  # (B, chunks, D, left + chunk)
     pieces = F.pad(pieces.reshape(-1, width, left + chunk_size), (0, ahead))
-    out = F.conv1d(pieces, weight, bias, groups=width)
+    out = layer(pieces)
     return out.unflatten(0, (num_clips, num_chunks)).transpose(2, 3).flatten(1, 2)[:, :num_frames]
 
 
@@ -80,8 +79,9 @@ class MaskedBatchNorm(nn.Module):
             var = ((values - mean).square() * inside[..., None]).sum((0, 1)) / count
             with torch.no_grad():
                 unbiased = var * count / (count - 1).clamp(min=1.0)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                finite = unbiased.sum().isfinite()  # a step that overflows is skipped, and must leave no trace here
+                for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    running.lerp_(torch.where(finite, found.to(running.dtype), running), self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
         scaled = (values - mean) * (var + self.eps).rsqrt() * self.weight + self.bias

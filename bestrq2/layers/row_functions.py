@@ -18,7 +18,7 @@ def is_fused(x: Tensor, *weights: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and type(x) is Tensor
-        and all(w is None or (w.dtype == torch.float32 and w.is_contiguous()) for w in weights)
+        and all(w is None or (w.is_cpu and w.dtype == torch.float32 and w.is_contiguous()) for w in weights)
         and x.numel() > 0
         and forced_backend() in (None, "cpu")
         and native.extension_obstacle() is None

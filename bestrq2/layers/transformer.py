@@ -116,7 +116,7 @@ class Attention(nn.Module):
         None."""
         B, N, D = x_BND.shape
         shape = (B, N, 3, self.heads, D // self.heads)
-        if rotation is None and isinstance(self.q_norm, nn.Identity):
+        if rotation is None and all(untouched(norm, nn.Identity) for norm in (self.q_norm, self.k_norm)):
             qkv, bias = product(self.qkv, x_BND)
             mixed = self_attend(qkv.view(shape), lengths, first, bias)
         else:

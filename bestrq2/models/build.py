@@ -1,5 +1,6 @@
 """From configuration to model, and from a checkpoint folder to an encoder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, EncoderConfig, MaskingConfig, ModelConfig, TargetsConfig
+from bestrq2.errors import counted
 from bestrq2.hashing import mix
 from bestrq2.layers.chunk_sampling import ChunkSampler, SpeechBrainChunks, WeNetChunks
 from bestrq2.layers.conformer import ConformerSettings
@@ -152,13 +154,14 @@ def build_model(config: Config, teacher: Teacher | None = None) -> BestRQ2 | Bes
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Any], origin: Path | str) -> None:
-    """Load ``weights`` strictly, in the dtype of the model.
+    """Load ``weights`` strictly, in the dtype of the model, and only finite ones.
 
     Codebooks and the statistics of the front end decide the targets and are never rounded: where a file that was
     converted as a whole has them in half precision, they must be what the model's own are rounded to; these are kept.
 
     Raises:
-        ConfigError: naming the first missing, unexpected or wrongly shaped tensor, or one of a wrong dtype.
+        ConfigError: naming the first missing, unexpected or wrongly shaped tensor, one of a wrong dtype, or one that
+            is not finite.
     """
     own = model.state_dict()
     exact = {
@@ -179,7 +182,24 @@ def load_weights(model: torch.nn.Module, weights: dict[str, Any], origin: Path |
     extra = next((name for name in weights if name not in own), None)
     if extra is not None:
         raise ConfigError(f"{origin}: unexpected tensor {extra!r} of shape {tuple(weights[extra].shape)}")
+    check_finite(weights, origin)
     model.load_state_dict(weights)
+
+
+def check_finite(weights: Mapping[str, Tensor], origin: Path | str) -> None:
+    """Refuse a model that training broke: its features would be no numbers, or not those of the weights that it lost.
+
+    Raises:
+        ConfigError: naming the first tensor with NaN or infinite values.
+    """
+    for name, tensor in weights.items():
+        # The extremes are NaN where a value is; they are found 20 times as fast as isfinite() looks at every value.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ConfigError(
+                f"{origin}: tensor {name!r} holds NaN or infinity in {count} of {counted(tensor.numel(), 'value')}: "
+                "the file is damaged, or its training diverged; use an earlier checkpoint"
+            )
 
 
 def _checked(found: Tensor, own: Tensor, name: str, exact: bool, origin: Path | str) -> Tensor:

@@ -170,6 +170,16 @@ def test_repeated_keys_with_other_endings(tmp_path, members, labels):
     assert " ".join(item.label for item in files) == labels
 
 
+def test_labels_of_several_kinds_for_clips_of_one_key_are_told(tmp_path):
+    """One sample in two formats with two labels, or two samples? Nothing tells, so the user has to know."""
+    members = [("a.ogg", _clip()), ("a.json", b'{"label": "dog"}'), ("a.cls", b"cat"), ("a.wav", _clip())]
+    found = find_audio(_tar(tmp_path / "two.tar", members))
+    assert {item.label for item in found.files} == {"dog"}
+    said = "2 clips with the key of another clip and several labels, first a.ogg ('cat', 'dog')"
+    assert [said in skip.detail for skip in found.skips] == [True]
+    assert not find_audio(_tar(tmp_path / "one.tar", members[:3])).skips  # a number or a text beside the label
+
+
 def test_repeated_names_of_many_shards_are_one_note(tmp_path):
     for number in range(3):
         names = ["a.ogg", "b.ogg"] if number == 1 else ["a.ogg", "a.ogg", "a.ogg"]

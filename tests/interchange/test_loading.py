@@ -66,8 +66,34 @@ def test_frozen_or_trainable(module, tmp_path):
     assert trained.training
     trained.encode(0.1 * torch.randn(2, 16000))[0].square().mean().backward()
     assert all(parameter.grad is not None for parameter in trained.parameters())
-    with pytest.raises(ConfigError, match="trainable=True needs an encoder of bestrq2, got ModuleAdapter"):
-        bestrq2.load(f"{module}:Coarse", trainable=True)
+
+
+@pytest.mark.parametrize("given", [{"trainable": True}, {"published_positions": True}, {"heads": 3}, {"hop_length": 9}])
+def test_arguments_without_a_use_are_refused(given, module, tmp_path):
+    name, value = next(iter(given.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value} needs an encoder of bestrq2, got ModuleAdapter"):
+        bestrq2.load(f"{module}:Coarse", **given)
+    if name == "trainable":
+        return
+    path = tmp_path / "encoder.safetensors"
+    write_encoder_file(path, config_of("conformer"), model_of("conformer").state_dict())
+    with pytest.raises(ConfigError, match=f"{name}.*(states {name}=|ViT)"):
+        bestrq2.load(path, **given)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path, capsys):
+    path, weights = tmp_path / "encoder.safetensors", model_of("strips").state_dict()
+    name = next(name for name in weights if name.endswith("qkv.weight"))
+    weights[name] = weights[name].clone()
+    weights[name][3, 1] = value
+    write_encoder_file(path, config_of("strips"), weights)
+    said = f"{name.removeprefix('encoder.')}' holds NaN or infinity in 1 of {weights[name].numel()} values"
+    with pytest.raises(ConfigError, match=said):
+        bestrq2.load(path)
+    assert export.main([str(path), "--published", str(tmp_path / "out.safetensors")]) == 2
+    assert "NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_modules_by_file_and_by_name(module, monkeypatch):

@@ -258,9 +258,19 @@ def test_numbers_in_metadata_that_mean_nothing(name, value, tmp_path):
 
 @pytest.mark.parametrize(("option", "number"), [("--heads", "0"), ("--heads", "-4"), ("--hop-length", "0")])
 def test_numbers_of_the_command_that_mean_nothing(option, number, tmp_path, capsys):
-    path = write(tmp_path / "model.safetensors", state(PublishedModel(depth=1)), heads=str(HEADS))
+    path = write(tmp_path / "model.safetensors", state(PublishedModel(depth=1)))
     assert export.main([str(path), option, number, "--published", str(tmp_path / "out.safetensors")]) == 2
     assert f"expected a positive number, got {number}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["heads", "hop_length"])
+def test_what_a_file_states_is_not_chosen_anew(option, tmp_path):
+    stated = {"heads": HEADS, "hop_length": 500}
+    tensors = state(PublishedModel(depth=1))
+    path = write(tmp_path / "model.safetensors", tensors, **{name: str(value) for name, value in stated.items()})
+    assert bestrq2.load(path, **stated).hop_size_in_ms == 500
+    with pytest.raises(ConfigError, match=f"{option}=2: it states {option}={stated[option]} itself"):
+        bestrq2.load(path, **{option: 2})
 
 
 def test_a_transform_that_no_table_of_filters_shows_is_refused():

@@ -276,3 +276,13 @@ def test_refusals(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'bestrq2\[transformers\]'"):
         open_encoder(folders / "wav2vec2")
+
+
+def test_weights_that_are_not_finite_are_refused(folders, tmp_path):
+    model = transformers.AutoModel.from_pretrained(folders / "wav2vec2")
+    with torch.no_grad():
+        model.encoder.layers[1].final_layer_norm.bias[0] = float("nan")
+    shutil.copytree(folders / "wav2vec2", tmp_path / "broken")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ConfigError, match=r"layers\.1\.final_layer_norm\.bias' holds NaN or infinity in 1 of 32"):
+        open_encoder(tmp_path / "broken")

@@ -1,5 +1,6 @@
 """The C++ passes between the products of a block, against the plain formulas in fp64."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -18,7 +19,12 @@ from bestrq2.layers.block_rows import (
     split_heads,
     stochastic_depth,
 )
-from bestrq2.layers.transformer import Transformer, TransformerSettings
+from bestrq2.layers.conformer import Conformer, ConformerSettings
+from bestrq2.layers.cross_attention import CrossTransformer
+from bestrq2.layers.frame_grid import FrameGrid
+from bestrq2.layers.positions import turn
+from bestrq2.layers.transformer import Transformer, TransformerSettings, make_norm
+from bestrq2.ops import ChunkLayout
 from bestrq2.ops._impl import native
 
 pytestmark = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
@@ -248,26 +254,124 @@ def test_transformer_is_that_of_plain_pytorch(modern, first):
         assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-@pytest.mark.parametrize("part", ["", "attn", "mlp", "attn.proj", "mlp.fc1"])
-@pytest.mark.parametrize("how", ["hook", "compile", "replace"])
-def test_modules_that_were_changed_are_called(part, how):
-    if how == "compile" and "." in part:
-        pytest.skip("torch.compile leaves a Linear by itself as it is")
-    model = Transformer(TransformerSettings(64, 2, 4)).eval()
-    x, calls = normal(2, 9, 64).detach(), []
-    expected = model(x)
-    changed = model.blocks[1].get_submodule(part)
+def change(module, how, calls):
+    """Change a module, which from then on notes its calls and gives the same results."""
     if how == "hook":
-        changed.register_forward_hook(lambda *call: calls.append(call))
+        module.register_forward_hook(lambda *call: calls.append(call))
     elif how == "compile":
-        changed.compile(backend=lambda module, inputs: calls.append(inputs) or module.forward)
+        module.compile(backend=lambda graph, inputs: calls.append(inputs) or graph.forward)
+    elif how == "forward":
+        own = module.forward
+        module.forward = lambda *arguments, **options: calls.append(arguments) or own(*arguments, **options)
     else:
 
-        class Replacement(type(changed)):
+        class Replacement(type(module)):
             def forward(self, *arguments, **options):
                 calls.append(arguments)
                 return super().forward(*arguments, **options)
 
-        changed.__class__ = Replacement
-    torch.testing.assert_close(model(x), expected)
-    assert calls
+        module.__class__ = Replacement
+
+
+def parts_of(model):
+    return [name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)]
+
+
+VARIANTS = {
+    "transformer": lambda: Transformer(TransformerSettings(64, 2, 4)),
+    "modern": lambda: Transformer(TransformerSettings(64, 2, 4, norm="rms_norm", qk_norm=True)),
+    "cross": lambda: CrossTransformer(TransformerSettings(64, 2, 4)),
+    "conformer": lambda: Conformer(ConformerSettings(64, 2, 4, 128, conv_mode="chunk", kernel_size=5)),
+}
+
+
+def outputs_of(model):
+    x, angles = normal(2, 9, 64).detach(), torch.rand(1, 9, 8, generator=torch.Generator().manual_seed(0))
+    if isinstance(model, Conformer):
+        return model(x, FrameGrid.whole(9, None, x.device), ChunkLayout(4, 8))
+    if isinstance(model, CrossTransformer):
+        return model(x, normal(2, 5, 64).detach(), angles=angles, context_angles=angles[:, :5])
+    return model(x, angles=angles)
+
+
+@pytest.mark.parametrize("how", ["hook", "compile", "replace", "forward"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_modules_that_were_changed_are_called(variant, how):
+    """Every module of a model, one by one: PyTorch calls each of them, so tools that hook or wrap them rely on it."""
+    model = VARIANTS[variant]().eval()
+    expected = outputs_of(model)
+    for part in parts_of(model):
+        changed = copy.deepcopy(model)
+        module, calls = changed.get_submodule(part), []
+        # torch.compile leaves modules of torch by themselves as they are.
+        if how == "compile":
+            torch.compiler.reset()  # or else the limit of recompilations is reached
+            if type(module).__module__.startswith("torch.") or "blocks.1" in part:
+                continue
+        change(module, how, calls)
+        torch.testing.assert_close(outputs_of(changed), expected, msg=lambda text, part=part: f"{part}: {text}")
+        assert calls, part
+
+
+@pytest.mark.parametrize("angles", [False, True])
+def test_identities_in_place_of_norms_of_queries_and_keys_are_called_when_hooked(angles):
+    model, calls = Transformer(TransformerSettings(64, 1, 4)).eval(), []
+    for norm in (model.blocks[0].attn.q_norm, model.blocks[0].attn.k_norm):
+        norm.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    model(normal(2, 9, 64).detach(), angles=torch.rand(1, 9, 8) if angles else None)
+    assert calls == [(2, 4, 9, 16)] * 2
+
+
+class Doubled(nn.Module):
+    """A wrapper that passes on the attributes of what it wraps, as those of PEFT and of accelerate do."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+    def forward(self, x):
+        return self.wrapped(x) * 2
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("scale", [None, torch.tensor([2.0, 0.0])])
+@pytest.mark.parametrize("make", [Doubled, lambda norm: nn.GroupNorm(1, 5), lambda norm: nn.Identity()])
+def test_a_norm_put_in_place_of_ours_is_used(kind, make, scale):
+    """It was taken for a norm over the last dimension, and memory behind its fewer weights was read and written."""
+    norm = make(make_norm(kind, 64))
+    x, branch = normal(2, 5, 64), normal(2, 5, 64, seed=1)
+    total, out = residual_norm(x, branch, norm, scale, 0.5)
+    added = branch if scale is None else branch * scale[:, None, None]
+    torch.testing.assert_close(total, x + 0.5 * added)
+    torch.testing.assert_close(out, norm(total))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm((5, 64)), nn.LayerNorm(64, elementwise_affine=False), nn.RMSNorm((5, 64))]
+)
+def test_norms_of_torch_of_other_shapes(norm):
+    x, branch = normal(2, 5, 64), normal(2, 5, 64, seed=1)
+    total, out = residual_norm(x, branch, norm)
+    torch.testing.assert_close(out, norm(total))
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_our_norms_of_several_dimensions(kind):
+    norm = type(make_norm(kind, 64))((5, 64))
+    plain = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}[kind]((5, 64), eps=norm.eps)
+    torch.testing.assert_close(norm(normal(2, 5, 64)), plain(normal(2, 5, 64)))
+
+
+@pytest.mark.parametrize("norms", [(nn.RMSNorm(8, elementwise_affine=False),) * 2, (nn.RMSNorm(8), nn.Identity())])
+def test_other_norms_of_queries_and_keys(norms):
+    qkv, angles = normal(2, 5, 3, 4, 8), torch.rand(1, 5, 4)
+    rotation = angles.cos(), angles.sin()
+    results = split_heads(qkv, *norms, rotation)
+    expected = [turn(norm(part), *rotation) for norm, part in zip(norms, qkv.permute(2, 0, 3, 1, 4))]
+    torch.testing.assert_close([*results[:2]], expected)

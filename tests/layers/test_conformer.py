@@ -37,18 +37,18 @@ def literal_convolution(x, weight, bias, mode, chunk):
 )
 def test_convolution_matches_the_double_loop(mode, frames, kernel, chunk):
     x = torch.randn(2, frames, 3, dtype=torch.float64)
-    weight, bias = torch.randn(3, 1, kernel, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    expected = literal_convolution(x, weight, bias, mode, chunk)
-    torch.testing.assert_close(depthwise_convolution(x, weight, bias, mode, chunk), expected)
+    layer = torch.nn.Conv1d(3, 3, kernel, groups=3, dtype=torch.float64)
+    expected = literal_convolution(x, layer.weight, layer.bias, mode, chunk)
+    torch.testing.assert_close(depthwise_convolution(x, layer, mode, chunk), expected)
 
 
 @pytest.mark.parametrize("mode", ["causal", "chunk"])
 def test_convolution_continues_from_its_past(mode):
-    x, weight = torch.randn(2, 22, 3, dtype=torch.float64), torch.randn(3, 1, 9, dtype=torch.float64)
-    whole = depthwise_convolution(x, weight, None, mode, 4)
+    x, layer = torch.randn(2, 22, 3, dtype=torch.float64), torch.nn.Conv1d(3, 3, 9, groups=3, dtype=torch.float64)
+    whole = depthwise_convolution(x, layer, mode, 4)
     past = x.new_zeros(2, past_frames(9, mode), 3)
     for begin, end in ((0, 4), (4, 16), (16, 22)):
-        part = depthwise_convolution(x[:, begin:end], weight, None, mode, 4, past)
+        part = depthwise_convolution(x[:, begin:end], layer, mode, 4, past)
         torch.testing.assert_close(part, whole[:, begin:end])
         past = torch.cat((past, x[:, begin:end]), 1)[:, -past.shape[1] :]
 
@@ -61,6 +61,15 @@ def test_batch_norm_leaves_out_padding():
     ours.eval(), torchs.eval()
     torch.testing.assert_close(ours(x, valid)[valid], torchs(x[valid]))
     torch.testing.assert_close(ours.running_var, torchs.running_var)
+
+
+def test_batch_norm_forgets_a_batch_that_is_not_finite():
+    norm = MaskedBatchNorm(4)
+    norm(torch.randn(3, 6, 4), None)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    norm(torch.full((3, 6, 4), float("inf")), None)
+    assert torch.equal(norm.running_mean, mean)
+    assert torch.equal(norm.running_var, var)
 
 
 @pytest.mark.parametrize("channels", [(4, 3), (4, 4, 3)], ids=["4x", "8x"])

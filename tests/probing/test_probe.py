@@ -225,6 +225,7 @@ def test_mean_of_layers(encoder_file, sounds):
     ("options", "message"),
     [
         (["--layers", "7"], "--layers: expected all"),
+        (["--layers", "0", "--layer", "0"], "--layer and --layers: give one of them"),
         (["--head", "svm"], "--head: expected some of linear, ridge, mlp, knn, got 'svm'"),
         (["--where", "tags"], "--where: expected COLUMN=VALUE"),
         (["--kind", "events"], "a table of events"),
@@ -241,6 +242,34 @@ def test_bad_options(encoder_file, sounds, tmp_path, capsys, options, message):
     arguments = [str(encoder_file), str(sounds / "clips.csv"), "--out", str(tmp_path), *options]
     assert probe.main([*arguments, *([] if "--label" in options else ["--label", "tags"])]) == 2
     assert message in capsys.readouterr().err
+
+
+EVENTS, RETRIEVAL = ["--kind", "events", "--events", "t.csv"], ["--kind", "retrieval"]
+NEEDED = {
+    "--separator": ([";"], ["--kind", "multilabel"]),
+    "--events": (["t.csv"], ["--kind", "events"]),
+    "--label": (["tags"], []),
+    "--split-values": (["a", "b"], ["--split", "part"]),
+    "--folds": (["3"], []),
+    "--head": (["linear"], []),
+    "--regularisation": (["1"], ["--head", "ridge"]),
+    "--threshold": (["0.7"], ["--kind", "multilabel"]),
+    "--segment-seconds": (["2"], EVENTS),
+    "--scaling": (["sides"], RETRIEVAL),
+    "--pooling": (["max"], []),
+    "--combine": (["average"], ["--layers", "middle"]),
+}
+USELESS = {"--label": EVENTS, "--folds": RETRIEVAL, "--head": RETRIEVAL, "--pooling": EVENTS}
+
+
+@pytest.mark.parametrize("option", NEEDED)
+def test_options_without_a_use_are_told(option):
+    values, use = NEEDED[option]
+    for others, told in ((use, []), (USELESS.get(option, ["--head", "knn"]), [option])):
+        options = probe.parse(["encoder", "clips.csv", *others, option, *values])
+        task = probe.task_of(options)
+        notes = probe.unused(options, task, probe.heads_of(options, task))
+        assert [note.split()[0] for note in notes] == told
 
 
 def test_another_encoder(sounds, tmp_path):

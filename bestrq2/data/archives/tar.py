@@ -26,12 +26,12 @@ from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar_walk import Entry, walk
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.encodings import TextEncodingError, decode_text
-from bestrq2.errors import AudioError, Skip
+from bestrq2.errors import AudioError, Skip, counted, printable
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 5"  # 1 replaced letters that are not UTF-8, 2 to 4 mixed labels up where names repeat
+_FORMAT = "bestrq2 tar index 6"  # 1 replaced letters that are not UTF-8, 2 to 5 mixed labels up where keys repeat
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 
 
@@ -156,6 +156,7 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
             sidecars.setdefault(stem, {}).setdefault(extension, []).append(_Text(place, text))
         else:
             index.others[f".{extension}" if extension else "(no extension)"] += 1
+    doubtful: list[str] = []
     for entry, name, before, place in audio:
         texts = {}
         for key in _keys(name):
@@ -164,7 +165,15 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
                 if at is not None and (text := found[at].text) is not None:
                     texts[kind] = text
         stated = _stated(entry.name, texts, index.damage)
+        given = {stated["label"], *(text.strip() for kind, text in texts.items() if kind != "json")}
+        if len(given) > 1 and any(len(clips[key]) > times[name] for key in _keys(name)):
+            doubtful.append(f"{printable(name)} ({', '.join(map(repr, sorted(given)))})")
         index.members.append(TarMember(entry.name, entry.offset, entry.stop - entry.offset, **stated))
+    if doubtful:  # told once: of a million such clips, too
+        index.damage.append(
+            f"{counted(len(doubtful), 'clip')} with the key of another clip and several labels, first {doubtful[0]}: "
+            "each has the first of .json, .cls and .txt; if they are one per clip, give the clips keys of their own"
+        )
     return index
 
 
