@@ -38,7 +38,7 @@ def kernel(request, monkeypatch):
 
 @pytest.fixture
 def dtype(kernel):
-    """That of the products."""
+    """The dtype of the products."""
     dtype = BF16 if kernel in BF16_KERNELS else torch.float32
     assert cpu_fused.is_fused(dtype) == (kernel != "library")
     return dtype

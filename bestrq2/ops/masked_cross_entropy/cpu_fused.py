@@ -21,7 +21,7 @@ FP32_INSTRUCTIONS = ("avx2",)
 
 
 def is_fused(dtype: torch.dtype) -> bool:
-    """Whether products in this dtype are our own on this processor."""
+    """True if products in this dtype are our own on this processor."""
     if dtype == torch.bfloat16:
         return native.extension().bf16_dot() != "none"
     return dtype == torch.float32 and native.extension().isa() in FP32_INSTRUCTIONS
