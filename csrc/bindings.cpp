@@ -282,10 +282,15 @@ PYBIND11_MODULE(_C, m) {
                        : most == "avx512_bf16" ? bestrq2::Dot::avx512
                                                : bestrq2::Dot::none);
   });
-  m.def("masked_cross_entropy", [](const py::dict& values) {
+  m.def("masked_cross_entropy_bf16", [](const py::dict& values) {
     const auto call = masked_cross_entropy_call(Arguments(values));
     const py::gil_scoped_release release;
-    bestrq2::masked_cross_entropy(call);
+    bestrq2::masked_cross_entropy_bf16(call);
+  });
+  m.def("masked_cross_entropy_fp32", [](const py::dict& values) {
+    const auto call = masked_cross_entropy_call(Arguments(values));
+    const py::gil_scoped_release release;
+    bestrq2::masked_cross_entropy_fp32(call);
   });
   m.def("log_mel", [](const py::dict& values) {
     const auto call = log_mel_call(Arguments(values));

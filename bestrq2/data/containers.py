@@ -1,17 +1,22 @@
 """Length stated by a file's container, where libsndfile hides it: a cut WAV, AIFF or MP3 opens without an error.
 
-libsndfile shortens a cut WAV or AIFF to the bytes that exist and keeps the count of an MP3's Xing header although the
-frames are gone, so the promise is read here from the container itself. FLAC's promise is in its header and libsndfile
-reports it. Ogg states no length: a cut Ogg is a valid, shorter Ogg, which lacks the mark of its last page.
+libsndfile shortens a cut WAV, AIFF, AU, W64, SPHERE, VOC or SVX to the bytes that exist and keeps the count of an MP3's
+Xing header although the frames are gone, so the promise is read here from the container itself. FLAC's promise is in
+its header and libsndfile reports it. Ogg states no length: a cut Ogg is a valid, shorter Ogg, which lacks the mark of
+its last page. PAF, IRCAM, PVF and SD2 state none either: a cut one cannot be told from a whole one.
 """
 
+import math
 import os
+import re
 import struct
 from typing import BinaryIO
 
 __all__ = ["au_audio", "behind_id3", "chunks", "missing_fraction", "mp3_counts_frames", "mp3_end", "ogg_without_end"]
 
 _STREAMED = 0x7FF00000  # sizes from here on are placeholders of programs that wrote to a pipe
+_RIFF64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")  # name of the first chunk of a Sony Wave64 file
+_VOC = b"Creative Voice "
 _LARGEST_PAGE = 27 + 255 + 255 * 255  # bytes, of Ogg
 
 
@@ -24,9 +29,11 @@ def missing_fraction(file: BinaryIO) -> float:
     size = file.seek(0, os.SEEK_END)
     start = behind_id3(file)
     file.seek(start)
-    if file.read(4) in (b".snd", b"dns."):
-        begin, length = au_audio(file, start)
-        return max(0.0, 1.0 - (size - begin) / length) if length else 0.0
+    head = file.read(16)
+    for magic, read in ((b".snd", au_audio), (b"dns.", au_audio), (b"NIST_1A", _sphere), (_RIFF64, _w64), (_VOC, _voc)):
+        if head.startswith(magic):
+            begin, length = read(file, start)
+            return max(0.0, 1.0 - (size - begin) / length) if length else 0.0
     found = chunks(file, start)
     if found is not None:
         return _missing_in_chunk(file, size, *found)
@@ -56,6 +63,8 @@ def chunks(file: BinaryIO, start: int) -> tuple[int, bytes, str, int] | None:
         return start + 12, b"data", "<I", 2
     if head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC"):
         return start + 12, b"SSND", ">I", 2
+    if head[:4] == b"FORM" and head[8:] in (b"8SVX", b"16SV"):
+        return start + 12, b"BODY", ">I", 2
     if head[:4] == b"caff":
         return start + 8, b"data", ">q", 1
     return None
@@ -67,6 +76,51 @@ def au_audio(file: BinaryIO, start: int) -> tuple[int, int | None]:
     head = file.read(12).ljust(12, b"\xff")
     offset, length = struct.unpack("<II" if head[:4] == b"dns." else ">II", head[4:])
     return start + offset, None if length == 0xFFFFFFFF else length
+
+
+def _sphere(file: BinaryIO, start: int) -> tuple[int, int | None]:
+    """As :func:`au_audio`, of a NIST SPHERE file, whose header is text: the corpora of the LDC, often named .wav."""
+    file.seek(start)
+    text = file.read(1 << 16)
+    lines = text.split(b"\n", 2)
+    begin = int(lines[1]) if len(lines) == 3 and lines[1].strip().isdigit() else len(text)
+    names = (b"sample_count", b"channel_count", b"sample_n_bytes")
+    numbers = [re.search(rb"\n" + name + rb"\s+-\w+\s+(\d{1,18})\s", text[:begin]) for name in names]
+    counted = [int(found[1]) for found in numbers if found]
+    return start + begin, math.prod(counted) if len(counted) == 3 else None
+
+
+def _w64(file: BinaryIO, start: int) -> tuple[int, int | None]:
+    """As :func:`au_audio`, of a Sony Wave64 file: its chunks have long names, and lengths that count their headers."""
+    position = start + 40
+    for _ in range(1000):
+        file.seek(position)
+        header = file.read(24)
+        length = int.from_bytes(header[16:], "little") - 24
+        if len(header) < 24 or length < 0:
+            break
+        position += 24
+        if header[:4] == b"data":
+            return position, length if length < 1 << 62 else None
+        position += -(-length // 8) * 8
+    return start, None
+
+
+def _voc(file: BinaryIO, start: int) -> tuple[int, int | None]:
+    """As :func:`au_audio`, of a Creative Voice file: its first block of sound, behind blocks of text and others."""
+    file.seek(start + 20)
+    position = start + int.from_bytes(file.read(2), "little")
+    for _ in range(1000):
+        file.seek(position)
+        header = file.read(4)
+        if len(header) < 4 or header[0] == 0:
+            break
+        position += 4
+        length = int.from_bytes(header[1:], "little")
+        if header[0] in (1, 9):
+            return position, length
+        position += length
+    return start, None
 
 
 def ogg_without_end(file: BinaryIO) -> str | None:

@@ -167,6 +167,7 @@ def _long_flac(file: BinaryIO, size: int, start: int) -> str | None:
     if len(info) < 34:
         return None
     smallest, largest = struct.unpack(">HH", info[:4])
+    longest_frame = int.from_bytes(info[7:10], "big")  # 0: not stated
     total = int.from_bytes(info[13:18], "big") & (1 << 36) - 1
     if total == 0:
         return None  # not stated
@@ -191,11 +192,41 @@ def _long_flac(file: BinaryIO, size: int, start: int) -> str | None:
     final = frame(max(begin, size - _FLAC_TAIL), True)
     if final is not None and final[1] > total * (1 + _SLACK) + 2 * (fixed or 4608):
         return f"its header states {total} samples, the last frame ends at sample {final[1]}"
+    frames = -(-total // max(1, smallest))
+    if final is not None and longest_frame and final[0] > begin + frames * longest_frame:
+        return (
+            f"its {frames} frames of at most {longest_frame} bytes do not fill {size} bytes: several FLAC files joined"
+        )
+    if _other_flac_frames(file, max(begin, size - _FLAC_TAIL) if final is None else final[0] + 1, first):
+        return "frames of another sampling rate or depth follow: several FLAC files joined"
     between = (frame(begin + int(share * (size - begin)), False) for share in _FLAC_PLACES)
     found = sorted({place for place in (frame(begin, False), *between, final) if place is not None})
     if any(number <= before for (_, before), (_, number) in pairwise(found)):
         return f"its frames count anew before the end of its {size} bytes: several FLAC files joined"
     return None
+
+
+def _other_flac_frames(file: BinaryIO, position: int, first: bytes) -> bool:
+    """Return True if, from a position in the last piece of a file on, there are frames of a stream that is another than
+    that of the ``first`` one. One may be chance; two that agree and count up are none."""
+    file.seek(position)
+    piece = file.read(_FLAC_TAIL)
+    last: dict[tuple[int, ...], int] = {_flac_kind(first): 1 << 60}
+    place = -1
+    while (place := piece.find(b"\xff", place + 1)) >= 0:
+        header = piece[place : place + 16]
+        end = _flac_frame(header, 0, header)
+        if end is None:
+            continue
+        if last.get(_flac_kind(header), 1 << 60) < end:
+            return True
+        last.setdefault(_flac_kind(header), end)
+    return False
+
+
+def _flac_kind(header: bytes) -> tuple[int, int, int]:
+    """Fields that do not change within a stream: kind of number, sampling rate, bits of a sample."""
+    return header[1], header[2] & 15, header[3] & 15
 
 
 def _behind_metadata(file: BinaryIO, position: int) -> int:
@@ -217,7 +248,7 @@ def _flac_frame(header: bytes, fixed: int, first: bytes) -> int | None:
     sizes, rate = header[2] >> 4, header[2] & 15
     if sizes == 0 or rate == 15:
         return None
-    if header[1] != first[1] or rate != first[2] & 15 or header[3] & 15 != first[3] & 15:
+    if _flac_kind(header) != _flac_kind(first):
         return None
     lead = header[4]
     extra = 0 if lead < 0x80 else 1 if lead & 0xE0 == 0xC0 else 2 if lead & 0xF0 == 0xE0 else 3

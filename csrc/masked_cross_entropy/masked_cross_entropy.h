@@ -1,5 +1,4 @@
-// Masked cross-entropy of bf16 products as a whole: products, softmax, losses and gradients, chunk by chunk of rows.
-// For processors with bf16 dot products (AVX-512 BF16) or bf16 matrix tiles (AMX).
+// Masked cross-entropy as a whole: products, softmax, losses and gradients, chunk by chunk of rows.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +6,8 @@
 namespace bestrq2 {
 
 // N rows, of which `count` count; G codebooks, each with a classifier of its own on the same rows; V classes, D
-// features. Operands in fp32 are rounded to bf16 as they are packed; every sum is fp32, in an order that does not
-// depend on the number of threads. Losses, `correct` and gradients are those of SoftmaxGradient in
-// softmax_gradient.h, but from logits that were never rounded to bf16.
+// features. Every sum is fp32, in an order that does not depend on the number of threads. Losses, `correct` and
+// gradients are those of SoftmaxGradient in softmax_gradient.h.
 struct MaskedCrossEntropy {
   const void* hidden;  // (N, D) contiguous, bf16 or fp32
   bool hidden_bf16;
@@ -31,7 +29,14 @@ struct MaskedCrossEntropy {
   int threads;
 };
 
-// Only where best_dot() is not Dot::none.
-void masked_cross_entropy(const MaskedCrossEntropy& f);
+// With bf16 products, for processors with bf16 dot products (AVX-512 BF16) or bf16 matrix tiles (AMX): only where
+// best_dot() is not Dot::none. Operands in fp32 are rounded to bf16 as they are packed, logits never are.
+void masked_cross_entropy_bf16(const MaskedCrossEntropy& f);
+
+// With fp32 products, for every processor; all operands must be fp32.
+void masked_cross_entropy_fp32(const MaskedCrossEntropy& f);
+
+// The classifier of one codebook, as a call of its own.
+MaskedCrossEntropy of_codebook(const MaskedCrossEntropy& f, int64_t g);
 
 }  // namespace bestrq2

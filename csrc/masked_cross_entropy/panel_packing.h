@@ -1,4 +1,4 @@
-// From rows of the caller to panels, and back (layouts in panel_passes.h).
+// From rows of the caller to panels, and back (layouts in bf16_passes.h).
 #pragma once
 
 #include "common/bf16_packing.h"

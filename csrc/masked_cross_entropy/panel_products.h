@@ -1,8 +1,8 @@
-// C = A B and C += A B of panels (layouts in panel_passes.h).
+// C = A B and C += A B of panels (layouts in bf16_passes.h).
 #pragma once
 
 #include "common/bf16_products.h"
-#include "masked_cross_entropy/panel_passes.h"
+#include "masked_cross_entropy/bf16_passes.h"
 
 namespace bestrq2 {
 namespace panel {

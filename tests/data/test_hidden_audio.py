@@ -16,11 +16,11 @@ RATE = 16000
 NOISE = np.random.default_rng(0).standard_normal(5 * RATE).astype(np.float32) * 0.1
 
 
-def encoded(form, samples=NOISE, **options):
+def encoded(form, samples=NOISE, rate=RATE, **options):
     buffer = io.BytesIO()
     if form == "RAW":
         return bytearray((samples * 32767).astype("<i2").tobytes())
-    soundfile.write(buffer, samples, RATE, format=form, **options)
+    soundfile.write(buffer, samples, rate, format=form, **options)
     return bytearray(buffer.getvalue())
 
 
@@ -71,6 +71,10 @@ HIDDEN = {
     "short.au": lambda: stated("AU"),
     "short.caf": lambda: stated("CAF"),
     "short.rf64": lambda: stated("RF64"),
+    "many parts.flac": lambda: encoded("FLAC", subtype="PCM_16") * 17,
+    "another depth.flac": lambda: encoded("FLAC", subtype="PCM_16") + encoded("FLAC", subtype="PCM_24"),
+    "short part of another depth.flac": lambda: encoded("FLAC") + encoded("FLAC", NOISE[:RATE], subtype="PCM_24"),
+    "another rate.flac": lambda: encoded("FLAC") + encoded("FLAC", rate=44100),
     "equal parts.flac": lambda: encoded("FLAC", subtype="PCM_16") * 4,
     "short part behind.flac": lambda: encoded("FLAC") + encoded("FLAC", NOISE[: 3 * RATE]),
     "long part behind.flac": lambda: encoded("FLAC", NOISE[: 3 * RATE]) + encoded("FLAC"),
@@ -148,13 +152,18 @@ def test_a_cut_ogg_is_reported(tmp_path, subtype, share):
         collect(path)
 
 
-@pytest.mark.parametrize("form", ["AU", "WAV"])
-def test_a_cut_file_behind_a_tag_is_reported(tmp_path, form):
+CUT = [(form, "PCM_16") for form in ("AU", "WAV", "W64", "NIST", "VOC", "SVX")]
+
+
+@pytest.mark.parametrize(("form", "subtype"), [*CUT, ("NIST", "ULAW")])
+def test_a_cut_file_is_reported(tmp_path, form, subtype):
     path = tmp_path / "cut"
-    for lead in (b"", ID3):
-        data = encoded(form, subtype="PCM_16")
-        path.write_bytes(lead + data[: len(data) // 2])
-        with pytest.raises(AudioError, match=r"truncated \(50\.0 % of the audio bytes are missing"):
+    for lead in (b"", ID3) if form in ("AU", "WAV") else (b"",):
+        data = lead + encoded(form, subtype=subtype)
+        path.write_bytes(data)
+        assert audio_info(path).num_samples == len(NOISE)
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(AudioError, match=r"truncated \(5\d\.\d % of the audio bytes are missing"):
             audio_info(path)
 
 

@@ -9,7 +9,7 @@ from torch.library import opcheck
 from bestrq2 import ops
 from bestrq2.ops import reference
 from bestrq2.ops.masked_cross_entropy import cpu as masked_cross_entropy_cpu
-from bestrq2.ops.masked_cross_entropy import cpu_bf16
+from bestrq2.ops.masked_cross_entropy import cpu_fused
 
 G = 3
 
@@ -21,8 +21,8 @@ def backend(request, device):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cpu_bf16, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(cpu_bf16, "SINGLE_CHUNK_ROWS", 32)
+    monkeypatch.setattr(cpu_fused, "BF16_CHUNK_ROWS", 32)
+    monkeypatch.setattr(cpu_fused, "BF16_SINGLE_CHUNK_ROWS", 32)
     monkeypatch.setattr(masked_cross_entropy_cpu, "CHUNK_BYTES", 1)
     monkeypatch.setattr(masked_cross_entropy_cpu, "MIN_CHUNK_ROWS", 16)
 

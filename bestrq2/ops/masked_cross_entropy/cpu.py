@@ -1,5 +1,5 @@
-"""CPU backend of ``masked_cross_entropy``: our own kernels where the processor has the instructions for them
-(cpu_bf16.py), else library matrix products over chunks of logits that stay in the cache.
+"""CPU backend of ``masked_cross_entropy``: our own kernels where they are faster than a library's (cpu_fused.py),
+else library matrix products over chunks of logits that stay in the cache.
 
 for each codebook, for each chunk of masked rows    (rows, V) is the only thing of its size
     h      = hidden[rows]                           gathered here, in the compute dtype
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._impl import native
-from .cpu_bf16 import run_bf16
+from .cpu_fused import bf16_chunk_rows, is_fused, run_fused
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of logits kept at a time. Fewer cost time where the weight gradient is long: docs/kernels has numbers."""
@@ -27,11 +27,6 @@ MIN_CHUNK_ROWS = 128
 
 CLASSES_PER_PRODUCT = 2048
 """Classes whose bf16 logit gradients are converted to fp32 at a time, on a processor without bf16 dot products."""
-
-
-CLASSES_OF_LOGITS = 512
-"""Classes whose fp32 logits are computed at a time on a processor with AVX2 alone: their weights stay in its second
-cache. Products of 512 rows were 16 to 34 % faster on two threads, 2 to 25 % on one; with AVX-512 it was not tried."""
 
 
 def chunk_rows(rows: int, num_classes: int, item_bytes: int, *, gradients: bool) -> int:
@@ -84,13 +79,18 @@ def run(
     sources = (hidden, weight, weight if bias is None else bias)
     dtypes = [torch.float32 if half and x is not hidden else x.dtype for x in sources]
     if count == 0:
-        grads = [x.new_zeros(x.shape if want else 0, dtype=kind) for x, want, kind in zip(sources, wanted, dtypes)]
-        return losses, torch.zeros(codebooks, dtype=torch.float32, device="cpu"), factor, *grads
+        zeros = [x.new_zeros(x.shape if want else 0, dtype=kind) for x, want, kind in zip(sources, wanted, dtypes)]
+        return losses, torch.zeros(codebooks, dtype=torch.float32, device="cpu"), factor, *zeros
 
     targets = targets.contiguous()
-    if dtype == torch.bfloat16 and native.extension().bf16_dot() != "none":
-        grads = run_bf16(
-            hidden, weight, bias, targets, index, row_weights, scale, label_smoothing, z_loss, wanted, losses, correct
+    grads: list[Tensor | None]
+    if is_fused(dtype):
+        step = bf16_chunk_rows(count)
+        if dtype == torch.float32:
+            step = chunk_rows(count, weight.shape[1], dtype.itemsize, gradients=any(wanted))
+        options = (scale, label_smoothing, z_loss)
+        grads = run_fused(
+            dtype, step, hidden, weight, bias, targets, index, row_weights, options, wanted, losses, correct
         )
     else:
         grad_hidden = _RowsGradient(hidden, index, count, codebooks) if wanted[0] else None
@@ -111,14 +111,17 @@ def run(
                 losses[g],
                 correct[g],
             )
-        grads = [hidden.new_empty(0) if grad_hidden is None else grad_hidden.result(), grad_weight]
-        grads.append(grad_bias.to(dtypes[2]))
+        grads = [None if grad_hidden is None else grad_hidden.result(), grad_weight, grad_bias]
     if row_weights is None:
         accuracy = correct.sum(1) / total
     else:
         totals = row_weights.sum(-1)  # () or (G,)
         accuracy = (correct * row_weights).sum(1) / torch.where(totals == 0, 1, totals)
-    return losses * factor if half else losses, accuracy, factor, *grads
+    results = [
+        x.new_empty(0, dtype=kind) if grad is None or not want else grad.to(kind)
+        for x, grad, want, kind in zip(sources, grads, wanted, dtypes)
+    ]
+    return losses * factor if half else losses, accuracy, factor, *results
 
 
 def _run_library(
@@ -142,15 +145,12 @@ def _run_library(
     count = hidden.shape[0] if index is None else len(index)
     step = chunk_rows(count, num_classes, dtype.itemsize, gradients=gradient)
     buffer = torch.empty(min(step, count), num_classes, dtype=dtype, device="cpu")
-    parted = dtype == torch.float32 and native.extension().isa().startswith("avx2")
-    width = CLASSES_OF_LOGITS if parted else num_classes
     for start in range(0, count, step):
         stop = min(start + step, count)
         logits = buffer[: stop - start]  # (rows of the chunk, V)
         chosen = None if index is None else index[start:stop]
         h = (hidden[start:stop] if chosen is None else hidden.index_select(0, chosen)).to(dtype)
-        for begin in range(0, num_classes, width):
-            torch.mm(h, weight[begin : begin + width].T, out=logits[:, begin : begin + width])
+        torch.mm(h, weight.T, out=logits)
         offset = start if chosen is None else 0
         native.extension().softmax_gradient(
             {

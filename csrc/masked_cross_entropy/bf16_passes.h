@@ -1,4 +1,4 @@
-// Interface of the file that is compiled for AVX-512 BF16 and AMX, called by masked_cross_entropy.cpp.
+// Interface of the file that is compiled for AVX-512 BF16 and AMX, called by bf16.cpp.
 //
 // Matrices are cut into panels of 32 rows or columns and steps of 32 along the summed axis, so that one layout serves
 // both instruction sets (u16: the bits of a bf16):

@@ -1,4 +1,4 @@
-"""The kernels with bf16 products of our own (csrc/masked_cross_entropy/), with every instruction there is."""
+"""The C++ kernels with products of their own, with every instruction set there is, and the products of a library."""
 
 import pytest
 import torch
@@ -8,34 +8,57 @@ from cross_entropy_cases import FULL, grads_of, make, plain
 
 from bestrq2 import ops
 from bestrq2.ops._impl import native
-from bestrq2.ops.masked_cross_entropy import cpu_bf16
+from bestrq2.ops.masked_cross_entropy import cpu, cpu_fused
 
 BF16 = torch.bfloat16
+BF16_KERNELS = ["amx", "avx512_bf16"]
+FP32_KERNELS = ["portable", "avx2", "avx512"]
 
 
-@pytest.fixture(params=["amx", "avx512_bf16"], autouse=True)
-def dot(request):
+@pytest.fixture(params=[*BF16_KERNELS, *FP32_KERNELS, "library"], autouse=True)
+def kernel(request, monkeypatch):
     if native.extension_obstacle() is not None:
         pytest.skip("needs the C++ extension")
-    native.extension().limit_bf16_dot(request.param)
-    if native.extension().bf16_dot() != request.param:
-        pytest.skip(f"this processor, system or compiler lacks {request.param}")
+    extension = native.extension()
+    best = extension.isa()
+    if request.param in BF16_KERNELS:
+        extension.limit_bf16_dot(request.param)
+        if extension.bf16_dot() != request.param:
+            pytest.skip(f"this processor, system or compiler lacks {request.param}")
+    elif request.param == "library":
+        monkeypatch.setattr(cpu_fused, "FP32_INSTRUCTIONS", [])
+    else:
+        if not extension.force_isa(request.param):
+            pytest.skip(f"this processor or compiler lacks {request.param}")
+        monkeypatch.setattr(cpu_fused, "FP32_INSTRUCTIONS", FP32_KERNELS)
     yield request.param
-    native.extension().limit_bf16_dot("amx")
+    extension.limit_bf16_dot("amx")
+    assert extension.force_isa(best)
+
+
+@pytest.fixture
+def dtype(kernel):
+    """The dtype of the products."""
+    dtype = BF16 if kernel in BF16_KERNELS else torch.float32
+    assert cpu_fused.is_fused(dtype) == (kernel != "library")
+    return dtype
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cpu_bf16, "CHUNK_ROWS", 64)
-    monkeypatch.setattr(cpu_bf16, "SINGLE_CHUNK_ROWS", 64)
+    monkeypatch.setattr(cpu_fused, "BF16_CHUNK_ROWS", 64)
+    monkeypatch.setattr(cpu_fused, "BF16_SINGLE_CHUNK_ROWS", 64)
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu, "MIN_CHUNK_ROWS", 64)
 
 
 def run(hidden, weight, targets, bias=None, **options):
     return ops.masked_cross_entropy(hidden, weight, targets, bias=bias, backend="cpu", **options)
 
 
-# Panels have 32 rows, classes or features; 16 steps are one product; 8 panels of classes or features are one task; 32
-# panels of classes are one group.
+# bf16: panels have 32 rows, classes or features; 16 steps are one product; 8 panels of classes or features are one
+# task; 32 panels of classes are one group. fp32: panels of 8, 16 or 32 rows, tiles of 6 or 12 classes or features,
+# products of 384 features or 64 classes; 8 or 16 tiles of classes are one task.
 @pytest.mark.parametrize(
     ("rows", "features", "classes"),
     [
@@ -45,12 +68,13 @@ def run(hidden, weight, targets, bias=None, **options):
         (40, 580, 40),  # products of more than 16 steps
         (50, 33, 2100),  # three groups of classes
         (600, 16, 50),  # many chunks
+        (40, 800, 150),  # three products of features
     ],
     ids=str,
 )
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_worse_than_torch(small_chunks, rows, features, classes, reduction):
-    hidden, weight, targets, bias, _, row_weights = make((rows,), features, classes, BF16)
+def test_no_worse_than_torch(small_chunks, dtype, rows, features, classes, reduction):
+    hidden, weight, targets, bias, _, row_weights = make((rows,), features, classes, dtype)
     row_weights[0] = 0.5
 
     def ours(h, w, b):
@@ -68,6 +92,7 @@ def test_no_worse_than_torch(small_chunks, rows, features, classes, reduction):
         assert_no_worse_than_torch(f"grad {name}", grad, base_grad, gold_grad)
 
 
+@pytest.mark.parametrize("kernel", BF16_KERNELS, indirect=True)
 def test_loss_comes_from_logits_that_were_not_rounded():
     """Rounding the logits to bf16, as PyTorch does, costs the loss a thousand times its fp32 error."""
     hidden, weight, targets, bias, *_ = make((64,), 64, 1000, BF16)
@@ -79,9 +104,9 @@ def test_loss_comes_from_logits_that_were_not_rounded():
     assert error < 1e-6 < relative_error(rounded, gold) / 100
 
 
-def test_gradient_of_confident_rows():
-    """p - 1 of the target where p is nearly 1: from the rounded p it would be an error of up to 2^-9."""
-    hidden, weight, *_ = make((48,), 64, 100, BF16)
+def test_gradient_of_confident_rows(dtype):
+    """p - 1 of the target where p is nearly 1: from a p rounded to bf16 it would be an error of up to 2^-9."""
+    hidden, weight, *_ = make((48,), 64, 100, dtype)
     targets = F.linear(hidden.double(), weight.double()).argmax(-1)
     weight = weight * 32
 
@@ -95,6 +120,7 @@ def test_gradient_of_confident_rows():
     assert_no_worse_than_torch("grad hidden", grad, base_grad, gold_grad)
 
 
+@pytest.mark.parametrize("kernel", BF16_KERNELS, indirect=True)
 def test_fp32_weight_gradient_is_summed_in_fp32_over_chunks(small_chunks, monkeypatch):
     """16 chunks against one: the same rounded logit gradients, so only the order of fp32 additions may differ."""
     hidden, weight, targets, bias, *_ = make((1024,), 40, 203)
@@ -106,16 +132,17 @@ def test_fp32_weight_gradient_is_summed_in_fp32_over_chunks(small_chunks, monkey
         return torch.autograd.grad(loss, leaves)
 
     several = gradients()
-    monkeypatch.setattr(cpu_bf16, "SINGLE_CHUNK_ROWS", 1024)
+    monkeypatch.setattr(cpu_fused, "BF16_SINGLE_CHUNK_ROWS", 1024)
     for name, a, b in zip(("weight", "bias"), several, gradients()):
         assert a.dtype == torch.float32
         assert not torch.equal(a, a.bfloat16().float()), "the gradient was rounded to bf16"
         assert relative_error(a, b) < 1e-6, name
 
 
+@pytest.mark.parametrize("kernel", BF16_KERNELS + FP32_KERNELS, indirect=True)
 @pytest.mark.parametrize("rows", [70, 300])
-def test_results_do_not_depend_on_threads(small_chunks, rows):
-    hidden, weight, targets, bias, mask, _ = make((rows,), 70, 1200, BF16)
+def test_results_do_not_depend_on_threads(small_chunks, dtype, rows):
+    hidden, weight, targets, bias, mask, _ = make((rows,), 70, 1200, dtype)
     before = torch.get_num_threads()
     results = []
     try:
@@ -129,16 +156,16 @@ def test_results_do_not_depend_on_threads(small_chunks, rows):
         assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1]))
 
 
-def test_kernels_agree_on_accuracy_and_first_of_equal_logits():
-    hidden = torch.ones(4, 1, dtype=BF16)
+def test_kernels_agree_on_accuracy_and_first_of_equal_logits(dtype):
+    hidden = torch.ones(4, 1, dtype=dtype)
     for targets, expected in (([0, 1, 20, 39], 0.25), ([0, 0, 0, 99], 0.75), ([32, 64, 96, 31], 0.0)):
-        _, accuracy = run(hidden, torch.ones(100, 1, dtype=BF16), torch.tensor(targets), return_accuracy=True)
+        _, accuracy = run(hidden, torch.ones(100, 1, dtype=dtype), torch.tensor(targets), return_accuracy=True)
         assert accuracy == expected
 
 
-def test_classes_that_are_excluded_by_the_bias():
+def test_classes_that_are_excluded_by_the_bias(dtype):
     """A bias of -inf removes a class, also all the classes of a panel, and leaves no NaN anywhere."""
-    hidden, weight, targets, bias, *_ = make((50,), 32, 130, BF16)
+    hidden, weight, targets, bias, *_ = make((50,), 32, 130, dtype)
     bias[10:100] = -torch.inf
     targets = targets % 10
     kept = [*range(10), *range(100, 130)]
@@ -157,8 +184,8 @@ def test_classes_that_are_excluded_by_the_bias():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_rows_are_not_hidden(bad):
-    hidden, weight, targets, *_ = make((40,), 32, 100, BF16)
+def test_bad_rows_are_not_hidden(dtype, bad):
+    hidden, weight, targets, *_ = make((40,), 32, 100, dtype)
     hidden[7, 3] = bad
     losses = run(hidden, weight, targets, reduction="none")
     assert torch.isnan(losses[7])
@@ -166,8 +193,8 @@ def test_bad_rows_are_not_hidden(bad):
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
-def test_one_gradient_at_a_time(small_chunks, wanted):
-    hidden, weight, targets, bias, mask, _ = make((150,), 40, 203, BF16)
+def test_one_gradient_at_a_time(small_chunks, dtype, wanted):
+    hidden, weight, targets, bias, mask, _ = make((150,), 40, 203, dtype)
     _, all_grads = grads_of(lambda h, w, b: run(h, w, targets, b, mask=mask), (hidden, weight, bias))
     leaves = [x.detach().requires_grad_(want) for x, want in zip((hidden, weight, bias), wanted)]
     loss = run(leaves[0], leaves[1], targets, leaves[2], mask=mask)
@@ -179,12 +206,47 @@ def test_one_gradient_at_a_time(small_chunks, wanted):
             assert leaf.grad is None
 
 
+@pytest.mark.parametrize("kernel", BF16_KERNELS, indirect=True)
 def test_chunks_are_even_and_bounded():
     """Whatever the number of rows, no more of them than the limit have their exponentials in memory at once."""
-    assert cpu_bf16.chunk_rows(1) == 32
-    assert cpu_bf16.chunk_rows(1024) == 1024
+    assert cpu_fused.bf16_chunk_rows(1) == 32
+    assert cpu_fused.bf16_chunk_rows(1024) == 1024
     for count in (1025, 2000, 4096, 10**6):
-        step = cpu_bf16.chunk_rows(count)
+        step = cpu_fused.bf16_chunk_rows(count)
         assert step % 32 == 0
-        assert step <= cpu_bf16.CHUNK_ROWS
-        assert -(-count // step) == -(-count // cpu_bf16.CHUNK_ROWS)
+        assert step <= cpu_fused.BF16_CHUNK_ROWS
+        assert -(-count // step) == -(-count // cpu_fused.BF16_CHUNK_ROWS)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_several_codebooks(small_chunks, dtype, recompute):
+    """Gradients of the rows are summed over codebooks chunk by chunk, whose rows are kept or packed again."""
+    hidden, _, _, _, mask, _ = make((150,), 40, 50, dtype)
+    problems = [make((150,), 40, 50, dtype)[1:4] for _ in range(3)]
+    weight, targets, bias = (torch.stack(tensors, dim) for tensors, dim in zip(zip(*problems), (0, -1, 0)))
+
+    def ours(h, w, b):
+        return run(h, w, targets, b, mask=mask, recompute=recompute, **FULL)
+
+    def torchs(h, w, b):
+        of_each = [plain(h, w[g], targets[..., g], b[g], mask.to(h.dtype), "mean", **FULL) for g in range(3)]
+        return torch.stack(of_each).mean()
+
+    gold, gold_grads = grads_of(torchs, [x.double() for x in (hidden, weight, bias)])
+    value, grads = grads_of(ours, (hidden, weight, bias))
+    base, base_grads = grads_of(torchs, (hidden, weight, bias))
+    assert_no_worse_than_torch("loss", value, base.float(), gold)
+    for name, grad, base_grad, gold_grad in zip(("hidden", "weight", "bias"), grads, base_grads, gold_grads):
+        assert_no_worse_than_torch(f"grad {name}", grad, base_grad, gold_grad)
+
+
+@pytest.mark.parametrize("kernel", FP32_KERNELS, indirect=True)
+def test_rows_behind_the_last_are_kept_out_of_infinite_products(dtype):
+    """Panels are filled with rows of zeros, and 0 times an infinite weight is NaN."""
+    hidden, weight, targets, *_ = make((3,), 5, 7, dtype)
+    weight[6, 0] = -torch.inf
+    targets, hidden = targets % 6, hidden.abs()
+    _, (grad,) = grads_of(lambda w: run(hidden, w, targets), [weight])
+    _, (expected,) = grads_of(lambda w: F.cross_entropy(F.linear(hidden, w), targets), [weight])
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(grad, expected)

@@ -1,13 +1,11 @@
-// The passes over one chunk of rows. Logits exist only as exponentials in bf16, relative to the maximum of their 32
-// classes, so that each is computed once; losses and all sums are fp32.
+// Masked cross-entropy with bf16 products: the passes over one chunk of rows. Logits exist only as exponentials in
+// bf16, relative to the maximum of their 32 classes, so that each is computed once; losses and all sums are fp32.
 //
 //   pack       rows of the chunk as B panels, twice: summed over features, and over rows
 //   logits     Z^T = W H^T, 32 classes x 32 rows at a time; exponentials to the buffer, maxima and sums to stats
 //   losses     joins the statistics of all classes
 //   gradients  dz^T of 32 classes from the buffer, in place and in a private panel; dW = dz^T H, written once a chunk
 //   hidden     dH^T += W^T dz^T, after every group of classes
-#include "masked_cross_entropy/masked_cross_entropy.h"
-
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -17,9 +15,22 @@
 #include "common/isa.h"
 #include "common/memory.h"
 #include "common/parallel.h"
-#include "masked_cross_entropy/panel_passes.h"
+#include "masked_cross_entropy/bf16_passes.h"
+#include "masked_cross_entropy/masked_cross_entropy.h"
 
 namespace bestrq2 {
+
+MaskedCrossEntropy of_codebook(const MaskedCrossEntropy& f, int64_t g) {
+  const auto at = [](auto* pointer, int64_t offset) { return pointer == nullptr ? nullptr : pointer + offset; };
+  const int64_t bytes = f.classes * f.features * (f.weight_bf16 ? 2 : 4);
+  MaskedCrossEntropy of = f;
+  of.weight = at(static_cast<const char*>(f.weight), g * bytes);
+  of.grad_weight = at(static_cast<char*>(f.grad_weight), g * bytes);
+  of.bias = at(f.bias, g * f.classes), of.grad_bias = at(f.grad_bias, g * f.classes);
+  of.targets = at(f.targets, g * f.rows), of.row_weights = at(f.row_weights, g * f.row_weights_stride);
+  of.losses = at(f.losses, g * f.rows), of.correct = at(f.correct, g * f.rows);
+  return of;
+}
 
 #ifdef BESTRQ2_X86
 
@@ -101,23 +112,10 @@ void gradients_and_rows(const Chunk& c, int threads, int64_t group, int64_t shar
   });
 }
 
-// The classifier of one codebook.
-MaskedCrossEntropy codebook(const MaskedCrossEntropy& f, int64_t g) {
-  const auto at = [](auto* pointer, int64_t offset) { return pointer == nullptr ? nullptr : pointer + offset; };
-  const int64_t bytes = f.classes * f.features * (f.weight_bf16 ? 2 : 4);
-  MaskedCrossEntropy of = f;
-  of.weight = at(static_cast<const char*>(f.weight), g * bytes);
-  of.grad_weight = at(static_cast<char*>(f.grad_weight), g * bytes);
-  of.bias = at(f.bias, g * f.classes), of.grad_bias = at(f.grad_bias, g * f.classes);
-  of.targets = at(f.targets, g * f.rows), of.row_weights = at(f.row_weights, g * f.row_weights_stride);
-  of.losses = at(f.losses, g * f.rows), of.correct = at(f.correct, g * f.rows);
-  return of;
-}
-
 }  // namespace
 
-void masked_cross_entropy(const MaskedCrossEntropy& f) {
-  if (best_dot() == Dot::none) throw std::runtime_error("masked_cross_entropy needs AVX-512 BF16");
+void masked_cross_entropy_bf16(const MaskedCrossEntropy& f) {
+  if (best_dot() == Dot::none) throw std::runtime_error("masked_cross_entropy_bf16 needs AVX-512 BF16");
   const int64_t enough = 1 + f.count * f.classes * f.features / kWorkPerThread;
   const int threads = static_cast<int>(std::min<int64_t>(std::max(f.threads, 1), enough));
   const int64_t step = std::min(std::max<int64_t>(f.chunk_rows, 1), f.count);
@@ -149,7 +147,7 @@ void masked_cross_entropy(const MaskedCrossEntropy& f) {
   c.entries = entries.get(), c.bounds = bounds.get(), c.transposed = transposed.get();
 
   for (int64_t g = 0; g < f.num_codebooks; ++g) {
-    const MaskedCrossEntropy call = codebook(f, g);
+    const MaskedCrossEntropy call = of_codebook(f, g);
     c.call = &call;
     c.first_codebook = g == 0, c.last_codebook = g == f.num_codebooks - 1;
     c.total = f.weight_bf16 ? total.get() : static_cast<float*>(call.grad_weight);
@@ -175,8 +173,8 @@ void masked_cross_entropy(const MaskedCrossEntropy& f) {
 
 #else
 
-void masked_cross_entropy(const MaskedCrossEntropy&) {
-  throw std::runtime_error("masked_cross_entropy needs AVX-512 BF16");
+void masked_cross_entropy_bf16(const MaskedCrossEntropy&) {
+  throw std::runtime_error("masked_cross_entropy_bf16 needs AVX-512 BF16");
 }
 
 #endif

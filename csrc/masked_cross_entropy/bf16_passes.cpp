@@ -1,6 +1,6 @@
 // Compiled for AVX-512 BF16 and, if the compiler supports it, AMX. Each function is one pass over a panel; the
-// order of the passes is in masked_cross_entropy.cpp.
-#include "masked_cross_entropy/panel_passes.h"
+// order of the passes is in bf16.cpp.
+#include "masked_cross_entropy/bf16_passes.h"
 
 #include "common/exp.h"
 #include "masked_cross_entropy/panel_packing.h"
