@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ NO_OTHER_CLIPS = ("data.source:", "data.workers:")  # the same files elsewhere, 
 FAILURES = (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError)
 
 
-@command
+@partial(command, ranks=True)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bestrq2 train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

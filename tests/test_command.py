@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bestrq2 import stats
 from bestrq2.__main__ import COMMANDS, main
 from bestrq2.command import _Output, command, leave, sentence
 from bestrq2.config import Config
@@ -47,6 +48,20 @@ def test_every_part_has_help(name, capsys):
 def test_only_the_chosen_part_is_imported():
     code = "import sys; from bestrq2.__main__ import main; main(['--help']); print('torch' in sys.modules)"
     assert run("-c", code).stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("called", [main, stats.main])
+def test_a_command_that_torchrun_starts_is_refused_once(called, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bestrq2", *(["stats"] if called is main else []), "--clips=1"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        called()
+    assert (ended.value.code, capsys.readouterr().err) == (0, "")
+    monkeypatch.setenv("RANK", "0")
+    assert called() == 2
+    told = "error: this command works in one process: start it without torchrun, which is for bestrq2 train\n"
+    assert capsys.readouterr().err == told
 
 
 def test_former_module_names_work(tmp_path):
