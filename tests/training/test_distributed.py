@@ -186,7 +186,7 @@ def test_killed_rank_restarts_from_the_last_checkpoint(tmp_path, data, alone):
 
 
 def test_ranks_that_are_left_tell_from_where_the_run_goes_on(tmp_path, alone):
-    """What gloo raises in the others where one is killed; a single process has nobody to lose."""
+    """They get errors of gloo where one is killed. A single process has no other rank to lose."""
     gone = "[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18612"
     for folder, told in ((alone, "goes on from step 8"), (tmp_path, "begins again: nothing was saved yet")):
         message = rf"^another rank ended; see the messages of the other ranks; bestrq2 train --resume \S+ {told}$"
