@@ -181,6 +181,7 @@ def write_onnx(
         made = stage / path.name
         with named_in_errors(made):
             _save_onnx(made, program, describe(encoder, config))
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nor its complaint where the home cannot be written
         try:
             import onnxruntime
         except ImportError:

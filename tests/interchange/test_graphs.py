@@ -1,6 +1,7 @@
 """Encoders as graphs: torch.export always, ONNX where onnxruntime is installed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -112,13 +113,15 @@ def test_torch_export(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx(case, tmp_path):
+def test_onnx(case, tmp_path, monkeypatch):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     config, encoder, program = case
     path = tmp_path / "encoder.onnx"
     assert "checked by onnxruntime" in write_onnx(path, program, encoder, config)
     assert [file.name for file in tmp_path.iterdir()] == ["encoder.onnx"]  # weights inside
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     assert metadata["sampling_rate"] == "16000"
