@@ -262,13 +262,15 @@ def _thread_failures(err: _Output) -> Iterator[None]:
 def check_alone() -> None:
     """
     Raises:
-        ConfigError: if torchrun started this process as the first of several, each of which would do all of the work.
-        SystemExit: in the others, without a word: torchrun shows what the first one says.
+        ConfigError: if torchrun started this process as one of several, each of which would do all of the work. In
+            every one of them: a program that torchrun started may give each a part of its own, and none may be lost.
     """
-    if _several_ranks() and (rank := os.environ.get("RANK")):
-        if rank != "0":
-            raise SystemExit(0)
-        raise ConfigError("this command works in one process: start it without torchrun, which is for bestrq2 train")
+    # Schedulers of clusters set RANK and WORLD_SIZE in every container, whatever is run there, but no LOCAL_RANK.
+    if _several_ranks() and os.environ.get("RANK") and os.environ.get("LOCAL_RANK"):
+        raise ConfigError(
+            "this command works in one process: start it without torchrun, which is for bestrq2 train; where a program "
+            "under torchrun calls it, without RANK in its environment"
+        )
 
 
 def command(main: Main, ranks: bool = False) -> Main:
