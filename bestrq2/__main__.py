@@ -8,13 +8,14 @@ bestrq2 COMMAND --help
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 
 from bestrq2.signals import importing
 from bestrq2.version import __version__
 
 with importing():
-    from bestrq2.command import command, leave
+    from bestrq2.command import check_alone, command, leave
 
 COMMANDS = {
     "train": ("bestrq2.train", "pretrain an encoder, or continue a run"),
@@ -36,7 +37,7 @@ def usage() -> str:
     return f"usage: bestrq2 COMMAND ...\n\n{__doc__.strip()}\n\ncommands:\n{lines}"
 
 
-@command
+@partial(command, ranks=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names; only its modules are imported."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
+    if arguments is None and name != "train":
+        check_alone()
     with importing():
         module = import_module(COMMANDS[name][0])
     return module.main(rest)

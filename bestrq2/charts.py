@@ -1,5 +1,6 @@
 """Text of users in charts: names of runs, files and classes are drawn as they are written."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -20,11 +21,18 @@ def plain_text() -> Iterator[None]:
 
 def _matplotlib() -> Any:
     """Import matplotlib whatever ``MPLBACKEND`` says. Commands that a notebook starts in another environment (Colab,
-    Kaggle) inherit one that is not installed there, which ends the import. We draw into files and need none."""
+    Kaggle) inherit one that is not installed there, which ends the import. We draw into files and need none.
+
+    Nor does it speak of a home that cannot be written, where it takes a temporary folder for its cache."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
     given = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
     try:
+        if "matplotlib" not in sys.modules:
+            log.setLevel(logging.ERROR)
         import matplotlib
     finally:
+        log.setLevel(level)
         if given is not None:
             os.environ["MPLBACKEND"] = given
     if given:

@@ -21,7 +21,7 @@ from bestrq2.signals import FOLDER_GONE, end_imports, folder_is_gone, handled_by
 from bestrq2.console import console_log
 from bestrq2.errors import REMEDIES, BestRQError, ConfigError, byte_count, printable, system_reason
 
-__all__ = ["command", "leave", "output_closed", "sentence"]
+__all__ = ["check_alone", "command", "leave", "output_closed", "sentence"]
 
 # Threads that wait must not spin: on a laptop whose other core is busy, spinning made small models 2.7 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -259,8 +259,22 @@ def _thread_failures(err: _Output) -> Iterator[None]:
         threading.excepthook = before
 
 
-def command(main: Main) -> Main:
-    """Decorate the ``main(arguments) -> exit code`` of a command.
+def check_alone() -> None:
+    """
+    Raises:
+        ConfigError: if torchrun started this process as one of several, each of which would do all of the work. In
+            every one of them: a program that torchrun started may give each a part of its own, and none may be lost.
+    """
+    # Schedulers of clusters set RANK and WORLD_SIZE in every container, whatever is run there, but no LOCAL_RANK.
+    if _several_ranks() and os.environ.get("RANK") and os.environ.get("LOCAL_RANK"):
+        raise ConfigError(
+            "this command works in one process: start it without torchrun, which is for bestrq2 train; where a program "
+            "under torchrun calls it, without RANK in its environment"
+        )
+
+
+def command(main: Main, ranks: bool = False) -> Main:
+    """Decorate the ``main(arguments) -> exit code`` of a command. ``ranks``: torchrun may start several of it.
 
     Foreseeable failures are printed as ``error: ...`` and give exit code 2, Ctrl-C and SIGTERM 130 and 143. Output that
     cannot be written never ends the work: if its reader went away nothing more is printed, else the exit code is 2.
@@ -272,6 +286,8 @@ def command(main: Main) -> Main:
                 with _stop_signals():
                     if folder_is_gone():
                         raise ConfigError(FOLDER_GONE)
+                    if arguments is None and not ranks:
+                        check_alone()
                     code = main(arguments)
             except SystemExit as ended:  # argparse, after --help or a wrong option
                 if _lost(out, err) and not ended.code:

@@ -43,7 +43,7 @@ from bestrq2.errors import counted, printable, tabular
 from bestrq2.hardware import choose_device
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
-from bestrq2.outputs import add_overwrite, alone_in, check_new
+from bestrq2.outputs import add_overwrite, alone_in, busy, check_new
 
 NPY_RESULTS, PARQUET_RESULTS = ("clips.npy", "index.csv"), ("features.parquet",)
 _LONGEST_NAME = 200  # bytes
@@ -298,8 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine}
     reading["rows"] = options.rows
-    busy = f"--out: another process is writing to {printable(str(options.out))}; wait for it, or choose another name"
-    with alone_in(options.out, ConfigError(busy)):
+    with alone_in(options.out, busy("--out", options.out)):
         check_results(options)  # another process may have written them meanwhile
         writer: Writer = ParquetWriter(options.out) if options.format == "parquet" else NpyWriter(options.out)
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bestrq2.errors import BestRQError, ConfigError, printable
 
-__all__ = ["add_overwrite", "alone_in", "check_new", "check_writable", "numbered"]
+__all__ = ["add_overwrite", "alone_in", "busy", "check_new", "check_writable", "numbered"]
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +68,12 @@ def alone_in(folder: Path, refusal: BestRQError, file: str | None = None) -> Ite
         yield
     finally:
         os.close(descriptor)
+
+
+def busy(option: str, folder: Path) -> ConfigError:
+    """The refusal of :func:`alone_in` for the folder that an option of a command names."""
+    name = printable(str(folder))
+    return ConfigError(f"{option}: another process is writing to {name}; wait for it, or choose another name")
 
 
 def check_writable(option: str, folder: Path, result: Path | None = None) -> None:

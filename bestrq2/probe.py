@@ -43,7 +43,7 @@ from bestrq2.hardware import choose_device
 from bestrq2.interchange import open_encoder, open_source
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
 from bestrq2.models.readout import POOLINGS, ROW_JOINS, averaged_rows
-from bestrq2.outputs import add_overwrite, check_new, check_writable, numbered
+from bestrq2.outputs import add_overwrite, alone_in, busy, check_new, check_writable, numbered
 from bestrq2.probing import controls, report
 from bestrq2.probing.evaluation import Outcome
 from bestrq2.probing.experiment import Experiment, assemble
@@ -208,9 +208,11 @@ def run(options: argparse.Namespace) -> int:
         print("The best of several layers was chosen on the test clips: its score is optimistically biased.")
     shown = {name: str(value) for name, value in vars(options).items() if value not in (None, [])}
     out = numbered("probe") if options.out is None else options.out
-    if options.out is not None:  # another process may have written them meanwhile
-        check_new("--out", [out / name for name in results], options.overwrite)
-    written = report.write(out, outcomes, experiment, {**origin, "options": shown})
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out, busy("--out", out)):
+        if options.out is not None:  # another process may have written them meanwhile
+            check_new("--out", [out / name for name in results], options.overwrite)
+        written = report.write(out, outcomes, experiment, {**origin, "options": shown})
     print(f"Written: {', '.join(map(str, written))}")
     return 1 if any(rung.holds is False for rung in rungs) else 0
 

@@ -113,7 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         encoder = load(options.encoder, device=choose_device(options.device, option="--device"))
         if not isinstance(encoder, ConformerEncoder):
-            raise ConfigError(f"{options.encoder}: only a Conformer can stream, this is a {type(encoder).__name__}")
+            raise ConfigError(
+                f"{options.encoder}: only a Conformer can stream, this is a "
+                f"{type(encoder).__name__}: train one, bestrq2 train --config streaming_conformer --data FOLDER"
+            )
         layout = encoder.layout
         if options.chunk_size is not None or options.left_context is not None:
             chunk = layout.chunk_size if options.chunk_size is None else options.chunk_size

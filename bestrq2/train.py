@@ -17,10 +17,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bestrq2.command import command, leave
+from bestrq2.command import command, leave, sentence
 
 # isort: split
 import torch
@@ -30,13 +31,13 @@ from bestrq2.config.describing import describe
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.content import changed_files, replaced_files
 from bestrq2.data.fingerprint import data_fingerprint
-from bestrq2.errors import CheckpointError, OutOfMemory, TrainingError, printable
+from bestrq2.errors import BestRQError, CheckpointError, OutOfMemory, TrainingError, printable
 from bestrq2.hardware import APPLE, choose_device, choose_precision
 from bestrq2.hashing import mix
 from bestrq2.interchange.opening import open_teacher
 from bestrq2.models import BestRQ, BestRQ2, build_model
 from bestrq2.runs.changes import check_resume
-from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoints, newest_intact
+from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoints, newest_intact, read_state
 from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import read_metrics
 from bestrq2.training.batch_finder import find_batch
@@ -53,7 +54,7 @@ NO_OTHER_CLIPS = ("data.source:", "data.workers:")  # the same files elsewhere, 
 FAILURES = (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError)
 
 
-@command
+@partial(command, ranks=True)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bestrq2 train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -140,7 +141,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.is_first:
             new.note_skips(dataset.left_out)
         try:
-            return start(config, dataset, new, None, ranks)
+            with lost_ranks_told(new, ranks):
+                return start(config, dataset, new, None, ranks)
         except BaseException as error:
             if ranks.is_first and new.remove_unused() and isinstance(error, KeyboardInterrupt):
                 print(f"nothing was saved yet, {new.path} is removed; the same command starts again", file=sys.stderr)
@@ -240,7 +242,8 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     write = bool(overrides or values or changes)
     if write:
         ranks.all_agree(lambda: open_teacher(config))  # one that is refused must not be left in the run's configuration
-    return start(config, dataset, run, checkpoint, ranks, write)
+    with lost_ranks_told(run, ranks):
+        return start(config, dataset, run, checkpoint, ranks, write)
 
 
 def reopen_dataset(config: Config, run: RunFolder, moved: bool) -> CropDataset:
@@ -316,6 +319,26 @@ def start(
             ranks.from_first(lambda: run.write_config(config))
         return trainer.train()
     return train_head(config, dataset, run, checkpoint, ranks, write)
+
+
+@contextmanager
+def lost_ranks_told(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Say from where a run goes on whose other ranks are gone.
+
+    The present step is not saved: counts of codes that a rank made since the last checkpoint are gone with it.
+
+    Raises:
+        TrainingError: in place of what gloo says.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = sentence(error) or ""
+        if ranks.size == 1 or isinstance(error, BestRQError) or not told.startswith("another rank"):
+            raise
+        saved = list_checkpoints(run.checkpoints)
+        begin = f"goes on from step {read_state(saved[-1])['step']}" if saved else "begins again: nothing was saved yet"
+        raise TrainingError(f"{told.split(' (')[0]}; {run.resume_command()} {begin}") from error
 
 
 def seeded_model(config: Config, ranks: Ranks | None = None) -> BestRQ2 | BestRQ:

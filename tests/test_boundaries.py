@@ -19,6 +19,7 @@ LAYERS = [
         "bestrq2.errors",
         "bestrq2.encodings",
         "bestrq2.durability",
+        "bestrq2.real_content",
         "bestrq2.outputs",
         "bestrq2.signals",
         "bestrq2.console",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bestrq2 import stats
 from bestrq2.__main__ import COMMANDS, main
 from bestrq2.command import _Output, command, leave, sentence
 from bestrq2.config import Config
@@ -47,6 +48,30 @@ def test_every_part_has_help(name, capsys):
 def test_only_the_chosen_part_is_imported():
     code = "import sys; from bestrq2.__main__ import main; main(['--help']); print('torch' in sys.modules)"
     assert run("-c", code).stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("called", [main, stats.main])
+def test_a_command_that_torchrun_starts_is_refused(called, monkeypatch, capsys):
+    """On every rank: each may have been given a part of the work by the program that torchrun started."""
+    monkeypatch.setattr(sys, "argv", ["bestrq2", *(["stats"] if called is main else []), "--clips=1"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "error: this command works in one process: start it without torchrun, which is for bestrq2 train; "
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert called() == 2
+        assert capsys.readouterr().err.startswith(told)
+
+
+@pytest.mark.parametrize("rank", "01")
+def test_a_command_runs_in_a_container_with_a_rank(rank, monkeypatch, capsys):
+    """Schedulers set these two in every container, whatever runs there."""
+    monkeypatch.setattr(sys, "argv", ["bestrq2", "stats", "--help"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        main()
+    assert "usage: bestrq2 stats" in capsys.readouterr().out
 
 
 def test_former_module_names_work(tmp_path):

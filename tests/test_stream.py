@@ -46,7 +46,7 @@ def test_live_features_equal_encode(runs, tmp_path, capsys):
     [
         (["full", "AUDIO"], "cannot stream exactly: attention to the whole sequence"),
         (["full", "AUDIO", "--chunk-size", "8"], 'conv_mode "full" looks ahead'),
-        (["vit", "AUDIO"], "only a Conformer can stream, this is a ViTEncoder"),
+        (["vit", "AUDIO"], "this is a ViTEncoder: train one, bestrq2 train --config streaming_conformer"),
         (["nothing", "AUDIO"], "no such file or folder"),
         (["streaming", "missing.wav"], "missing.wav"),
         (["streaming", "AUDIO", "--piece", "0"], "pieces of at least one sample"),

@@ -19,8 +19,9 @@ from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
 from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
 from bestrq2.data.hidden_audio import audio_behind_end
-from bestrq2.data.mistaken import not_audio, same_letters, warn_of_levels
+from bestrq2.data.mistaken import same_letters, warn_of_levels
 from bestrq2.errors import AudioError, DataError, check_open_files
+from bestrq2.real_content import real_content
 
 __all__ = [
     "AudioDigest",
@@ -226,7 +227,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 open(name, "rb").close()
             except OSError as reason:  # which libsndfile does not give
                 check_open_files(reason)
-        what = not_audio(name) if member is None else ""
+        what = real_content(name) if member is None else ""
         raise AudioError(name, "not decodable", what or error.error_string.strip()) from error
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AudioError(name, "not decodable", str(error)) from error

@@ -1,4 +1,4 @@
-"""Files of audio that are missing, not decodable or not what they seem: reasons that a user can act on."""
+"""Files of audio that are missing or not what they seem: reasons that a user can act on."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from bestrq2.data.files import to_text
 from bestrq2.encodings import name_in_another_encoding
 from bestrq2.errors import printable
 
-__all__ = ["not_audio", "same_letters", "warn_of_levels"]
+__all__ = ["same_letters", "warn_of_levels"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +76,3 @@ def same_letters(name: str) -> str:
         return "a file of this name in Latin-1 is there: rename it (convmv -f cp1252 -t utf-8)"
     form = "NFD" if unicodedata.is_normalized("NFC", base) else "NFC"
     return f"a file of this name in Unicode normal form {form} is there: rename it, or write the manifest in {form}"
-
-
-def not_audio(name: str) -> str:
-    """A name for the content of a file that no decoder takes, by its first bytes; empty if unknown."""
-    try:
-        with open(name, "rb") as file:
-            start = file.read(256).lstrip()
-    except OSError:
-        return ""
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer instead of the file: run git lfs pull"
-    if start[:14].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
-        return f"a web page: {printable(start[:40].decode('utf-8', 'replace'))}"
-    if start.startswith(b"ID3"):
-        return "an ID3 tag without audio behind it, or in a format that is not known"
-    return ""

@@ -69,7 +69,7 @@ class ExportableEncoder(nn.Module):
 
     Shapes: waveform ``(B, S)`` float32, lengths ``(B,)`` int64 in 1..S -> features ``(B, T, D)`` float32, zero behind a
     clip's end, and feature_lengths ``(B,)`` int64. T is the largest of these. Inside it is at least 2: sizes of 1 would
-    make graphs of their own.
+    make graphs of their own. A graph cannot refuse lengths below 1 or above S, so features of such a clip are NaN.
     """
 
     def __init__(self, encoder: ViTEncoder | ConformerEncoder, frames_per_column: int) -> None:
@@ -77,6 +77,15 @@ class ExportableEncoder(nn.Module):
         self.log_mel = ExportableLogMel(encoder.front_end)
         self.hop, self.width = encoder.front_end.hop_length, frames_per_column
         self.shortest = encoder.min_samples  # with one feature frame
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        num_samples = waveform.shape[1]
+        there = (lengths >= 1) & (lengths <= num_samples)
+        features, totals = self.encode(waveform, lengths.clamp(min=1, max=num_samples))
+        return torch.where(there[:, None, None], features, torch.nan), totals
+
+    def encode(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def columns(self, samples: Tensor) -> Tensor:
         return (1 + samples // self.hop) // self.width
@@ -114,7 +123,7 @@ class ExportableViT(ExportableEncoder):
         self.encoder = encoder
         self.window = encoder.window_columns
 
-    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         num_samples = waveform.shape[1]
         window, column = self.window, self.hop * self.width
         waveform = torch.where(_inside(lengths, num_samples), waveform, 0.0)
@@ -164,7 +173,7 @@ class ExportableConformer(ExportableEncoder):
         super().__init__(encoder, encoder.factor)
         self.encoder = encoder
 
-    def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         num_samples = waveform.shape[1]
         waveform = torch.where(_inside(lengths, num_samples), waveform, 0.0)
         lengths = lengths.clamp(min=self.shortest)

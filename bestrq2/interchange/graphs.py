@@ -55,8 +55,8 @@ def describe(encoder: ViTEncoder | ConformerEncoder, config: Config) -> dict[str
         "hop_size_in_ms": encoder.hop_size_in_ms,
         "output_dim": encoder.output_dim,
         "waveform": "float32 (batch, samples), mono, zeros behind a clip's end",
-        "lengths": "int64 (batch,), samples of each clip, at least 1",
-        "features": "float32 (batch, frames, width), zeros behind a clip's end",
+        "lengths": "int64 (batch,), samples of each clip, at least 1, at most those of waveform",
+        "features": "float32 (batch, frames, width), zeros behind a clip's end; NaN if its length is out of range",
         "feature_lengths": "int64 (batch,), frames of each clip",
     }
     return {
@@ -181,6 +181,7 @@ def write_onnx(
         made = stage / path.name
         with named_in_errors(made):
             _save_onnx(made, program, describe(encoder, config))
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nor its complaint where the home cannot be written
         try:
             import onnxruntime
         except ImportError:

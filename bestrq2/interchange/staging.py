@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from bestrq2.errors import CheckpointError, ConfigError, printable
-from bestrq2.outputs import alone_in
+from bestrq2.errors import CheckpointError, ConfigError
+from bestrq2.outputs import alone_in, busy
 
 Check = Callable[[], None]
 
@@ -35,8 +35,7 @@ def staged(folder: Path, names: Sequence[str], look_again: Check | None = None, 
     folder.mkdir(parents=True, exist_ok=True)
     done = False
     try:
-        busy = f"{alone}: another process is writing to {printable(str(folder))}; wait for it, or choose another name"
-        with alone_in(folder, ConfigError(busy)) if alone else nullcontext():
+        with alone_in(folder, busy(alone, folder)) if alone else nullcontext():
             stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
             try:
                 with _named_without(stage):

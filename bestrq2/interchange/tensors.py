@@ -18,6 +18,7 @@ from bestrq2.durability import save_file
 from bestrq2.errors import CheckpointError, system_reason
 from bestrq2.models import ConformerEncoder, ViTEncoder, build_encoder
 from bestrq2.models.build import load_weights
+from bestrq2.real_content import real_content
 
 CONFIG_ENTRY = "bestrq2_config"  # metadata name under which an encoder file keeps its configuration
 ENCODER = "encoder."
@@ -33,7 +34,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {real_content(path) or error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -102,9 +103,11 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 def refuse_pickle(path: Path) -> None:
     """
     Raises:
-        ConfigError: if ``path`` is a pickle by its name. Unpickling runs code of whoever made the file.
+        ConfigError: if ``path`` is a pickle by its name, whatever it is. Unpickling runs code of whoever made the file.
     """
     if path.suffix.lower() in PICKLES:
+        if (what := real_content(path)) and not what.startswith("a ZIP"):
+            raise ConfigError(f"{path}: {what}")
         raise ConfigError(
             f"{path}: pickled checkpoints are never opened here, because that runs code from the file. Where you trust "
             "it, convert it once: weights = torch.load(PATH, weights_only=True, map_location='cpu'); "

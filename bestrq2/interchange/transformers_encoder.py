@@ -21,10 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bestrq2.config import ConfigError
+from bestrq2.errors import CheckpointError
 from bestrq2.models.build import check_finite
+from bestrq2.real_content import real_content
 from bestrq2.runs.checkpoint import unreadable
 
 from .adapters import ForeignEncoder
@@ -213,6 +216,10 @@ def _open(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **common
             )
         extractor = AutoFeatureExtractor.from_pretrained(folder, **common)
+    except SafetensorError as error:
+        found = ((path, real_content(path)) for path in sorted(folder.glob("*.safetensors")))
+        told = next((f"{path}: {what}" for path, what in found if what), f"{folder}: damaged weights: {error}")
+        raise CheckpointError(told) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = ""

@@ -5,6 +5,7 @@ ranks, on what ran before, or on the device, so resumed and distributed runs see
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,24 @@ def _mix_next(state: Tensor, key: Tensor) -> Tensor:
     state = (state ^ _shift(state, 30)) * _signed(_M1)
     state = (state ^ _shift(state, 27)) * _signed(_M2)
     return state ^ _shift(state, 31)
+
+
+def clip_index(index: Tensor | Sequence[int] | None, num_clips: int) -> Tensor:
+    """``(B,)`` int64 numbers of the clips; None: 0..B-1.
+
+    Raises:
+        TypeError: if they are not integers: rounded to float, clips far into a training order would share a number.
+        ValueError: for another count.
+    """
+    if index is None:
+        return torch.arange(num_clips, device="cpu")
+    if not isinstance(index, Tensor):
+        index = torch.as_tensor(index, device="cpu")
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"index must hold integers, the places of the clips in the training order, got {index.dtype}")
+    if index.shape != (num_clips,):
+        raise ValueError(f"expected one index per clip, ({num_clips},), got {tuple(index.shape)}")
+    return index.to(torch.int64)
 
 
 def random_keys(seed: int, index: Tensor, num: int) -> Tensor:

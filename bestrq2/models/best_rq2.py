@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bestrq2.hashing import mix
 from bestrq2.layers.code_head import CodeHead
-from bestrq2.layers.counter_random import normal
+from bestrq2.layers.counter_random import clip_index, normal
 from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import PairMixing
@@ -18,6 +18,7 @@ from bestrq2.layers.pytrees import tree_of_tensors
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.thinning import num_kept, thin
 from bestrq2.layers.transformer import TransformerSettings
+from bestrq2.ops._impl.arguments import integer
 from bestrq2.ops._impl.compiler import never_compiled
 
 from .clip_head import ClipHead
@@ -174,6 +175,7 @@ class _Pretraining(nn.Module):
         A function of the arguments and of frozen tensors alone, so it may be computed before the updates of earlier
         steps and handed to the forward pass.
         """
+        step, index = integer("step", step), clip_index(index, len(waveform))
         patches = single = self.encoder.patches(waveform, lengths)
         mixture = None
         if self.mixing is not None and self.training:
@@ -214,7 +216,7 @@ class _Pretraining(nn.Module):
         index: Tensor | None = None,
         prepared: Prepared | None = None,
     ) -> PretrainOutput:
-        index = torch.arange(len(waveform), device="cpu") if index is None else index
+        step, index = integer("step", step), clip_index(index, len(waveform))
         patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
 
         hidden, seen = self._predict(patches, plan, step, index, with_seen=self.clip_head is not None)

@@ -3,10 +3,14 @@
 Letters: N clips, C classes.
 """
 
+import ast
+import io
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import isfinite, isnan
 from typing import Any
 
@@ -186,7 +190,10 @@ def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
     if task.kind != "multilabel":
         return str(cells[0]).strip()
     if len(cells) == 1:
-        parts = cells[0] if isinstance(cells[0], list) else str(cells[0]).split(task.separator)
+        try:
+            parts = cells[0] if isinstance(cells[0], list) else _split(str(cells[0]).strip(), task.separator)
+        except ValueError as error:
+            raise ManifestError(f"{task.path}: {file.path}: {task.label_columns[0]!r}: {error}") from error
         return sorted({str(part).strip() for part in parts if str(part).strip()})
     chosen = []
     for name, cell in zip(task.label_columns, cells):
@@ -196,6 +203,30 @@ def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
         if text in _YES:
             chosen.append(name)
     return chosen
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The labels of a cell: between separators, or a list as JSON or Python write it.
+
+    Raises:
+        ValueError: for what begins and ends like such a list and is none, such as one of numpy, without commas.
+    """
+    if text == "[]":
+        return []
+    if not re.fullmatch(r"""[\[({]\s*['"].*[\])}]""", text, re.DOTALL):
+        return text.split(separator)
+    no_list = ValueError(f"expected labels between {separator!r}, or a list such as ['a', 'b'], got {printable(text)}")
+    try:
+        values = ast.literal_eval(text)
+        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    except (SyntaxError, ValueError, tokenize.TokenError, MemoryError, RecursionError) as error:
+        raise no_list from error
+    values = [values] if isinstance(values, str) else values
+    if isinstance(values, dict) or not all(isinstance(value, str) for value in values):
+        raise no_list
+    if (tokenize.STRING, tokenize.STRING) in pairwise(tokens):  # Python joins two strings without a comma
+        raise no_list
+    return list(values)
 
 
 def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> None:
@@ -225,12 +256,16 @@ def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> No
 
 
 def _doubtful_separator(classes: Sequence[str], task: ProbeTask) -> list[str]:
-    """A warning where most labels contain another usual separator, so that a cell was taken for one label."""
+    """A warning where labels contain another usual separator, so that a cell was taken for one label: most of them, or
+    one with a part that is a label by itself."""
     if len(task.label_columns) > 1:
         return []
     for other in ";|,":
-        if other != task.separator and 2 * sum(other in name for name in classes) > len(classes):
-            example = next(name for name in classes if other in name)
+        joined = [name for name in classes if other in name and other != task.separator]
+        telling = [name for name in joined if not {part.strip() for part in name.split(other)}.isdisjoint(classes)]
+        most = 2 * len(joined) > len(classes)
+        if most or telling:
+            example = joined[0] if most else telling[0]
             return [f"labels such as {example!r} are taken as one: if they are several, add --separator '{other}'"]
     return []
 

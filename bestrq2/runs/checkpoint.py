@@ -23,6 +23,7 @@ from torch import Tensor
 from bestrq2.config import recipe_names
 from bestrq2.durability import flush_file, flush_folder, save_file
 from bestrq2.errors import CheckpointError, byte_count, system_reason
+from bestrq2.real_content import real_content
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         except OSError as error:
             raise unreadable(folder / name, error) from error
         if actual != expected:
-            raise CheckpointError(f"{folder / name}: damaged (checksum {actual[:12]}, expected {expected[:12]})")
+            what = real_content(folder / name)
+            raise CheckpointError(
+                f"{folder / name}: damaged ({what or f'checksum {actual[:12]}, expected {expected[:12]}'})"
+            )
     return Checkpoint(folder, state["step"], state["config"], state["extra"])
 
 

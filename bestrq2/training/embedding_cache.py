@@ -167,9 +167,14 @@ class EmbeddingCache:
 
 @torch.inference_mode()
 def build_cache(
-    root: Path, config: Config, files: Sequence[AudioFile], encoder: nn.Module, device: torch.device
+    root: Path,
+    config: Config,
+    files: Sequence[AudioFile],
+    encoder: nn.Module,
+    device: torch.device,
+    quiet: bool = False,
 ) -> EmbeddingCache:
-    """Compute what is not there yet.
+    """Compute what is not there yet; ``quiet`` where another rank has told of it.
 
     Raises:
         CheckpointError: if a shard cannot be written.
@@ -192,7 +197,7 @@ def build_cache(
     encoder.to(device)
     shards, records, made = [], [], 0
     groups = [files[start : start + FILES_PER_SHARD] for start in range(0, len(files), FILES_PER_SHARD)]
-    for number, group in enumerate(progress_bar(groups, desc="embeddings", unit="shard")):
+    for number, group in enumerate(progress_bar(groups, desc="embeddings", unit="shard", disable=quiet)):
         path = folder / f"shard-{number:05d}.safetensors"
         contents = [content_digest(item) for item in group]
         record = _verified(path, contents)
@@ -201,7 +206,8 @@ def build_cache(
             made += 1
         shards.append(path)
         records.append(record)
-    logger.info(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
+    if not quiet:
+        logger.info(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
     settings = "" if isinstance(encoder, ModuleAdapter) else settings
     return EmbeddingCache(shards, records, digest, settings, source.output_dim)
 

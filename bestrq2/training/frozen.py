@@ -75,7 +75,7 @@ class HeadTrainer(Trainer):
             )
         # Settings as another version of a library has them may differ in name alone: no reason to refuse.
         settings = dataset.cache.settings
-        if checkpoint is not None and checkpoint.extra.get("encoder_settings", settings) != settings:
+        if ranks.is_first and checkpoint is not None and checkpoint.extra.get("encoder_settings", settings) != settings:
             logger.warning(
                 f"frozen.source: {config.frozen.source} has the weights that this run began with, but its settings, or "
                 "the versions of its libraries, have changed: its embeddings may be others"
@@ -136,12 +136,12 @@ def train_head(
     device = choose_device(config.train.device, ranks.local_rank)
     root = Path(config.frozen.cache) if config.frozen.cache else run.path / "embeddings"
 
-    def cache() -> EmbeddingCache:
-        return build_cache(root, config, dataset.files, open_frozen(config), device)
+    def cache(quiet: bool = False) -> EmbeddingCache:
+        return build_cache(root, config, dataset.files, open_frozen(config), device, quiet)
 
     if ranks.size > 1:  # the first rank makes the cache, and all of them find it complete
         ranks.from_first(lambda: len(cache()))
-    embeddings = cache()
+    embeddings = ranks.all_agree(lambda: cache(quiet=ranks.size > 1))
     for skip in embeddings.skips if ranks.is_first else ():
         logger.warning(f"skipped {skip}")
     trainer = HeadTrainer(config, EmbeddingDataset(embeddings, dataset, config), run, ranks, checkpoint)

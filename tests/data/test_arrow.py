@@ -131,9 +131,13 @@ def test_faults_are_named(tmp_path):
     assert len(files) % 4 == 0
     assert "rows can be read, then: " in str(report.skips[0])
     _check(files, tiny_dataset()[: len(files)])
-    for name, bad in (("text.parquet", b"hello"), ("text.arrow", b"hello"), ("zero.arrow", b"")):
+    for name, bad, reason in (
+        ("text.parquet", b"hello", "damaged archive .text instead of the file: hello"),
+        ("text.arrow", b"\1hello", "damaged archive"),
+        ("zero.arrow", b"", "empty file"),
+    ):
         (tmp_path / name).write_bytes(bad)
-        with pytest.raises(DataError, match="damaged archive"):
+        with pytest.raises(DataError, match=reason):
             collect(tmp_path / name)
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="no audio column; the columns are text"):

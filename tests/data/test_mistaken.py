@@ -45,7 +45,11 @@ def test_a_name_in_another_encoding(tmp_path, there, asked, hint):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer .* git lfs pull"),
         (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
         (b"ID3\x04\x00\x00\x00\x00\x02\x00" + bytes(256), "an ID3 tag without audio"),
-        (b"nothing that is known", "not decodable"),
+        (b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(99), r"MP4, M4A .* convert it \(ffmpeg -i IN OUT\.flac"),
+        (b"\xff\xf1\x50\x80" + bytes(99), "AAC, which is .*ffmpeg"),
+        (bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "WMA or WMV, which is .*ffmpeg"),
+        (b"404: Not Found\n", "text instead of the file: 404: Not Found"),
+        (b"\1nothing that is known", "not decodable"),
     ],
 )
 def test_what_is_there_instead_of_audio(tmp_path, content, message):

@@ -1,6 +1,7 @@
 """Encoders as graphs: torch.export always, ONNX where onnxruntime is installed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def test_form_without_branches_is_exact(case):
     _, encoder, _ = case
     graph = exportable(encoder)
     assert largest_error(encoder, graph) < 1e-5
+    out_of_range(graph)
     hop = round(encoder.hop_size_in_ms * 16)
     borders = [1, 2, 7, hop, 2 * hop - 1, 16000, 16000 + hop, 32000 + 3 * hop]
     lengths = torch.tensor(sorted({max(1, border + step) for border in borders for step in (-1, 0)}))
@@ -51,6 +53,16 @@ def test_form_without_branches_is_exact(case):
     features, found = graph(waveform, lengths)
     assert torch.equal(found, counts)
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def out_of_range(run):
+    """Lengths below 1 and above the samples that are there: a graph has no other way to refuse them than NaN."""
+    waveform = 0.1 * torch.randn(4, 5000)
+    features, counts = run(waveform, torch.tensor([0, 5000, 5001, 10**12]))
+    assert features.isnan().flatten(1).all(1).tolist() == [True, False, True, True]
+    alone, frames = run(waveform[1:2], torch.tensor([5000]))
+    assert counts[1] == frames[0] == alone.shape[1] == features.shape[1]
+    torch.testing.assert_close(features[1], alone[0])
 
 
 CONFORMER = "model.encoder.conformer."
@@ -97,16 +109,19 @@ def test_torch_export(case, tmp_path):
         expected, expected_counts = encoder.encode(waveform)
         assert torch.equal(counts, expected_counts)
         torch.testing.assert_close(features[:, : expected.shape[1]], expected, atol=1e-5, rtol=1e-5)
+    out_of_range(module)
 
 
 @pytest.mark.slow
-def test_onnx(case, tmp_path):
+def test_onnx(case, tmp_path, monkeypatch):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     config, encoder, program = case
     path = tmp_path / "encoder.onnx"
     assert "checked by onnxruntime" in write_onnx(path, program, encoder, config)
     assert [file.name for file in tmp_path.iterdir()] == ["encoder.onnx"]  # weights inside
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     assert metadata["sampling_rate"] == "16000"
@@ -121,6 +136,13 @@ def test_onnx(case, tmp_path):
         assert counts.tolist() == expected_counts.tolist()
         found = torch.from_numpy(features)[:, : expected.shape[1]]
         torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+    names = ["features", "feature_lengths"]
+    out_of_range(
+        lambda waveform, lengths: [
+            torch.from_numpy(out)
+            for out in session.run(names, {"waveform": waveform.numpy(), "lengths": lengths.numpy()})
+        ]
+    )
 
 
 SHORT = {"win_length": 400, "hop_length": 160, "num_mels": 40}

@@ -294,6 +294,21 @@ def test_files_of_others(tmp_path):
         bestrq2.load(tmp_path / "noise.safetensors")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer .* git lfs pull"),
+        (b"<!DOCTYPE html><title>404</title>", "a web page"),
+        (b"", "an empty file"),
+    ],
+)
+def test_what_is_there_instead_of_a_model(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        bestrq2.load(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["last.ckpt", "model.pt", "pytorch_model.bin"])
 def test_pickles_are_refused_unopened(name, tmp_path):
     path = tmp_path / name

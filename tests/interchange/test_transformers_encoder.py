@@ -12,6 +12,7 @@ from safetensors import safe_open
 from bestrq2 import embed, train
 from bestrq2.config import ConfigError
 from bestrq2.data import tiny_dataset
+from bestrq2.errors import CheckpointError
 from bestrq2.interchange import open_encoder
 from bestrq2.models.readout import averaged_rows
 from bestrq2.training.embedding_cache import module_digest
@@ -276,6 +277,14 @@ def test_refusals(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"pip install 'bestrq2\[transformers\]'"):
         open_encoder(folders / "wav2vec2")
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"version https://git-lfs", "git lfs pull"), (b"\1" * 9, "damaged")])
+def test_what_is_there_instead_of_weights(folders, tmp_path, content, told):
+    shutil.copytree(folders / "wav2vec2", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=told):
+        open_encoder(tmp_path / "broken")
 
 
 def test_weights_that_are_not_finite_are_refused(folders, tmp_path):

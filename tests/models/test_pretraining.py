@@ -182,3 +182,31 @@ def test_flops_count_matrix_products():
         ):
             transformer(tokens, angles=angles, first=first).sum().backward()
         assert counter.get_total_flops() == 3 * 2 * transformer.flops(tokens.shape[1], tokens.shape[1] - first)
+
+
+@pytest.mark.parametrize("recipe", ["best_rq2_tiny", "best_rq_conformer_tiny"])  # with a mask token, and with noise
+def test_numbers_of_clips_may_be_of_any_integer_type(recipe):
+    model = build_model(load_config(recipe)).eval()
+    waveform = 0.1 * torch.randn(3, 16000)
+    expected = model(waveform, step=2, index=torch.tensor([5, 0, 9])).loss
+    for index in ([5, 0, 9], *(torch.tensor([5, 0, 9], dtype=kind) for kind in (torch.int32, torch.uint8))):
+        assert model(waveform, step=2, index=index).loss == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "index", "error", "words"),
+    [
+        # 2^24 + 1 is not in float32: it would have the mask of the clip before.
+        (0, torch.tensor([2.0**24, 2.0**24 + 1]), TypeError, r"index must hold integers, .*, got torch\.float32"),
+        (0, torch.tensor([True, False]), TypeError, r"index must hold integers"),
+        (0, torch.arange(3), ValueError, r"expected one index per clip, \(2,\), got \(3,\)"),
+        (0, [[0, 1]], ValueError, r"expected one index per clip, \(2,\), got \(1, 2\)"),
+        (0.5, None, TypeError, r"step must be an integer, got 0\.5"),
+        (torch.tensor(3), None, TypeError, r"step must be an integer, got .*Tensor"),
+    ],
+)
+@pytest.mark.parametrize("function", ["forward", "prepare"])
+def test_wrong_steps_and_numbers_of_clips_are_refused(function, step, index, error, words):
+    model, waveform = tiny(), 0.1 * torch.randn(2, 16000)
+    with pytest.raises(error, match=words):
+        getattr(model, function)(waveform, None, step=step, index=index)

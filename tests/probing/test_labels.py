@@ -1,5 +1,7 @@
 """Labels from a manifest: accepted, missing and rejected rows."""
 
+import csv
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,3 +292,52 @@ def test_tasks_from_configurations_are_keys():
 def test_impossible_tasks(choices, message):
     with pytest.raises(ConfigError, match=message):
         ProbeTask(**choices)
+
+
+@pytest.mark.parametrize(
+    ("cell", "labels"),
+    [
+        ("['dog', 'wind']", {"dog", "wind"}),  # as pandas writes a list
+        ('["dog", "sea, calm"]', {"dog", "sea, calm"}),  # as json does
+        ("('dog',)", {"dog"}),
+        ("{'wind', 'dog'}", {"dog", "wind"}),
+        ("[ 'dog' ]", {"dog"}),
+        ("[]", set()),
+        ("[laughter];dog", {"[laughter]", "dog"}),
+        ("[laughter]", {"[laughter]"}),
+        ("(door) 'bang'", {"(door) 'bang'"}),
+    ],
+)
+def test_lists_that_a_table_holds_as_text(write, cell, labels):
+    with io.StringIO() as text:
+        csv.writer(text).writerows([["path", "tags"], ["0.wav", cell], ["1.wav", "dog;wind"], ["2.wav", "dog"]])
+        manifest = write(text.getvalue())
+    clips = read_clips(ProbeTask(manifest, label="tags", kind="multilabel"))
+    assert {name for name, has in zip(clips.classes, clips.targets[0]) if has} == labels
+    assert not any("separator" in text for text in clips.warnings)
+
+
+@pytest.mark.parametrize(
+    "cell", ["['dog' 'wind']", "{'dog': 'wind'}", "['dog', 3]", "['dog', wind']", "['it's', 'dog']"]
+)
+def test_text_that_is_almost_a_list_is_refused(write, cell):
+    """Python reads the first, as numpy writes it, as one label: dogwind."""
+    with io.StringIO() as text:
+        csv.writer(text).writerows([["path", "tags"], ["0.wav", cell], ["1.wav", "dog;wind"]])
+        manifest = write(text.getvalue())
+    with pytest.raises(ManifestError, match=r"0\.wav: 'tags': expected labels between ';', or a list such as"):
+        read_clips(ProbeTask(manifest, label="tags", kind="multilabel"))
+
+
+def test_another_separator_is_told_where_single_labels_are_many(write):
+    cells = ["dog", "cat", "wind", "rain", "dog|wind", "cow"]
+    manifest = write("path,tags\n" + "".join(f"{i}.wav,{cell}\n" for i, cell in enumerate(cells)))
+    warnings = read_clips(ProbeTask(manifest, label="tags", kind="multilabel")).warnings
+    assert "labels such as 'dog|wind' are taken as one: if they are several, add --separator '|'" in warnings
+
+
+def test_a_comma_within_a_name_is_no_separator(write):
+    cells = ["Dog", "Bark", '"Male speech, man speaking"', "Wind"]
+    manifest = write("path,tags\n" + "".join(f"{i}.wav,{cell}\n" for i, cell in enumerate(cells)))
+    warnings = read_clips(ProbeTask(manifest, label="tags", kind="multilabel")).warnings
+    assert not any("separator" in text for text in warnings)

@@ -10,11 +10,12 @@ import soundfile
 import torch
 
 from bestrq2 import load, probe
-from bestrq2.config import load_config
+from bestrq2.config import ConfigError, load_config
 from bestrq2.data import AudioFile, load_audio
 from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.layers import LogMel
 from bestrq2.models import build_model
+from bestrq2.outputs import alone_in
 from bestrq2.probing.features import Reading, clip_statistics, extract, frame_statistics, log_mel_frames
 
 SMALL = ["model.front_end.mean=-47", "model.front_end.std=31", "model.encoder.depth=1", "model.encoder.width=64"]
@@ -270,6 +271,15 @@ def test_options_without_a_use_are_told(option):
         task = probe.task_of(options)
         notes = probe.unused(options, task, probe.heads_of(options, task))
         assert [note.split()[0] for note in notes] == told
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(encoder_file, sounds, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    arguments = [str(encoder_file), str(sounds / "clips.csv"), "--label", "tone", "--group", "take", "--head", "knn"]
+    with alone_in(tmp_path, ConfigError("")):
+        assert probe.main([*arguments, "--folds", "2", "--out", str(tmp_path)]) == 2
+    assert "--out: another process is writing to" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_another_encoder(sounds, tmp_path):

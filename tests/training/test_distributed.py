@@ -1,6 +1,7 @@
 """Several ranks train the same curve as one, restart after a killed rank, and resume with another number of ranks."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from bestrq2.data import CropDataset, batches, tiny_dataset
 from bestrq2.errors import TrainingError
 from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.runs.folder import RunFolder, read_metrics
-from bestrq2.train import main, run, seeded_model
+from bestrq2.train import lost_ranks_told, main, run, seeded_model
 from bestrq2.training.distributed import Ranks
 from bestrq2.training.open_data import open_dataset
 from bestrq2.training.step import micro_batches
@@ -182,6 +183,18 @@ def test_killed_rank_restarts_from_the_last_checkpoint(tmp_path, data, alone):
     assert process.returncode == 0, output
     assert "Resuming" in output
     assert_same_curve(tmp_path / "killed", alone)
+
+
+def test_ranks_that_are_left_tell_from_where_the_run_goes_on(tmp_path, alone):
+    """They get errors of gloo where one is killed. A single process has no other rank to lose."""
+    gone = "[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18612"
+    for folder, told in ((alone, "goes on from step 8"), (tmp_path, "begins again: nothing was saved yet")):
+        message = rf"^another rank ended; see the messages of the other ranks; bestrq2 train --resume \S+ {told}$"
+        with pytest.raises(TrainingError, match=message), lost_ranks_told(RunFolder(folder), Ranks(0, 2)):
+            raise RuntimeError(gone)
+    for ranks, error in ((Ranks(), RuntimeError(gone)), (Ranks(0, 2), RuntimeError("a fault"))):
+        with pytest.raises(RuntimeError, match=re.escape(str(error))), lost_ranks_told(RunFolder(alone), ranks):
+            raise error
 
 
 def test_sigterm_reaches_all_ranks(tmp_path, data, alone):

@@ -21,6 +21,8 @@ from bestrq2.runs.checkpoint import newest_intact
 from bestrq2.runs.folder import read_metrics
 from bestrq2.training.embedding_cache import align, module_digest
 
+from .undisturbed import PLAIN
+
 TARGETS = ["model.front_end.mean=-47", "model.front_end.std=31", "model.targets.codebook_size=32"]
 HEAD = ["model.predictor.depth=1", "model.predictor.width=64", "model.predictor.hidden=96", "train.batch_size=8"]
 QUICK = [*TARGETS, *HEAD, "train.steps=12", "train.save_every=4", "train.log_every=4"]
@@ -56,6 +58,14 @@ def test_alignment_rule():
     # Columns behind the last frame take it; frames behind the last column are left out.
     assert align(features[:2], 40, 4, 40)[:, 0].tolist() == [1, 2, 2, 2]
     assert align(features, 40, 2, 40)[:, 0].tolist() == [1, 2]
+
+
+def test_one_of_several_ranks_tells_of_embeddings(encoder_file, tmp_path, nursery):
+    arguments = ["--runs", str(tmp_path), "--name", "run", "--frozen-encoder", str(encoder_file), *QUICK]
+    code, output = nursery.run(tmp_path, [*arguments, "train.steps=1"], PLAIN, ranks=2)
+    assert code == 0, output
+    assert [line for line in output.splitlines() if line.startswith("Embeddings:")][1:] == [], output
+    assert "1 of 1 shards computed" in output
 
 
 def test_encoder_is_unchanged_and_resume_repeats(encoder_file, tmp_path, plain_training, capsys):

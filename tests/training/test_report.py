@@ -325,3 +325,13 @@ print(os.environ["MPLBACKEND"], matplotlib.get_backend(auto_select=False))
     if backend == "svg":
         assert words[1] == "svg"
     assert Image.open(tmp_path / "a.png").size
+
+
+def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
+    """Matplotlib then takes a temporary folder, and told of it in two lines."""
+    (tmp_path / "file").touch()
+    home = {"HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MPLCONFIG", "XDG"))}
+    code = "from bestrq2.charts import plain_text\nwith plain_text(): pass"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**plain, **home})
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,6 +10,7 @@ from bestrq2.console import progress_bar
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import _HDF5, _TAR, Listing, split_address
 from bestrq2.errors import AudioError, Skip, check_open_files
+from bestrq2.real_content import real_content
 
 __all__ = ["list_archives", "open_member"]
 
@@ -48,6 +49,9 @@ def open_member(path: str) -> BinaryIO | SampleReader | None:
 
 def _list_archive(item: tuple[str, str]) -> Listing:
     listing = _listed(*item)
+    if not listing.files and listing.skips and (what := real_content(item[0])):
+        empty = what == "an empty file"
+        return Listing([], skips=[Skip(item[0], "empty file") if empty else Skip(item[0], "damaged archive", what)])
     if not (listing.files or listing.skips or listing.ignored):
         return Listing([], skips=[Skip(item[0], "no samples", "an archive without a single clip")])
     return listing
