@@ -31,6 +31,7 @@ def kernel(request, monkeypatch):
         if not extension.force_isa(request.param):
             pytest.skip(f"this processor or compiler lacks {request.param}")
         monkeypatch.setattr(cpu_fused, "FP32_INSTRUCTIONS", FP32_KERNELS)
+        monkeypatch.setattr(cpu_fused, "FP32_FEATURES", 10**6)
     yield request.param
     extension.limit_bf16_dot("amx")
     assert extension.force_isa(best)
@@ -40,7 +41,7 @@ def kernel(request, monkeypatch):
 def dtype(kernel):
     """The dtype of the products."""
     dtype = BF16 if kernel in BF16_KERNELS else torch.float32
-    assert cpu_fused.is_fused(dtype) == (kernel != "library")
+    assert cpu_fused.is_fused(dtype, 32) == (kernel != "library")
     return dtype
 
 

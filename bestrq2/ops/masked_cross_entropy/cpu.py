@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._impl import native
-from .cpu_fused import bf16_chunk_rows, is_fused, run_fused
+from .cpu_fused import FP32_CHUNK_ROWS, bf16_chunk_rows, is_fused, run_fused
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of logits kept at a time. Fewer cost time where the weight gradient is long: docs/kernels has numbers."""
@@ -29,10 +29,10 @@ CLASSES_PER_PRODUCT = 2048
 """Classes whose bf16 logit gradients are converted to fp32 at a time, on a processor without bf16 dot products."""
 
 
-def chunk_rows(rows: int, num_classes: int, item_bytes: int, *, gradients: bool) -> int:
+def chunk_rows(rows: int, num_classes: int, item_bytes: int, most: int = 2**63, *, gradients: bool) -> int:
     """Rows of one chunk: an even division of ``rows`` into chunks of about the wanted size at most, in steps of 16."""
     logits = CHUNK_BYTES // item_bytes if gradients else LOSS_CHUNK_LOGITS
-    most = max(MIN_CHUNK_ROWS, logits // num_classes)
+    most = min(most, max(MIN_CHUNK_ROWS, logits // num_classes))
     chunks = max(1, -(-rows // most))
     return max(16, -(-rows // chunks // 16) * 16)
 
@@ -84,10 +84,10 @@ def run(
 
     targets = targets.contiguous()
     grads: list[Tensor | None]
-    if is_fused(dtype):
+    if is_fused(dtype, hidden.shape[1]):
         step = bf16_chunk_rows(count)
         if dtype == torch.float32:
-            step = chunk_rows(count, weight.shape[1], dtype.itemsize, gradients=any(wanted))
+            step = chunk_rows(count, weight.shape[1], dtype.itemsize, FP32_CHUNK_ROWS, gradients=any(wanted))
         options = (scale, label_smoothing, z_loss)
         grads = run_fused(
             dtype, step, hidden, weight, bias, targets, index, row_weights, options, wanted, losses, correct
