@@ -19,6 +19,8 @@ from bestrq2.training.health import effective_rank
 
 from .test_distributed import two_ranks  # noqa: F401  (a fixture)
 
+pytestmark = pytest.mark.usefixtures("plain_training")
+
 QUICK = [
     "model.front_end.mean=-47.5",
     "model.front_end.std=31.8",
