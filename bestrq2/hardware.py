@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -98,8 +99,14 @@ def describe_device(device: torch.device) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> tuple[float, str]:
     """FLOP/s that 100 % utilisation (MFU) means here, and where the number comes from.
 
-    A known GPU's data sheet, else the best of several matrix products of this process, which takes about half a second.
+    A known GPU's data sheet, else the best of several matrix products of this process, which takes about half a second
+    the first time.
     """
+    return _peak_flops(device, dtype, torch.get_num_threads())
+
+
+@cache
+def _peak_flops(device: torch.device, dtype: torch.dtype | None, threads: int) -> tuple[float, str]:
     if device.type == "cuda" and dtype is not None:
         name = torch.cuda.get_device_name(device)
         for part, peak in GPU_PEAKS.items():

@@ -1,5 +1,6 @@
 """Models from run folders, exported files and published checkpoints."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from bestrq2.config import Config, ConfigError, config_from_dict
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_model
 from bestrq2.models.build import load_weights
 from bestrq2.models.teacher import Teacher
+from bestrq2.runs.changes import changed_keys
 from bestrq2.runs.checkpoint import STATE, find_checkpoint, unreadable
 
 from .hugging_face_folder import document_of, holds_own_weights, read_folder
@@ -179,14 +181,46 @@ def open_teacher(config: Config) -> Teacher | None:
     targets = config.model.targets
     if targets.encoder is None:
         return None
+    source = open_source(targets.encoder)
+    encoder = assemble_encoder(source.config, source.weights, source.origin)
     try:
-        teacher = Teacher(open_own(targets.encoder), targets.layer)
+        teacher = Teacher(encoder, targets.layer, _settings_digest(source.config))
     except ValueError as error:
         raise ConfigError(f"model.targets.encoder={targets.encoder}: {error}") from error
-    found = teacher.digest()
-    if targets.digest not in (None, found):
+    found, recorded = teacher.digest(), targets.digest or ""
+    if found.startswith(recorded):
+        return teacher
+    if found[:64] == recorded[:64]:
         raise ConfigError(
-            f"model.targets.encoder={targets.encoder}: not the encoder or layer that made the targets so far (digest "
-            f"{found[:16]} instead of {str(targets.digest)[:16]}). Give the path of the same weights."
+            f"model.targets.encoder={targets.encoder}: the weights that made the targets so far, with other settings "
+            "(of its config, such as heads, window or spectrogram): bring these back"
         )
-    return teacher
+    raise ConfigError(
+        f"model.targets.encoder={targets.encoder}: not the encoder or layer that made the targets so far (digest "
+        f"{found[:16]} instead of {recorded[:16]}). Give the path of the same weights."
+    )
+
+
+# Settings of an encoder that are among its tensors, or change training alone, or which a teacher is asked for.
+_NO_MATTER = {
+    "mean",
+    "std",
+    "normalize",
+    "dropout",
+    "drop_path",
+    "activation_checkpointing",
+    "chunk_training",
+    "join_rows",
+}
+
+
+def _settings_digest(config: Config) -> str:
+    """Digest of what decides an encoder's features beside its weights. Settings that are as usual are left out, so that
+    a later version may have more of them."""
+    used = {
+        key: value
+        for key, (_, value) in sorted(changed_keys(Config(), config).items())
+        if key.startswith(("model.encoder.", "model.front_end.", "data.crop_seconds"))
+        and key.rpartition(".")[2] not in _NO_MATTER
+    }
+    return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]

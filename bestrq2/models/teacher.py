@@ -29,6 +29,7 @@ class Teacher:
     Args:
         encoder: any encoder of ours; it is frozen.
         layer: 0..depth-1 for the output of a block, None for the final, normalised output. A middle one is usual.
+        settings: a digest of what decides its features beside its weights.
 
     Attributes:
         width: values of a frame.
@@ -37,11 +38,11 @@ class Teacher:
         ValueError: for a layer that the encoder does not have.
     """
 
-    def __init__(self, encoder: Encoder, layer: int | None) -> None:
+    def __init__(self, encoder: Encoder, layer: int | None, settings: str = "") -> None:
         if layer is not None and not 0 <= layer < encoder.depth:
             raise ValueError(f"targets.layer: expected a block of the teacher, 0..{encoder.depth - 1}, got {layer}")
         self.encoder, self.layer = encoder.eval().requires_grad_(False), layer
-        self.width = token_width(encoder)
+        self.settings, self.width = settings, token_width(encoder)
 
     def check(self, student: Encoder) -> None:
         """
@@ -88,9 +89,9 @@ class Teacher:
         return self.encoder.flops(tokens, tokens)
 
     def digest(self) -> str:
-        """SHA-256 of the weights by name, and of the layer."""
+        """SHA-256 of the weights by name, and of the layer, before the digest of the settings; old runs lack that."""
         sha = hashlib.sha256(str(self.layer).encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
             sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+        return "-".join(filter(None, (sha.hexdigest(), self.settings)))

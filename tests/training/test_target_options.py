@@ -3,18 +3,23 @@
 import csv
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from bestrq2.config import config_from_dict
+from bestrq2.config import ConfigError, config_from_dict, load_config
+from bestrq2.interchange.opening import open_source, open_teacher
+from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
 from bestrq2.training.health import effective_rank
 
 from .test_distributed import two_ranks  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("plain_training")
 
 QUICK = [
     "model.front_end.mean=-47.5",
@@ -151,6 +156,22 @@ def test_second_iteration_records_its_teacher_and_refuses_another(tmp_path, plai
     capsys.readouterr()
     assert main(["--runs", str(tmp_path), *QUICK, *options, "model.front_end.hop_length=320"]) == 2
     assert "a frame every 80 ms" in capsys.readouterr().err
+
+
+def test_a_teacher_with_other_settings_is_refused(tmp_path, plain):
+    """The same weights with another floor of the spectrogram give other targets."""
+    source = open_source(plain)
+    file = tmp_path / "teacher.safetensors"
+    write_encoder_file(file, source.config, source.weights)
+    config = load_config("best_rq2_tiny", [f"model.targets.encoder={file}"])
+    whole = open_teacher(config).digest()
+    assert open_teacher(load_config("best_rq2_tiny", [f"model.targets.encoder={plain}"])).digest() == whole
+    for recorded, floor, refused in ((whole, -100.0, False), (whole, -60.0, True), (whole[:64], -60.0, False)):
+        config.model.targets.digest = recorded  # the last is that of runs before settings were recorded
+        source.config.model.front_end.floor_db = floor
+        write_encoder_file(file, source.config, source.weights)
+        with pytest.raises(ConfigError, match="with other settings") if refused else nullcontext():
+            open_teacher(config)
 
 
 def test_two_ranks_agree_on_everything_that_is_drawn_or_fitted(tmp_path, plain, two_ranks):  # noqa: F811

@@ -13,6 +13,8 @@ from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
 
+pytestmark = pytest.mark.usefixtures("plain_training")
+
 RECIPES = ["best_rq_conformer_tiny", "best_rq2_conformer_tiny"]
 QUICK = [
     "model.front_end.mean=-47.5",

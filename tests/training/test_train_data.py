@@ -14,6 +14,8 @@ from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main
 from bestrq2.training.open_data import open_dataset
 
+pytestmark = pytest.mark.usefixtures("plain_training")
+
 QUICK = [
     "model.front_end.mean=-47.5",
     "model.front_end.std=31.8",
