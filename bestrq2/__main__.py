@@ -34,7 +34,8 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
-    return f"usage: bestrq2 COMMAND ...\n\n{__doc__.strip()}\n\ncommands:\n{lines}"
+    about = f"\n\n{__doc__.strip()}" if __doc__ else ""  # python -OO has none
+    return f"usage: bestrq2 COMMAND ...{about}\n\ncommands:\n{lines}"
 
 
 @partial(command, ranks=True)

@@ -28,6 +28,7 @@ import torch
 
 from bestrq2.config import Config, ConfigError, config_from_dict, load_config, recipe_names, with_overrides
 from bestrq2.config.describing import describe
+from bestrq2.config.rules import unused_values
 from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
 from bestrq2.data.content import changed_files, replaced_files
 from bestrq2.data.fingerprint import data_fingerprint
@@ -122,6 +123,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         with alone_in(folder, ranks):
             return resume(folder, options.overrides, values, ranks)
     config = ranks.from_first(lambda: load_config(default_recipe(options), options.overrides, values))
+    for text in unused_values(config):
+        ranks.say(f"note: {text}")
     if options.find_batch and config.frozen.source:
         raise shared(
             ConfigError("--find-batch measures pretraining, not the training of a head: drop --frozen-encoder")

@@ -15,7 +15,7 @@ import pytest
 from bestrq2 import stats
 from bestrq2.__main__ import COMMANDS, main
 from bestrq2.command import _Output, command, leave, sentence
-from bestrq2.config import Config
+from bestrq2.config import Config, describing
 from bestrq2.config.describing import describe, explanations
 from bestrq2.errors import BestRQError, DataError
 
@@ -72,6 +72,25 @@ def test_a_command_runs_in_a_container_with_a_rank(rank, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "usage: bestrq2 stats" in capsys.readouterr().out
+
+
+def test_without_source_files(monkeypatch):
+    def absent(module):
+        raise OSError("could not get source code")
+
+    describing._sayings.cache_clear()
+    monkeypatch.setattr("inspect.getsource", absent)
+    try:
+        assert "train.steps: " in describe(Config())
+    finally:
+        describing._sayings.cache_clear()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--show-config"]])
+def test_without_docstrings(arguments):
+    result = run("-OO", "-m", "bestrq2", *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "train" in result.stdout
 
 
 def test_former_module_names_work(tmp_path):

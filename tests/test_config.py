@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bestrq2.config import ConfigError, config_from_dict, config_to_dict, load_config, recipe_names
+from bestrq2.config.rules import unused_values
 from bestrq2.models import build_model
 
 
@@ -99,6 +100,18 @@ def test_bad_overrides_name_the_key(override, message):
 def test_never_is_infinity():
     config = load_config("best_rq2_tiny", ["optimizer.max_grad_norm=inf", "train.save_minutes=inf"])
     assert config.optimizer.max_grad_norm == config.train.save_minutes == float("inf")
+
+
+def test_values_without_a_use_are_told():
+    for recipe in recipe_names():
+        assert unused_values(load_config(recipe, [])) == []
+    useless = ["probe.manifest=a.csv", "validation.every=7", "frozen.every_frame=true", "optimizer.cooldown=0.5"]
+    told = [text.split()[0] for text in unused_values(load_config("best_rq2_tiny", useless))]
+    assert told == [text.split("=")[0] for text in useless]
+    use = ["probe.every=9", "validation.source=a", "optimizer.schedule=stable"]
+    assert unused_values(load_config("best_rq2_tiny", [*useless, *use])) == [
+        "frozen.every_frame is not used without frozen.source"
+    ]
 
 
 def test_domain_weights_take_any_name(tmp_path):

@@ -55,7 +55,10 @@ def _sayings(section: type) -> dict[str, str]:
     """Field -> the comment beside or above it in the source, else its entry under "Attributes:" in the docstring."""
     found = _attributes(inspect.cleandoc(section.__doc__ or ""))
     module = sys.modules[section.__module__]
-    source = inspect.getsource(module)
+    try:
+        source = inspect.getsource(module)
+    except OSError:  # compiled files alone
+        return found
     comments: dict[int, tuple[str, bool]] = {}  # line -> text, whether it has the line for itself
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

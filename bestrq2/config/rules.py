@@ -82,9 +82,10 @@ def check_values(c: Config) -> None:
         ("data.domain_weights", not weights or any(weights), d.domain_weights, "a positive weight for some domain"),
         (
             "frozen.source",
-            not c.frozen.source or not (weights or buckets),
+            not c.frozen.source or not (weights or buckets or d.join_short),
             c.frozen.source,
-            "null with data.domain_weights or data.batching=buckets, which do not apply to cached embeddings",
+            "null with data.domain_weights, data.join_short or data.batching=buckets, which do not apply to cached "
+            "embeddings",
         ),
         (
             "frozen.source",
@@ -118,6 +119,20 @@ def check_values(c: Config) -> None:
     for key, number in _numbers(asdict(c), ""):
         if isnan(number) or not (isfinite(number) or key in _MAY_BE_INFINITE):
             raise ConfigError(f"{key}: expected a finite number, got {number!r}")
+
+
+def unused_values(c: Config) -> list[str]:
+    """Sentences on values that were chosen and change nothing, because what they are for is switched off."""
+    usual = Config()
+    chosen = [
+        (f"{section}.{key}", f"{section}.{switch}")
+        for section, switch in (("probe", "every"), ("validation", "source"), ("frozen", "source"))
+        for key, value in vars(getattr(c, section)).items()
+        if not getattr(getattr(c, section), switch) and value != getattr(getattr(usual, section), key)
+    ]
+    if c.optimizer.schedule != "stable" and c.optimizer.cooldown != usual.optimizer.cooldown:
+        chosen.append(("optimizer.cooldown", "optimizer.schedule=stable"))
+    return [f"{key} is not used without {switch}" for key, switch in chosen]
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:

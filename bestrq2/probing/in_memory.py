@@ -153,12 +153,13 @@ def run_probe(
     prepared = _prepare(task, int(encoder.sampling_rate))  # type: ignore[arg-type]
     hop = float(encoder.hop_size_in_ms) / 1000  # type: ignore[arg-type]
     with undisturbed(encoder):
-        known = prepared.baselines.get(hop)
+        kind = (hop, repr(encoder))  # another encoder has baselines of its own
+        known = prepared.baselines.get(kind)
         if known is None:
             fresh = untrained() if callable(untrained) and not isinstance(untrained, nn.Module) else untrained
             fresh = untrained_copy(encoder, task.seed) if fresh is None else fresh
             with undisturbed(fresh):
-                known = prepared.baselines[hop] = prepared.measure({RANDOM: fresh}, hop, True, batch_size)
+                known = prepared.baselines[kind] = prepared.measure({RANDOM: fresh}, hop, True, batch_size)
         try:
             own = prepared.measure({ENCODER: encoder}, hop, False, batch_size)
         except FeatureError:

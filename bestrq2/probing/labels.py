@@ -119,9 +119,15 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     if task.group is None and task.kind != "retrieval" and not task.split:
         clips.warnings.append("no --group: clips of one recording may lie in training and test, and scores too high")
     clips.warnings += _listed_again(clips, values, task)
-    if clips.parts is not None and task.group and task.kind != "retrieval":
+    clips.warnings += _absent_values(task, [row for _, row in rows])
+    if clips.parts is not None and task.group:
         shared = set(clips.groups[clips.parts == TRAIN]) & set(clips.groups[clips.parts == TEST])
-        if shared:
+        if shared and task.kind == "retrieval":
+            clips.warnings.append(
+                f"{counted(len(shared), 'group')} with clips in the gallery and among the queries, which find each "
+                "other: groups are kept apart only without --split"
+            )
+        elif shared:
             clips.warnings.append(f"{counted(len(shared), 'group')} with clips in training and in test")
     if clips.parts is not None:
         sides: tuple[set[str], set[str]] = (set(), set())
@@ -151,6 +157,16 @@ def _listed_again(clips: LabelledClips, values: list[Any], task: ProbeTask) -> l
     if other:
         first = printable(other[0][0])
         warnings.append(f"{counted(len(other), 'clip')} listed with labels that contradict each other, first {first}")
+    return warnings
+
+
+def _absent_values(task: ProbeTask, rows: list[dict[str, Any]]) -> list[str]:
+    """Warnings of values that were asked for and that no row has: misspelt, they leave out clips in silence."""
+    split = [(task.split, chosen) for chosen in (task.train_values, task.test_values) if task.split and chosen]
+    warnings = []
+    for column, chosen in [*task.where, *split]:
+        there = {str(row.get(column)).strip() for row in rows}
+        warnings += [f"no row has {column} {value!r}, which was asked for" for value in chosen if value not in there]
     return warnings
 
 

@@ -72,8 +72,28 @@ def test_fixed_split(write):
     assert clips.parts.tolist() == [TRAIN, TEST]
     assert clips.left_out == {"with part 'dev'": 2, "with part ''": 1}
     assert clips.warnings == ["1 group with clips in training and in test"]
+    task = ProbeTask(
+        manifest=manifest,
+        label="kind",
+        kind="retrieval",
+        split="part",
+        group="take",
+        train_values=("train",),
+        test_values=("test",),
+    )
+    assert any("1 group with clips in the gallery and among the queries" in text for text in read_clips(task).warnings)
     task = ProbeTask(manifest=manifest, label="kind", split="part", train_values=("train", "dev"))
     assert read_clips(task).parts.tolist() == [TRAIN, TRAIN, TEST]
+
+
+def test_values_that_no_row_has_are_told(write):
+    """One of several that is misspelt leaves out clips."""
+    manifest = write("path,kind,part,lang\na.wav,x,train,it\nb.wav,y,test,it\nc.wav,x,test,fr\nd.wav,y,train,fr\n")
+    task = ProbeTask(manifest=manifest, label="kind", split="part", where=(("lang", ("it", "fr")),))
+    assert read_clips(task).warnings == []
+    task = replace(task, where=(("lang", ("it", "frr")),), train_values=("train", "valid"), test_values=("test",))
+    told = [f"no row has {name}, which was asked for" for name in ("lang 'frr'", "part 'valid'")]
+    assert read_clips(task).warnings == told
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,10 @@ def test_baselines_are_computed_once(encoder, monkeypatch):
     for _ in range(3):
         run_probe(encoder, packaged_task(head="knn"), untrained=untrained)
     assert (len(built), len(decoded)) == (1, 1)
+    wider = build_encoder(load_config("best_rq2_tiny", [*SMALL, "model.encoder.width=32"]).model)
+    values = run_probe(wider, packaged_task(head="knn"))
+    _prepared.clear()
+    assert run_probe(wider, packaged_task(head="knn")) == values  # not with the baseline of another encoder
 
 
 def test_untrained_copy_knows_nothing_of_the_weights(encoder):

@@ -21,8 +21,6 @@ from bestrq2.runs.checkpoint import newest_intact
 from bestrq2.runs.folder import read_metrics
 from bestrq2.training.embedding_cache import align, module_digest
 
-from .undisturbed import PLAIN
-
 TARGETS = ["model.front_end.mean=-47", "model.front_end.std=31", "model.targets.codebook_size=32"]
 HEAD = ["model.predictor.depth=1", "model.predictor.width=64", "model.predictor.hidden=96", "train.batch_size=8"]
 QUICK = [*TARGETS, *HEAD, "train.steps=12", "train.save_every=4", "train.log_every=4"]
@@ -61,6 +59,8 @@ def test_alignment_rule():
 
 
 def test_one_of_several_ranks_tells_of_embeddings(encoder_file, tmp_path, nursery):
+    from .undisturbed import PLAIN  # not above: another test runs this file outside of its package
+
     arguments = ["--runs", str(tmp_path), "--name", "run", "--frozen-encoder", str(encoder_file), *QUICK]
     code, output = nursery.run(tmp_path, [*arguments, "train.steps=1"], PLAIN, ranks=2)
     assert code == 0, output
