@@ -156,3 +156,11 @@ def test_unknown_recipe_lists_the_known_ones():
         load_config("best_rq2_transfer_grid_small")  # its former name
     with pytest.raises(ConfigError, match="no such file"):
         load_config("nothing.yaml")
+
+
+def test_configurations_of_one_recipe_share_nothing():
+    first, second = load_config("best_rq2_base"), load_config("best_rq2_base")
+    first.data.domain_weights["birds"] = 2.0
+    first.model.masking.ratio[0] = 0.1
+    first.optimizer.betas.append(0.5)
+    assert second == load_config("best_rq2_base") != first

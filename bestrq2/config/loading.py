@@ -193,6 +193,12 @@ def load_config(recipe: str, overrides: Sequence[str] | None = None, values: Map
     Raises:
         ConfigError: for an unknown recipe or key, a malformed override, a wrong type, or an impossible value.
     """
+    of_package = Path(recipe).suffix not in (".yaml", ".yml")  # its content is the same every time
+    merged = copy.deepcopy(_packaged(recipe)) if of_package else _with_recipe(recipe)
+    return _with_overrides(merged, overrides or (), values or {})
+
+
+def _with_recipe(recipe: str) -> DictConfig:
     layers: list[tuple[DictConfig, str]] = []
     name: str | None = recipe
     label = None
@@ -207,7 +213,10 @@ def load_config(recipe: str, overrides: Sequence[str] | None = None, values: Map
     for layer, origin in reversed(layers):
         merged = _merge(merged, layer, origin)
     merged.recipe = shield(label)
-    return _with_overrides(merged, overrides or (), values or {})
+    return merged
+
+
+_packaged = cache(_with_recipe)
 
 
 def with_overrides(config: Config, overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Config:
