@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     named, unusable, messages = find_files(options.inputs)
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
-    if options.layers is None and options.combine != "each":
+    if (layers is None or len(layers) == 1) and options.combine != "each":
         print("note: --combine is not used: it is for several --layers", file=sys.stderr)
     if note := averaged_rows(encoder, options.rows):
         print(f"note: {note}", file=sys.stderr)

@@ -19,6 +19,9 @@ _BY_START = (  # place of the bytes, the bytes, what they begin
     (0, b"MAC ", f"Monkey's Audio, {_CONVERT}"),
     (8, b"AVI LIST", f"AVI, {_CONVERT}"),
     (0, b"ID3", "an ID3 tag without audio behind it, or in a format that is not known"),
+    (0, b"\x89PNG", "a picture (PNG)"),
+    (0, b"\xff\xd8\xff", "a picture (JPEG)"),
+    (0, b"%PDF", "a PDF document"),
     (0, b"PK\x03\x04", "a ZIP archive, or a checkpoint of torch.save"),
     (0, b"\x1f\x8b", "compressed by gzip: unpack it"),
 )

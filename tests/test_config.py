@@ -80,6 +80,8 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
         ("data.batch_seconds=60", "data.batch_seconds: expected null with data.batching=crops"),
         ("data.domain_weights={speech: -1}", "data.domain_weights: expected numbers >= 0"),
         ("data.domain_weights={speech: 0}", "data.domain_weights: expected a positive weight for some domain"),
+        ("data.domain_weights=[a]", r"data.domain_weights: expected names with numbers, .* got \['a'\]"),
+        ("data.domain_weights.a.b=1", "data.domain_weights: expected names with numbers, .* got {'a': {'b': 1}}"),
         (
             "data.domain_weights={speech: much}",
             "data.domain_weights: expected names with numbers, .* got {'speech': 'much'}",

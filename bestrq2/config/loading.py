@@ -135,6 +135,15 @@ def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> 
                     f"{origin}: {prefix}{key!s}: expected a section of settings (key: value lines), got {got}"
                 )
             _fit(own, value, origin, f"{prefix}{key!s}.")
+        elif isinstance(own, DictConfig) and value is not None:
+            if not isinstance(value, DictConfig) or any(
+                isinstance(given, DictConfig | ListConfig) for given in value.values()
+            ):
+                plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
+                raise ConfigError(
+                    f"{origin}: {prefix}{key!s}: expected names with numbers, such as {{a: 1, b: 2}}, got "
+                    f"{readable(repr(plain))}"
+                )
         elif isinstance(own, IntegerNode) and isinstance(value, float) and value.is_integer():
             layer[key] = int(value)
         elif isinstance(own, ListConfig) and own._metadata.element_type is int and isinstance(given, ListConfig):

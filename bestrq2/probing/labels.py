@@ -225,24 +225,37 @@ def _split(text: str, separator: str) -> list[str]:
     """The labels of a cell: between separators, or a list as JSON or Python write it.
 
     Raises:
-        ValueError: for what begins and ends like such a list and is none, such as one of numpy, without commas.
+        ValueError: for what looks like such a list and is none, such as one of numpy, without commas.
     """
-    if text == "[]":
-        return []
-    if not re.fullmatch(r"""[\[({]\s*['"].*[\])}]""", text, re.DOTALL):
-        return text.split(separator)
-    no_list = ValueError(f"expected labels between {separator!r}, or a list such as ['a', 'b'], got {printable(text)}")
+    parts = text.split(separator)
+    listed = _listed(text)
+    if listed is not None:
+        return listed
+    in_brackets = re.fullmatch(r"[\[({].*[\])}]", text, re.DOTALL)
+    cut = any(part.count(left) != part.count(right) for part in parts for left, right in ("[]", "{}"))
+    bare = in_brackets and len(parts) == 1 and re.search(r"""['",]|\d\s+[-+.\d]""", text) and text[0] != "("
+    quoted = in_brackets and re.match(r"""[\[({]\s*['"]""", text)
+    if cut or bare or quoted or re.match(r"(array|frozenset|set|list|tuple)\(", text):
+        raise ValueError(f"expected labels between {separator!r}, or a list such as ['a', 'b'], got {printable(text)}")
+    return parts
+
+
+def _listed(text: str) -> list[str] | None:
+    """The strings, or the whole numbers, of a list, tuple or set as text; None if it is none of these."""
     try:
         values = ast.literal_eval(text)
         tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-    except (SyntaxError, ValueError, tokenize.TokenError, MemoryError, RecursionError) as error:
-        raise no_list from error
-    values = [values] if isinstance(values, str) else values
-    if isinstance(values, dict) or not all(isinstance(value, str) for value in values):
-        raise no_list
-    if (tokenize.STRING, tokenize.STRING) in pairwise(tokens):  # Python joins two strings without a comma
-        raise no_list
-    return list(values)
+    except (SyntaxError, ValueError, tokenize.TokenError, MemoryError, RecursionError):
+        return None
+    if isinstance(values, str) and text[0] == "(":
+        values = [values]
+    if not isinstance(values, list | tuple | set) or text[0] not in "[({s":
+        return None
+    kinds = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)]
+    joined = (tokenize.STRING, tokenize.STRING) in pairwise(kinds)  # Python joins two strings without a comma
+    if joined or {type(value) for value in values} not in (set(), {str}, {int}):
+        return None
+    return [str(value) for value in values]
 
 
 def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> None:

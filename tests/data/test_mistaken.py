@@ -43,6 +43,7 @@ def test_a_name_in_another_encoding(tmp_path, there, asked, hint):
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer .* git lfs pull"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(64), r"a picture \(PNG\)"),
         (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
         (b"ID3\x04\x00\x00\x00\x00\x02\x00" + bytes(256), "an ID3 tag without audio"),
         (b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(99), r"MP4, M4A .* convert it \(ffmpeg -i IN OUT\.flac"),

@@ -323,6 +323,9 @@ def test_impossible_tasks(choices, message):
         ("{'wind', 'dog'}", {"dog", "wind"}),
         ("[ 'dog' ]", {"dog"}),
         ("[]", set()),
+        ("[ ]", set()),
+        ("()", set()),
+        ("[0, 3]", {"0", "3"}),
         ("[laughter];dog", {"[laughter]", "dog"}),
         ("[laughter]", {"[laughter]"}),
         ("(door) 'bang'", {"(door) 'bang'"}),
@@ -338,7 +341,12 @@ def test_lists_that_a_table_holds_as_text(write, cell, labels):
 
 
 @pytest.mark.parametrize(
-    "cell", ["['dog' 'wind']", "{'dog': 'wind'}", "['dog', 3]", "['dog', wind']", "['it's', 'dog']"]
+    "cell",
+    [
+        *("['dog' 'wind']", "['dog'\n 'wind']", "[0 3]", "array(['dog'], dtype=object)"),  # as numpy writes it
+        *("{'dog': 'wind'}", "['dog', 3]", "['dog', wind']", "['it's', 'dog']", "[['dog'], ['wind']]"),
+        *("[dog, wind]", "['dog', 'wind'"),
+    ],
 )
 def test_text_that_is_almost_a_list_is_refused(write, cell):
     """Python reads the first, as numpy writes it, as one label: dogwind."""
