@@ -27,7 +27,7 @@ import torch
 from other_libraries import needs_other_library
 from plain_training import plain_training  # noqa: F401  (a fixture)
 
-PROCESSES = 4  # on two cores: some of the time a test waits, for a signal, a clock or a process that it started
+PROCESSES = 3  # on two cores: a fifth of the time a test waits, for a signal, a clock or a process that it started
 
 
 def pytest_addoption(parser):
@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """``pytest`` without a path uses up to four processes, where pytest-xdist is installed and has no ``-n``.
+    """``pytest`` without a path uses up to three processes, where pytest-xdist is installed and has no ``-n``.
 
     One process is for tests named on the command line, ``-s``, ``--pdb``, and a GPU, whose memory one may need.
     """
@@ -47,7 +47,7 @@ def pytest_cmdline_main(config):
     everything = config.args_source == config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
     watched = option.capture == "no" or option.usepdb or option.device != "cpu"
     if everything and not watched and getattr(option, "numprocesses", 0) is None and option.dist == "no":
-        option.numprocesses = min(PROCESSES, 2 * (os.cpu_count() or 1))
+        option.numprocesses = min(PROCESSES, (os.cpu_count() or 1) + 1)
         option.dist = "loadfile"
         option.loadscopereorder = False  # the order of pytest_collection_modifyitems
 
