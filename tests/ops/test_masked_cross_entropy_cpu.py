@@ -57,6 +57,16 @@ def run(hidden, weight, targets, bias=None, **options):
     return ops.masked_cross_entropy(hidden, weight, targets, bias=bias, backend="cpu", **options)
 
 
+def assert_all_no_worse(ours, torchs, leaves):
+    """Loss and gradients of ``ours`` against float64, beside those of ``torchs`` in the dtype of ``leaves``."""
+    gold, gold_grads = grads_of(torchs, [x.double() for x in leaves])
+    value, grads = grads_of(ours, leaves)
+    base, base_grads = grads_of(torchs, leaves)
+    assert_no_worse_than_torch("loss", value, base.float(), gold)
+    for name, grad, base_grad, gold_grad in zip(("hidden", "weight", "bias"), grads, base_grads, gold_grads):
+        assert_no_worse_than_torch(f"grad {name}", grad, base_grad, gold_grad)
+
+
 # bf16: panels have 32 rows, classes or features; 16 steps are one product; 8 panels of classes or features are one
 # task; 32 panels of classes are one group. fp32: panels of 8, 16 or 32 rows, tiles of 6 or 12 classes or features,
 # products of 384 features or 64 classes; 8 or 16 tiles of classes are one task.
@@ -85,12 +95,7 @@ def test_no_worse_than_torch(small_chunks, dtype, rows, features, classes, reduc
         given = row_weights.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
         return plain(h, w, targets, b, given, reduction, **FULL)
 
-    gold, gold_grads = grads_of(torchs, [x.double() for x in (hidden, weight, bias)])
-    value, grads = grads_of(ours, (hidden, weight, bias))
-    base, base_grads = grads_of(torchs, (hidden, weight, bias))
-    assert_no_worse_than_torch("loss", value, base.float(), gold)
-    for name, grad, base_grad, gold_grad in zip(("hidden", "weight", "bias"), grads, base_grads, gold_grads):
-        assert_no_worse_than_torch(f"grad {name}", grad, base_grad, gold_grad)
+    assert_all_no_worse(ours, torchs, (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("kernel", BF16_KERNELS, indirect=True)
@@ -233,12 +238,7 @@ def test_several_codebooks(small_chunks, dtype, recompute):
         of_each = [plain(h, w[g], targets[..., g], b[g], mask.to(h.dtype), "mean", **FULL) for g in range(3)]
         return torch.stack(of_each).mean()
 
-    gold, gold_grads = grads_of(torchs, [x.double() for x in (hidden, weight, bias)])
-    value, grads = grads_of(ours, (hidden, weight, bias))
-    base, base_grads = grads_of(torchs, (hidden, weight, bias))
-    assert_no_worse_than_torch("loss", value, base.float(), gold)
-    for name, grad, base_grad, gold_grad in zip(("hidden", "weight", "bias"), grads, base_grads, gold_grads):
-        assert_no_worse_than_torch(f"grad {name}", grad, base_grad, gold_grad)
+    assert_all_no_worse(ours, torchs, (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("kernel", FP32_KERNELS, indirect=True)
