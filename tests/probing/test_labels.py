@@ -3,6 +3,8 @@
 import csv
 import io
 from dataclasses import replace
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +289,25 @@ def test_frames_and_segments():
     assert segment_decisions(active, 0.4, 2.5, 1.0)[:, 0].tolist() == [False, True, False]
     active[5] = True  # centre at 2.2 s
     assert segment_decisions(active, 0.4, 2.5, 1.0)[:, 0].tolist() == [False, True, True]
+
+
+def test_times_on_the_border_of_a_frame_or_segment():
+    """In exact arithmetic: as floats, 0.3 / 0.1 is below 3, 1.1 / 0.1 above 11, and 0.14 / 0.04 above 3.5."""
+    for unit in map(Fraction, ("0.02", "0.04", "0.1", "0.2", "0.3")):
+        number = int(4 / unit)
+        for onset, offset in product(range(0, 390, 7), (1, 6, 10, 45)):
+            begin, end = Fraction(onset, 100), Fraction(onset + offset, 100)
+            event = np.array([[float(begin), float(end), 0]])
+            inside = [begin <= (i + Fraction(1, 2)) * unit < end for i in range(number)]
+            if any(inside):
+                assert frame_labels(event, number, float(unit), 1)[:, 0].tolist() == inside
+            touched = [begin < (i + 1) * unit and end > i * unit for i in range(number)]
+            assert segment_labels(event, float(number * unit), float(unit), 1)[:, 0].tolist() == touched
+    for hop, segment in product(map(Fraction, ("0.04", "0.08")), map(Fraction, ("0.1", "0.2"))):
+        for frame in range(40):
+            active = np.arange(40)[:, None] == frame
+            found = segment_decisions(active, float(hop), 40 * float(hop), float(segment))
+            assert np.flatnonzero(found).tolist() == [int((frame + Fraction(1, 2)) * hop / segment)]
 
 
 def test_tasks_from_configurations_are_keys():
