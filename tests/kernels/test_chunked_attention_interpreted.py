@@ -127,8 +127,9 @@ def test_segments_of_the_band_change_nothing(device, monkeypatch):
 @pytest.mark.parametrize("offset", [0, 24, 5000])
 def test_table_of_the_window_alone(offset, device, monkeypatch):
     """Segments whose windows end before the first key or begin behind the last one have no row of such a table."""
-    from bestrq2 import ops
     from bestrq2.kernels.chunked_attention import launch
+
+    from bestrq2 import ops
 
     monkeypatch.setattr(launch, "BAND_BYTES", 1)
     monkeypatch.setattr(launch, "SEGMENT_ROWS", 16)
