@@ -119,7 +119,7 @@ def _group_scores(
     return ((bits & ~number_bits) | tile).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
     x_ptr, x_row_stride, x_feature_stride,  # (rows, D)
     projection_ptr, projection_step,  # (G, D, d) fp32 contiguous; step 0: one for all codebooks, else 1
