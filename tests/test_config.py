@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bestrq2.config import ConfigError, config_from_dict, config_to_dict, load_config, recipe_names
+from bestrq2.config import ConfigError, config_from_dict, config_to_dict, load_config, recipe_names, with_overrides
 from bestrq2.config.rules import unused_values
 from bestrq2.models import build_model
 
@@ -81,6 +81,8 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
         ("data.domain_weights={speech: -1}", "data.domain_weights: expected numbers >= 0"),
         ("data.domain_weights={speech: 0}", "data.domain_weights: expected a positive weight for some domain"),
         ("data.domain_weights=[a]", r"data.domain_weights: expected names with numbers, .* got \['a'\]"),
+        ("data.domain_weights={speech:1,speech: 2}", "data.domain_weights=.*: the key 'speech' is there twice"),
+        ("data.domain_weights.speech=null", "data.domain_weights: expected names .*, got {'speech': None}"),
         ("data.domain_weights.a.b=1", "data.domain_weights: expected names with numbers, .* got {'a': {'b': 1}}"),
         (
             "data.domain_weights={speech: much}",
@@ -128,6 +130,28 @@ def test_domain_weights_take_any_name(tmp_path):
         load_config(str(path), ["data.batching=buckets", "data.join_short=true"])
     with pytest.raises(ConfigError, match=r"data.batch_seconds: expected at least data.crop_seconds = 10, got 5"):
         load_config("best_rq2_base", ["data.batching=buckets", "data.batch_seconds=5"])
+
+
+def test_domain_weights_are_replaced_as_a_whole_or_changed_one_by_one(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("based_on: best_rq2_tiny\ndata: {domain_weights: {speech: 0.45, env: 0.2}}\n")
+    for overrides, expected in (
+        (["data.domain_weights={}"], {}),
+        (["data.domain_weights=null"], {}),
+        (["data={domain_weights: {}}"], {}),
+        (["data.domain_weights={speech:1,'a: b':2e-1, c: 3}"], {"speech": 1.0, "a: b": 0.2, "c": 3.0}),
+        (["data.domain_weights.speech=2"], {"speech": 2.0, "env": 0.2}),
+        (["data.domain_weights={music: 1}", "data.domain_weights.env=2"], {"music": 1.0, "env": 2.0}),
+        (["data.domain_weights.music=1", "data.domain_weights={}"], {}),
+        (["data.crop_seconds=2"], {"speech": 0.45, "env": 0.2}),
+    ):
+        assert load_config(str(path), overrides).data.domain_weights == expected, overrides
+        assert with_overrides(load_config(str(path)), overrides).data.domain_weights == expected, overrides
+    second = tmp_path / "second.yaml"
+    for text, left in (("{domain_weights: {music: 1}}", {"music": 1.0}), ("{domain_weights: }", {})):
+        second.write_text(f"based_on: mine.yaml\ndata: {text}\n")
+        assert load_config(str(second)).data.domain_weights == left
+    assert load_config(str(path), values={"data.domain_weights": {"a:1": 2}}).data.domain_weights == {"a:1": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,18 @@ from bestrq2.errors import ConfigError
 
 from .rules import check_values
 from .sections import Config
-from .text import located, nested, read_override, read_text, read_yaml, readable, shield, unshielded, write_yaml
+from .text import (
+    FREE_MAPPINGS,
+    located,
+    nested,
+    read_override,
+    read_text,
+    read_yaml,
+    readable,
+    shield,
+    unshielded,
+    write_yaml,
+)
 
 
 def recipe_names() -> list[str]:
@@ -37,7 +48,6 @@ _OTHER_NAMES = {
     "num_workers": "data.workers",
     "sample_rate": "model.front_end.sampling_rate",
 }
-_FREE_KEYS = ("data.domain_weights.",)  # below these, the keys are the user's own names
 
 
 _structured = cache(OmegaConf.structured)
@@ -63,10 +73,15 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
     return [leaf for key in node for leaf in _leaves(node._get_node(key), f"{prefix}{key!s}.")] or [prefix.rstrip(".")]
 
 
-def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
+def _is_entry(key: str) -> bool:
+    return any(key.startswith(f"{mapping}.") for mapping in FREE_MAPPINGS)
+
+
+def _merge(base: DictConfig, layer: DictConfig, origin: str, one_entry: bool = False) -> DictConfig:
+    """``layer`` over ``base``. Mappings of the user's own names replace those of ``base``, but for ``one_entry``."""
     known = _known_keys(Config())
     for key in _leaves(layer):
-        if key and key not in known and not key.startswith(_FREE_KEYS):
+        if key and key not in known and not _is_entry(key):
             last = key.split(".")[-1]
             same = [k for k in known if k.split(".")[-1] == last]  # the option, under another section
             close = get_close_matches(key, same, n=1, cutoff=0) or get_close_matches(key, known, n=1)
@@ -74,6 +89,10 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
             hint = f"; did you mean {close[0]!r}?" if close else f"; known sections: {', '.join(_sections())}"
             raise ConfigError(f"{origin}: unknown configuration key {key!r}{hint}")
     _fit(base, layer, origin)
+    for name in () if one_entry else FREE_MAPPINGS:
+        section, _, last = name.rpartition(".")
+        if _node(layer, name) is not None:
+            _node(base, section)[last] = {}
     try:
         return OmegaConf.unsafe_merge(base, layer)  # type: ignore[return-value]  # without copies: both end here
     except OmegaConfBaseException as error:
@@ -120,7 +139,8 @@ def _mismatch(base: DictConfig, layer: DictConfig, error: OmegaConfBaseException
 
 
 def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> None:
-    """Check that sections are given as such, and make whole numbers such as 1e3 integers where these are expected.
+    """Check that sections are given as such, and make whole numbers such as 1e3 integers where these are expected, and
+    nothing an empty mapping.
 
     Raises:
         ConfigError: for a section that is nothing, or a single value.
@@ -135,8 +155,10 @@ def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> 
                     f"{origin}: {prefix}{key!s}: expected a section of settings (key: value lines), got {got}"
                 )
             _fit(own, value, origin, f"{prefix}{key!s}.")
-        elif isinstance(own, DictConfig) and value is not None:
-            if not isinstance(value, DictConfig) or any(
+        elif isinstance(own, DictConfig):
+            if value is None:
+                layer[key] = {}
+            elif not isinstance(value, DictConfig) or any(
                 isinstance(given, DictConfig | ListConfig) for given in value.values()
             ):
                 plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
@@ -242,7 +264,8 @@ def _with_overrides(merged: DictConfig, overrides: Sequence[str], values: Mappin
     given = [(f"override {text!r}", *read_override(text)) for text in overrides]
     given += [(key, key, value) for key, value in values.items()]
     for origin, key, value in given:
-        merged = _merge(merged, _layer(located(nested(key, value), os.curdir), origin), origin)
+        layer = _layer(located(nested(key, value), os.curdir), origin)
+        merged = _merge(merged, layer, origin, one_entry=_is_entry(key))
     return _checked(merged)
 
 

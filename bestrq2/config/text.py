@@ -30,6 +30,7 @@ PATHS = (
 _ENCODERS = ("frozen.source", "model.targets.encoder")  # these may also be PACKAGE.MODULE:NAME
 # Of these any text is a name, so that it is taken as it is, but for null, a list and what stands in quotes.
 _NAMES = (*PATHS, "recipe", "train.wandb", "probe.label", "probe.group", "probe.split")
+FREE_MAPPINGS = ("data.domain_weights",)  # their keys are the user's own names
 
 _SHIELD = "\0text:"
 
@@ -144,10 +145,26 @@ def read_override(text: str) -> tuple[str, Any]:
     if key in _NAMES and not re.fullmatch(r"\s*(null|~|\[.*\]|'.*'|\".*\"|[-+.\d]+|)\s*", value, re.S):
         return key, value
     try:
-        return key, yaml.load(value, Loader=_Loader)
+        found = yaml.load(value, Loader=_Loader)
+        return key, _with_spaces(found) if key in FREE_MAPPINGS else found
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"override {text!r}: not valid YAML: {reason}") from error
+
+
+def _with_spaces(value: Any) -> Any:
+    """``{a:1}``, which in YAML is a key ``a:1`` without a value, as ``{a: 1}``."""
+    if not isinstance(value, dict):
+        return value
+    found: dict[str, Any] = {}
+    for key, given in value.items():
+        name, _, number = key.rpartition(":")
+        if given is None and name and (_INT.match(number) or _FLOAT.match(number)):
+            key, given = name, yaml.load(number, Loader=_Loader)
+        if key in found:
+            raise yaml.YAMLError(f"the key {key!r} is there twice")
+        found[key] = given
+    return found
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

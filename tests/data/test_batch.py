@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, dataloader
 
-from bestrq2.data import AudioFile, CropDataset, DataError, Sample, Skip, batch, batches, collate, collect
+from bestrq2.data import AudioFile, CropDataset, DataError, Sample, Skip, batches, collate, collect
+from bestrq2.data.workers import _worker_batches
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,21 @@ def test_killed_worker():
         list(stream)
 
 
+def test_a_dead_worker_is_told_once(monkeypatch):
+    """Torch tells it where it waits for a batch and in a handler of SIGCHLD, which may come later than our error."""
+    wait = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, "__defaults__", (0.2,))  # seconds until it looks for the dead
+    stream = batches(_Dies(), 2, workers=2, start_method="fork")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        with pytest.raises(DataError, match="a data worker died") as _held:
+            list(stream)
+        assert not multiprocessing.active_children()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    signal.raise_signal(signal.SIGCHLD)
+
+
 def test_rejects_bad_arguments_at_the_call(dataset):
     for arguments in (
         {"batch_size": 0},
@@ -235,7 +251,7 @@ def test_a_worker_that_cannot_be_started(dataset, monkeypatch, error):
     def iterate(loader):
         raise error
 
-    monkeypatch.setattr("bestrq2.data.batch.DataLoader.__iter__", iterate)
+    monkeypatch.setattr("bestrq2.data.workers.DataLoader.__iter__", iterate)
     with pytest.raises(DataError, match=r"a data worker could not be started: .*; data\.workers=0 decodes"):
         next(batches(dataset, 2, workers=1))
     with pytest.raises(type(error)):  # no worker, another fault
@@ -246,7 +262,7 @@ def test_a_folder_for_temporary_files_with_a_name_too_long_for_sockets(dataset, 
     def iterate(loader):
         raise OSError("AF_UNIX path too long")
 
-    monkeypatch.setattr("bestrq2.data.batch.DataLoader.__iter__", iterate)
+    monkeypatch.setattr("bestrq2.data.workers.DataLoader.__iter__", iterate)
     with pytest.raises(DataError, match=r"too long: TMPDIR=/tmp helps, or data\.workers=0"):
         next(batches(dataset, 2, workers=1))
 
@@ -304,10 +320,10 @@ def test_a_batch_that_cannot_be_handed_over(dataset, monkeypatch, capfd):
 
 
 def test_a_torch_whose_iterator_has_another_name(dataset, monkeypatch):
-    assert batch._worker_batches(SimpleNamespace()) is None
-    assert batch._worker_batches(SimpleNamespace(_MultiProcessingDataLoaderIter=object)) is None
+    assert _worker_batches(SimpleNamespace()) is None
+    assert _worker_batches(SimpleNamespace(_MultiProcessingDataLoaderIter=object)) is None
     expected = next(batches(dataset, 2))
-    monkeypatch.setattr(batch, "_WorkerBatches", None)
+    monkeypatch.setattr("bestrq2.data.workers._WorkerBatches", None)
     assert torch.equal(next(batches(dataset, 2, workers=1)).waveform, expected.waveform)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from bestrq2.data import AudioFile, DataError, batch, collect, read_manifest, scan, tiny_dataset
+from bestrq2.data import AudioFile, DataError, collect, read_manifest, scan, tiny_dataset
+from bestrq2.data.workers import _named_start
 from bestrq2.manifest import main
 
 from .conftest import on_disk
@@ -153,7 +154,7 @@ def test_the_limit_of_open_files_is_no_fault_of_a_file(no_more_files, monkeypatc
 
 
 def test_the_limit_of_open_files_at_the_start_of_a_worker(monkeypatch, capfd):
-    with pytest.raises(DataError, match="ulimit -n"), batch._named_start():
+    with pytest.raises(DataError, match="ulimit -n"), _named_start():
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     before = signal.getsignal(signal.SIGTERM)
