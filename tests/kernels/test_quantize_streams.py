@@ -1,4 +1,4 @@
-"""What is kept of a codebook, and the CUDA streams and graphs that use it. Streams are stand-ins: no GPU is needed."""
+"""A kept codebook, and the CUDA streams and graphs that use it. Streams are stand-ins: no GPU is needed."""
 
 from types import SimpleNamespace
 
