@@ -15,7 +15,7 @@ ROWS = (1, 2, 15, 16, 63, 64, 100, 130, 133, 134, 208, 300)
 
 @pytest.fixture
 def variants(monkeypatch):
-    """What an H100 would compile for the launches so far, by kernel: nothing is launched."""
+    """Numbers of compilations that an H100 would need for the launches so far, by kernel; nothing is launched."""
     from bestrq2.kernels import tuning
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
