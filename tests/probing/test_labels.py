@@ -134,6 +134,29 @@ def test_several_labels_in_a_list(write):
     assert (clips.classes, clips.warnings) == (["pop, rock", "speech, male"], [])  # a list has no separator
 
 
+@pytest.mark.parametrize("cell", ["a;NaN", "nan; a", "a;None", "null;a;b", "a;<NA>", "['a', 'nan']"])
+def test_a_missing_value_beside_labels_is_refused(write, cell):
+    task = ProbeTask(manifest=write(f'path,tags\nx.wav,b\ny.wav,"{cell}"\n'), label="tags", kind="multilabel")
+    with pytest.raises(ManifestError, match=r"y\.wav: 'tags': a missing value \(\S+\) beside labels, got .*a"):
+        read_clips(task)
+
+
+def test_missing_values_alone_and_in_lists(write):
+    """Alone they are as in a single label: text is a class, with a warning; null and NaN of JSON are no label."""
+    task = ProbeTask(manifest=write("path,tags\nx.wav,NaN\ny.wav,a;\nz.wav,na;a\n"), label="tags", kind="multilabel")
+    clips = read_clips(task)
+    assert clips.classes == ["NaN", "a", "na"]
+    assert any("'NaN' is a class of its own" in text for text in clips.warnings)
+    rows = '{"path": "a.wav", "tags": ["a"]}\n{"path": "b.wav", "tags": [null]}\n{"path": "c.wav", "tags": [NaN]}\n'
+    task = replace(task, manifest=write(rows, "clips.jsonl"))
+    clips = read_clips(task)
+    assert (clips.classes, clips.left_out) == (["a"], {"without a label": 2})
+    for value in ("null", "NaN"):
+        write(rows + f'{{"path": "d.wav", "tags": ["a", {value}]}}\n', "clips.jsonl")
+        with pytest.raises(ManifestError, match=r"d\.wav: 'tags': a missing value"):
+            read_clips(task)
+
+
 def test_several_columns(write):
     manifest = write("path,dog,cat\na.wav,1,0\nb.wav,yes,True\nc.wav,0,\n")
     task = ProbeTask(manifest=manifest, label=("dog", "cat"), kind="multilabel")
