@@ -107,7 +107,7 @@ class _Table:
 
     @property
     def names_files(self) -> bool:
-        """Whether clips go by the names of their files where these are all there is, not by row."""
+        """Return True if clips go by the names of their files, where these are all there is, and not by row."""
         import pyarrow
 
         return self._parquet is None or pyarrow.types.is_string(self.schema.field(self.column).type)
