@@ -195,7 +195,7 @@ def embed(
     *,
     batch_size: int = 8,
     layer: int | None = None,
-    layers: Sequence[int | None] | None = None,
+    layers: str | Sequence[int | None] | None = None,
     combine: str = "each",
     rows: str | None = None,
     pooling: str = "mean+std",
@@ -207,7 +207,7 @@ def embed(
         files: what to encode.
         batch_size: files at a time, at most; fewer where they are long (a minute on average).
         layer: block whose output is taken; None: the final output.
-        layers: several of them at once, instead of ``layer``.
+        layers: several of them at once, instead of ``layer``: a list, or a text such as "2,3,final".
         combine, rows, pooling: see :class:`~bestrq2.models.readout.ReadoutMixin`.
 
     Yields:
@@ -215,7 +215,7 @@ def embed(
         over time, seconds), or a Skip for a file that cannot be read.
     """
     device = next(encoder.parameters()).device  # type: ignore[attr-defined]
-    wanted = [layer] if layers is None else list(layers)
+    wanted = [layer] if layers is None else layers
     joined = "average" if layers is None else combine
     limit = batch_size * _BATCH_SECONDS * encoder.sampling_rate
     waiting: list[tuple[AudioFile, np.ndarray] | Skip] = []

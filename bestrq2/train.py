@@ -29,10 +29,10 @@ import torch
 from bestrq2.config import Config, ConfigError, config_from_dict, load_config, recipe_names, with_overrides
 from bestrq2.config.describing import describe
 from bestrq2.config.rules import unused_values
-from bestrq2.data import AudioError, CropDataset, DataError, ManifestError
+from bestrq2.data import CropDataset, DataError
 from bestrq2.data.content import changed_files, replaced_files
 from bestrq2.data.fingerprint import data_fingerprint
-from bestrq2.errors import BestRQError, CheckpointError, OutOfMemory, TrainingError, printable
+from bestrq2.errors import BestRQError, CheckpointError, TrainingError, printable
 from bestrq2.hardware import APPLE, choose_device, choose_precision
 from bestrq2.hashing import mix
 from bestrq2.interchange.opening import open_teacher
@@ -42,7 +42,7 @@ from bestrq2.runs.checkpoint import Checkpoint, clear_leftovers, list_checkpoint
 from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import read_metrics
 from bestrq2.training.batch_finder import find_batch
-from bestrq2.training.distributed import Ranks, is_shared, shared
+from bestrq2.training.distributed import Ranks, shared
 from bestrq2.training.frozen import train_head
 from bestrq2.training.open_data import fill_statistics, open_dataset
 from bestrq2.training.optimizer import learning_rate
@@ -52,7 +52,6 @@ from bestrq2.training.trainer import Trainer
 DEFAULT_RECIPE = "best_rq2_tiny"  # for the clips of the package
 OWN_DATA_RECIPE = "best_rq2_transfer_small"
 NO_OTHER_CLIPS = ("data.source:", "data.workers:")  # the same files elsewhere, or decoded by others, are the same clips
-FAILURES = (ConfigError, ManifestError, AudioError, DataError, CheckpointError, TrainingError)
 
 
 @partial(command, ranks=True)
@@ -102,12 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = Ranks.start()
     try:
         return run(options, ranks)
-    except FAILURES as error:
-        if ranks.is_first or isinstance(error, OutOfMemory):
-            print(f"error: {error}", file=sys.stderr)
-        elif not is_shared(error):  # the first rank knows no more than that this one has ended
-            print(f"error: rank {ranks.rank}: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        return ranks.tell_end(error, sentence(error))
     finally:
         ranks.close()
 

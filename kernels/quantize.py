@@ -119,7 +119,7 @@ def _group_scores(
     return ((bits & ~number_bits) | tile).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
     x_ptr, x_row_stride, x_feature_stride,  # (rows, D)
     projection_ptr, projection_step,  # (G, D, d) fp32 contiguous; step 0: one for all codebooks, else 1
@@ -266,31 +266,51 @@ def prepare(codebook: Tensor, multiple: int) -> SplitCodebook:
     return SplitCodebook(codebook.detach().float().contiguous(), high, low, reach.float())
 
 
-_PREPARED: OrderedDict[tuple[Any, ...], tuple[Tensor, SplitCodebook]] = OrderedDict()
+@dataclass
+class _Kept:
+    codebook: Tensor  # kept alive, so that no other takes its place in memory
+    split: SplitCodebook
+    computed: Any  # event behind the computation; None on a CPU
+    streams: set[int]  # whose later work comes behind it
+
+
+_PREPARED: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
 _MOST_PREPARED = 8
 
 
 def cached_split(codebook: Tensor, multiple: int) -> SplitCodebook:
     """:func:`prepare`, computed once for a codebook that stays as it is: 17 launches fewer a call.
 
-    Known again by its memory and version counter; the codebook is kept alive, so that no other takes its place. Not
-    kept: codebooks without a version (of inference mode), and what is computed while a CUDA graph is captured, whose
-    memory belongs to the graph.
+    Known again by its memory and version counter. Nothing is kept of a codebook without a version (of inference mode).
+    A CUDA graph is given none and has the computation in it: it reads the codebook as it is at every replay, and no
+    memory that may be freed before.
     """
-    capturing = codebook.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key: tuple[Any, ...] = ()
-    if not codebook.is_inference():
-        place = (codebook.data_ptr(), codebook._version, codebook.device, codebook.dtype)
-        key = (*place, tuple(codebook.shape), codebook.stride(), multiple)
-    if key in _PREPARED:
-        _PREPARED.move_to_end(key)
-        return _PREPARED[key][1]
-    split = prepare(codebook, multiple)
-    if key and not capturing:
-        _PREPARED[key] = (codebook.detach(), split)
+    on_gpu = codebook.device.type == "cuda"
+    if codebook.is_inference() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return prepare(codebook, multiple)
+    place = (codebook.data_ptr(), codebook._version, codebook.device, codebook.dtype)
+    key = (*place, tuple(codebook.shape), codebook.stride(), multiple)
+    stream = torch.cuda.current_stream(codebook.device) if on_gpu else None
+    if key not in _PREPARED:
+        split = prepare(codebook, multiple)
+        computed = None if stream is None else stream.record_event()
+        _PREPARED[key] = _Kept(codebook.detach(), split, computed, {0 if stream is None else stream.cuda_stream})
         while len(_PREPARED) > _MOST_PREPARED:
             _PREPARED.popitem(last=False)
-    return split
+        return split
+    _PREPARED.move_to_end(key)
+    kept = _PREPARED[key]
+    if stream is not None and stream.cuda_stream not in kept.streams:
+        _wait_for(kept, stream)
+    return kept.split
+
+
+def _wait_for(kept: _Kept, stream: Any) -> None:
+    """Let another stream wait for the computation, and keep the memory until that stream is done with it."""
+    stream.wait_event(kept.computed)
+    for tensor in vars(kept.split).values():
+        tensor.record_stream(stream)
+    kept.streams.add(stream.cuda_stream)
 
 
 def padded_dims(dims: int) -> int:

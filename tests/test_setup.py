@@ -1,5 +1,7 @@
 """setup.py: the GPU architectures that an installation is built for."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,36 @@ def test_architectures_come_from_the_environment(variable, value, expected):
         assert expected in result.stderr
     else:
         assert result.stdout.strip() == str(expected), result.stderr
+
+
+OLD_NVCC = """#!/bin/sh
+case "$*" in
+  *--list-gpu-arch*) printf 'compute_80\\ncompute_90\\n'; exit ;;
+  *_100*) echo "nvcc fatal   : Unsupported gpu architecture 'compute_100'" >&2; exit 1 ;;
+esac
+exec {nvcc} "$@"
+"""
+
+
+@pytest.mark.slow
+def test_an_nvcc_that_does_not_know_every_architecture(tmp_path):
+    """As that of CUDA 12.4: without CUDA's kernel for sm_100, but not without all compiled code."""
+    pybind11 = pytest.importorskip("pybind11")
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if not (nvcc and shutil.which("cmake") and shutil.which("ninja")):
+        pytest.skip("needs cmake, ninja and nvcc")
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(OLD_NVCC.format(nvcc=nvcc))
+    wrapper.chmod(0o755)
+    environment = os.environ | {"PATH": f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("CUDACXX", "CUDAARCHS"):
+        environment.pop(name, None)
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "CUDA sources are built for sm_80;90\n" in result.stdout
 
 
 def test_library_from_a_path_that_the_locale_cannot_decode():

@@ -17,7 +17,14 @@ import soxr
 
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader, Section
-from bestrq2.data.containers import missing_fraction, mp3_counts_frames, mp3_end, ogg_without_end
+from bestrq2.data.containers import (
+    begins_as_mp3,
+    caf_frames,
+    missing_fraction,
+    mp3_counts_frames,
+    mp3_end,
+    ogg_without_end,
+)
 from bestrq2.data.hidden_audio import audio_behind_end
 from bestrq2.data.mistaken import same_letters, warn_of_levels
 from bestrq2.errors import AudioError, DataError, check_open_files
@@ -36,11 +43,13 @@ TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a 
 LARGEST_SAMPLE = 2.0**31
 SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 _LOSSY = ("VORBIS", "OPUS", "MPEG")
-_SYSTEM_ERROR = 2  # libsndfile's number
+_SYSTEM_ERROR = 2  # libsndfile's numbers
+_UNKNOWN_FORMAT = (1, 7)  # the second is what it says of a regular file named .mp3: that there is none
 _EXACT_SECONDS = 30.0
 _PREROLL_SECONDS = 1.0
 _MARGIN = 400  # samples at the lower of the two rates; soxr's HQ filter is shorter than 200
 _BLOCK = 1 << 18  # samples of all channels decoded at once
+_MISSING = "{:.1f} % of the audio bytes are missing"
 _UNKNOWN = 1 << 60  # libsndfile gives 2^63 - 1 frames for a stream that does not say
 
 
@@ -168,6 +177,7 @@ def audio_digest(path: str | os.PathLike[str]) -> AudioDigest:
 def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[soundfile.SoundFile | SampleReader]:
     """Open a file or a clip in an archive and check what its header promises; every fault becomes an AudioError."""
     name = os.fspath(path)
+    missing, frames, start = 0.0, None, b""
     try:
         with contextlib.ExitStack() as stack:
             member = open_member(name)
@@ -178,17 +188,25 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                     missing = missing_fraction(opened)
                     hidden = audio_behind_end(opened, mp3_end(opened)) if check_end else None
                     early = ogg_without_end(opened) if check_end else None
+                    frames = caf_frames(opened)
+                    noisy = name.lower().endswith(".mp3") and not begins_as_mp3(opened)
                     size = opened.seek(0, os.SEEK_END)
+                    opened.seek(0)
+                    start = opened.read(8)
                 # As bytes, because soundfile cannot encode file names that are not UTF-8.
-                file = stack.enter_context(soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name))
+                with _quiet(noisy):
+                    file = stack.enter_context(soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name))
             elif isinstance(member, SampleReader):
-                missing, file, check_end, hidden, early = 0.0, member, False, None, None
+                file, check_end, hidden, early = member, False, None, None
             else:
                 content = stack.enter_context(member)
                 missing = missing_fraction(content)
                 hidden = audio_behind_end(content, mp3_end(content)) if check_end else None
                 early = ogg_without_end(content) if check_end else None
+                frames = caf_frames(content)
                 size = content.seek(0, os.SEEK_END)
+                content.seek(0)
+                start = content.read(8)
                 content.seek(0)
                 stack.callback(_raise_failure, content)
                 file = stack.enter_context(soundfile.SoundFile(content))
@@ -201,7 +219,9 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 remedy = "if all is there that you want, write it anew (ffmpeg -i IN -c copy OUT)"
                 raise AudioError(name, "truncated", f"the stream was cut or never ended: {early}; {remedy}")
             if missing > TRUNCATED_ABOVE:
-                raise AudioError(name, "truncated", f"{100 * missing:.1f} % of the audio bytes are missing")
+                raise AudioError(name, "truncated", _MISSING.format(100 * missing))
+            if frames and file.frames < (1 - TRUNCATED_ABOVE) * frames:
+                raise AudioError(name, "truncated", f"{file.frames} of {frames} samples")
             if check_end and file.frames < _UNKNOWN and size < _least_bytes(file) and not _has_end(file):
                 seconds = file.frames / file.samplerate
                 raise AudioError(
@@ -227,7 +247,11 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 open(name, "rb").close()
             except OSError as reason:  # which libsndfile does not give
                 check_open_files(reason)
+        if missing > 0:
+            raise AudioError(name, "truncated", _MISSING.format(100 * missing)) from error
         what = real_content(name) if member is None else ""
+        if not what and error.code in _UNKNOWN_FORMAT:
+            what = f"no audio in a format that is known; the first bytes are {start.hex(' ')}"
         raise AudioError(name, "not decodable", what or error.error_string.strip()) from error
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AudioError(name, "not decodable", str(error)) from error
@@ -244,7 +268,7 @@ def _least_bytes(file: soundfile.SoundFile) -> float:
 def _has_end(file: soundfile.SoundFile) -> bool:
     """Return True if there are samples shortly before the stated end. Slow for an MP3, which is read from its start."""
     try:
-        with _quiet_seek(file):
+        with _quiet(file.subtype.startswith("MPEG")):
             file.seek(max(0, file.frames - file.samplerate))
             found = len(file.read(file.samplerate, dtype="float32"))
             file.seek(0)
@@ -281,7 +305,7 @@ def _read(file: soundfile.SoundFile | SampleReader, path: str, start: int, stop:
             file.seek(at)
         elif lossy and start > _EXACT_SECONDS * file.samplerate and file.frames < _UNKNOWN:
             at = min(start - int(_PREROLL_SECONDS * file.samplerate), file.frames)
-            with _quiet_seek(file):
+            with _quiet(file.subtype.startswith("MPEG")):
                 file.seek(at)
                 file.read(min(start - at, 8192), dtype="float32")
                 at = file.tell()
@@ -368,13 +392,14 @@ _stderr_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _quiet_seek(file: soundfile.SoundFile | SampleReader) -> Iterator[None]:
-    """Silence libmpg123 while it finds its way: on every seek in a healthy MP3 it prints an error about bit counts.
+def _quiet(mp3: bool) -> Iterator[None]:
+    """Silence libmpg123 while it finds its way: on every seek in a healthy MP3 it prints an error about bit counts, and
+    three lines where it opens something that is none.
 
     It writes to file descriptor 2 itself and libsndfile offers no switch, so the descriptor points to the null device
-    for these milliseconds. Only for MP3.
+    for these milliseconds. Nothing is done without ``mp3``.
     """
-    if not file.subtype.startswith("MPEG"):
+    if not mp3:
         yield
         return
     with _stderr_lock, open(os.devnull, "wb") as null:

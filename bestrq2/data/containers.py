@@ -12,7 +12,17 @@ import re
 import struct
 from typing import BinaryIO
 
-__all__ = ["au_audio", "behind_id3", "chunks", "missing_fraction", "mp3_counts_frames", "mp3_end", "ogg_without_end"]
+__all__ = [
+    "au_audio",
+    "begins_as_mp3",
+    "behind_id3",
+    "caf_frames",
+    "chunks",
+    "missing_fraction",
+    "mp3_counts_frames",
+    "mp3_end",
+    "ogg_without_end",
+]
 
 _STREAMED = 0x7FF00000  # sizes from here on are placeholders of programs that wrote to a pipe
 _RIFF64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")  # name of the first chunk of a Sony Wave64 file
@@ -171,6 +181,8 @@ def _missing_in_chunk(file: BinaryIO, size: int, position: int, name: bytes, num
     bytes_of_header = 4 + struct.calcsize(number)
     long_size = 0  # RF64 keeps the real size of its audio, past 4 GiB, in a chunk of its own
     for _ in range(1000):  # a damaged file must not keep us walking
+        if position > size:  # which may be more than a seek takes
+            return 0.0
         file.seek(position)
         header = file.read(bytes_of_header)
         if len(header) < bytes_of_header:
@@ -189,6 +201,42 @@ def _missing_in_chunk(file: BinaryIO, size: int, position: int, name: bytes, num
             return 0.0
         position += length + length % padding
     return 0.0
+
+
+def caf_frames(file: BinaryIO) -> int | None:
+    """Samples of each channel that the packet table of a compressed CAF states; None without one. libsndfile counts
+    the whole packets that are there.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    found = chunks(file, behind_id3(file))
+    if found is None or found[2] != ">q":
+        return None
+    position, size = found[0], file.seek(0, os.SEEK_END)
+    for _ in range(1000):
+        if position > size:  # which may be more than a seek takes
+            break
+        file.seek(position)
+        header = file.read(28)
+        length = int.from_bytes(header[4:12], "big", signed=True)
+        if len(header) < 28 or length < 0:
+            break
+        if header[:4] == b"pakt":
+            return int.from_bytes(header[20:], "big", signed=True)
+        position += 12 + length
+    return None
+
+
+def begins_as_mp3(file: BinaryIO) -> bool:
+    """Return True if the first frame of an MP3 is where it should be, behind ID3 tags.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    file.seek(behind_id3(file))
+    head = file.read(2)
+    return len(head) == 2 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 6 != 0  # not AAC
 
 
 def _xing(file: BinaryIO) -> tuple[int, int] | None:

@@ -42,6 +42,12 @@ _KNOWN = frozenset(
 ).union(("split", "subset", "partition", "set"))
 
 
+def is_read(column: str) -> bool:
+    """Return True for a column beside the path that :func:`audio_file` or the choice of a split looks at."""
+    known = column.strip().lower()
+    return (known in _KNOWN and known not in (*PATH_NAMES, "audio")) or _is_like_a_place(column)
+
+
 def known_columns(row: dict[str, Any]) -> dict[str, Any]:
     """The row, with columns such as ``Path`` and ``Start`` also under the names that are known."""
     renamed = _renamed(tuple(row))
@@ -118,8 +124,8 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
         path=located,
         duration=duration,
         sampling_rate=None if rate is None else int(rate),
-        domain=str(_first(row, ("domain",)) or "").strip(),
-        label=str(_first(row, ("label",)) or "").strip(),
+        domain=_text(row, "domain"),
+        label=_text(row, "label"),
         start=start if segment else 0.0,
         end=end if segment else None,
     )
@@ -138,6 +144,11 @@ def _is_another(name: str, path: Any) -> bool:
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    return "" if value is None else str(value).strip()  # 0 is a label
 
 
 def _located(source: Path, row: dict[str, Any], path: str) -> str:

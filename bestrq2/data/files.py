@@ -115,7 +115,7 @@ class Listing:
 
     ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
     ``notes`` are sentences about what was found. ``repeated`` are archives in which clips have the name of an earlier
-    one: the address of the first, and their number.
+    one: the address of the first, and their number. ``splits`` are those of the files by a column, or empty.
     """
 
     files: list[AudioFile]
@@ -124,6 +124,7 @@ class Listing:
     archives: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     repeated: list[tuple[str, int]] = field(default_factory=list)
+    splits: list[str | None] = field(default_factory=list)
 
 
 EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})

@@ -103,9 +103,9 @@ def _long_chunk(file: BinaryIO, size: int, position: int, name: bytes, number: s
             ):
                 return None
             return f"its header states {length} bytes of audio, {size - end} more follow"
-        if length < 0:
-            return None
         position += bytes_of_header + length + length % padding
+        if length < 0 or position > size:  # which may be more than a seek takes
+            return None
     return None
 
 

@@ -72,8 +72,18 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
     archives: list[tuple[str, str]] = []
 
     def list_archives() -> None:
+        files: list[AudioFile] = []
+        splits: list[str | None] = []
         for listing in read_archives(archives, progress):
-            found.add(listing)
+            found.add(replace(listing, files=[]))
+            files += listing.files
+            splits += listing.splits or [None] * len(listing.files)
+        if archives:
+            name = archives[0][0] + (f" and {len(archives) - 1} more" if len(archives) > 1 else "")
+            files, note = choose_split(files, splits, split, name)
+            found.notes += [note] if note else []
+            _check_unit(name, files, opened=True)
+            found.files += files
         archives.clear()
 
     for part in (name for pattern in sources for name in expand_pattern(pattern)):
@@ -139,13 +149,16 @@ def _count_parts(files: list[AudioFile]) -> int:
     return sum(item.start > 0 or (item.end is not None and (item.end, False) < last[item.path]) for item in files)
 
 
-def _check_unit(path: str, files: list[AudioFile]) -> None:
+def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> None:
     """Compare a few stated times with the files: milliseconds or samples would be taken for hours.
+
+    Args:
+        opened: clips in archives, too.
 
     Raises:
         DataError: if they are a hundred times too long.
     """
-    stated = [item for item in files if item.duration is not None and split_address(item.path) is None]
+    stated = [item for item in files if item.duration is not None and (opened or split_address(item.path) is None)]
     for item in stated[:: max(1, len(stated) // 4)][:5]:
         try:
             info = audio_info(item.path)
@@ -157,7 +170,7 @@ def _check_unit(path: str, files: list[AudioFile]) -> None:
             unit = "milliseconds" if 700 < ratio < 1400 else "samples" if ratio > 4000 else "another unit"
             raise DataError(
                 f"{path}: durations are expected in seconds; {printable(item.path)} has {info.duration:.3f} s, the "
-                f"manifest says {seconds:g}, which looks like {unit}: name the column duration_ms, or divide"
+                f"list says {seconds:g}, which looks like {unit}: name the column duration_ms, or divide"
             )
 
 

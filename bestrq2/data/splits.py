@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["choose_split", "split_of", "split_of_row"]
+__all__ = ["SPLIT_COLUMNS", "choose_split", "split_of", "split_of_row"]
 
 T = TypeVar("T")
 
@@ -15,6 +15,7 @@ _NAMES = {
     "validation": ("validation", "valid", "val", "dev", "development"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+SPLIT_COLUMNS = ("split", "subset", "partition", "set")
 _SPLITS = {name: split for split, names in _NAMES.items() for name in names}
 _WORD = re.compile(rf"(?:^|[-._ \d])({'|'.join(_SPLITS)})(?=$|[-._ \d])", re.I)
 
@@ -34,7 +35,7 @@ def split_of(path: str, folder: str, names_too: bool) -> str | None:
 
 def split_of_row(row: Mapping[str, Any]) -> str | None:
     """The split that a column of a manifest says, if one does: by a word of it, as in ``train-clean-100``."""
-    for column in ("split", "subset", "partition", "set"):
+    for column in SPLIT_COLUMNS:
         if isinstance(value := row.get(column), str) and (found := _WORD.search(value.strip())):
             return _SPLITS[found[1].lower()]
     return None

@@ -8,7 +8,9 @@ Rules. Audio goes through the folder's own feature extractor. Speech-to-text mod
   averaged over frequency, and columns whose centre lies in the clip are kept. Windows of whole columns, each seeing the
   audio up to the extractor's full length.
 - Everything else (wav2vec 2.0, HuBERT, WavLM, data2vec, wav2vec2-bert, ...): windows of 30 s of whole frames, each
-  seeing 0.1 s more. The hop is measured: four more seconds of audio, divided by the frames that they add.
+  seeing 0.1 s more. The hop is measured: four more seconds of audio, divided by the frames that they add, or where
+  these are no whole number of frames, the lengths at which a clip gets one more. Where the final output has other
+  frames than the blocks before (an adapter of wav2vec 2.0), it is all that is shown.
 
 Clips of one length are always processed together; clips of several lengths only if the feature extractor asks for an
 attention mask and, measured when the folder is opened, a clip has the same features alone and in a padded batch (models
@@ -16,6 +18,7 @@ with group norm over time do not).
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +105,8 @@ class TransformersEncoder(ForeignEncoder):
         last = hidden[-1]
         if last.dim() != 3:
             raise ConfigError(f"{self.folder}: expected features (B, T, D), got {tuple(last.shape)}")
-        self.output_dim, self.depth = last.shape[2], len(hidden) - 2
+        alike = all(state.shape == last.shape for state in hidden)
+        self.output_dim, self.depth = last.shape[2], max(0, len(hidden) - 2) if alike else 0
 
     def _measure_free(self) -> None:
         short, long = (self._noise(seconds) for seconds in (2, 6))
@@ -112,6 +116,8 @@ class TransformersEncoder(ForeignEncoder):
         if more < 1:
             raise ConfigError(f"{self.folder}: {type(self.model).__name__} gives no more frames for more audio")
         hop = (len(long) - len(short)) / more
+        if not hop.is_integer():  # so far it may be wrong by a frame in four seconds, which adds up
+            hop = self._exact_hop(long, hop)
         self.hop_size_in_ms = 1000 * hop / self.sampling_rate
         self.window_frames = max(1, round(WINDOW_SECONDS * self.sampling_rate / hop))
         self.context_samples = round(CONTEXT_SECONDS * self.sampling_rate)
@@ -126,6 +132,22 @@ class TransformersEncoder(ForeignEncoder):
         same = alone.shape == together.shape and float((together - alone).norm()) <= EXACT * float(alone.norm())
         if same and counts == [hidden[-1].shape[1], batched[-1].shape[1]]:
             self.group = "masked"
+
+    def _exact_hop(self, noise: Tensor, about: float) -> float:
+        """Samples between frames, from the lengths at which clips of half a second and of three get one more."""
+
+        def frames(samples: int) -> int:
+            return int(self._forward([noise[:samples]])[1][0])
+
+        found = []
+        for seconds in (0.5, 3.0):
+            low = round(seconds * self.sampling_rate)
+            high, count = low + math.ceil(2 * about), frames(low)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if frames(middle) > count else (middle, high)
+            found.append((high, frames(high)))
+        return (found[1][0] - found[0][0]) / max(1, found[1][1] - found[0][1])
 
     def _measure_fixed(self) -> None:
         hidden, _ = self._forward([self._noise(1)])

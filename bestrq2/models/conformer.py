@@ -263,8 +263,9 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             frames on the CPU.
 
         Raises:
-            ValueError: for wrong shapes, audio after the end of all clips, a waveform that requires a gradient (the
-                state carries none, so it would end at the border of the piece), or a state whose last call failed.
+            ValueError: for wrong shapes, a clip that ends without a sample (as in ``encode``), audio after the end of
+                all clips, a waveform that requires a gradient (the state carries none, so it would end at the border
+                of the piece), or a state whose last call failed.
         """
         num_clips = state.num_clips
         check_waveform(waveform, num_clips)
@@ -283,6 +284,9 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         if lengths.shape != (num_clips,) or int(lengths.min()) < 0 or int(lengths.max()) > num_samples:
             raise ValueError(f"expected {num_clips} lengths in 0..{num_samples}, got {lengths.tolist()}")
         ends = torch.ones(num_clips, dtype=torch.bool, device="cpu") if final else lengths < num_samples
+        empty = (ends & (state.front_end.totals == GOES_ON) & (state.front_end.received + lengths == 0)).nonzero()
+        if len(empty):
+            raise ValueError(f"expected at least one sample of a clip before it ends, got none of clip {int(empty[0])}")
         state.settle()
         before, state.broken = state.tokens, True
         tokens, grid = self._advance(waveform, lengths, ends, state, state.layout)

@@ -6,16 +6,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Layer = int | None | Literal["embeddings"]  # output of a block; the final output; what enters the first block
+# Output of a block; the final output, by either name; what enters the first block.
+Layer = int | None | Literal["final", "embeddings"]
 
 
 def check_layers(layers: Sequence[Layer] | None, depth: int, embeddings: bool = False) -> list[Layer]:
-    """``layers``, or the default: every block and the final output (None). ``embeddings``: these may be chosen, too.
+    """``layers``, or the default: every block and the final output (None, or "final" in ``layers``). ``embeddings``:
+    these may be chosen, too.
 
     Raises:
         ValueError: for none at all, or one outside 0..depth-1.
     """
-    chosen: list[Layer] = [*range(depth), None] if layers is None else list(layers)
+    chosen: list[Layer] = [*range(depth), None] if layers is None else [None if n == "final" else n for n in layers]
     if not chosen:
         raise ValueError("expected at least one layer, got none")
     for layer in chosen:

@@ -60,7 +60,9 @@ class Predictor(nn.Module):
         lengths = plan.seen_lengths + plan.predicted_lengths
         ragged = bool((lengths < tokens.shape[1]).any())
         if ragged:
-            order = self._compact_order(plan, tokens.shape[1]).to(tokens.device, non_blocking=True)
+            # Lengths alone are copied: a GPU's host waits at larger copies from memory that is not page-locked.
+            seen, valid = (x.to(tokens.device, non_blocking=True)[:, None] for x in (plan.seen_lengths, lengths))
+            order = self._compact_order(seen, valid, plan.seen.shape[1], tokens.shape[1])
             tokens = tokens.gather(1, order[..., None].expand_as(tokens))
             places = places.gather(1, order[..., None].expand_as(places))
         angles = None
@@ -69,8 +71,7 @@ class Predictor(nn.Module):
         if not ragged:
             return self.transformer(tokens, lengths, angles, first=plan.seen.shape[1])
         hidden = self.transformer(tokens, lengths, angles)
-        start = plan.seen_lengths[:, None] + torch.arange(plan.predicted.shape[1], device="cpu")
-        index = start.clamp(max=tokens.shape[1] - 1).to(hidden.device, non_blocking=True)
+        index = (seen + torch.arange(plan.predicted.shape[1], device=hidden.device)).clamp(max=tokens.shape[1] - 1)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def flops(self, seen: int, predicted: int) -> float:
@@ -81,10 +82,12 @@ class Predictor(nn.Module):
         return project + self.transformer.flops(seen + predicted, predicted)
 
     @staticmethod
-    def _compact_order(plan: MaskPlan, total: int) -> Tensor:
-        """Per clip: seen, then predicted, then fillers, indices into [context | masks], ``(B, total)`` on the CPU."""
-        column = torch.arange(total, device="cpu")
-        max_seen = plan.seen.shape[1]
-        seen, predicted = plan.seen_lengths[:, None], plan.predicted_lengths[:, None]
+    def _compact_order(seen: Tensor, valid: Tensor, max_seen: int, total: int) -> Tensor:
+        """Per clip: seen, then predicted, then fillers, indices into [context | masks], ``(B, total)``.
+
+        Args:
+            seen, valid: ``(B, 1)`` seen and all tokens of each clip.
+        """
+        column = torch.arange(total, device=seen.device)
         order = torch.where(column < seen, column, max_seen + column - seen)
-        return torch.where(column < seen + predicted, order, 0)
+        return torch.where(column < valid, order, 0)

@@ -22,44 +22,31 @@ RowJoin = Literal["average", "concatenate"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 COMBINATIONS: tuple[str, ...] = get_args(Combination)
 ROW_JOINS: tuple[str, ...] = get_args(RowJoin)
-NAMED_LAYERS = ("all", "middle", "final")
 
 
-def named_layers(name: str, depth: int) -> list[int | None]:
-    """Layers by name: "all" blocks and the final output, the two blocks in the "middle", the "final" output (None).
+def parse_layers(text: str, depth: int, option: str = "--layers") -> list[int | None]:
+    """Layers by name: "all" blocks and the final output, the two blocks in the "middle", the "final" output (None); or
+    a comma-separated list of block numbers and ``final``.
 
     An encoder that shows no layers, or a single one, has only its final output in the middle.
 
     Raises:
-        ValueError: for another name.
+        ConfigError: for anything else, or a block that the encoder does not have; it begins with ``option``.
     """
-    if name == "all":
+    if text == "all":
         return [*range(depth), None]
-    if name == "middle":
+    if text == "middle":
         return [depth // 2 - 1, depth // 2] if depth > 1 else [None]
-    if name == "final":
-        return [None]
-    raise ValueError(f"layers: expected a list of numbers or one of {', '.join(NAMED_LAYERS)}, got {name!r}")
-
-
-def parse_layers(text: str, depth: int) -> list[int | None]:
-    """A name (see :func:`named_layers`), or a comma-separated list of block numbers and ``final``.
-
-    Raises:
-        ConfigError: for anything else, or a block that the encoder does not have.
-    """
-    if text in NAMED_LAYERS:
-        return named_layers(text, depth)
     known = {**{str(number): number for number in range(depth)}, "final": None}
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
             blocks = f"0..{depth - 1}" if depth else "no blocks in this encoder"
             raise ConfigError(
-                f"--layers: expected all, middle, or {blocks} and final separated by commas, got {name!r}"
+                f"{option}: expected all, middle, or {blocks} and final separated by commas, got {name!r}"
             )
         if names.count(name) > 1:
-            raise ConfigError(f"--layers: {name} is named twice in {text!r}")
+            raise ConfigError(f"{option}: {name} is named twice in {text!r}")
     return [known[name] for name in names]
 
 
@@ -162,7 +149,8 @@ class ReadoutMixin:
             waveform: ``(B, S)`` floating, at ``sampling_rate``.
             lengths: ``(B,)`` valid samples; None: all.
             layer: None for the final, normalised output; 0..depth-1 for the output of a block.
-            layers: several of them instead: a list, "all", or "middle" (the two blocks in the middle).
+            layers: several of them instead: a list of numbers and None or "final", or a text as in the commands: "all",
+                "middle" (the two blocks in the middle), or for example "2,3,final".
             combine: of several layers: "average" (each frame of each layer brought to mean 0 and deviation 1 first),
                 "concatenate" (L times as wide), or "each" (stacked in front).
             rows: of 2-D patches, the tokens of one time step are averaged or concatenated ("concatenate", from low to
@@ -186,7 +174,7 @@ class ReadoutMixin:
             wanted: list[Layer] = [layer]
             combine = "average"  # of one layer: itself
         else:
-            chosen = named_layers(layers, self.depth) if isinstance(layers, str) else layers
+            chosen = parse_layers(layers, self.depth, "layers") if isinstance(layers, str) else layers
             wanted = check_layers(chosen, self.depth)
         features, counts = self.encode_layers(waveform, lengths, wanted, rows=rows, **options)  # type: ignore[attr-defined]
         features = combine_layers(features, combine)

@@ -75,12 +75,13 @@ class Teacher:
             joined = "average" if patches.rows == 1 else "concatenate"
             frames, counts = self.encoder.encode(waveform.float(), lengths, self.layer, rows=joined)
         frames = frames.unflatten(2, (patches.rows, self.width)).flatten(1, 2)  # tokens, as those of ``patches`` lie
-        token = torch.arange(patches.values.shape[1], device="cpu")
-        last = (counts - 1).clamp(min=0)[:, None]
+        token = torch.arange(patches.values.shape[1], device=waveform.device)
+        last, valid = (
+            x.to(waveform.device, non_blocking=True)[:, None] for x in ((counts - 1).clamp(min=0), patches.lengths)
+        )
         index = torch.minimum(token // patches.rows, last) * patches.rows + token % patches.rows
-        index = index.to(waveform.device, non_blocking=True)
         aligned = frames.gather(1, index[..., None].expand(-1, -1, self.width))
-        inside = (token < patches.lengths[:, None]).to(waveform.device, non_blocking=True)
+        inside = token < valid
         return torch.where(inside[..., None], aligned, 0)
 
     def flops(self, columns: int) -> float:

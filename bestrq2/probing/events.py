@@ -17,6 +17,7 @@ from bestrq2.data import AudioFile, ManifestError
 from bestrq2.data.tables import rows_of
 from bestrq2.errors import counted, printable
 
+_DECIMALS = 6  # of a frame or segment: below, a quotient is rounding
 _COLUMNS = {
     "path": ("path", "audio_filepath", "file", "filename"),
     "onset": ("onset", "start"),
@@ -121,9 +122,9 @@ def frame_labels(events: np.ndarray, num_frames: int, hop: float, num_classes: i
     """``(E, 3)`` events -> ``(T, C)`` bool for frames of ``hop`` seconds. What lies behind the last frame is lost."""
     labels = np.zeros((num_frames, num_classes), dtype=bool)
     for onset, offset, number in events:
-        first, last = ceil(onset / hop - 0.5), ceil(offset / hop - 0.5)  # centres in onset <= t < offset
+        first, last = (ceil(_exact(time / hop) - 0.5) for time in (onset, offset))  # centres in onset <= t < offset
         if first >= last:
-            first = int((onset + offset) / 2 / hop)
+            first = int(_exact((onset + offset) / 2 / hop))
             last = first + 1
         labels[first:last, int(number)] = True
     return labels
@@ -133,17 +134,23 @@ def segment_labels(events: np.ndarray, seconds: float, segment: float, num_class
     """``(S, C)`` bool: whether any part of an event lies in the segment. The last segment may be shorter."""
     labels = np.zeros((num_segments(seconds, segment), num_classes), dtype=bool)
     for onset, offset, number in events:
-        labels[int(onset / segment) : ceil(offset / segment), int(number)] = True
+        labels[int(_exact(onset / segment)) : ceil(_exact(offset / segment)), int(number)] = True
     return labels
 
 
 def segment_decisions(active: np.ndarray, hop: float, seconds: float, segment: float) -> np.ndarray:
     """``(T, C)`` decisions on frames -> ``(S, C)``: whether any frame whose centre lies in the segment is active."""
     decisions = np.zeros((num_segments(seconds, segment), active.shape[1]), dtype=bool)
-    place = ((np.arange(len(active)) + 0.5) * hop / segment).astype(np.int64).clip(max=len(decisions) - 1)
+    centres = np.round((np.arange(len(active)) + 0.5) * hop / segment, _DECIMALS)
+    place = centres.astype(np.int64).clip(max=len(decisions) - 1)
     np.logical_or.at(decisions, place, active)
     return decisions
 
 
 def num_segments(seconds: float, segment: float) -> int:
-    return max(1, ceil(round(seconds / segment, 6)))
+    return max(1, ceil(_exact(seconds / segment)))
+
+
+def _exact(quotient: float) -> float:
+    """A time in frames or segments without its rounding: 0.3 / 0.1 is below 3, and 1.1 / 0.1 above 11."""
+    return round(quotient, _DECIMALS)

@@ -27,6 +27,7 @@ from .task import ProbeTask
 TRAIN, TEST = 0, 1  # of a fixed split: gallery and queries in retrieval
 OUTSIDE = "outside of --where"  # the reason of rows that were not asked for
 _PLACEHOLDERS = {"nan", "none", "null", "n/a", "na", "<na>"}
+_BESIDE_LABELS = _PLACEHOLDERS - {"na"}  # of several labels of a clip: no label, where na may be one (a language)
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
 
@@ -210,7 +211,16 @@ def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
             parts = cells[0] if isinstance(cells[0], list) else _split(str(cells[0]).strip(), task.separator)
         except ValueError as error:
             raise ManifestError(f"{task.path}: {file.path}: {task.label_columns[0]!r}: {error}") from error
-        return sorted({str(part).strip() for part in parts if str(part).strip()})
+        if parts and all(part is None or part != part for part in parts):
+            return None
+        names = {str(part).strip() for part in parts} - {""}
+        absent = sorted(name for name in names if name.casefold() in _BESIDE_LABELS)
+        if absent and len(names) > 1:
+            raise ManifestError(
+                f"{task.path}: {file.path}: {task.label_columns[0]!r}: a missing value ({absent[0]}) beside labels, "
+                f"got {printable(str(cells[0]))}: leave it out, or the whole field empty if the labels are not known"
+            )
+        return sorted(names)
     chosen = []
     for name, cell in zip(task.label_columns, cells):
         text = str(cell).strip().lower()

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from inspect import signature
 from typing import Any, TypeVar
@@ -19,7 +21,7 @@ from bestrq2.layers.conformer import ConformerBlock
 from bestrq2.layers.conformer_convolution import MaskedBatchNorm
 from bestrq2.layers.transformer import Block
 
-from .rendezvous import agree_on_round, join_store, joining_time
+from .rendezvous import POLL_SECONDS, agree_on_round, join_store, joining_time
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,8 +40,9 @@ class Ranks:
     Control values travel between CPUs by gloo, gradients between GPUs by NCCL.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._store = store  # of this start of the ranks
 
     @classmethod
     def start(cls) -> "Ranks":
@@ -64,8 +67,8 @@ class Ranks:
             torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store = join_store(ranks.rank, size)
-        own_part = dist.PrefixStore(agree_on_round(store, ranks.rank, size, joining_time()), store)
-        dist.init_process_group(backend, timeout=PATIENCE, store=own_part, rank=ranks.rank, world_size=size)
+        ranks._store = dist.PrefixStore(agree_on_round(store, ranks.rank, size, joining_time()), store)
+        dist.init_process_group(backend, timeout=PATIENCE, store=ranks._store, rank=ranks.rank, world_size=size)
         return ranks
 
     @property
@@ -137,6 +140,36 @@ class Ranks:
         if first is not None:
             raise shared(ConfigError(first) if problem is None else problem)
         return result
+
+    def tell_end(self, error: Exception, message: str | None) -> int:
+        """Print what ended this rank, unless another rank prints the same. Returns the exit code.
+
+        Args:
+            message: a sentence for the user; None for a fault of this program, whose traceback is printed.
+        """
+        if is_shared(error) and not self.is_first:
+            self._await_first()  # torchrun ends the first rank as soon as this one has ended
+        elif message is None:
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif not message.startswith("another rank") or self._is_first_to_miss_one():
+            print(f"error: {'' if self.is_first else f'rank {self.rank}: '}{message}", file=sys.stderr)
+        if self.is_first and self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set("bestrq2/told", "")
+        return 1 if message is None else 2
+
+    def _is_first_to_miss_one(self) -> bool:
+        """Return True on one of the ranks that are left, and where that cannot be known."""
+        try:
+            return self._store is None or self._store.add("bestrq2/missed", 1) == 1
+        except RuntimeError:  # it went with the first rank
+            return True
+
+    def _await_first(self) -> None:
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        with suppress(RuntimeError):
+            while self._store is not None and not self._store.check(["bestrq2/told"]) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -126,17 +126,18 @@ def accept_bf16_gradients(model: nn.Module, config: Config, autocast: torch.dtyp
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over all trainable parameters; ``decay_all=False`` spares vectors (norms, biases) and tokens the decay.
+    """AdamW over all trainable parameters; ``decay_all=False`` spares norms, biases and tokens the decay: whatever is a
+    vector, and biases of several codebooks or heads, which are matrices.
 
     Raises:
         ConfigError: for betas, epsilon or decay that AdamW cannot take.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = sum(size > 1 for size in parameter.shape) >= 2
-            (decayed if config.decay_all or is_matrix else plain).append(parameter)
+            is_weight = sum(size > 1 for size in parameter.shape) >= 2 and not name.endswith("bias")
+            (decayed if config.decay_all or is_weight else plain).append(parameter)
     groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False}]
     low, high = config.betas
     fused = next(model.parameters()).device.type in ("cuda", "cpu")

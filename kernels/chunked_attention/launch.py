@@ -130,7 +130,9 @@ class _Call:
             end = min(begin + rows, self.frames)
             lowest, highest = self._offsets(begin, end)
             if self.table is not None:  # only where nothing is visible does the table not hold them all
-                lowest, highest = max(lowest, -self.zero), min(highest, self.table.shape[1] - 1 - self.zero)
+                first, last = -self.zero, self.table.shape[1] - 1 - self.zero
+                lowest = min(max(lowest, first), last)
+                highest = min(max(highest, lowest), last)
             yield Segment(begin, end, lowest, highest)
 
     def _offsets(self, begin: int, end: int) -> tuple[int, int]:

@@ -125,7 +125,8 @@ def _case(kernel: Any, name: str, types: dict[str, str], flags: dict[str, Any], 
     constants = {key: value for key, value in {**flags, **config}.items() if key not in ("num_warps", "num_stages")}
     signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
     set_flags = [key.lower() for key, value in flags.items() if value is True]
-    aligned = ("p_", "row_stride", "D", "V", "num_classes", "chunk", "share")
+    aligned = ("p_", "row_stride", "D", "V", "num_classes", "share")
+    free = {parameter.name for parameter in kernel.params if _is_free(parameter)}
     return CompileCase(
         "-".join([kernel.__name__.removesuffix("_kernel"), name, *set_flags]),
         kernel,
@@ -133,5 +134,10 @@ def _case(kernel: Any, name: str, types: dict[str, str], flags: dict[str, Any], 
         constants,
         config["num_warps"],
         config["num_stages"],
-        tuple(argument for argument in signature if argument.startswith(aligned) and argument != "p_count"),
+        tuple(argument for argument in signature if argument.startswith(aligned) and argument not in free),
     )
+
+
+def _is_free(parameter: Any) -> bool:
+    """Return True for an argument of whose value the launcher makes no variant of its kernel."""
+    return parameter.do_not_specialize or parameter.do_not_specialize_on_alignment

@@ -14,8 +14,10 @@ that has it, the sum of exponentials relative to it, the target's logit and, for
 import triton
 import triton.language as tl
 
+from .arguments import OF_ROWS
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=OF_ROWS)
 def loss_kernel(
     p_hidden,  # (N, D), unit feature stride
     p_weight,  # (V, D) contiguous
@@ -40,7 +42,7 @@ def loss_kernel(
 ):
     i_m = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1).to(tl.int64)
-    N = i_s * 0 + N  # as int64, also where the launcher made a constant of it
+    N = N.to(tl.int64)
     present = N
     if HAS_INDEX:
         present = tl.load(p_count)
@@ -93,7 +95,7 @@ def loss_kernel(
     tl.store(p_first + i_s * N + o_m, first, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "shares"], do_not_specialize_on_alignment=OF_ROWS)
 def merge_kernel(
     p_parts,  # (4, shares, N) fp32
     p_first,  # (shares, N) int32
@@ -115,7 +117,7 @@ def merge_kernel(
 ):
     """Join the shares of BM rows: the formulas of ``softmax_gradient_kernel``."""
     i_m = tl.program_id(0).to(tl.int64)
-    N = i_m * 0 + N  # as int64, also where the launcher made a constant of it
+    N = N.to(tl.int64)
     present = N
     if HAS_INDEX:
         present = tl.load(p_count)

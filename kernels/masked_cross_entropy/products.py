@@ -14,8 +14,10 @@ waiting for it. ``start`` is the first slot of the chunk in ``p_index``; slot ``
 import triton
 import triton.language as tl
 
+SLOTS = ["start", "chunk"]  # change from call to call: no variant of a kernel for each
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SLOTS)
 def logits_kernel(
     p_hidden,  # (N, D), unit feature stride
     p_weight,  # (V, D) contiguous
@@ -59,7 +61,7 @@ def logits_kernel(
     tl.store(p_z, acc.to(p_logits.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SLOTS)
 def hidden_gradient_kernel(
     p_dz,  # (chunk, V) contiguous
     p_weight,  # (V, D) contiguous
@@ -105,7 +107,7 @@ def hidden_gradient_kernel(
     tl.store(p_o, acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SLOTS)
 def weight_gradient_kernel(
     p_dz,  # (chunk, V) contiguous
     p_hidden,  # (N, D), unit feature stride

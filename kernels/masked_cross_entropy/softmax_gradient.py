@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from .arguments import OF_ROWS
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["rows", "start"], do_not_specialize_on_alignment=OF_ROWS)
 def softmax_gradient_kernel(
     p_logits,  # (rows, V) contiguous; overwritten with its gradient
     p_targets,  # (N,) int64

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from bestrq2.data import (
@@ -15,12 +16,14 @@ from bestrq2.data import (
     AudioFile,
     CropDataset,
     DataError,
+    ManifestError,
     batches,
     collect,
     load_audio,
     tiny_dataset,
     write_manifest,
 )
+from bestrq2.data.parts import load_clip
 from bestrq2.data.shards import pack
 
 from .conftest import encoded
@@ -237,3 +240,58 @@ def test_as_the_library_writes_it(tmp_path):
     made.select([4, 1, 7]).save_to_disk(tmp_path / "selected")  # rows of a selection are written in its order
     for item, number in zip(collect(tmp_path / "selected")[0], (4, 1, 7), strict=True):
         np.testing.assert_array_equal(load_audio(item.path), load_audio(items[number].path))
+
+
+def _files_of_levels(folder):
+    """0.1, 0.2 and 0.3, a second each, as a file and as what a column with audio holds."""
+    samples = np.repeat(np.array([0.1, 0.2, 0.3], np.float32), 16000)
+    soundfile.write(folder / "long.wav", samples, 16000)
+    return {"bytes": None, "path": "long.wav"}, {"bytes": (folder / "long.wav").read_bytes(), "path": "long.wav"}
+
+
+def _write(path, columns):
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    table = pyarrow.table(
+        {
+            name: pyarrow.array(values, kind) if isinstance(values[0], dict) else values
+            for name, values in columns.items()
+        }
+    )
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_rows_that_name_files_are_read_as_those_of_a_manifest(tmp_path, suffix):
+    """Each was the whole file, whatever start, end and channel said."""
+    outside, inside = _files_of_levels(tmp_path)
+    parts = {"start": [0.0, 1.0, 2.0], "end": [1.0, 2.0, 3.0], "label": [0, 1, 2]}
+    files, _ = collect(_write(tmp_path / f"parts{suffix}", {"audio": [outside] * 3, **parts}))
+    assert [(item.duration, item.label) for item in files] == [(1.0, "0"), (1.0, "1"), (1.0, "2")]
+    assert [round(float(load_clip(item).mean()), 3) for item in files] == [0.1, 0.2, 0.3]
+    with pytest.raises(ManifestError, match="channel = 1 cannot be applied"):
+        collect(_write(tmp_path / f"channel{suffix}", {"audio": [outside], "channel": [1]}))
+    # Audio in the table is what was cut out already.
+    files, _ = collect(_write(tmp_path / f"cut{suffix}", {"audio": [inside], "start": [1.0], "end": [4.0]}))
+    assert [(item.start, item.end, item.duration) for item in files] == [(0.0, None, 3.0)]
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+def test_columns_that_decide_what_is_trained_on(tmp_path, suffix):
+    outside, inside = _files_of_levels(tmp_path)
+    for number, audio in enumerate((outside, inside)):
+        path = _write(tmp_path / f"split{number}{suffix}", {"audio": [audio] * 3, "Split": ["train", "test", "train"]})
+        files, report = collect(path)
+        assert len(files) == 2
+        assert "(2 train, 1 test) only train is used" in report.notes[0]
+        assert len(collect(path, split=None)[0]) == 3
+        with pytest.raises(DataError, match=r"has 3\.000 s, the list says 3000, which looks like milliseconds"):
+            collect(_write(tmp_path / f"ms{number}{suffix}", {"audio": [audio] * 2, "duration": [3000.0] * 2}))
+    two = {"noisy": [inside], "clean": [inside]}
+    with pytest.raises(DataError, match="several columns with audio, noisy, clean: call the one that is meant audio"):
+        collect(_write(tmp_path / f"two{suffix}", two))
+    assert len(collect(_write(tmp_path / f"three{suffix}", two | {"audio": [inside]}))[0]) == 1

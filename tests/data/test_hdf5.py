@@ -185,3 +185,13 @@ def test_a_file_that_another_process_writes_anew(tmp_path):
         assert len(files) == number
         for item in files:
             np.testing.assert_array_equal(load_audio(item.path), np.full(samples, value / 32768, np.float32))
+
+
+def test_a_dataset_split_chooses_clips(published):
+    """As a column of a manifest does; all were trained on."""
+    path, _ = published
+    with h5py.File(path, "a") as file:
+        file["split"] = [b"train", b"test", b"train", b"validation", b"train", b"train"]
+    files, report = collect(path)
+    assert [item.path for item in files] == [f"{path}::{n}" for n in (0, 2, 4, 5)]
+    assert "(4 train, 1 test, 1 validation) only train is used" in report.notes[0]

@@ -152,10 +152,10 @@ def test_a_cut_ogg_is_reported(tmp_path, subtype, share):
         collect(path)
 
 
-CUT = [(form, "PCM_16") for form in ("AU", "WAV", "W64", "NIST", "VOC", "SVX")]
+CUT = [(form, "PCM_16") for form in ("AU", "WAV", "W64", "NIST", "VOC", "SVX", "CAF")]
 
 
-@pytest.mark.parametrize(("form", "subtype"), [*CUT, ("NIST", "ULAW")])
+@pytest.mark.parametrize(("form", "subtype"), [*CUT, ("NIST", "ULAW"), ("CAF", "ALAC_16")])
 def test_a_cut_file_is_reported(tmp_path, form, subtype):
     path = tmp_path / "cut"
     for lead in (b"", ID3) if form in ("AU", "WAV") else (b"",):
@@ -165,6 +165,22 @@ def test_a_cut_file_is_reported(tmp_path, form, subtype):
         path.write_bytes(data[: len(data) // 2])
         with pytest.raises(AudioError, match=r"truncated \(5\d\.\d % of the audio bytes are missing"):
             audio_info(path)
+
+
+def test_a_compressed_caf_that_lacks_its_last_packet(tmp_path):
+    """libsndfile counts whole packets, of 4096 samples."""
+    path = tmp_path / "cut.caf"
+    path.write_bytes(encoded("CAF", subtype="ALAC_16")[:-1])
+    with pytest.raises(AudioError, match=rf"truncated \(\d+ of {len(NOISE)} samples\)"):
+        audio_info(path)
+
+
+def test_a_caf_with_an_impossible_chunk(tmp_path):
+    path = tmp_path / "damaged.caf"
+    data = encoded("CAF", subtype="PCM_16")
+    path.write_bytes(data.replace(b"free" + data[data.index(b"free") + 4 :][:8], b"free\x70" + bytes(7)))
+    with pytest.raises(AudioError, match="not decodable"):  # not: "not readable", as if the disk were at fault
+        audio_info(path)
 
 
 @pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16", "NMS_ADPCM_32", "IMA_ADPCM", "MS_ADPCM"])

@@ -106,10 +106,12 @@ def test_csv_manifest(tmp_path):
 def test_jsonl_manifest(tmp_path):
     path = tmp_path / "list.jsonl"
     rows = [{"audio_filepath": "ä.wav", "duration": 2, "label": 3, "text": "hi"}, {"path": "b.wav", "duration": None}]
+    rows.append({"path": "c.wav", "label": 0, "domain": 0})  # both are names like any other
     path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     assert read_manifest(path) == [
         AudioFile(str(tmp_path / on_disk("ä.wav")), 2.0, label="3", end=2.0),  # NeMo: the first two seconds
         AudioFile(str(tmp_path / "b.wav")),
+        AudioFile(str(tmp_path / "c.wav"), domain="0", label="0"),
     ]
 
 

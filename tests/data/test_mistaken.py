@@ -50,13 +50,16 @@ def test_a_name_in_another_encoding(tmp_path, there, asked, hint):
         (b"\xff\xf1\x50\x80" + bytes(99), "AAC, which is .*ffmpeg"),
         (bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "WMA or WMV, which is .*ffmpeg"),
         (b"404: Not Found\n", "text instead of the file: 404: Not Found"),
-        (b"\1nothing that is known", "not decodable"),
+        (b"\1nothing that is known", "no audio in a format that is known; the first bytes are 01 6e 6f 74 68 69 6e 67"),
+        (bytes(5000), "no audio in a format that is known; the first bytes are 00 00"),
     ],
 )
-def test_what_is_there_instead_of_audio(tmp_path, content, message):
-    (tmp_path / "x.mp3").write_bytes(content)
-    with pytest.raises(AudioError, match=message):
-        load_audio(tmp_path / "x.mp3")
+def test_what_is_there_instead_of_audio(tmp_path, content, message, capfd):
+    for name in ("x.mp3", "x.wav"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AudioError, match=message):
+            load_audio(tmp_path / name)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_name_that_the_locale_cannot_write(tmp_path):

@@ -1,6 +1,7 @@
 """Packing: training from shards is training from the files, bit for bit; all is written, or nothing."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -180,3 +181,25 @@ def test_command(tmp_path, write_wav, capsys):
     )
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_what_the_json_beside_a_clip_says_of_splits_and_durations(tmp_path):
+    """A test clip was trained on, and milliseconds were taken for seconds, by which clips are drawn."""
+
+    def shard(name, *rows):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for number, row in enumerate(rows):
+                for suffix, content in (("wav", _clip(number)), ("json", json.dumps(row).encode())):
+                    entry = tarfile.TarInfo(f"{number}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+
+    shard("a-0.tar", {"split": "train"}, {"split": "test"})
+    shard("a-1.tar", {"Split": "dev"}, {})
+    files, report = collect(str(tmp_path / "a-{0..1}.tar"))
+    assert [item.path for item in files] == [f"{tmp_path}/a-0.tar::0.wav", f"{tmp_path}/a-1.tar::1.wav"]
+    assert "(1 train, 1 test, 1 validation) only train is used" in report.notes[0]
+    assert len(collect(str(tmp_path / "a-*.tar"), split=None)[0]) == 4
+    shard("b.tar", {"duration": 2000})
+    with pytest.raises(DataError, match=r"0\.wav has 2\.000 s, the list says 2000, which looks like milliseconds"):
+        collect(tmp_path / "b.tar")

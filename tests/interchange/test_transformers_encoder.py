@@ -14,7 +14,7 @@ from bestrq2.config import ConfigError
 from bestrq2.data import tiny_dataset
 from bestrq2.errors import CheckpointError
 from bestrq2.interchange import open_encoder
-from bestrq2.models.readout import averaged_rows
+from bestrq2.models.readout import averaged_rows, parse_layers
 from bestrq2.training.embedding_cache import module_digest
 
 transformers = pytest.importorskip("transformers")
@@ -39,6 +39,12 @@ def build(family):
     t = transformers
     if family == "wav2vec2":
         return t.Wav2Vec2Model(t.Wav2Vec2Config(**GROUP_NORM)), waveforms(False)
+    if family == "wav2vec2-adapter":
+        more = {"add_adapter": True, "num_adapter_layers": 1, "output_hidden_size": 48}
+        return t.Wav2Vec2Model(t.Wav2Vec2Config(**LAYER_NORM, **more)), waveforms(True)
+    if family == "sew":
+        kernels = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+        return t.SEWModel(t.SEWConfig(**SMALL, **kernels, conv_dim=(16,) * 13)), waveforms(False)
     if family == "wav2vec2-layer":
         return t.Wav2Vec2Model(t.Wav2Vec2Config(**LAYER_NORM)), waveforms(True)
     if family == "hubert":
@@ -131,6 +137,33 @@ def test_features_are_those_of_the_model(family, folders):
             state = state[:, 2:].reshape(1, 12, 101, 32).mean(1)
         torch.testing.assert_close(layers[number, 0], state[0, : int(counts)], atol=1e-6, rtol=0)
     assert int(counts) == {"wav2vec2-layer": 74, "wav2vec2-bert": 74, "ast": 15, "whisper": 75}[family]
+
+
+def test_a_hop_that_four_seconds_are_no_multiple_of(tmp_path):
+    """Moonshine's 384 samples: measured over 4 s they were 385.5, so that each window of 30 s lost five frames."""
+    sizes = {
+        f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("num_hidden_layers", "num_attention_heads")
+    }
+    config = transformers.MoonshineConfig(hidden_size=32, intermediate_size=48, vocab_size=50, **sizes)
+    for part in (transformers.MoonshineModel(config), waveforms(True)):
+        part.save_pretrained(tmp_path)
+    encoder = open_encoder(tmp_path)
+    assert encoder.hop_size_in_ms == 24
+    samples = 16000 * 95 + 5000
+    assert encoder.encode(torch.zeros(1, samples))[1].tolist() == [(((samples - 127) // 64 - 6) // 3 - 2) // 2 + 1]
+
+
+@pytest.mark.parametrize("family", ["wav2vec2-adapter", "sew"])
+def test_blocks_with_other_frames_than_the_final_output(family, tmp_path):
+    """They cannot stand beside it: --layers all ended with an error of torch.stack."""
+    for part in build(family):
+        part.save_pretrained(tmp_path)
+    encoder = open_encoder(tmp_path)
+    assert (encoder.depth, encoder.output_dim) == (0, 48 if family == "wav2vec2-adapter" else 32)
+    waveform = 0.1 * torch.randn(1, 32000)
+    assert torch.equal(encoder.encode(waveform, layers="all")[0], encoder.encode(waveform)[0])
+    with pytest.raises(ConfigError, match="no blocks in this encoder"):
+        parse_layers("0,final", encoder.depth)
 
 
 def test_no_choice_of_rows_is_offered(folders):

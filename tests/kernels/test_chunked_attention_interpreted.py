@@ -124,6 +124,28 @@ def test_segments_of_the_band_change_nothing(device, monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("offset", [0, 24, 5000])
+def test_table_of_the_window_alone(offset, device, monkeypatch):
+    """Segments whose windows end before the first key or begin behind the last one have no row of such a table."""
+    from bestrq2.kernels.chunked_attention import launch
+
+    from bestrq2 import ops
+
+    monkeypatch.setattr(launch, "BAND_BYTES", 1)
+    monkeypatch.setattr(launch, "SEGMENT_ROWS", 16)
+    window = {"chunk_size": 4, "left_context": 3, "right_context": 2, "query_offset": offset, "position_zero": 5}
+    inputs = [torch.randn(1, 2, frames, 16, device=device, requires_grad=True) for frames in (40, 30, 30)]
+    table = torch.randn(2, 12, 16, device=device, requires_grad=True)  # offsets -5 to 6
+    results = []
+    for backend in ("reference", "triton"):
+        out = ops.chunked_attention(*inputs, position=table, backend=backend, **window)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [*inputs, table])))
+    assert results[0][0].any() == (offset < 30)
+    for reference, ours in zip(*results):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
 @pytest.mark.parametrize("positions", [True, False])
 def test_opcheck(positions, device):
     """Of forward and backward: schemas, fakes with their strides, autograd registration, tracing."""

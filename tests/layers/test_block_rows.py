@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from bestrq2 import ops
 from bestrq2.layers.block_rows import (
@@ -311,6 +312,22 @@ def test_modules_that_were_changed_are_called(variant, how):
         change(module, how, calls)
         torch.testing.assert_close(outputs_of(changed), expected, msg=lambda text, part=part: f"{part}: {text}")
         assert calls, part
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hooks_of_all_modules_see_every_module(variant, kind):
+    model = VARIANTS[variant]().eval()
+    expected, calls = outputs_of(model), set()
+    handle = getattr(torch_module, f"register_module_{kind}")(lambda module, *values: calls.add(module))
+    try:
+        found = outputs_of(model)
+        found.sum().backward()
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected)
+    assert [part for part in parts_of(model) if model.get_submodule(part) not in calls] == []
 
 
 @pytest.mark.parametrize("angles", [False, True])

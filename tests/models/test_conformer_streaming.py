@@ -239,6 +239,20 @@ def test_bad_calls():
         model.train().stream(torch.zeros(2, 100), model.start_stream(2))
 
 
+def test_a_clip_without_a_sample_is_refused_as_by_encode():
+    model = encoder()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"lengths must lie in 1\.\."):
+            model.encode(torch.zeros(1, 0))
+        state = model.start_stream(2)
+        for samples, lengths, final in ((0, None, True), (100, [100, 0], False)):
+            with pytest.raises(ValueError, match="at least one sample of a clip before it ends, got none of clip"):
+                model.stream(torch.zeros(2, samples), state, lengths and torch.tensor(lengths), final=final)
+        assert model.stream(torch.zeros(2, 0), state)[1].tolist() == [0, 0]  # the state goes on
+        model.stream(torch.zeros(2, 1), state)
+        assert model.stream(torch.zeros(2, 0), state, final=True)[1].tolist() == [1, 1]
+
+
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 

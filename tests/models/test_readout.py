@@ -7,7 +7,7 @@ from torch.nn.functional import layer_norm
 from bestrq2.config import ConfigError, load_config
 from bestrq2.layers import LogMel
 from bestrq2.models import ViTEncoder, build_encoder, build_model
-from bestrq2.models.readout import combine_layers, named_layers, parse_layers, pool_frames
+from bestrq2.models.readout import combine_layers, parse_layers, pool_frames
 
 WAVES = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([16000, 9000])
@@ -22,16 +22,17 @@ def encoder(*overrides, recipe="best_rq2_tiny"):
 
 
 def test_layers_by_name():
-    assert named_layers("all", 3) == [0, 1, 2, None]
-    assert named_layers("middle", 6) == [2, 3]
-    assert named_layers("middle", 12) == [5, 6]
-    assert named_layers("middle", 3) == [0, 1]
-    assert [named_layers("middle", depth) for depth in (0, 1)] == [[None], [None]]
+    assert parse_layers("all", 3) == [0, 1, 2, None]
+    assert parse_layers("middle", 6) == [2, 3]
+    assert parse_layers("middle", 12) == [5, 6]
+    assert parse_layers("middle", 3) == [0, 1]
+    assert [parse_layers("middle", depth) for depth in (0, 1)] == [[None], [None]]
+    assert parse_layers("final", 3) == [None]
     assert parse_layers(" 2, final", 3) == [2, None]
     with pytest.raises(ConfigError, match=r"0\.\.2 and final separated by commas, got '3'"):
         parse_layers("3", 3)
-    with pytest.raises(ValueError, match="one of all, middle, final, got 'last'"):
-        named_layers("last", 3)
+    with pytest.raises(ConfigError, match=r"^layers: expected all, middle, or 0\.\.2 and final .*, got 'last'"):
+        parse_layers("last", 3, "layers")
 
 
 def test_pooling_by_hand():
@@ -69,6 +70,11 @@ def test_encode(recipe):
     assert torch.equal(same, counts)
     joined = model.encode(WAVES, LENGTHS, layers=[0, None], combine="concatenate")[0]
     assert torch.equal(joined, torch.cat((blocks[0], blocks[-1]), -1))
+    for spelling in ("0, final", [0, "final"]):
+        assert torch.equal(model.encode(WAVES, LENGTHS, layers=spelling, combine="concatenate")[0], joined)
+    assert torch.equal(model.encode(WAVES, LENGTHS, layers="2")[0], blocks[2])
+    with pytest.raises(ValueError, match=r"^layers: expected all, middle, or 0\.\.2 and final .*, got '3'"):
+        model.encode(WAVES, layers="3")
     average = model.encode(WAVES, LENGTHS, layers="middle")[0]
     short = int(counts[1])
     torch.testing.assert_close(average[1, :short], layer_norm(blocks[:2, 1, :short], (32,)).mean(0))

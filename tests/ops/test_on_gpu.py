@@ -80,6 +80,35 @@ def test_ties_go_to_the_lowest_index(backend):
     assert cosines(x, projection, codebook).argmax(1).eq(once.cpu()).float().mean() > 0.99
 
 
+def test_codes_on_a_stream_that_did_not_prepare_the_codebook(backend):
+    x, projection, codebook = on_gpu(*problem(300))
+    expected = ops.quantize(x, projection, codebook, backend=backend)
+    unknown, first, second = codebook.clone(), torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(200_000_000)
+        ops.quantize(x, projection, unknown, backend=backend)
+    with torch.cuda.stream(second):
+        codes = ops.quantize(x, projection, unknown, backend=backend)
+    torch.cuda.synchronize()
+    assert torch.equal(codes, expected)
+
+
+def test_codes_replay_in_a_cuda_graph(backend):
+    """Also of a codebook that was changed, or pushed out of what is kept, since the capture."""
+    x, projection, codebook = on_gpu(*problem(300))
+    other = codebook.flip(0)
+    ops.quantize(x, projection, codebook, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes = ops.quantize(x, projection, codebook, backend=backend)
+    codebook.copy_(other)
+    for number in range(20):
+        ops.quantize(x, projection, other * (number + 1), backend=backend)
+    graph.replay()
+    assert torch.equal(codes, ops.quantize(x, projection, other, backend=backend))
+
+
 @by_dtype
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])

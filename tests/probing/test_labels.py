@@ -3,6 +3,8 @@
 import csv
 import io
 from dataclasses import replace
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +132,29 @@ def test_several_labels_in_a_list(write):
     write('{"path": "a.wav", "tags": ["speech, male"]}\n{"path": "b.wav", "tags": ["pop, rock"]}\n', "clips.jsonl")
     clips = read_clips(ProbeTask(manifest=manifest, label="tags", kind="multilabel", group="path"))
     assert (clips.classes, clips.warnings) == (["pop, rock", "speech, male"], [])  # a list has no separator
+
+
+@pytest.mark.parametrize("cell", ["a;NaN", "nan; a", "a;None", "null;a;b", "a;<NA>", "['a', 'nan']"])
+def test_a_missing_value_beside_labels_is_refused(write, cell):
+    task = ProbeTask(manifest=write(f'path,tags\nx.wav,b\ny.wav,"{cell}"\n'), label="tags", kind="multilabel")
+    with pytest.raises(ManifestError, match=r"y\.wav: 'tags': a missing value \(\S+\) beside labels, got .*a"):
+        read_clips(task)
+
+
+def test_missing_values_alone_and_in_lists(write):
+    """Alone they are as in a single label: text is a class, with a warning; null and NaN of JSON are no label."""
+    task = ProbeTask(manifest=write("path,tags\nx.wav,NaN\ny.wav,a;\nz.wav,na;a\n"), label="tags", kind="multilabel")
+    clips = read_clips(task)
+    assert clips.classes == ["NaN", "a", "na"]
+    assert any("'NaN' is a class of its own" in text for text in clips.warnings)
+    rows = '{"path": "a.wav", "tags": ["a"]}\n{"path": "b.wav", "tags": [null]}\n{"path": "c.wav", "tags": [NaN]}\n'
+    task = replace(task, manifest=write(rows, "clips.jsonl"))
+    clips = read_clips(task)
+    assert (clips.classes, clips.left_out) == (["a"], {"without a label": 2})
+    for value in ("null", "NaN"):
+        write(rows + f'{{"path": "d.wav", "tags": ["a", {value}]}}\n', "clips.jsonl")
+        with pytest.raises(ManifestError, match=r"d\.wav: 'tags': a missing value"):
+            read_clips(task)
 
 
 def test_several_columns(write):
@@ -287,6 +312,25 @@ def test_frames_and_segments():
     assert segment_decisions(active, 0.4, 2.5, 1.0)[:, 0].tolist() == [False, True, False]
     active[5] = True  # centre at 2.2 s
     assert segment_decisions(active, 0.4, 2.5, 1.0)[:, 0].tolist() == [False, True, True]
+
+
+def test_times_on_the_border_of_a_frame_or_segment():
+    """In exact arithmetic: as floats, 0.3 / 0.1 is below 3, 1.1 / 0.1 above 11, and 0.14 / 0.04 above 3.5."""
+    for unit in map(Fraction, ("0.02", "0.04", "0.1", "0.2", "0.3")):
+        number = int(4 / unit)
+        for onset, offset in product(range(0, 390, 7), (1, 6, 10, 45)):
+            begin, end = Fraction(onset, 100), Fraction(onset + offset, 100)
+            event = np.array([[float(begin), float(end), 0]])
+            inside = [begin <= (i + Fraction(1, 2)) * unit < end for i in range(number)]
+            if any(inside):
+                assert frame_labels(event, number, float(unit), 1)[:, 0].tolist() == inside
+            touched = [begin < (i + 1) * unit and end > i * unit for i in range(number)]
+            assert segment_labels(event, float(number * unit), float(unit), 1)[:, 0].tolist() == touched
+    for hop, segment in product(map(Fraction, ("0.04", "0.08")), map(Fraction, ("0.1", "0.2"))):
+        for frame in range(40):
+            active = np.arange(40)[:, None] == frame
+            found = segment_decisions(active, float(hop), 40 * float(hop), float(segment))
+            assert np.flatnonzero(found).tolist() == [int((frame + Fraction(1, 2)) * hop / segment)]
 
 
 def test_tasks_from_configurations_are_keys():

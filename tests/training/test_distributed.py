@@ -11,10 +11,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import soundfile
 import torch
+from torch.distributed import HashStore
 
 from bestrq2.config import ConfigError, load_config
 from bestrq2.data import CropDataset, batches, tiny_dataset
@@ -231,6 +233,7 @@ FAULTS = [
     ("Checkpoint.weights", "CheckpointError('not on this machine')", "error: not on this machine"),
     ("Checkpoint.training_state", "CheckpointError('not on this machine')", "error: not on this machine"),
     ("Trainer._stream", "DataError('not on this machine')", "error: rank 1: not on this machine"),
+    ("Trainer._stream", "OSError(28, 'not on this machine', 'x')", "error: rank 1: x: not on this machine"),
 ]
 
 
@@ -244,6 +247,25 @@ def test_what_one_rank_cannot_do_is_told(tmp_path, alone, nursery, place, error,
     assert output.count(message) == 1, output
     assert output.count("not on this machine") == 1, output
     assert "Traceback" not in output, output
+
+
+def test_what_all_ranks_raise_is_told_by_the_first_and_once(tmp_path, alone, nursery):
+    shutil.copytree(alone, tmp_path / "run")
+    for error, told, code in (("OSError(28, 'no room', 'x')", "error: x: no room", 2), ("ValueError('own')", "own", 1)):
+        place = ON_RANK_1.replace('== "1"', '== "0"').format(place="Trainer._finish", error=error)
+        result, output = nursery.run(tmp_path, ["--resume", str(tmp_path / "run"), "train.steps=9"], place, ranks=2)
+        assert (result, output.count(told)) == (code, 1), output
+
+
+def test_ranks_that_are_left_say_once_that_one_is_gone(monkeypatch, capsys):
+    store, gone = HashStore(), RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    for rank, error in ((2, gone), (0, gone), (1, OSError(28, "no room", "x")), (3, gone)):
+        monkeypatch.setattr(Ranks, "start", lambda rank=rank: Ranks(rank, 4, store=store))
+        monkeypatch.setattr("bestrq2.train.run", Mock(side_effect=error))
+        assert main([]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: rank 2: another rank ended; see the messages of the other ranks")
+    assert second.startswith("error: rank 1: x: no room")
 
 
 LOST = """

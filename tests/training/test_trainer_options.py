@@ -129,6 +129,22 @@ def test_weight_decay_schedule_reaches_only_decayed_groups():
 
 
 @pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [("best_rq2_tiny", ["model.targets.num_codebooks=4", "model.clip_weight=1"]), ("best_rq_conformer_tiny", [])],
+)
+def test_no_bias_norm_or_token_is_decayed(recipe, overrides):
+    """Biases of four codebooks, of a Conformer's heads and of its norms, by their names and not by their shapes."""
+    config = load_config(recipe, [*overrides, "optimizer.decay_all=false"])
+    model = seeded_model(config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    (decayed,) = (group for group in make_optimizer(model, config.optimizer).param_groups if group["decayed"])
+    spared = [name for name in names.values() if re.search(r"bias$|norm\w*\.weight$|token$", name)]
+    assert {names[p] for p in decayed["params"]}.isdisjoint(spared)
+    assert any(names[p] == "head.weight" for p in decayed["params"])
+    assert any(min(p.shape) > 1 < p.dim() for p, name in names.items() if name in spared)  # as matrices are
+
+
+@pytest.mark.parametrize(
     "override", ["optimizer.schedule=step", "train.ema_decay=1", "train.accumulate=0", "train.strategy=dp"]
 )
 def test_impossible_options_name_the_key(override):

@@ -1,10 +1,13 @@
 """Hugging Face datasets on disk: folders of ``save_to_disk`` (.arrow) and .parquet files with an audio column.
 
 They are read with pyarrow, without the ``datasets`` package. The audio column is the one that the file's own metadata
-calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one.
-Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there. The address of row i is
-``file.arrow::i``. A row of an .arrow file is found in constant time; of a .parquet file a whole row group is read, so
-for training many rows pack it into tar shards first (``bestrq2 shards``).
+calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one. Of several
+such columns one must be called ``audio``. Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if
+they are there, and ``split`` chooses rows as in a manifest. Where all rows name files, ``start``, ``end`` and all other
+columns mean what they mean in a manifest (:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there
+such columns say what it was cut out of. The address of row i is ``file.arrow::i``. A row of an .arrow file is found in
+constant time; of a .parquet file a whole row group is read, so for training many rows pack it into tar shards first
+(``bestrq2 shards``).
 """
 
 import bisect
@@ -13,15 +16,20 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from itertools import accumulate
+from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bestrq2.data.fields import audio_file, is_read, known_columns
 from bestrq2.data.files import AudioFile, Listing, address
+from bestrq2.data.splits import SPLIT_COLUMNS, split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, system_reason
 
 __all__ = ["list_arrow", "open_arrow_clip", "saved_dataset_files"]
 
+_USED = ("duration", "sampling_rate", "domain", "label")
 _OPEN_FILES = 64
 _ROW_GROUPS = 4  # kept for each .parquet file
 
@@ -51,7 +59,7 @@ class _Table:
             sizes = [len(batch) for batch in self._batches]
         self._ends = list(accumulate(sizes))
         self.num_rows = self._ends[-1] if self._ends else 0
-        self.column = _audio_column(self.schema)
+        self.column, self.rivals = _audio_columns(self.schema)
 
     def _read_stream(self, pyarrow: Any) -> list[Any]:
         """All record batches of an Arrow stream or file: they stay on disk, mapped into memory."""
@@ -97,6 +105,13 @@ class _Table:
                 self._groups.popitem(last=False)
         return self._groups[group][inside].as_py()
 
+    @property
+    def names_files(self) -> bool:
+        """Return True if clips go by the names of their files, where these are all there is, and not by row."""
+        import pyarrow
+
+        return self._parquet is None or pyarrow.types.is_string(self.schema.field(self.column).type)
+
     def paths_only(self) -> list[str] | None:
         """The paths of all rows, if no row has bytes of its own: then these files are the clips."""
         import pyarrow
@@ -104,8 +119,13 @@ class _Table:
         kind = self.schema.field(self.column).type
         if pyarrow.types.is_string(kind):
             return self.values([self.column])[self.column]
-        if not pyarrow.types.is_struct(kind) or self._parquet is not None:
+        if not pyarrow.types.is_struct(kind):
             return None
+        if self._parquet is not None:
+            if not self._without_bytes():
+                return None
+            found = self._parquet.read(columns=[f"{self.column}.path"]).column(self.column)
+            return [row and row["path"] for row in found.to_pylist()]
         paths: list[str] = []
         for batch in self._batches:
             column = batch.column(self.column)
@@ -113,6 +133,17 @@ class _Table:
                 return None
             paths += column.field("path").to_pylist()
         return paths
+
+    def _without_bytes(self) -> bool:
+        """Return True if the statistics of a .parquet file say that no row has bytes of its own."""
+        metadata = self._parquet.metadata
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            columns = map(group.column, range(group.num_columns))
+            chunk = next((c for c in columns if c.path_in_schema == f"{self.column}.bytes"), None)
+            found = None if chunk is None else chunk.statistics
+            if found is None or not found.has_null_count or found.null_count < group.num_rows:
+                return False
+        return True
 
 
 def _is_closed(source: Any) -> bool:
@@ -129,8 +160,8 @@ def _features(schema: Any) -> dict[str, Any]:
         return {}
 
 
-def _audio_column(schema: Any) -> str:
-    """The name of the column with audio, "" if there is none."""
+def _audio_columns(schema: Any) -> tuple[str, list[str]]:
+    """The name of the column with audio, "" if there is none; and all, if there are several and none is "audio"."""
     import pyarrow
 
     marked = [
@@ -144,7 +175,9 @@ def _audio_column(schema: Any) -> str:
         if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
     ]
     found = marked or shaped
-    return "audio" if "audio" in found else found[0] if found else ""
+    if "audio" in found:
+        return "audio", []
+    return (found[0] if len(found) == 1 else ""), found[1:] and found
 
 
 def _faults() -> tuple[type[Exception], ...]:
@@ -173,51 +206,62 @@ def list_arrow(path: str) -> Listing:
 
     Raises:
         DataError: pyarrow is not installed.
+        ManifestError: a row that names a file has columns that cannot be followed.
     """
     try:
         with _lock:
             table = _open(path)
             if not table.column:
-                what = f"no audio column; the columns are {', '.join(table.schema.names)}"
-                return Listing([], skips=[Skip(path, "not decodable", what)])
-            columns = [name for name in ("duration", "sampling_rate", "domain", "label") if name in table.schema.names]
-            values = table.values(columns)
+                return Listing([], skips=[Skip(path, "not decodable", _no_audio(table))])
             outside = table.paths_only()
+            values = table.values(_columns_to_read(table, outside is not None))
     except _faults() as error:
         check_open_files(error)
         return Listing([], skips=[Skip(path, "damaged archive", str(error).splitlines()[0])])
-    features: dict[str, Any] = {column: _features(table.schema).get(column) for column in ("domain", "label")}
+    features: dict[str, Any] = {column: _features(table.schema).get(column) for column in values}
     names = {column: found.get("names") for column, found in features.items() if isinstance(found, dict)}
 
-    def text(column: str, row: int) -> str:
-        value = values[column][row] if column in values else None
+    def cell(column: str, row: int) -> Any:
+        value = values[column][row]
         known = names.get(column)
         if known and isinstance(value, int) and 0 <= value < len(known):
-            value = known[value]
-        return "" if value is None else str(value)
+            return known[value]
+        return None if isinstance(value, float) and isnan(value) else value
 
-    def number(column: str, row: int) -> float | None:
-        value = values[column][row] if column in values else None
+    def positive(row: dict[str, Any], column: str) -> float | None:
+        value = row.get(column)
         return value if isinstance(value, int | float) and value > 0 else None
 
-    files = []
-    folder = os.path.dirname(path)
-    for row in range(table.num_rows):
-        rate = number("sampling_rate", row)
-        where = address(path, row)
-        if outside is not None and outside[row]:
-            where = os.path.normpath(os.path.join(folder, outside[row]))
-        files.append(
-            AudioFile(
-                where,
-                number("duration", row),
-                None if rate is None else int(rate),
-                text("domain", row),
-                text("label", row),
-            )
-        )
+    files, splits = [], []
+    for number in range(table.num_rows):
+        row = {column: cell(column, number) for column in values}
+        known = known_columns(row)
+        splits.append(split_of_row(known))
+        where = address(path, number)
+        if outside is not None and outside[number]:
+            file = audio_file(Path(path), number, known | {"path": outside[number]})
+            files.append(file if table.names_files else replace(file, path=where))
+            continue
+        rate = positive(row, "sampling_rate")
+        domain, label = ("" if row.get(name) is None else str(row[name]) for name in ("domain", "label"))
+        duration = positive(row, "duration")
+        files.append(AudioFile(where, duration, None if rate is None else int(rate), domain, label))
     skips = [Skip(path, "damaged archive", table.damage)] if table.damage else []
-    return Listing(files, skips=skips)
+    return Listing(files, skips=skips, splits=splits)
+
+
+def _no_audio(table: _Table) -> str:
+    if table.rivals:
+        return f"several columns with audio, {', '.join(table.rivals)}: call the one that is meant audio"
+    return f"no audio column; the columns are {', '.join(table.schema.names)}"
+
+
+def _columns_to_read(table: _Table, of_paths: bool) -> list[str]:
+    import pyarrow
+
+    wanted = is_read if of_paths else lambda name: name in _USED or name.strip().lower() in SPLIT_COLUMNS
+    flat = [field.name for field in table.schema if not pyarrow.types.is_nested(field.type)]
+    return [name for name in flat if wanted(name) and name != table.column]
 
 
 def open_arrow_clip(path: str, name: str) -> BinaryIO:
@@ -232,7 +276,7 @@ def open_arrow_clip(path: str, name: str) -> BinaryIO:
         with _lock:
             table = _open(path)
             if not table.column:
-                raise AudioError(where, "not decodable", "no audio column")
+                raise AudioError(where, "not decodable", _no_audio(table))
             if not (name.isascii() and name.isdigit() and int(name) < table.num_rows):
                 raise AudioError(where, "missing", f"the file has rows 0 to {table.num_rows - 1}")
             value = table.row(int(name))

@@ -2,8 +2,8 @@
 
 ``waveform`` is (n, samples), or n arrays of any length, or a group with one dataset for each clip. ``sample_rate`` is
 an attribute of the file or of ``waveform``, or a dataset of one number or of one for each clip; without it 32000 Hz. A
-dataset ``domain`` or ``label`` with one text for each clip is used; the published ``target`` and ``audio_name`` are
-not. The address of clip i is ``file.h5::i``, in a group its name.
+dataset ``domain``, ``label`` or ``split`` with one text for each clip is used; the published ``target`` and
+``audio_name`` are not. The address of clip i is ``file.h5::i``, in a group its name.
 """
 
 import os
@@ -15,6 +15,7 @@ import numpy as np
 
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import AudioFile, Listing, address
+from bestrq2.data.splits import split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files
 
 __all__ = ["DEFAULT_SAMPLE_RATE", "list_hdf5", "open_hdf5_clip"]
@@ -114,7 +115,7 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
             names = sorted(waveform) if grouped else list(range(len(waveform)))
             rates = _rates(file, waveform)
             every = np.full(len(names), rates) if isinstance(rates, int) else rates[()]
-            domains, labels = (_texts(file, column, len(names)) for column in ("domain", "label"))
+            domains, labels, splits = (_texts(file, name, len(names)) for name in ("domain", "label", "split"))
             if len(every) != len(names):
                 raise AudioError(path, "not decodable", f"{len(every)} sample rates of {len(names)} clips")
             files = []
@@ -134,7 +135,7 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
                         labels[number],
                     )
                 )
-            return Listing(files)
+            return Listing(files, splits=[split_of_row({"split": text}) for text in splits])
         except AudioError as error:
             return Listing([], skips=[error.skip])
         except DataError:  # a RuntimeError

@@ -1,9 +1,9 @@
 """Tar shards in webdataset's naming, with random access through an index.
 
 Members of one sample share their name up to the first dot: ``000017.flac`` with ``000017.json`` (duration,
-sampling_rate, domain, label) or ``000017.txt`` / ``.cls`` (the label). The index of a shard is built once, from its
-headers alone, and kept as ``shard.tar.index.json`` beside it, else in the user's cache folder; a shard of another size
-or modification time is indexed again. Damage is noted in the index, and the members behind it are found again.
+sampling_rate, domain, label, split) or ``000017.txt`` / ``.cls`` (the label). The index of a shard is built once, from
+its headers alone, and kept as ``shard.tar.index.json`` beside it, else in the user's cache folder; a shard of another
+size or modification time is indexed again. Damage is noted in the index, and the members behind it are found again.
 """
 
 import contextlib
@@ -24,14 +24,16 @@ import numpy as np
 
 from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar_walk import Entry, walk
+from bestrq2.data.fields import known_columns
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
+from bestrq2.data.splits import split_of_row
 from bestrq2.encodings import TextEncodingError, decode_text
 from bestrq2.errors import AudioError, Skip, counted, printable
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 6"  # 1 replaced letters that are not UTF-8, 2 to 5 mixed labels up where keys repeat
+_FORMAT = "bestrq2 tar index 7"  # 1 replaced letters that are not UTF-8, 2 to 5 mixed labels up, 6 had no splits
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 
 
@@ -46,6 +48,7 @@ class TarMember:
     sampling_rate: int | None = None
     domain: str | None = None
     label: str = ""
+    split: str | None = None
 
 
 @dataclass
@@ -236,6 +239,7 @@ def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, An
         "sampling_rate": None if rate is None else int(rate),
         "domain": None if domain is None else str(domain),
         "label": str(label),
+        "split": split_of_row(known_columns(row)),
     }
 
 
@@ -263,6 +267,7 @@ def list_tar(shard: str, domain: str = "") -> Listing:
         if found is None:
             found = domain or (from_text(member.name).split("/")[0] if "/" in member.name else "")
         listing.files.append(AudioFile(path, member.duration, member.sampling_rate, found, member.label))
+        listing.splits.append(member.split)
     return listing
 
 
