@@ -4,8 +4,9 @@ Shape letters: B clips, T frames, N tokens (all frames, or the seen ones), D wid
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .conformer_convolution import (
     check_convolution,
     depthwise_convolution,
     past_frames,
+    repeated_forward,
 )
 from .frame_grid import FrameGrid
 
@@ -242,10 +244,13 @@ class Conformer(nn.Module):
         if self.compiled:
             for tensor, tokens in ((x, 1), (table, 0)):
                 torch._dynamo.maybe_mark_dynamic(tensor, tokens)
+        contexts: dict[str, Any] = {}  # whole-model compilation knows no such contexts
+        if self.settings.conv_norm == "batch_norm" and not torch.compiler.is_compiling():
+            contexts["context_fn"] = lambda: (nullcontext(), repeated_forward())
         for number, block in enumerate(self.blocks):
             of_block = None if scales is None else scales[number]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, table, layout, None, of_block, use_reentrant=False)
+                x = checkpoint(block, x, grid, table, layout, None, of_block, use_reentrant=False, **contexts)
             else:
                 x = block(x, grid, table, layout, None if caches is None else caches[number], of_block)
             if layer_outputs is not None:

@@ -1,6 +1,8 @@
 """The convolution module of a Conformer, whose kernel can be kept from looking ahead."""
 
-from typing import Literal, get_args
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +59,15 @@ def depthwise_convolution(
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch norm over ``(B, N, D)`` whose statistics leave out padding. Evaluation uses the running statistics."""
+    """Batch norm over ``(B, N, D)`` whose statistics leave out padding. Evaluation uses the running statistics.
+
+    Attributes:
+        repeated: of all of them, True while the backward pass repeats a forward pass that they have counted.
+    """
 
     running_mean: Tensor
     running_var: Tensor
+    repeated: ClassVar[bool] = False
 
     def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -77,18 +84,32 @@ class MaskedBatchNorm(nn.Module):
             count = inside.sum().clamp(min=1.0)
             mean = (values * inside[..., None]).sum((0, 1)) / count
             var = ((values - mean).square() * inside[..., None]).sum((0, 1)) / count
-            with torch.no_grad():
-                unbiased = var * count / (count - 1).clamp(min=1.0)
-                finite = unbiased.sum().isfinite()  # a step that overflows is skipped, and must leave no trace here
-                for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    running.lerp_(torch.where(finite, found.to(running.dtype), running), self.momentum)
+            if not self.repeated:
+                self._count(mean, var, count)
         else:
             mean, var = self.running_mean, self.running_var
         scaled = (values - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
         return scaled.to(x.dtype)
 
+    @torch.no_grad()
+    def _count(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        unbiased = var * count / (count - 1).clamp(min=1.0)
+        finite = unbiased.sum().isfinite()  # a step that overflows is skipped, and must leave no trace here
+        for running, found in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(torch.where(finite, found.to(running.dtype), running), self.momentum)
+
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, momentum={self.momentum}, eps={self.eps}"
+
+
+@contextmanager
+def repeated_forward() -> Iterator[None]:
+    """Context of a forward pass that activation checkpointing repeats."""
+    before, MaskedBatchNorm.repeated = MaskedBatchNorm.repeated, True
+    try:
+        yield
+    finally:
+        MaskedBatchNorm.repeated = before
 
 
 def check_convolution(kernel_size: int, mode: str, norm: str) -> None:
