@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files, report = collect(
             options.source, min_seconds=options.min_seconds, check=options.check, progress=sys.stderr.isatty()
         )
-        packed = pack(files, out, max_bytes=int(options.max_bytes), prefix=options.prefix, progress=sys.stderr.isatty())
+        packed = pack(files, out, max_bytes=options.max_bytes, prefix=options.prefix, progress=sys.stderr.isatty())
         report.skips += packed.skips
         if report.skips:
             with whole_file(out / "skipped.csv") as file:

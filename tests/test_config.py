@@ -75,6 +75,7 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
         ("steps", "expected overrides as key=value, got 'steps'"),
         ("model.masking.ratio=[0.5]", "model.masking.ratio: expected two numbers"),
         ("data.source=5", "data.source: expected a name or a list of names, got 5"),
+        ("data.source=[]", r"data.source: expected a name or a list of names; null: the packaged clips, got \[\]"),
         ("data.source=[a,2]", "data.source: expected a name or a list of names"),
         ("data.batching=rows", "data.batching: expected one of .*, got 'rows'"),
         ("data.batch_seconds=60", "data.batch_seconds: expected null with data.batching=crops"),
@@ -89,16 +90,55 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
             "data.domain_weights: expected names with numbers, .* got {'speech': 'much'}",
         ),
         ("optimizer.learning_rate=inf", "optimizer.learning_rate: expected a finite number, got inf"),
-        ("optimizer.weight_decay=nan", "optimizer.weight_decay: expected a finite number, got nan"),
+        ("optimizer.weight_decay=nan", "optimizer.weight_decay: expected 0 or more, got nan"),
         ("optimizer.betas=[nan,0.9]", "optimizer.betas: expected a finite number, got nan"),
-        ("data.min_seconds=nan", "data.min_seconds: expected a finite number, got nan"),
-        ("model.front_end.std=-.inf", "model.front_end.std: expected a finite number, got -inf"),
-        ("optimizer.max_grad_norm=nan", "optimizer.max_grad_norm: expected a finite number, got nan"),
+        ("data.min_seconds=nan", "data.min_seconds: expected 0 or more seconds, got nan"),
+        ("model.front_end.f_max=-.inf", "model.front_end.f_max: expected a finite number, got -inf"),
+        ("optimizer.max_grad_norm=0", "optimizer.max_grad_norm: expected a positive number, or null for no clipping"),
+        ("model.front_end.mean=-40", "model.front_end.mean: expected a number with model.front_end.std, and null"),
+        ("model.targets.std=12", "model.targets.mean: expected a number with model.targets.std, .* got None"),
+        ("model.mixing.span=[0.5]", r"model.mixing.span: expected two numbers \[low, high\]"),
+        ("optimizer.max_grad_norm=nan", "optimizer.max_grad_norm: expected a positive number, .* got nan"),
     ],
 )
 def test_bad_overrides_name_the_key(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config("best_rq2_tiny", [override])
+
+
+# Of 'one' and of no list, -1 is a value like others: seeds, a level in dB, text, and what the model does not use.
+TAKE_MINUS_ONE = {
+    *("train.seed", "model.targets.seed", "model.front_end.floor_db", "train.compile", "train.wandb"),
+    *("data.cache", "validation.source", "model.targets.digest", "frozen.source", "frozen.cache"),
+    *(f"probe.{key}" for key in ("manifest", "events", "group", "split", "rows")),
+}
+SMALL = [f"model.{part}.{key}" for part in ("encoder", "predictor") for key in ("width=32", "heads=2", "depth=1")]
+
+
+def numbers(values, prefix=""):
+    """Keys of whatever -1 can be given to: numbers, lists and null."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{key}.")
+        elif not isinstance(value, bool | str):
+            yield prefix + key
+
+
+def test_no_number_may_be_negative_unless_it_means_something():
+    accepted, words = set(), {}
+    unused = {"best_rq2_tiny": "model.encoder.conformer.", "best_rq_conformer_tiny": "model.predictor."}
+    for recipe, left_out in unused.items():
+        for key in numbers(config_to_dict(load_config(recipe))):
+            if key.startswith(left_out) or (recipe != "best_rq2_tiny" and not key.startswith("model.")):
+                continue
+            try:
+                build_model(load_config(recipe, [*SMALL, f"{key}=-1"]))
+            except ConfigError as error:
+                words[key] = str(error)
+            else:
+                accepted.add(key)
+    assert accepted == TAKE_MINUS_ONE
+    assert {key: text for key, text in words.items() if key.split(".")[-1] not in text} == {}
 
 
 def test_never_is_infinity():
@@ -110,8 +150,13 @@ def test_values_without_a_use_are_told():
     for recipe in recipe_names():
         assert unused_values(load_config(recipe, [])) == []
     useless = ["probe.manifest=a.csv", "validation.every=7", "frozen.every_frame=true", "optimizer.cooldown=0.5"]
+    useless.insert(3, "model.encoder.conformer.kernel_size=15")
     told = [text.split()[0] for text in unused_values(load_config("best_rq2_tiny", useless))]
     assert told == [text.split("=")[0] for text in useless]
+    assert unused_values(load_config("best_rq2_base", ["model.front_end.mean=-9", "model.front_end.std=3"])) == [
+        "model.front_end.mean is not used without model.front_end.normalize=global"
+    ]
+    useless.pop(3)
     use = ["probe.every=9", "validation.source=a", "optimizer.schedule=stable"]
     assert unused_values(load_config("best_rq2_tiny", [*useless, *use])) == [
         "frozen.every_frame is not used without frozen.source"

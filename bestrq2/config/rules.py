@@ -31,7 +31,7 @@ def check_values(c: Config) -> None:
         )
         if used
     ]
-    encoder = c.model.encoder
+    encoder, optimizer, final_decay = c.model.encoder, c.optimizer, c.optimizer.final_weight_decay
     plain, unused = (
         EncoderConfig(),
         ("norm", "feed_forward", "qk_norm", "position", "patch_height", "patch_width", "join_rows"),
@@ -44,7 +44,28 @@ def check_values(c: Config) -> None:
             getattr(encoder, (*foreign, "norm")[0]),
             "the default: a Conformer has no such choice",
         ),
-        ("model.masking.ratio", len(c.model.masking.ratio) == 2, c.model.masking.ratio, "two numbers [low, high]"),
+        *(
+            (key, len(pair) == 2, pair, "two numbers [low, high]")
+            for key, pair in (
+                ("model.masking.ratio", masking.ratio),
+                ("model.mixing.level_db", mixing.level_db),
+                ("model.mixing.span", mixing.span),
+            )
+        ),
+        *(
+            item
+            for name, own in (("front_end", c.model.front_end), ("targets", targets))
+            for item in (
+                (f"model.{name}.std", own.std is None or own.std > 0, own.std, "a positive number of dB"),
+                (
+                    f"model.{name}.mean",
+                    (own.mean is None) == (own.std is None),
+                    own.mean,
+                    f"a number with model.{name}.std, and null without: they are measured together",
+                ),
+            )
+        ),
+        ("model.masking.noise_std", masking.noise_std >= 0, masking.noise_std, "0 or more"),
         (
             "model.targets.layer",
             targets.layer is None or targets.encoder is not None,
@@ -69,6 +90,7 @@ def check_values(c: Config) -> None:
         ),
         ("train.health_every", c.train.health_every >= 0, c.train.health_every, "0 (none) or more"),
         ("data.crop_seconds", c.data.crop_seconds > 0, c.data.crop_seconds, "a positive number of seconds"),
+        ("data.source", d.source != [], d.source, "a name or a list of names; null: the packaged clips"),
         ("data.source", all(isinstance(name, str) for name in sources), d.source, "a name or a list of names"),
         ("data.join_short", not (d.join_short and buckets), d.join_short, "false with data.batching=buckets"),
         ("data.batch_seconds", d.batch_seconds is None or buckets, d.batch_seconds, "null with data.batching=crops"),
@@ -93,10 +115,22 @@ def check_values(c: Config) -> None:
             c.frozen.source,
             "null with validation.source or probe.every, which measure an encoder in training",
         ),
+        ("data.min_seconds", d.min_seconds is None or d.min_seconds >= 0, d.min_seconds, "0 or more seconds"),
         ("data.workers", c.data.workers >= 0, c.data.workers, "0 or more"),
-        ("optimizer.learning_rate", c.optimizer.learning_rate > 0, c.optimizer.learning_rate, "a positive number"),
-        ("optimizer.warmup", 0 <= c.optimizer.warmup < 1, c.optimizer.warmup, "a share in [0, 1)"),
-        ("optimizer.betas", len(c.optimizer.betas) == 2, c.optimizer.betas, "two numbers"),
+        ("optimizer.learning_rate", optimizer.learning_rate > 0, optimizer.learning_rate, "a positive number"),
+        ("optimizer.warmup", 0 <= optimizer.warmup < 1, optimizer.warmup, "a share in [0, 1)"),
+        ("optimizer.betas", len(optimizer.betas) == 2, optimizer.betas, "two numbers"),
+        ("optimizer.final_ratio", optimizer.final_ratio >= 0, optimizer.final_ratio, "0 or more"),
+        ("optimizer.weight_decay", optimizer.weight_decay >= 0, optimizer.weight_decay, "0 or more"),
+        ("optimizer.final_weight_decay", final_decay is None or final_decay >= 0, final_decay, "0 or more, or null"),
+        ("optimizer.epsilon", optimizer.epsilon >= 0, optimizer.epsilon, "0 or more"),
+        (
+            "optimizer.max_grad_norm",
+            optimizer.max_grad_norm is None or optimizer.max_grad_norm > 0,
+            optimizer.max_grad_norm,
+            "a positive number, or null for no clipping",
+        ),
+        ("train.max_bad_steps", c.train.max_bad_steps >= 1, c.train.max_bad_steps, "at least 1"),
         ("train.steps", c.train.steps >= 1, c.train.steps, "at least 1"),
         ("train.batch_size", c.train.batch_size >= 1, c.train.batch_size, "at least 1"),
         ("train.accumulate", c.train.accumulate >= 1, c.train.accumulate, "at least 1"),
@@ -106,7 +140,7 @@ def check_values(c: Config) -> None:
         ("probe.every", c.probe.every >= 0, c.probe.every, "0 (no probe) or more steps"),
         ("validation.every", c.validation.every >= 1, c.validation.every, "at least 1"),
         ("validation.clips", c.validation.clips >= 1, c.validation.clips, "at least 1"),
-        ("optimizer.cooldown", 0 < c.optimizer.cooldown <= 1, c.optimizer.cooldown, "a share in (0, 1]"),
+        ("optimizer.cooldown", 0 < optimizer.cooldown <= 1, optimizer.cooldown, "a share in (0, 1]"),
         ("train.log_every", c.train.log_every >= 1, c.train.log_every, "at least 1"),
         ("train.save_every", c.train.save_every >= 1, c.train.save_every, "at least 1"),
         ("train.keep_last", c.train.keep_last >= 1, c.train.keep_last, "at least 1"),
@@ -130,6 +164,15 @@ def unused_values(c: Config) -> list[str]:
         for key, value in vars(getattr(c, section)).items()
         if not getattr(getattr(c, section), switch) and value != getattr(getattr(usual, section), key)
     ]
+    if c.model.encoder.kind != "conformer":
+        chosen += [
+            (f"model.encoder.conformer.{key}", "model.encoder.kind=conformer")
+            for key, value in vars(c.model.encoder.conformer).items()
+            if value != getattr(usual.model.encoder.conformer, key)
+        ]
+    for name, part in (("front_end", c.model.front_end), ("targets", c.model.targets)):
+        if part.normalize != "global" and part.mean is not None:
+            chosen.append((f"model.{name}.mean", f"model.{name}.normalize=global"))
     if c.optimizer.schedule != "stable" and c.optimizer.cooldown != usual.optimizer.cooldown:
         chosen.append(("optimizer.cooldown", "optimizer.schedule=stable"))
     return [f"{key} is not used without {switch}" for key, switch in chosen]

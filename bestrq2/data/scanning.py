@@ -1,6 +1,7 @@
 """Open every header once before training: durations for the index, and a report of every file that is left out."""
 
 import csv
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -87,8 +88,12 @@ def scan(
         the usable files in their given order, and the report on the others.
 
     Raises:
-        DataError: nothing usable.
+        DataError: nothing usable, or a number out of range.
     """
+    if not 0 <= min_seconds < math.inf:
+        raise DataError(f"min_seconds: expected 0 or more seconds, got {min_seconds:g}")
+    if num_threads is not None and num_threads < 1:
+        raise DataError(f"threads: expected at least 1, got {num_threads}")
     report = SkipReport()
     usable: list[AudioFile] = []
     first_with: dict[str, str] = {}  # hash of the samples -> path

@@ -53,7 +53,7 @@ def pack(
     files: Sequence[AudioFile],
     out: str | os.PathLike[str],
     *,
-    max_bytes: int = 1 << 30,
+    max_bytes: float = 1 << 30,
     prefix: str = "shards",
     progress: bool = False,
 ) -> Packed:
@@ -65,7 +65,7 @@ def pack(
     Args:
         files: in the order to keep; durations and sampling rates that are known are kept, to the last bit.
         out: must not exist, or be empty.
-        max_bytes: size of a shard.
+        max_bytes: size of a shard; infinity: one shard.
         prefix: shards are named ``prefix-000000.tar`` and so on.
         progress: show a progress bar.
 
@@ -74,7 +74,7 @@ def pack(
         OSError: the folder cannot be written.
     """
     target = Path(out)
-    if max_bytes < 1:
+    if not max_bytes >= 1:
         raise ValueError(f"max_bytes must be positive, got {max_bytes}")
     if not re.fullmatch(r"[^\s./{}*?\[\]][^\s/{}*?\[\]]*", prefix):
         raise ValueError(

@@ -65,6 +65,8 @@ class ConformerSettings:
                 f"width must be even and a multiple of heads, and depth positive, got width={self.width}, "
                 f"heads={self.heads}, depth={self.depth}"
             )
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden must be positive or None, got {self.hidden}")
         check_convolution(self.kernel_size, self.conv_mode, self.conv_norm)
         if self.activation not in get_args(Activation):
             raise ValueError(f"activation must be one of {get_args(Activation)}, got {self.activation!r}")

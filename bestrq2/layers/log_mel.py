@@ -74,6 +74,8 @@ class LogMel(nn.Module):
         floor_db: float = FLOOR_DB,
     ) -> None:
         super().__init__()
+        if sampling_rate < 1:
+            raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
         f_max = sampling_rate / 2 if f_max is None else f_max
         if not 0 < win_length <= n_fft or hop_length < 1 or num_mels < 1:
             raise ValueError(

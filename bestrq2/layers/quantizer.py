@@ -53,7 +53,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     Raises:
         TypeError: for sizes that are no integers.
-        ValueError: for non-positive sizes or an unknown ``normalize``.
+        ValueError: for non-positive sizes, an unknown ``normalize``, or a seed of more than 64 bits.
     """
 
     projection: Tensor
@@ -103,6 +103,8 @@ class RandomProjectionQuantizer(nn.Module):
         self.plain_codebooks = plain_codebooks
         self.normalize, self.projection_kind, self.seed = normalize, projection, seed
         self.centroid_steps = integer("centroid_steps", centroid_steps, 0)
+        if not -(2**63) <= seed <= 2**64 - num_codebooks:  # what a generator takes, also for the last codebook
+            raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
         generator = torch.Generator("cpu").manual_seed(seed)
         bound = math.sqrt(6.0 / (patch_dim + codebook_dim))
         shape = (num_codebooks, patch_dim, codebook_dim)

@@ -73,6 +73,8 @@ class TransformerSettings:
                 f"width must be a multiple of heads and depth positive, got width={self.width}, heads={self.heads}, "
                 f"depth={self.depth}"
             )
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden must be positive or None, got {self.hidden}")
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {get_args(Norm)}, got {self.norm!r}")
         if self.feed_forward not in get_args(FeedForward):

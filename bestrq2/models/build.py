@@ -1,6 +1,7 @@
 """From configuration to model, and from a checkpoint folder to an encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,26 @@ from .teacher import Teacher
 from .vit import ViTEncoder
 
 
+@contextmanager
+def _named_settings() -> Iterator[None]:
+    """Tell what layers refuse as a fault of the configuration, of which they are the settings."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+@_named_settings()
 def build_encoder(
     config: ModelConfig, window_seconds: float = 10.0, published_positions: bool = False, seed: int = 0
 ) -> ViTEncoder | ConformerEncoder:
-    """The encoder alone, as it is used after pretraining. ``seed`` is that of the random chunks of training."""
+    """The encoder alone, as it is used after pretraining. ``seed`` is that of the random chunks of training.
+
+    Raises:
+        ConfigError: for sizes that do not fit together, naming them.
+    """
     front, own = config.front_end, config.encoder
     mean, std = 0.0, 1.0
     if front.normalize == "global" and front.mean is not None and front.std is not None:
@@ -136,7 +153,7 @@ def build_model(config: Config, teacher: Teacher | None = None) -> BestRQ2 | Bes
         raise ConfigError(
             f"model.targets.encoder: the targets are made by {targets.encoder}, which has to be opened for this model"
         )
-    try:
+    with _named_settings():
         encoder = build_encoder(model, config.data.crop_seconds, seed=seed)
         quantizer = build_quantizer(targets, encoder.patch_dim if teacher is None else teacher.width)
         masking = build_masking(model.masking, seed)
@@ -147,10 +164,6 @@ def build_model(config: Config, teacher: Teacher | None = None) -> BestRQ2 | Bes
         if model.name == "best_rq":
             return BestRQ(encoder, quantizer, masking, model.masking.noise_std, **options)
         return BestRQ2(encoder, quantizer, masking, model.predictor, **options)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, Any], origin: Path | str) -> None:

@@ -30,6 +30,7 @@ class Predictor(nn.Module):
 
     def __init__(self, input_dim: int, settings: TransformerSettings, position: str, rows: int) -> None:
         super().__init__()
+        settings.check()
         self.position, self.rows = position, rows
         self.input_proj = nn.Linear(input_dim, settings.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))

@@ -1,5 +1,6 @@
 """Settings of a probe: clips, labels and heads."""
 
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -115,12 +116,18 @@ class ProbeTask:
             ("folds", self.folds == 0 or self.folds >= 2, self.folds, "at least 2, or 0 for one per group"),
             (
                 "regularisation",
-                self.regularisation is None or self.regularisation > 0,
+                self.regularisation is None or 0 < self.regularisation < math.inf,
                 self.regularisation,
                 "a positive number",
             ),
             ("threshold", 0 < self.threshold < 1, self.threshold, "a number between 0 and 1"),
-            ("segment_seconds", self.segment_seconds > 0, self.segment_seconds, "a positive number of seconds"),
+            (
+                "segment_seconds",
+                0 < self.segment_seconds < math.inf,
+                self.segment_seconds,
+                "a positive number of seconds",
+            ),
+            ("seed", 0 <= self.seed < 2**63, self.seed, "a whole number from 0 to 2^63 - 1"),
             ("separator", bool(self.separator), self.separator, "at least one character"),
             ("label", bool(self.label), self.label, "the name of a column"),
             (

@@ -85,6 +85,14 @@ def test_check_corrects_listed_durations_and_says_so(tmp_path, write_wav):
     assert sum("a.wav 300.000 s, found 3.000 s and 1 more" in note for note in report.notes) == 1
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_numbers_out_of_range(seconds):
+    with pytest.raises(DataError, match="min_seconds: expected 0 or more seconds, got"):
+        collect(min_seconds=seconds)
+    with pytest.raises(DataError, match="threads: expected at least 1, got 0"):
+        scan(tiny_dataset(), num_threads=0)
+
+
 def test_nothing_usable(tmp_path, mixed_folder):
     for name in ("a.wav", on_disk("sub/b ü.wav"), "copy.flac", "silent.wav", "nan.wav", "cut.wav"):
         (mixed_folder / name).unlink()

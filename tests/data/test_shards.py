@@ -114,6 +114,9 @@ def test_size_of_shards(tmp_path):
     assert max(sizes) <= 71_680
     assert min(sizes[:-1]) > 71_680 - 30_000
     assert len(pack(files[:3], tmp_path / "single", max_bytes=1).shards) == 3
+    assert len(pack(files[:3], tmp_path / "whole", max_bytes=float("inf")).shards) == 1
+    with pytest.raises(ValueError, match="max_bytes must be positive, got nan"):
+        pack(files[:3], tmp_path / "none", max_bytes=float("nan"))
 
 
 def test_names_that_would_collide(tmp_path):

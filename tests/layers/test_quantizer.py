@@ -88,6 +88,10 @@ def test_rejects_bad_settings():
         RandomProjectionQuantizer(10, codebook_size=0)
     with pytest.raises(TypeError, match=r"codebook_size must be an integer, got 8192.0"):
         RandomProjectionQuantizer(10, codebook_size=8192.0)
+    for seed in (2**64 - 1, -(2**63) - 1):
+        with pytest.raises(ValueError, match="seed: expected an integer of 64 bits"):
+            RandomProjectionQuantizer(10, codebook_size=4, num_codebooks=2, seed=seed)
+    assert RandomProjectionQuantizer(10, codebook_size=4, num_codebooks=2, seed=2**64 - 2).seed == 2**64 - 2
 
 
 def test_usage_equals_bincount():
