@@ -3,15 +3,10 @@
 Letters: N clips, C classes.
 """
 
-import ast
-import io
-import re
-import tokenize
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from math import isfinite, isnan
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -22,12 +17,11 @@ from bestrq2.data.manifest import read_rows
 from bestrq2.errors import counted, printable
 
 from .events import read_events
+from .label_cells import PLACEHOLDERS, labels_in, number_in, one_label
 from .task import ProbeTask
 
 TRAIN, TEST = 0, 1  # of a fixed split: gallery and queries in retrieval
 OUTSIDE = "outside of --where"  # the reason of rows that were not asked for
-_PLACEHOLDERS = {"nan", "none", "null", "n/a", "na", "<na>"}
-_BESIDE_LABELS = _PLACEHOLDERS - {"na"}  # of several labels of a clip: no label, where na may be one (a language)
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 
 
@@ -197,30 +191,12 @@ def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
         return ()
     if any(_missing(cell) for cell in cells):
         return None
-    if task.kind == "regression":
-        try:
-            number = float(cells[0])  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            hint = ": write decimals with a point" if re.fullmatch(r"[-+]?[\d.]*,\d+", str(cells[0]).strip()) else ""
-            raise ManifestError(f"{task.path}: {file.path}: {task.label!r} is no number: {cells[0]!r}{hint}") from error
-        return number if isfinite(number) else None
-    if task.kind != "multilabel":
-        return str(cells[0]).strip()
     if len(cells) == 1:
+        read: Callable[[Any], Any] = number_in if task.kind == "regression" else one_label
         try:
-            parts = cells[0] if isinstance(cells[0], list) else _split(str(cells[0]).strip(), task.separator)
+            return labels_in(cells[0], task.separator) if task.kind == "multilabel" else read(cells[0])
         except ValueError as error:
-            raise ManifestError(f"{task.path}: {file.path}: {task.label_columns[0]!r}: {error}") from error
-        if parts and all(part is None or part != part for part in parts):
-            return None
-        names = {str(part).strip() for part in parts} - {""}
-        absent = sorted(name for name in names if name.casefold() in _BESIDE_LABELS)
-        if absent and len(names) > 1:
-            raise ManifestError(
-                f"{task.path}: {file.path}: {task.label_columns[0]!r}: a missing value ({absent[0]}) beside labels, "
-                f"got {printable(str(cells[0]))}: leave it out, or the whole field empty if the labels are not known"
-            )
-        return sorted(names)
+            raise ManifestError(f"{task.path}: {file.path}: {task.label_columns[0]!r} {error}") from error
     chosen = []
     for name, cell in zip(task.label_columns, cells):
         text = str(cell).strip().lower()
@@ -229,43 +205,6 @@ def _value(task: ProbeTask, file: AudioFile, row: dict[str, Any]) -> Any:
         if text in _YES:
             chosen.append(name)
     return chosen
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """The labels of a cell: between separators, or a list as JSON or Python write it.
-
-    Raises:
-        ValueError: for what looks like such a list and is none, such as one of numpy, without commas.
-    """
-    parts = text.split(separator)
-    listed = _listed(text)
-    if listed is not None:
-        return listed
-    in_brackets = re.fullmatch(r"[\[({].*[\])}]", text, re.DOTALL)
-    cut = any(part.count(left) != part.count(right) for part in parts for left, right in ("[]", "{}"))
-    bare = in_brackets and len(parts) == 1 and re.search(r"""['",]|\d\s+[-+.\d]""", text) and text[0] != "("
-    quoted = in_brackets and re.match(r"""[\[({]\s*['"]""", text)
-    if cut or bare or quoted or re.match(r"(array|frozenset|set|list|tuple)\(", text):
-        raise ValueError(f"expected labels between {separator!r}, or a list such as ['a', 'b'], got {printable(text)}")
-    return parts
-
-
-def _listed(text: str) -> list[str] | None:
-    """The strings, or the whole numbers, of a list, tuple or set as text; None if it is none of these."""
-    try:
-        values = ast.literal_eval(text)
-        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-    except (SyntaxError, ValueError, tokenize.TokenError, MemoryError, RecursionError):
-        return None
-    if isinstance(values, str) and text[0] == "(":
-        values = [values]
-    if not isinstance(values, list | tuple | set) or text[0] not in "[({s":
-        return None
-    kinds = [kind for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)]
-    joined = (tokenize.STRING, tokenize.STRING) in pairwise(kinds)  # Python joins two strings without a comma
-    if joined or {type(value) for value in values} not in (set(), {str}, {int}):
-        return None
-    return [str(value) for value in values]
 
 
 def _set_targets(clips: LabelledClips, task: ProbeTask, values: list[Any]) -> None:
@@ -325,7 +264,7 @@ def doubtful_names(classes: Sequence[str]) -> list[str]:
     ]
     if len(found) > 3:
         found[3:] = [f"{len(found) - 3} more sets of labels that are almost alike"]
-    missing = [name for name in classes if name.casefold() in _PLACEHOLDERS]
+    missing = [name for name in classes if name.casefold() in PLACEHOLDERS]
     if missing:
         found.append(f"the label {missing[0]!r} is a class of its own: leave the field empty where a label is missing")
     return found

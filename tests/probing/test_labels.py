@@ -137,7 +137,7 @@ def test_several_labels_in_a_list(write):
 @pytest.mark.parametrize("cell", ["a;NaN", "nan; a", "a;None", "null;a;b", "a;<NA>", "['a', 'nan']"])
 def test_a_missing_value_beside_labels_is_refused(write, cell):
     task = ProbeTask(manifest=write(f'path,tags\nx.wav,b\ny.wav,"{cell}"\n'), label="tags", kind="multilabel")
-    with pytest.raises(ManifestError, match=r"y\.wav: 'tags': a missing value \(\S+\) beside labels, got .*a"):
+    with pytest.raises(ManifestError, match=r"y\.wav: 'tags' has a missing value \(\S+\) beside labels, got .*a"):
         read_clips(task)
 
 
@@ -153,7 +153,7 @@ def test_missing_values_alone_and_in_lists(write):
     assert (clips.classes, clips.left_out) == (["a"], {"without a label": 2})
     for value in ("null", "NaN"):
         write(rows + f'{{"path": "d.wav", "tags": ["a", {value}]}}\n', "clips.jsonl")
-        with pytest.raises(ManifestError, match=r"d\.wav: 'tags': a missing value"):
+        with pytest.raises(ManifestError, match=r"d\.wav: 'tags' has a missing value"):
             read_clips(task)
 
 
@@ -400,7 +400,7 @@ def test_text_that_is_almost_a_list_is_refused(write, cell):
     with io.StringIO() as text:
         csv.writer(text).writerows([["path", "tags"], ["0.wav", cell], ["1.wav", "dog;wind"]])
         manifest = write(text.getvalue())
-    with pytest.raises(ManifestError, match=r"0\.wav: 'tags': expected labels between ';', or a list such as"):
+    with pytest.raises(ManifestError, match=r"0\.wav: 'tags' must be labels between ';', or a list such as"):
         read_clips(ProbeTask(manifest, label="tags", kind="multilabel"))
 
 

@@ -1,0 +1,35 @@
+"""Cells of label columns that were taken for something else: lists for one name, truth values for numbers."""
+
+import json
+
+import pytest
+
+from bestrq2.data import ManifestError
+from bestrq2.probing.labels import read_clips
+from bestrq2.probing.task import ProbeTask
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell", "told"),
+    [
+        ("classification", ["dog"], "must be one label, got .'dog'.; several are for --kind multilabel"),
+        ("classification", "['dog']", "must be one label"),
+        ("retrieval", {"name": "dog"}, "must be one label"),
+        ("multilabel", ["dog", ["cat"]], "has .'cat'. in place of a label"),
+        ("regression", True, "is no number: True"),
+        ("regression", "1_2", "is no number: '1_2'"),
+    ],
+)
+def test_cells_that_are_no_label_of_their_kind(tmp_path, kind, cell, told):
+    """They were a class with brackets in its name, and the numbers 1 and 12."""
+    rows = [{"path": f"{number}.wav", "label": label} for number, label in enumerate([1, 2, cell, 1, 2])]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ManifestError, match=rf"2\.wav: 'label' {told}"):
+        read_clips(ProbeTask(str(tmp_path / "m.jsonl"), kind=kind))
+
+
+def test_names_with_brackets_stay_names(tmp_path):
+    (tmp_path / "m.csv").write_text(
+        "path,label\n" + "".join(f"{n}.wav,{'[noise]' if n % 2 else '(a)'}\n" for n in range(4))
+    )
+    assert read_clips(ProbeTask(str(tmp_path / "m.csv"))).classes == ["(a)", "[noise]"]
