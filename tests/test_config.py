@@ -96,7 +96,7 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
         ("model.front_end.f_max=-.inf", "model.front_end.f_max: expected a finite number, got -inf"),
         ("optimizer.max_grad_norm=0", "optimizer.max_grad_norm: expected a positive number, or null for no clipping"),
         ("model.front_end.mean=-40", "model.front_end.mean: expected a number with model.front_end.std, and null"),
-        ("model.targets.std=12", "model.targets.mean: expected a number with model.targets.std, .* got None"),
+        ("model.front_end.std=12", "model.front_end.mean: expected a number with model.front_end.std, .* got None"),
         ("model.mixing.span=[0.5]", r"model.mixing.span: expected two numbers \[low, high\]"),
         ("optimizer.max_grad_norm=nan", "optimizer.max_grad_norm: expected a positive number, .* got nan"),
     ],
@@ -109,7 +109,15 @@ def test_bad_overrides_name_the_key(override, message):
 # Of 'one' and of no list, -1 is a value like others: seeds, a level in dB, text, and what the model does not use.
 TAKE_MINUS_ONE = {
     *("train.seed", "model.targets.seed", "model.front_end.floor_db", "train.compile", "train.wandb"),
-    *("data.cache", "validation.source", "model.targets.digest", "frozen.source", "frozen.cache"),
+    *(
+        "model.targets.mean",
+        "model.targets.std",
+        "data.cache",
+        "validation.source",
+        "model.targets.digest",
+        "frozen.source",
+        "frozen.cache",
+    ),
     *(f"probe.{key}" for key in ("manifest", "events", "group", "split", "rows")),
 }
 SMALL = [f"model.{part}.{key}" for part in ("encoder", "predictor") for key in ("width=32", "heads=2", "depth=1")]

@@ -55,6 +55,7 @@ def check_values(c: Config) -> None:
         *(
             item
             for name, own in (("front_end", c.model.front_end), ("targets", targets))
+            if own.normalize == "global"
             for item in (
                 (f"model.{name}.std", own.std is None or own.std > 0, own.std, "a positive number of dB"),
                 (
