@@ -43,7 +43,7 @@ def main(request: Request) -> int:
 
 
 def missing_for_triton() -> list[str]:
-    """What Triton's first launch compiles a C module with, and does not find."""
+    """Tools with which Triton compiles a C module at its first launch, and that are not there."""
     found = {
         "gcc or clang": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
         "the headers of Python": (Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
