@@ -106,18 +106,10 @@ def test_bad_overrides_name_the_key(override, message):
         load_config("best_rq2_tiny", [override])
 
 
-# Of 'one' and of no list, -1 is a value like others: seeds, a level in dB, text, and what the model does not use.
+# Seeds, levels in dB, text, true and false.
 TAKE_MINUS_ONE = {
-    *("train.seed", "model.targets.seed", "model.front_end.floor_db", "train.compile", "train.wandb"),
-    *(
-        "model.targets.mean",
-        "model.targets.std",
-        "data.cache",
-        "validation.source",
-        "model.targets.digest",
-        "frozen.source",
-        "frozen.cache",
-    ),
+    *("train.seed", "model.targets.seed", "model.front_end.floor_db", "model.targets.mean", "model.targets.digest"),
+    *("train.compile", "train.wandb", "data.cache", "validation.source", "frozen.source", "frozen.cache"),
     *(f"probe.{key}" for key in ("manifest", "events", "group", "split", "rows")),
 }
 SMALL = [f"model.{part}.{key}" for part in ("encoder", "predictor") for key in ("width=32", "heads=2", "depth=1")]

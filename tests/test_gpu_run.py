@@ -14,7 +14,7 @@ import pytest
 from benchmark_cases import FACTS, FOLDER, GOOD, MACHINE, rows_of
 
 from benchmarks import common, gpu_run, report
-from benchmarks.gpu import merge, orchestration, plan, rows, summary, workloads
+from benchmarks.gpu import facts, merge, orchestration, plan, rows, summary, workloads
 from benchmarks.gpu.plan import PACK_SECONDS, STAGES, Request, RunOptions, Stage, read_request
 
 FILES = {
@@ -228,6 +228,18 @@ def test_a_stage_without_time_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(orchestration, "_gpu", lambda: True)
     assert orchestration.run_stages(RunOptions(tmp_path / "out", PACK_SECONDS), stages("good"), faulty) == 1
     assert "| good | no time was left |" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_what_triton_needs_at_run_time_is_among_the_facts(tmp_path, monkeypatch):
+    for name in ("gcc", "clang"):
+        monkeypatch.setattr(facts.shutil, "which", lambda wanted, there=name: there if wanted == there else None)
+        monkeypatch.delenv("CC", raising=False)
+        assert "gcc or clang" not in facts.missing_for_triton()
+    monkeypatch.setattr(facts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(facts.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert facts.missing_for_triton() == ["gcc or clang", "the headers of Python"]
+    (tmp_path / "Python.h").touch()
+    assert facts.missing_for_triton() == ["gcc or clang"]
 
 
 def test_requests_survive_the_way_to_a_stage(tmp_path):

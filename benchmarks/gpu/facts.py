@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +24,8 @@ def main(request: Request) -> int:
     commit = environment("", request.commit)["commit"]
     lines = [f"commit {commit}, {platform.platform()}, Python {platform.python_version()}, {cores()} cores"]
     lines.append(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    if missing := missing_for_triton():
+        lines.append(f"**Triton cannot launch a kernel without {' and '.join(missing)}**")
     device = torch.device(request.device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -36,6 +40,15 @@ def main(request: Request) -> int:
     request.note({"lines": [*lines, machine.describe()], "machine": asdict(machine), "line": machine.device})
     print("\n".join([*lines, machine.describe()]))
     return 0
+
+
+def missing_for_triton() -> list[str]:
+    """Tools with which Triton compiles a C module at its first launch, and that are not there."""
+    found = {
+        "gcc or clang": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        "the headers of Python": (Path(sysconfig.get_paths()["include"]) / "Python.h").exists(),
+    }
+    return [name for name, there in found.items() if not there]
 
 
 def _machine(request: Request, device: torch.device) -> Machine:
