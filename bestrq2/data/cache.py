@@ -25,7 +25,7 @@ from bestrq2.data.files import AudioFile, split_address
 from bestrq2.data.parts import load_clip
 from bestrq2.errors import AudioError, printable
 
-__all__ = ["BLOCK", "SampleCache", "cache_key", "checksums", "decode_clip", "to_int16"]
+__all__ = ["BLOCK", "SampleCache", "cache_key", "checksums", "cut_share", "decode_clip", "to_int16"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,11 @@ def to_int16(waveform: np.ndarray) -> tuple[np.ndarray, bool]:
     scaled = waveform * _FULL_SCALE
     rounded = np.clip(np.rint(scaled), -32768, 32767)
     return rounded.astype("<i2"), bool(np.array_equal(rounded, scaled))
+
+
+def cut_share(waveform: np.ndarray) -> float:
+    """Share of the samples that 16 bits cannot hold: louder than full scale, by more than rounding."""
+    return float(np.mean((waveform > 1) | (waveform < -32768.5 / 32768)))
 
 
 def decode_clip(item: AudioFile, sampling_rate: int) -> np.ndarray:

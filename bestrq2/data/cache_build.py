@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bestrq2.console import progress_bar
-from bestrq2.data.cache import SampleCache, cache_key, checksums, decode_clip, shard_path, to_int16
+from bestrq2.data.cache import SampleCache, cache_key, checksums, cut_share, decode_clip, shard_path, to_int16
 from bestrq2.data.files import AudioFile, split_address
 from bestrq2.durability import named_in_errors
 from bestrq2.errors import AudioError, DataError, byte_count, counted, printable
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SHARD_BYTES = 1 << 30
+MUCH_CUT = 1e-3  # share of the samples; resampling alone takes some peaks of loud music above full scale
 COMMIT_BYTES, COMMIT_SECONDS = 64 << 20, 10.0  # a kill costs at most the work of one commit
 _INDEX = "index.jsonl"
 _DECODE = (("path", str), ("size", int), ("mtime", int))
@@ -40,6 +41,7 @@ class CacheReport:
         files, bytes: in the cache now, of those asked for.
         added: decoded now, of which ``changed`` had other samples before, and ``damaged`` bad ones.
         rounded: files with more than 16 bits.
+        clipped: of these, files with samples above full scale, which are cut.
         failed: files that cannot be decoded completely.
     """
 
@@ -50,12 +52,14 @@ class CacheReport:
     changed: int
     damaged: int
     rounded: int
+    clipped: int
     failed: int
 
     def __str__(self) -> str:
         parts = [f"{self.added} decoded now"]
         parts += [f"{count} {name}" for name in ("changed", "damaged", "failed") if (count := getattr(self, name))]
         parts.append(f"{self.rounded} rounded to 16 bits" if self.rounded else "all exact in 16 bits")
+        parts += [f"{self.clipped} clipped at full scale"] if self.clipped else []
         return f"{self.folder}: {counted(self.files, 'file')}, {byte_count(self.bytes)} ({', '.join(parts)})"
 
 
@@ -117,6 +121,7 @@ def open_cache(
                 bar.update()
         rows = list({key: known[key] for key in map(cache_key, files)}.values())
     present = [row for row in rows if "reason" not in row]
+    _warn_of_cut(target, present)
     cache = SampleCache(target, sampling_rate, present, len(rows) - len(present))
     report = CacheReport(
         target,
@@ -126,9 +131,21 @@ def open_cache(
         changed,
         damaged,
         sum(not row["exact"] for row in present),
+        sum(row.get("cut", 0) > 0 for row in present),
         len(rows) - len(present),
     )
     return cache, report
+
+
+def _warn_of_cut(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Name the files that are far above full scale, such as floating samples that were never normalised."""
+    found = sorted((row for row in rows if row.get("cut", 0) > MUCH_CUT), key=lambda row: -row["cut"])
+    if found:
+        worst = ", ".join(f"{printable(row['path'].split(chr(0))[0])} {row['cut']:.1%}" for row in found[:3])
+        logger.warning(
+            f"{folder}: {counted(len(found), 'file')} louder than full scale, which 16 bits cannot hold: samples are "
+            f"cut ({worst}{', ...' if len(found) > 3 else ''}). Lower their level, or train from the files"
+        )
 
 
 def _source(path: str, seen: dict[str, tuple[int, int] | None]) -> tuple[int, int] | None:
@@ -151,10 +168,12 @@ def _decoded(
 
     def decode(item: AudioFile, row: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
         try:
-            samples, exact = to_int16(decode_clip(item, sampling_rate))
+            waveform = decode_clip(item, sampling_rate)
         except AudioError as error:
             return row | {"reason": error.reason, "detail": error.detail}, np.zeros(0, "<i2")
-        return row | {"count": len(samples), "exact": exact, "checksums": checksums(samples)}, samples
+        samples, exact = to_int16(waveform)
+        row |= {"count": len(samples), "exact": exact, "checksums": checksums(samples)}
+        return row if exact else row | {"cut": cut_share(waveform)}, samples
 
     pool = ThreadPoolExecutor(threads)
     try:

@@ -158,8 +158,8 @@ def _predictions(out: Path, outcomes: Outcomes, experiment: Experiment) -> Path:
             writer.writerow(["path", "label", "fold", *columns])
             single = rows.targets.dtype.kind != "f"
             for i in np.flatnonzero(rows.folds != NEVER).tolist():
-                guesses = [rows.classes[s[i].argmax()] if single else f"{s[i, 0]:.6g}" for s in columns.values()]
-                label = rows.classes[rows.targets[i]] if single else f"{rows.targets[i]:.6g}"
+                guesses = [rows.classes[s[i].argmax()] if single else f"{s[i, 0]:.12g}" for s in columns.values()]
+                label = rows.classes[rows.targets[i]] if single else f"{rows.targets[i]:.15g}"
                 writer.writerow([clips.files[i].path, label, rows.folds[i], *guesses])
         else:
             time = ["onset"] if rows.hop else []
@@ -169,7 +169,7 @@ def _predictions(out: Path, outcomes: Outcomes, experiment: Experiment) -> Path:
                 clip = int(rows.clip[i])
                 time = [f"{(i - first[clip]) * rows.hop:.3f}"] if rows.hop else []
                 for c, name in enumerate(rows.classes):
-                    scores = [f"{s[i, c]:.4f}" for s in columns.values()]
+                    scores = [f"{s[i, c]:.6g}" for s in columns.values()]
                     writer.writerow(
                         [clips.files[clip].path, *time, name, int(rows.targets[i, c]), rows.folds[i], *scores]
                     )

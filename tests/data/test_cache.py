@@ -95,6 +95,33 @@ def test_a_part_is_the_part_of_the_file(tmp_path):
         cache.load(files[5], 8000)
 
 
+def test_samples_above_full_scale_are_told(tmp_path, caplog):
+    """Floating files may be louder than 16 bits can hold; peaks that resampling makes are counted without a warning."""
+    tone = np.sin(np.arange(44100) / 9, dtype=np.float32)
+    levels = {"loud": 3.0, "full": 1.0, "integers": 20000.0, "quiet": 0.5}
+    for name, level in levels.items():
+        soundfile.write(tmp_path / f"{name}.wav", level * tone, RATE, subtype="FLOAT")
+    peak = 0.99 * tone * (np.arange(44100) > 44000)
+    peak[44050] = 1.2
+    soundfile.write(tmp_path / "peak.wav", peak, RATE, subtype="FLOAT")
+    files = [AudioFile(str(tmp_path / f"{name}.wav"), 44100 / RATE, RATE) for name in (*levels, "peak")]
+    for added in (5, 0):
+        caplog.clear()
+        cache, report = open_cache(tmp_path / "cache", files)
+        assert (report.added, report.rounded, report.clipped) == (added, 5, 3)
+        assert "5 rounded to 16 bits, 3 clipped at full scale" in str(report)
+        (told,) = [line.getMessage() for line in caplog.records if "louder than full scale" in line.getMessage()]
+        share = np.mean(np.abs(20000 * tone) > 1)
+        assert f"2 files louder than full scale, which 16 bits cannot hold: samples are cut ({tmp_path}" in told
+        assert f"integers.wav {share:.1%}, {tmp_path}" in told
+        assert "loud.wav 78.4%)" in told
+    assert np.abs(cache.load(files[0], RATE).astype(int)).max() == 32768
+    index = tmp_path / "cache" / str(RATE) / "index.jsonl"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    index.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "cut"}) + "\n" for row in rows))
+    assert open_cache(tmp_path / "cache", files)[1].clipped == 0  # filled before it was noted
+
+
 @pytest.mark.parametrize(
     ("channels", "rate", "subtype"), [(2, RATE, "PCM_16"), (1, 8000, "PCM_16"), (1, RATE, "PCM_24")]
 )

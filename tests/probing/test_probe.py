@@ -16,7 +16,12 @@ from bestrq2.interchange.tensors import write_encoder_file
 from bestrq2.layers import LogMel
 from bestrq2.models import build_model
 from bestrq2.outputs import alone_in
+from bestrq2.probing import report
+from bestrq2.probing.evaluation import Outcome, clip_rows
+from bestrq2.probing.experiment import Experiment
 from bestrq2.probing.features import Reading, clip_statistics, extract, frame_statistics, log_mel_frames
+from bestrq2.probing.labels import LabelledClips
+from bestrq2.probing.task import ProbeTask
 
 SMALL = ["model.front_end.mean=-47", "model.front_end.std=31", "model.encoder.depth=1", "model.encoder.width=64"]
 
@@ -191,6 +196,22 @@ def test_retrieval(encoder_file, sounds, tmp_path, capsys):
     scores = document["results"]["log-mel statistics"]["cosine"]
     assert scores["R@1"]["value"] == 1.0
     assert scores["mAP"]["value"] > 0.7
+
+
+@pytest.mark.parametrize("kind", ["regression", "multilabel"])
+def test_predictions_keep_their_digits(tmp_path, kind):
+    """Metrics can be computed again from the file, also those of dates and of rare labels."""
+    numbers = np.array([1700000001.25, 1700000002.5, 20230115, 1e-9]) if kind == "regression" else np.eye(4, 1) > 0
+    files = [AudioFile(f"{i}.wav") for i in range(4)]
+    clips = LabelledClips(files, numbers, [] if kind == "regression" else ["rare"], np.arange(4), None)
+    rows = clip_rows(clips, np.arange(4))
+    scores = (numbers + 0.5 if kind == "regression" else np.array([4e-7, 3e-7, 2e-5, 1e-9])).reshape(4, 1)
+    experiment = Experiment(ProbeTask(kind=kind), clips, np.arange(4), rows, {}, [1.0] * 4)
+    path = report._predictions(tmp_path, {"encoder": {"linear": Outcome({}, scores=scores)}}, experiment)
+    with path.open() as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["label"]) for row in written] == numbers.ravel().tolist()
+    assert [float(row["encoder linear"]) for row in written] == pytest.approx(scores[:, 0].tolist(), rel=1e-11)
 
 
 def test_regression_and_layers(encoder_file, sounds, tmp_path):
