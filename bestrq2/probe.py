@@ -296,7 +296,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--folds",
         type=int,
-        help="number of folds, at most the groups of the rarest class (default: 5); 0: one per group",
+        help="number of folds (default: 5, or as many as the rarest class has groups); 0: one per group",
     )
     add("--pooling", choices=POOLINGS, help="of the frames of a clip (default: mean+std)")
     add("--pool", dest="pooling", choices=POOLINGS, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

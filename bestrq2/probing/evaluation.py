@@ -102,8 +102,8 @@ def choose_strength(
 
 
 def _merit(scores: np.ndarray, targets: np.ndarray) -> float:
-    if targets.dtype.kind == "f":
-        return -float(((scores[:, 0] - targets) ** 2).mean())
+    if targets.dtype.kind == "f":  # in units of their deviation: rounding must not depend on the unit
+        return -float((((scores[:, 0] - targets) / (targets.std() or 1.0)) ** 2).mean())
     groups, one = np.zeros(len(targets), dtype=np.int64), np.ones((1, 1))
     if targets.ndim == 2:
         values = [metrics.average_precision(s, t, groups, one)[0] for s, t in zip(scores.T, targets.T) if t.any()]

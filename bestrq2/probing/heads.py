@@ -143,7 +143,8 @@ def _in_row_space(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _neighbours(train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
-    """The 10 nearest training rows, weighted by exp(cosine / 0.07)."""
+    """The 10 nearest training rows, weighted by exp(cosine / 0.07). Rows that are equally near at the tenth place share
+    what is left of the ten, so that the order of the rows does not matter."""
     if targets.ndim == 2:
         values = targets.astype(np.float64)
     else:
@@ -159,7 +160,16 @@ def _neighbours(train: np.ndarray, targets: np.ndarray, test: np.ndarray, num_cl
         cosine = asked[start : start + rows] @ known.T
         nearest = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
         weight = np.exp((np.take_along_axis(cosine, nearest, 1) - 1) / TEMPERATURE)
-        scores[start : start + rows] = (weight[..., None] * values[nearest]).sum(1) / weight.sum(1, keepdims=True)
+        found = (weight[..., None] * values[nearest]).sum(1) / weight.sum(1, keepdims=True)
+        last = np.take_along_axis(cosine, nearest[:, -1:], 1)  # the least of them: argpartition puts it there
+        rounding = 64 * np.finfo(cosine.dtype).eps
+        for row in np.flatnonzero((cosine >= last - rounding).sum(1) > count):
+            similar = cosine[row]
+            nearer, equal = similar > last[row] + rounding, np.abs(similar - last[row]) <= rounding
+            share = nearer + equal * ((count - nearer.sum()) / equal.sum())
+            spread = share * np.exp((similar - 1) / TEMPERATURE)
+            found[row] = spread @ values / spread.sum()
+        scores[start : start + rows] = found
     return scores
 
 

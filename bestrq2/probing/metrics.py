@@ -131,7 +131,10 @@ def regression(predicted: np.ndarray, targets: np.ndarray, groups: np.ndarray, w
     """R2, Spearman's rank correlation, and mean absolute error, of numbers ``(N,)``."""
     from scipy.stats import rankdata
 
-    rows = [np.ones_like(targets), targets, targets**2, (predicted - targets) ** 2, np.abs(predicted - targets)]
+    # Sums of squares of deviations from the mean in units of their own: as exact in Hz as in pascal or in years.
+    known, wrong = targets - targets.mean(), predicted - targets
+    unit = np.abs(known).max() or 1.0
+    rows = [np.ones_like(targets), known / unit, (known / unit) ** 2, (wrong / unit) ** 2, np.abs(wrong)]
     count, total, squares, error, absolute = (weights @ by_group(groups, np.stack(rows, 1))).T
     spread = squares - total**2 / count
     # Ranks change with every resample: each is repeated as often as its group was drawn.

@@ -9,6 +9,7 @@ from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile
 from bestrq2.probing.evaluation import Rows, choose_strength, clip_rows, cross_validate, frame_rows, measure
 from bestrq2.probing.folds import NEVER, deal, inner_folds, make_folds
+from bestrq2.probing.heads import scores_of
 from bestrq2.probing.labels import TEST, TRAIN, LabelledClips, settle
 from bestrq2.probing.task import STRENGTHS, ProbeTask
 
@@ -121,6 +122,45 @@ def test_rare_classes_limit_the_folds():
     assert set(make_folds(clips, ProbeTask(folds=5))) == {0, 1, 2}
     for fold in range(3):
         assert set(clips.targets[make_folds(clips, ProbeTask(folds=5)) != fold]) == {0, 1}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_class_is_in_one_fold_alone(seed):
+    """All of its groups in one fold would ask for it from heads that never saw it."""
+    clips = clips_of([1, 1, 0, 0, 2, 2], [0, 1, 1, 2, 2, 3])
+    folds = make_folds(clips, ProbeTask(folds=2, seed=seed))
+    assert all(set(clips.targets[folds != fold]) == {0, 1, 2} for fold in (0, 1))
+    # Every two of three groups share a class: no two folds will do.
+    clips = clips_of(np.repeat(np.eye(3, dtype=bool)[[0, 1, 2, 0, 1, 2]], 2, 0), np.repeat([0, 0, 1, 1, 2, 2], 2))
+    assert sorted(set(make_folds(clips, ProbeTask(kind="multilabel", folds=2, seed=seed)))) == [0, 1, 2]
+    assert sorted(set(inner_folds(clips.targets, clips.groups, 3, 2))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["f", "i", "b"])
+def test_neighbours_that_are_equally_near_share(kind):
+    """40 copies of one clip and three that are nearer: seven of ten places for 20 of one class and 20 of another."""
+    rng = np.random.default_rng(0)
+    asked = np.eye(1, 30)
+    near = asked + 0.01 * np.eye(30)[[1, 2, 3]]
+    copy = asked + 0.02 * np.eye(1, 30, 4)
+    far = rng.normal(size=(40, 30)) - 3 * asked
+    train = np.concatenate((near, np.repeat(copy, 40, 0), far))
+    labels = np.array([1] * 3 + [0] * 20 + [1] * 20 + [0] * 40)
+    targets = {"f": labels.astype(float), "i": labels, "b": labels[:, None] == np.arange(2)}[kind]
+    near_weight, copy_weight = np.exp((np.array([1.0001, 1.0004]) ** -0.5 - 1) / 0.07)
+    right = (3 * near_weight + 3.5 * copy_weight) / (3 * near_weight + 7 * copy_weight)
+    for order in (np.arange(83), np.arange(83)[::-1], rng.permutation(83)):
+        found = scores_of("knn", train[order], targets[order], np.repeat(asked, 2, 0), 2, 1.0)
+        np.testing.assert_allclose(found[:, -1], right, rtol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge", "mlp"])
+def test_strength_depends_on_no_unit(head):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(90, 20))
+    targets = x @ rng.normal(size=20) + 4 * rng.normal(size=90)
+    chosen = [choose_strength(head, x, targets * 2.0**unit, np.arange(90), 0) for unit in (0, -30, 30)]
+    assert chosen[0] == chosen[1] == chosen[2]
 
 
 def test_few_numbers_still_make_folds():

@@ -55,6 +55,16 @@ def test_regression(data):
     assert values["MAE"][0] == pytest.approx(np.abs(predicted - targets).mean())
 
 
+@pytest.mark.parametrize(("unit", "origin"), [(1e-9, 0), (1e9, 0), (1, 1e7), (1e-3, 1.7e9)])
+def test_regression_in_any_unit(data, unit, origin):
+    scores, _, _, groups = data
+    predicted, targets = scores[:, 0] * unit + origin, (scores[:, 0] + scores[:, 1]) * unit + origin
+    values = metrics.regression(predicted, targets, groups, ONE)
+    assert values["R2"][0] == pytest.approx(sklearn_metrics.r2_score(targets, predicted), rel=1e-6)
+    assert values["Spearman"][0] == pytest.approx(spearmanr(predicted, targets).statistic)
+    assert values["MAE"][0] == pytest.approx(np.abs(predicted - targets).mean())
+
+
 def test_resamples_are_metrics_of_resampled_groups(data):
     """Every resample equals scikit-learn's metric of the clips repeated as often as their group was drawn."""
     scores, labels, truth, groups = data
@@ -95,7 +105,9 @@ def test_classes_that_are_missing():
     assert np.isnan(
         metrics.f_scores(np.zeros((2, 2), bool), np.zeros((2, 2), bool), groups[:2], np.ones((1, 2)))["macro_F1"]
     )
-    assert np.isnan(metrics.regression(np.arange(2.0), np.ones(2), groups[:2], np.ones((1, 2)))["R2"])
+    for constant in (1.0, 0.1, 1e-9, 1e9):
+        known = np.full(3, constant)
+        assert np.isnan(metrics.regression(np.arange(3.0), known, groups, np.ones((1, 3)))["R2"])
 
 
 def test_interval_grows_with_dependence():
