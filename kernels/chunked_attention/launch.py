@@ -267,8 +267,10 @@ def backward(
         if x is not None
     }
     if parts := _parts(query, options):
-        inputs = (grad, out, lse, query, key, value)
-        several = [_gradients(*(x[part] for x in inputs), own, sums) for part, own in parts]
+        several = [
+            _gradients(grad[part], out[part], lse[part], query[part], key[part], value[part], own, sums)
+            for part, own in parts
+        ]
         dq, dk, dv = (torch.cat(gradients) for gradients in zip(*several))
     else:
         dq, dk, dv = _gradients(grad, out, lse, query, key, value, options, sums)
