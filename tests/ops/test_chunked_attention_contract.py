@@ -147,7 +147,7 @@ def test_any_memory_order(layout: str):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autocast(backend):
-    """What 16-bit inputs give outside, forward and backward: sums stay fp32, also in the plain form."""
+    """Outputs and gradients of 16-bit inputs outside of it: sums stay fp32, also in the plain form."""
     if backend == "cpu" and not HAS_CPU:
         pytest.skip("no C++ extension here")
     inputs = make_inputs()
