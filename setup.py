@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
             *self.cuda_architectures(),
         ]
         steps = {
-            "CMake found no usable C++ compiler": configure,
+            "CMake could not configure the build: no usable C++ compiler, or as pip install -v shows": configure,
             "compilation failed": ["cmake", "--build", str(build_dir)],
         }
         for failure, command in steps.items():
@@ -62,14 +62,18 @@ class CMakeBuild(build_ext):
     def cuda_architectures():
         """``BESTRQ2_CUDA_ARCHITECTURES``, or CMake's and PyTorch's variables: "90" or "80;90" ("9.0" is read as 90)."""
         names = ("BESTRQ2_CUDA_ARCHITECTURES", "CUDAARCHS", "TORCH_CUDA_ARCH_LIST")
-        given = next((value for name in names if (value := os.environ.get(name))), "")
+        name, given = next(((name, value) for name in names if (value := os.environ.get(name))), ("", ""))
         found = [
-            part.strip().removesuffix("+PTX").replace(".", "") for part in re.split(r"[;, ]+", given) if part.strip()
+            re.sub(r"\+PTX$|-real$|-virtual$", "", part).replace(".", "") for part in re.split(r"[;, ]+", given) if part
         ]
         if not found:
             return []
         if not all(re.fullmatch(r"\d{2,3}[af]?", part) for part in found):
-            raise ValueError(f"BESTRQ2_CUDA_ARCHITECTURES: expected numbers like 80;90, got {given!r}")
+            if name == names[0]:
+                raise ValueError(f"{name}: expected numbers like 80;90, got {given!r}")
+            # CMake and PyTorch also take words, such as native or Hopper.
+            print(f"bestrq2: {name}={given} is no list of numbers; building for the usual GPUs.", file=sys.stderr)
+            return []
         return [f"-DBESTRQ2_CUDA_ARCHITECTURES={';'.join(found)}"]
 
     def warn_reference_only(self, reason):

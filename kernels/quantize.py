@@ -17,6 +17,7 @@ Each program takes BM rows and one codebook.
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -276,6 +277,7 @@ class _Kept:
 
 _PREPARED: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
 _MOST_PREPARED = 8
+_PREPARING = Lock()
 
 
 def cached_split(codebook: Tensor, multiple: int) -> SplitCodebook:
@@ -291,18 +293,19 @@ def cached_split(codebook: Tensor, multiple: int) -> SplitCodebook:
     place = (codebook.data_ptr(), codebook._version, codebook.device, codebook.dtype)
     key = (*place, tuple(codebook.shape), codebook.stride(), multiple)
     stream = torch.cuda.current_stream(codebook.device) if on_gpu else None
-    if key not in _PREPARED:
-        split = prepare(codebook, multiple)
-        computed = None if stream is None else stream.record_event()
-        _PREPARED[key] = _Kept(codebook.detach(), split, computed, {0 if stream is None else stream.cuda_stream})
-        while len(_PREPARED) > _MOST_PREPARED:
-            _PREPARED.popitem(last=False)
-        return split
-    _PREPARED.move_to_end(key)
-    kept = _PREPARED[key]
-    if stream is not None and stream.cuda_stream not in kept.streams:
-        _wait_for(kept, stream)
-    return kept.split
+    with _PREPARING:
+        if key not in _PREPARED:
+            split = prepare(codebook, multiple)
+            computed = None if stream is None else stream.record_event()
+            _PREPARED[key] = _Kept(codebook.detach(), split, computed, {0 if stream is None else stream.cuda_stream})
+            while len(_PREPARED) > _MOST_PREPARED:
+                _PREPARED.popitem(last=False)
+            return split
+        _PREPARED.move_to_end(key)
+        kept = _PREPARED[key]
+        if stream is not None and stream.cuda_stream not in kept.streams:
+            _wait_for(kept, stream)
+        return kept.split
 
 
 def _wait_for(kept: _Kept, stream: Any) -> None:

@@ -85,10 +85,6 @@ class _Call:
         self.options = options
         self.query, self.key, self.value = (unit_stride(x) for x in (query, key, value))
         self.batch, self.heads, self.frames, self.head_dim = query.shape
-        if self.batch * self.heads > MOST_PAIRS:
-            raise ValueError(
-                f"query: expected at most {MOST_PAIRS} items x heads in a Triton call, got {self.batch} x {self.heads}"
-            )
         self.keys = key.shape[2]
         self.content_bias, self.position_bias, self.lengths, self.starts, self.key_mask = (
             as_read(getattr(options, name))
@@ -221,8 +217,29 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
+def _parts(query: Tensor, options: Any) -> list[tuple[slice, Any]]:
+    """Items of each launch with their options, where all of them are too many for one; else nothing.
+
+    Raises:
+        ValueError: for one item with too many heads.
+    """
+    batch, heads = query.shape[:2]
+    if batch * heads <= MOST_PAIRS:
+        return []
+    if heads > MOST_PAIRS:
+        raise ValueError(f"query: expected at most {MOST_PAIRS} heads in a Triton call, got {heads}")
+    size, parts = MOST_PAIRS // heads, []
+    for part in (slice(begin, begin + size) for begin in range(0, batch, size)):
+        bounds = {name: getattr(options, name) for name in ("lengths", "starts", "key_mask")}
+        parts.append((part, options._replace(**{name: x if x is None else x[part] for name, x in bounds.items()})))
+    return parts
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, options: Any) -> tuple[Tensor, Tensor]:
     """Return the output, in query's memory order, and the log-sum-exp of the scaled scores (B, H, Tq) in fp32."""
+    if parts := _parts(query, options):
+        outs, sums = zip(*(forward(query[part], key[part], value[part], own) for part, own in parts))
+        return _in_order_of(query, torch.cat(outs)), torch.cat(sums)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if not query.numel():
         return torch.empty_like(query), lse
@@ -249,21 +266,35 @@ def backward(
         for name, x in tables.items()
         if x is not None
     }
-    if query.numel() and key.numel():
-        call, dq = _Call(query, key, value, options), _written_like(query)
-        # The kernels read the output and write dq with one set of strides.
-        out = out if out.stride() == dq.stride() else torch.empty_like(dq).copy_(out)
-        grad = unit_stride(grad.to(query.dtype))
-        segments = list(call.segments())
-        dk, dv = _key_gradients(call.key, len(segments) > 1)
-        delta = torch.empty_like(lse)
-        with _on(query.device):
-            for segment in segments:
-                _backward_segment(call, segment, grad, out, lse, delta, dq, dk, dv, sums)
+    if parts := _parts(query, options):
+        several = [
+            _gradients(grad[part], out[part], lse[part], query[part], key[part], value[part], own, sums)
+            for part, own in parts
+        ]
+        dq, dk, dv = (torch.cat(gradients) for gradients in zip(*several))
     else:
-        dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+        dq, dk, dv = _gradients(grad, out, lse, query, key, value, options, sums)
     frames = [_in_order_of(x, gradient) for x, gradient in ((query, dq), (key, dk), (value, dv))]
     return (*frames, *(None if x is None else sums[name].to(x.dtype) for name, x in tables.items()))
+
+
+def _gradients(
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, options: Any, sums: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; those of the tables are added to ``sums``."""
+    if not (query.numel() and key.numel()):
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    call, dq = _Call(query, key, value, options), _written_like(query)
+    # The kernels read the output and write dq with one set of strides.
+    out = out if out.stride() == dq.stride() else torch.empty_like(dq).copy_(out)
+    grad = unit_stride(grad.to(query.dtype))
+    segments = list(call.segments())
+    dk, dv = _key_gradients(call.key, len(segments) > 1)
+    delta = torch.empty_like(lse)
+    with _on(query.device):
+        for segment in segments:
+            _backward_segment(call, segment, grad, out, lse, delta, dq, dk, dv, sums)
+    return dq, dk, dv
 
 
 def _key_gradients(key: Tensor, several: bool) -> tuple[Tensor, Tensor]:

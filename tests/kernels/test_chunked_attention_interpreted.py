@@ -124,6 +124,23 @@ def test_segments_of_the_band_change_nothing(device, monkeypatch):
 
 
 @needs_kernels
+def test_more_items_than_one_launch_takes(device, monkeypatch):
+    """A grid has at most 65535 programs in its second dimension, one for an item and a head."""
+    from bestrq2.kernels.chunked_attention import launch
+
+    mask = torch.rand(5, 40, generator=torch.Generator().manual_seed(1)) < 0.8
+    bounds = {"lengths": torch.tensor([40, 3, 33, 40, 0]), "starts": torch.tensor([0, 0, 7, 1, 0]), "key_mask": mask}
+    torch.manual_seed(4)
+    whole = compare((5, 2, 40, 40, 16), torch.float32, device, chunk_size=8, left_context=16, **bounds)
+    monkeypatch.setattr(launch, "MOST_PAIRS", 5)
+    torch.manual_seed(4)
+    parts = compare((5, 2, 40, 40, 16), torch.float32, device, chunk_size=8, left_context=16, **bounds)
+    assert torch.equal(whole[0], parts[0])
+    with pytest.raises(ValueError, match="at most 5 heads in a Triton call, got 6"):
+        compare((1, 6, 20, 20, 16), torch.float32, device)
+
+
+@needs_kernels
 @pytest.mark.parametrize("offset", [0, 24, 5000])
 def test_table_of_the_window_alone(offset, device, monkeypatch):
     """Segments whose windows end before the first key or begin behind the last one have no row of such a table."""

@@ -145,13 +145,22 @@ def test_any_memory_order(layout: str):
     assert all(gradient.shape == (2, 2, 100, 16) for gradient in torch.autograd.grad(out.sum(), inputs))
 
 
-def test_autocast():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast(backend):
+    """Outputs and gradients of 16-bit inputs outside of it: sums stay fp32, also in the plain form."""
+    if backend == "cpu" and not HAS_CPU:
+        pytest.skip("no C++ extension here")
     inputs = make_inputs()
+    rounded = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    expected = attend(*rounded, backend=backend)
+    upstream = torch.ones_like(expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attend(*inputs)
-    assert out.dtype == torch.bfloat16
-    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        out = attend(*inputs, backend=backend)
+        gradients = torch.autograd.grad(out, inputs, upstream)
+    assert torch.equal(out, expected)
+    for gradient, other in zip(gradients, torch.autograd.grad(expected, rounded, upstream)):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, other.float())
     assert relative_error(out, attend(*(x.double() for x in inputs))) < 0.02
 
 

@@ -96,7 +96,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
     chosen = _choose(query, options.backend)
     if chosen != "reference" and len(query):  # nothing to launch for no items
         return _compiled(chosen).forward(query, key, value, options)
-    out, logsumexp = reference.forward(query, key, value, **options.keywords())
+    with torch.autocast(query.device.type, enabled=False):  # else the products of what it computes in fp32 are not
+        out, logsumexp = reference.forward(query, key, value, **options.keywords())
     return torch.empty_like(query).copy_(out), logsumexp.float()
 
 
@@ -125,10 +126,10 @@ def _reference_backward(
     leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in (query, key, value, *options.tables)]
     query, key, value, position, content_bias, position_bias = leaves
     options = options._replace(position=position, content_bias=content_bias, position_bias=position_bias)
-    with torch.enable_grad():
-        out = reference.chunked_attention(query, key, value, **options.keywords())
     wanted = [x for x in leaves if x is not None]
-    gradients = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True))
+    with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+        out = reference.chunked_attention(query, key, value, **options.keywords())
+        gradients = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True))
     return tuple(grad.new_empty((0,)) if x is None else torch.empty_like(x).copy_(next(gradients)) for x in leaves)
 
 
