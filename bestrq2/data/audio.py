@@ -25,6 +25,7 @@ from bestrq2.data.containers import (
     mp3_end,
     ogg_without_end,
 )
+from bestrq2.data.decoder import Decoder
 from bestrq2.data.hidden_audio import audio_behind_end
 from bestrq2.data.mistaken import same_letters, warn_of_levels
 from bestrq2.errors import AudioError, DataError, check_open_files
@@ -195,7 +196,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                     start = opened.read(8)
                 # As bytes, because soundfile cannot encode file names that are not UTF-8.
                 with _quiet(noisy):
-                    file = stack.enter_context(soundfile.SoundFile(os.fsencode(name) if os.name == "posix" else name))
+                    file = stack.enter_context(Decoder(os.fsencode(name) if os.name == "posix" else name))
             elif isinstance(member, SampleReader):
                 file, check_end, hidden, early = member, False, None, None
             else:
@@ -209,7 +210,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 start = content.read(8)
                 content.seek(0)
                 stack.callback(_raise_failure, content)
-                file = stack.enter_context(soundfile.SoundFile(content))
+                file = stack.enter_context(Decoder(content))
             low, high = SAMPLING_RATES
             if not low <= file.samplerate <= high:
                 raise AudioError(name, "not decodable", f"sampling rate {file.samplerate} Hz")

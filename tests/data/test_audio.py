@@ -122,6 +122,31 @@ def test_lossy_files_are_entered_by_seeking_far_in(tmp_path, speech, monkeypatch
     assert max(decoded) < 3.5 * rate, "decoded from the beginning"
 
 
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_blocks_of_an_mp3_have_no_seams(tmp_path, monkeypatch, capfd, mode, channels):
+    """Decoded in many blocks, in one, and from the middle on: the same samples."""
+    rate, path = 48000, tmp_path / "clip.mp3"
+    level = np.repeat(np.random.default_rng(1).uniform(0.01, 0.3, 60), rate // 10)[:, None]
+    samples = level * np.random.default_rng(0).normal(size=(len(level), channels))
+    try:
+        file = soundfile.SoundFile(path, "w", rate, channels, format="MP3", compression_level=0.5, bitrate_mode=mode)
+    except TypeError:
+        pytest.skip("soundfile before 0.13")
+    with file:
+        for start in range(0, len(samples), 4096):
+            file.write(samples[start : start + 4096])
+    once = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(1)
+    for block in (1000, 20000, 1 << 20):
+        monkeypatch.setattr(audio, "_BLOCK", block)
+        np.testing.assert_allclose(load_audio(path, rate), once, rtol=0, atol=1e-6)
+        monkeypatch.setattr(audio, "_EXACT_SECONDS", 2.0)
+        for start in (1.0, 2.5, 4.123):
+            part, first = load_audio(path, rate, start=start, duration=1.5), round(start * rate)
+            np.testing.assert_allclose(part, once[first : first + 72000], rtol=0, atol=1e-6)
+    assert capfd.readouterr().err == ""
+
+
 def test_stream_of_unstated_length(tmp_path, speech):
     """A FLAC written to a pipe has no length in its header; everything in it is read nevertheless."""
     path = convert(tmp_path / "clip.flac", speech, 16000, 1, "FLAC", "PCM_16")

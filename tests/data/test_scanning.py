@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from bestrq2.data import AudioFile, DataError, collect, read_manifest, scan, tiny_dataset
+from bestrq2.data import AudioFile, DataError, audio, collect, read_manifest, scan, tiny_dataset
 from bestrq2.data.workers import _named_start
 from bestrq2.manifest import main
 
@@ -155,7 +155,7 @@ def test_the_limit_of_open_files_is_no_fault_of_a_file(no_more_files, monkeypatc
         no_more_files()
         raise soundfile.LibsndfileError(2)
 
-    monkeypatch.setattr(soundfile, "SoundFile", refused)
+    monkeypatch.setattr(audio, "Decoder", refused)
     for _ in range(2):  # libsndfile meets it, then Python
         with pytest.raises(DataError, match=r"Too many open files; .*ulimit -n"):
             scan(files, num_threads=1)
