@@ -65,7 +65,7 @@ def choose_split(
 
 
 def count_shared(held_out: Sequence[AudioFile], trained_on: Sequence[AudioFile]) -> int:
-    """How many of the clips held out overlap with one that is trained on: the same file, or parts that meet in it.
+    """Count the clips held out that overlap with one that is trained on: the same file, or parts that meet in it.
 
     Copies of a file are not seen.
     """
