@@ -49,7 +49,7 @@ class SkipReport:
         return "; ".join(parts) or "nothing skipped"
 
     def columns_note(self, parts: bool = False) -> list[str]:
-        """What to say where only path, duration, sampling rate, domain and label are written; ``parts``: and where
+        """A note for output of path, duration, sampling rate, domain and label alone; ``parts``: and where
         parts of files become files."""
         names = [*self.columns, *(["start", "end"] if parts else [])]
         if not names:
