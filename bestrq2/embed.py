@@ -38,6 +38,7 @@ import torch
 
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
+from bestrq2.data.parts import shown_places
 from bestrq2.durability import named_in_errors, whole_file, write_array
 from bestrq2.errors import counted, printable, tabular
 from bestrq2.hardware import choose_device
@@ -172,11 +173,11 @@ def find_files(inputs: Sequence[str]) -> tuple[list[tuple[str, AudioFile]], list
         skips += report.skips
         if report.skips:
             messages += [f"{source}: {report}", *(f"  {line}" for line in report.examples())]
-        for file in files:
+        for file, place in zip(files, shown_places(files)):
             base = Path(source) if Path(source).is_dir() else Path(file.path).parent
             relative = os.path.relpath(file.path, base)
             name = relative if not relative.startswith("..") else Path(file.path).name
-            name = printable(name + file.place[len(file.path) :])
+            name = printable(name + place[len(file.path) :])
             system = sys.getfilesystemencoding()  # of a C or Latin-1 locale: not every name can be written
             name = _fitting(name.encode(system, "backslashreplace").decode(system))
             unique = name

@@ -150,6 +150,14 @@ def test_same_names_from_two_folders_are_kept_apart(run, folder, tmp_path):
     assert names == ["long.wav-2.npy", "long.wav.npy"]
 
 
+def test_parts_of_a_file_are_told_apart(run, tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 48000), 16000)
+    (tmp_path / "m.csv").write_text("path,start,end\na.wav,0,1\na.wav,,\na.wav,0,2\n")
+    assert embed.main([str(run), str(tmp_path / "m.csv"), "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "index.csv").open() as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["a.wav@0.000-1.000", "a.wav", "a.wav@0.000-2.000"]
+
+
 def test_layers_and_pooling(run, folder, tmp_path):
     for name, options in (
         ("all", ["--layers", "all", "--pool", "mean+std"]),

@@ -98,8 +98,8 @@ class AudioFile:
 
     @property
     def place(self) -> str:
-        """The path and, of a part, the seconds: different clips have different places."""
-        if not self.is_part or (self.start == 0 and self.end == self.duration):
+        """The path and, of a part, the seconds, to thousandths. See :func:`bestrq2.data.parts.shown_places`."""
+        if not self.is_part:
             return self.path
         return f"{self.path}@{self.start:.3f}-" + ("" if self.end is None else f"{self.end:.3f}")
 

@@ -35,7 +35,7 @@ def file_list_digest(files: Iterable[AudioFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
         name = Path(file.path).name
-        if file.place != file.path:  # a part
+        if file.start > 0 or file.end not in (None, file.duration):  # not of every part: runs have recorded it so
             name += file.place[len(file.path) :]
         digest.update(f"{to_text(name)}\0{file.duration}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

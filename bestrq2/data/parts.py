@@ -1,7 +1,8 @@
 """Listed files and parts of files: their samples, their length, their hash."""
 
 import hashlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from bestrq2.data.audio import TRUNCATED_ABOVE, AudioDigest, AudioInfo, audio_di
 from bestrq2.data.files import AudioFile
 from bestrq2.errors import AudioError
 
-__all__ = ["clip_duration", "load_clip", "part_digest"]
+__all__ = ["clip_duration", "is_whole", "load_clip", "part_digest", "shown_places"]
 
 _TOLERANCE_SECONDS = 0.05  # lists round their times
 
@@ -72,3 +73,26 @@ def part_digest(item: AudioFile) -> AudioDigest:
     digest.update(samples.tobytes())
     found = AudioInfo(info.sampling_rate, len(samples), info.channels)
     return AudioDigest(found, float(np.abs(samples).max()), digest.hexdigest())
+
+
+def is_whole(item: AudioFile) -> bool:
+    """Return True if the clip is all of its file, by the header of the file or because that cannot be read."""
+    if item.start > 0 or item.end is None:
+        return item.start == 0
+    try:
+        return audio_info(item.path).duration - item.end <= _TOLERANCE_SECONDS
+    except AudioError:
+        return True
+
+
+def shown_places(files: Sequence[AudioFile]) -> list[str]:
+    """The place of each, or its path alone if the file is listed once, as a whole (some lists state 0 and the end)."""
+    spans: defaultdict[str, set[tuple[float, float | None]]] = defaultdict(set)
+    for item in files:
+        spans[item.path].add((item.start, item.end))
+    return [item.path if len(spans[item.path]) == 1 and _is_all(item) else item.place for item in files]
+
+
+def _is_all(item: AudioFile) -> bool:
+    """As :func:`is_whole`; a header is read only where the list leaves it open."""
+    return item.start == 0 and item.end in (None, item.duration) and is_whole(item)

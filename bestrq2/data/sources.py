@@ -4,7 +4,7 @@ import glob
 import itertools
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from bestrq2.data.audio import audio_info
 from bestrq2.data.fields import other_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
+from bestrq2.data.parts import is_whole
 from bestrq2.data.splits import choose_split, split_of, split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
 
@@ -143,13 +144,26 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
 
 
 def _count_parts(files: list[AudioFile]) -> int:
-    """Clips that are known to be less than their file without opening it: they begin late, or another clip of it ends
-    later or begins where they end."""
+    """Clips that are known to be less than their file: they begin late, or another clip of it ends later or begins
+    where they end. A file with several places is opened if the one that ends last begins with the file."""
+    spans: defaultdict[str, set[tuple[float, float | None]]] = defaultdict(set)
     last: dict[str, tuple[float, bool]] = {}  # seconds, whether the file is known to go on behind them
     for item in files:
         latest = (item.start, True) if item.end is None else (item.end, False)
         last[item.path] = max(last.get(item.path, latest), latest)
-    return sum(item.start > 0 or (item.end is not None and (item.end, False) < last[item.path]) for item in files)
+        spans[item.path].add((item.start, item.end))
+    opened: dict[str, bool] = {}
+
+    def is_less(item: AudioFile) -> bool:
+        if item.start > 0 or item.end is None:
+            return item.start > 0
+        if (item.end, False) < last[item.path]:
+            return True
+        if len(spans[item.path]) > 1 and item.path not in opened:
+            opened[item.path] = not is_whole(item)
+        return opened.get(item.path, False)
+
+    return sum(map(is_less, files))
 
 
 def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> None:
