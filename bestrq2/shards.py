@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Pack the shards; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="bestrq2 shards",
-        description="Pack audio, as it is and in its order, into tar shards for training.",
+        description="Pack audio, as it is and in its order, into tar shards for training. Of the columns of a "
+        "manifest, domain and label are kept, with duration and sampling rate. Parts of files become files.",
     )
     parser.add_argument("source", nargs="+", help="folder, manifest, tar shards, HDF5, Arrow, Parquet or audio file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the shards")
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
     except ValueError as error:
         raise DataError(str(error)) from error
-    for note in report.notes:
+    for note in report.notes + report.columns_note(parts=any(item.is_part for item in files)):
         print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in packed.files) / 3600
     print(

@@ -6,6 +6,7 @@ change which audio a row stands for is used or refused; all others are labels.
 
 import os
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -38,11 +39,35 @@ _KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECO
     ("onset", "domain", "label", "audio", "split", "subset", "partition", "set")
 )
 
+# What an AudioFile holds, and what says nothing beside it (neutral values; in Lhotse's cuts and fairseq's lists).
+_HELD = _KNOWN.difference((*_CHANNELS, "split", "subset", "partition", "set")).union(
+    ("recording", "sources", "num_samples")
+)
+
 
 def is_read(column: str) -> bool:
     """Return True for a column beside the path that :func:`audio_file` or the choice of a split looks at."""
     known = column.strip().lower()
     return (known in _KNOWN and known not in (*PATH_NAMES, "audio")) or may_hold_a_place(column)
+
+
+def other_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Columns with any content that an :class:`AudioFile` does not hold, in their order."""
+    seen: set[str] = set()
+    found: dict[str, None] = {}
+    for row in rows:
+        if row.keys() <= seen:
+            continue
+        for name, value in row.items():
+            if name in seen or value is None or value == "":
+                continue
+            seen.add(name)
+            known = name.strip().lower()
+            twin = known == name and known in _KNOWN and any(known == other.strip().lower() for other in found)
+            of_wav = known == "length" and "wav" in row
+            if not (known in _HELD or of_wav or twin):
+                found[name] = None
+    return list(found)
 
 
 def known_columns(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bestrq2.data.audio import SILENCE, audio_info
 from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile
 from bestrq2.data.parts import clip_duration, part_digest
 from bestrq2.data.sources import Source, find_audio
-from bestrq2.errors import AudioError, DataError, Skip
+from bestrq2.errors import AudioError, DataError, Skip, counted, printable
 
 __all__ = ["SkipReport", "collect", "scan", "tiny_dataset"]
 
@@ -24,11 +24,13 @@ __all__ = ["SkipReport", "collect", "scan", "tiny_dataset"]
 @dataclass
 class SkipReport:
     """Files that were left out, how many files of other kinds lay beside them (``ignored``, by extension), and
-    ``notes`` on how the source was read: rows of manifests, splits that were left out."""
+    ``notes`` on how the source was read: rows of manifests, splits that were left out. ``columns`` are those of
+    manifests that an :class:`AudioFile` does not hold: labels for a probe."""
 
     skips: list[Skip] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.skips)
@@ -45,6 +47,18 @@ class SkipReport:
         if self.ignored:
             parts.append(f"{sum(self.ignored.values())} ignored: {_count_words(self.ignored)}")
         return "; ".join(parts) or "nothing skipped"
+
+    def columns_note(self, parts: bool = False) -> list[str]:
+        """A note for output of path, duration, sampling rate, domain and label alone; ``parts``: and where
+        parts of files become files."""
+        names = [*self.columns, *(["start", "end"] if parts else [])]
+        if not names:
+            return []
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        return [
+            f"{counted(len(names), 'column')} not kept: {', '.join(map(printable, names[:20]))}{more}; of labels only "
+            "domain and label are. Keep the source for the others (its order is kept), or name one of them label"
+        ]
 
     def examples(self, each: int = 3) -> list[str]:
         """Up to ``each`` skipped files of every reason, as printable lines."""
@@ -197,6 +211,7 @@ def collect(
     )
     report.skips[:0] = found.skips
     report.ignored, report.notes = found.ignored, found.notes + report.notes
+    report.columns = found.columns
     return usable, report
 
 

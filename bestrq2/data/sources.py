@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bestrq2.data.archives.opening import list_archives as read_archives
 from bestrq2.data.audio import audio_info
+from bestrq2.data.fields import other_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
 from bestrq2.data.splits import choose_split, split_of, split_of_row
@@ -32,7 +33,7 @@ _EXPECTED = (
 @dataclass
 class Found:
     """All ``files`` of a source that was called ``name``, what was damaged, other files by extension, ``notes`` on how
-    the source was read, and ``repeated`` names of clips as in a listing."""
+    the source was read, ``repeated`` names of clips as in a listing, and the other ``columns`` of manifests."""
 
     name: str
     files: list[AudioFile] = field(default_factory=list)
@@ -40,6 +41,7 @@ class Found:
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     repeated: list[tuple[str, int]] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
 
     def add(self, listing: Listing) -> None:
         self.files += listing.files
@@ -137,6 +139,7 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
             f"{path}: {counted(repeats, 'row')} with a clip that is listed before; it is used as often as it is listed"
         )
     found.files += files
+    found.columns += [name for name in other_columns(row for _, row in rows) if name not in found.columns]
 
 
 def _count_parts(files: list[AudioFile]) -> int:

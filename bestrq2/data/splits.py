@@ -4,9 +4,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, TypeVar
 
-__all__ = ["SPLIT_COLUMNS", "choose_split", "split_of", "split_of_row"]
+from bestrq2.data.files import AudioFile
+
+__all__ = ["SPLIT_COLUMNS", "choose_split", "count_shared", "split_of", "split_of_row"]
 
 T = TypeVar("T")
 
@@ -46,13 +49,34 @@ def choose_split(
 ) -> tuple[list[T], str | None]:
     """Those of the wanted split, where there are several; and what to say about it.
 
-    Items of no split stay. Without the wanted split, all stay.
+    Items of no split stay. Without the wanted split, all stay; but for a validation, clips of the test and never those
+    of the training.
     """
     counts = Counter(split for split in splits if split is not None)
     if len(counts) < 2:
         return list(items), None
+    if wanted == "validation" and wanted not in counts:
+        wanted = "test"
     listed = ", ".join(f"{count} {split}" for split, count in counts.items())
     if wanted is None or wanted not in counts:
         return list(items), f"{folder}: files of several splits are used: {listed}"
     kept = [item for item, split in zip(items, splits) if split in (None, wanted)]
     return kept, f"{folder}: of files of several splits ({listed}) only {wanted} is used"
+
+
+def count_shared(held_out: Sequence[AudioFile], trained_on: Sequence[AudioFile]) -> int:
+    """Count the clips held out that overlap with one that is trained on: the same file, or parts that meet in it.
+
+    Copies of a file are not seen.
+    """
+    places: dict[str, list[tuple[float, float]]] = {}
+    for item in held_out:
+        places[os.path.abspath(item.path)] = []
+    for item in trained_on:
+        if (parts := places.get(os.path.abspath(item.path))) is not None:
+            parts.append((item.start, inf if item.end is None else item.end))
+    return sum(
+        any(begin < (inf if item.end is None else item.end) and item.start < end for begin, end in parts)
+        for item in held_out
+        if (parts := places[os.path.abspath(item.path)])
+    )

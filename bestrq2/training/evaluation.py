@@ -12,7 +12,8 @@ from torch import nn
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, DataError, batches
-from bestrq2.errors import printable, system_reason
+from bestrq2.data.splits import count_shared
+from bestrq2.errors import counted, printable, system_reason
 from bestrq2.hashing import mix
 from bestrq2.models import BestRQ, BestRQ2, build_encoder
 from bestrq2.probing import ProbeTask, packaged_task, run_probe
@@ -64,6 +65,11 @@ class Evaluation:
             held_out = replace(config, data=crops)
             self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
             self.clips = min(settings.clips, len(self.dataset))
+            if known := count_shared(self.dataset.files, dataset.files):
+                logger.warning(
+                    f"Validation: {known} of {counted(len(self.dataset.files), 'clip')} of validation.source are also "
+                    "trained on: the validation loss, and checkpoints kept by it, say nothing of other audio"
+                )
         self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
         self.task = probe_task(config.probe)
 

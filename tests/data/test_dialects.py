@@ -11,6 +11,7 @@ import soundfile
 from bestrq2.data import AudioFile, CropDataset, DataError, ManifestError, collect, iterate_clips, read_manifest
 from bestrq2.data.manifest import write_manifest
 from bestrq2.data.shards import pack
+from bestrq2.data.splits import count_shared
 from bestrq2.manifest import main as manifest_command
 
 RATE = 16000
@@ -283,6 +284,17 @@ def test_splits(folder):
     files, report = collect(folder / "m.csv")
     assert [file.path for file in files] == [str(folder / "short.wav")]
     assert report.notes[0].endswith(": 2 rows")
+    # No validation here: never what is trained on.
+    assert [file.path for file in collect(folder / "m.csv", split="validation")[0]] == [str(folder / "long.wav")]
+
+
+def test_clips_on_both_sides():
+    whole, other = AudioFile(os.path.abspath("a.wav"), 9.0), AudioFile("b.wav", 9.0)
+    first, second, third = (AudioFile("a.wav", 2.0, start=n, end=n + 2.0) for n in (0.0, 2.0, 4.0))
+    assert count_shared([whole], [other]) == count_shared([first, third], [second, other]) == 0
+    assert count_shared([whole, other], [second]) == 1
+    assert count_shared([first, second, third], [whole]) == 3
+    assert count_shared([first, third], [AudioFile("a.wav", 8.0, start=1.0)]) == 2
 
 
 def test_splits_in_a_column_with_other_words(folder):

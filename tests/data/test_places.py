@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bestrq2.data.fields import known_columns, other_columns
 from bestrq2.data.manifest import read_manifest
 from bestrq2.errors import ManifestError
 
@@ -137,6 +138,11 @@ def test_numbers_of_channels(read, name):
     for value in (0, "0", "0.0", -1, "", "UCx7Q", "nan"):
         assert read({"path": "a.wav", name: value}).path.endswith("a.wav")
     assert read({"path": "a.wav", "channels": 2}).path.endswith("a.wav")  # how many there are
+
+
+def test_channels_in_words_are_labels(tmp_path):
+    """Those that :func:`other_columns` tells are not kept."""
+    assert other_columns([known_columns({"path": "a.wav", "Channel_ID": "UCx7Q", "ch": ""})]) == ["Channel_ID"]
 
 
 def test_lists_in_parquet_that_mean_a_part(tmp_path):

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
         ("train.device=cuda:9", "train.device: 'cuda:9' cannot be used"),
         ("train.accumulate=99", "train.batch_size: expected .* train.accumulate=99"),
         ("optimizer.betas=[2,3]", "optimizer: Invalid beta"),
-        ("optimizer.epsilon=-1", "optimizer: Invalid epsilon"),
+        ("optimizer.epsilon=-1", "optimizer.epsilon: expected 0 or more"),
         ("data.crop_seconds=2", "the clips of every step would be others .* data.crop_seconds: 1.0 -> 2.0"),
         ("frozen.source=elsewhere", "frozen.source: expected null"),
     ],

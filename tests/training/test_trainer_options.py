@@ -184,6 +184,7 @@ def test_best_checkpoints_are_compared_where_the_held_out_loss_was_measured(tmp_
     best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     assert [entry["step"] for entry in best] == [12], "3, 6 and 9 have the loss of an earlier step"
     assert "train.keep_best compares the checkpoints of every 12 steps" in caplog.text
+    assert "24 of 24 clips of validation.source are also trained on" in caplog.text
 
 
 def test_validation_disturbs_nothing(tmp_path, plain_training):
