@@ -41,7 +41,7 @@ _NESTED = frozenset(
 ) | {"boundaries"}
 _BRACKETS = re.compile(r"\s*[\[(]\s*([\d.]+)\s*[,;\s]\s*([\d.]+)\s*[\])]\s*")
 
-# How long a part is: in seconds or milliseconds where the name says so, else in what the name leaves open.
+# The length of a part: in seconds or milliseconds where the name tells it, else in what the name leaves open.
 _OF_A_PART = r"(?:(?:audio|clip|segment|seg|chunk|crop|utterance|utt) )*"
 _SECONDS = re.compile(rf"{_OF_A_PART}(?:(?:length|len|duration|dur) (?:in )?(?:secs?|seconds?)|(?:duration|dur) s)")
 _MILLISECONDS = re.compile(rf"{_OF_A_PART}(?:length|len|duration|dur) (?:in )?(?:ms|msecs?|millis|milliseconds?)")
@@ -134,7 +134,7 @@ def _is_a_span(value: Any) -> bool:
 
 
 def length_of_part(where: str, row: dict[str, Any], known: Iterable[str]) -> float | None:
-    """How long the part of a row is, in seconds, for a row with a start that has neither end nor duration.
+    """The length of the part of a row, in seconds, for a row with a start that has neither end nor duration.
 
     Raises:
         ManifestError: for a length whose unit its name leaves open, for two that differ, and for one that is negative.
@@ -162,7 +162,7 @@ def length_of_part(where: str, row: dict[str, Any], known: Iterable[str]) -> flo
 
 
 def _number(value: Any) -> float | None:
-    """What a cell has, as text or in JSON, if it is a number, be it NaN."""
+    """The number that a cell has, as text or in JSON,, be it NaN, or None."""
     try:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
