@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bestrq2.data.files import AudioFile, from_text
+from bestrq2.data.places import check_places, length_of_part, may_hold_a_place
 from bestrq2.errors import ManifestError
 
 # The first name of each is ours.
@@ -22,6 +23,7 @@ _START = ("start", "offset", "start_time", "begin", "begin_time", "start_seconds
 _END = ("end", "stop", "end_time", "stop_time", "end_seconds", "end_sec")
 _DURATION = ("duration", "seconds", "duration_seconds", "duration_sec", "dur")
 _MILLISECONDS = ("ms", "duration_ms", "dur_ms", "duration[ms]", "start_ms", "offset_ms", "end_ms", "stop_ms")
+_PLACED = (*_START, *_END, "onset", "start_ms", "offset_ms", "end_ms", "stop_ms")
 # Unless they are empty or neutral, these ask for other audio than the whole mix at its own speed.
 _REFUSED = {
     "channel": (None, "", 0, "0", -1, "-1"),
@@ -31,25 +33,22 @@ _REFUSED = {
     "tempo": (None, "", 1, 1.0, "1", "1.0"),
     "gain": (None, "", 0, 0.0, 1, 1.0, "0", "1"),
 }
-# Names such as start_sample, "Start (s)", clip_end, frameOffset: words of the first kind, beside none but the second.
-_PLACES = r"(?:start|begin|onset|offset|end|stop|from|to|tmin|tmax|xmin|xmax)"
-_UNITS = (
-    r"(?:s|secs?|seconds?|ms|t|times?|timestamp|samples?|frames?|idx|index|pos|position|segment|seg|clip|audio|file|"
-    r"utterance|utt|chunk|crop|in|of)"
+# Names of a channel that other columns may have, too (the channel of a video): there only a number is refused.
+_CHANNELS = ("ch", "channel_id", "channel_index", "channel_idx", "channel_number")
+_KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *_REFUSED, *_CHANNELS]).union(
+    ("onset", "domain", "label", "audio", "split", "subset", "partition", "set")
 )
-_LIKE_A_PLACE = re.compile(rf"(?:{_UNITS} )*{_PLACES}(?: {_PLACES}| {_UNITS})*")
-_KNOWN = frozenset(
-    [*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *_REFUSED, "onset", "domain", "label", "audio"]
-).union(("split", "subset", "partition", "set"))
 
 # What an AudioFile holds, and what says nothing beside it (neutral values; in Lhotse's cuts and fairseq's lists).
-_HELD = _KNOWN.difference(("split", "subset", "partition", "set")).union(("recording", "sources", "num_samples"))
+_HELD = _KNOWN.difference((*_CHANNELS, "split", "subset", "partition", "set")).union(
+    ("recording", "sources", "num_samples")
+)
 
 
 def is_read(column: str) -> bool:
     """Return True for a column beside the path that :func:`audio_file` or the choice of a split looks at."""
     known = column.strip().lower()
-    return (known in _KNOWN and known not in (*PATH_NAMES, "audio")) or _is_like_a_place(column)
+    return (known in _KNOWN and known not in (*PATH_NAMES, "audio")) or may_hold_a_place(column)
 
 
 def other_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -83,46 +82,42 @@ def _renamed(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((known, name) for known, name in folded if known in _KNOWN and known not in names)
 
 
-@lru_cache(4096)
-def _is_like_a_place(column: str) -> bool:
-    words = " ".join(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", column).lower()))
-    return column.strip().lower() not in _KNOWN and _LIKE_A_PLACE.fullmatch(words) is not None
-
-
-def _check_columns(where: str, row: dict[str, Any]) -> None:
-    """Refuse a number under a name that looks like the place of a part, and is none of those that are read."""
-    for name in filter(_is_like_a_place, row):
+def _check_channels(where: str, row: dict[str, Any]) -> None:
+    for name in (*_REFUSED, *_CHANNELS):
+        if name not in row:
+            continue
         value = row[name]
-        try:
-            number = None if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = None
-        if number is not None:
+        neutral = value in _REFUSED[name] if name in _REFUSED else not _is_a_channel(value)
+        if not neutral:
             raise ManifestError(
-                f"{where}: {name} = {value!r} may stand for a part of the file: name the column start or end, in "
-                "seconds, or start_ms or end_ms, or remove it"
+                f"{where}: {name} = {value!r} cannot be applied, channels are averaged and played as they are: "
+                "write such clips to files of their own, or remove the column"
             )
+
+
+def _is_a_channel(value: Any) -> bool:
+    """Return True for the number of another channel than the first; -1 is all of them, words are labels."""
+    try:
+        return not isinstance(value, bool) and isfinite(float(value)) and float(value) not in (0, -1)
+    except (TypeError, ValueError):
+        return False
 
 
 def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     """The clip of a row.
 
     ``start`` or ``offset``, and ``end`` or ``stop``, in seconds make it a part of its file, as does ``audio_filepath``
-    with a duration (NeMo). Beside ``onset``, ``offset`` is the end (DCASE). ``start`` with ``stop`` may count samples
-    (SpeechBrain), which a duration must tell.
+    with a duration (NeMo). A start takes ``length_sec`` for a duration, too; a length without a unit is refused there.
+    Beside ``onset``, ``offset`` is the end (DCASE). ``start`` with ``stop`` may count samples (SpeechBrain), which a
+    duration must tell.
 
     Raises:
         ManifestError: for a row that is none, or whose meaning is open; it names the line.
     """
     where = f"{source}:{line}"
     row = _flattened(where, row)
-    _check_columns(where, row)
-    for name, neutral in _REFUSED.items():
-        if name in row and row[name] not in neutral:
-            raise ManifestError(
-                f"{where}: {name} = {row[name]!r} cannot be applied, channels are averaged and played as they are: "
-                "write such clips to files of their own, or remove the column"
-            )
+    check_places(where, row, _KNOWN, _first(row, _PLACED) is not None)
+    _check_channels(where, row)
     path = _first(row, PATH_NAMES)
     if path is None:
         what = "the path is empty" if any(name in row for name in PATH_NAMES) else f"no 'path' in {sorted(row)}"
@@ -229,6 +224,8 @@ def _span(where: str, row: dict[str, Any]) -> tuple[float, float | None, float |
         return 0.0, duration if part else None, duration, part
     begin = start or 0.0
     if end is None:
+        if duration is None:
+            duration = length_of_part(where, row, _KNOWN)
         return begin, None if duration is None else begin + duration, duration, True
     if end <= begin:
         raise ManifestError(f"{where}: the clip ends at {end:g} s, not after its start at {begin:g} s")

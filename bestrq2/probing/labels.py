@@ -105,7 +105,8 @@ def read_clips(task: ProbeTask) -> LabelledClips:
     if not files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise ManifestError(f"{task.path}: no row can be used: {reasons}")
-    numbers = np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+    group_names, numbers = np.unique(np.asarray(groups), return_inverse=True)
+    numbers = numbers.astype(np.int64)
     clips = LabelledClips(files, np.zeros(0), [], numbers, np.asarray(parts) if task.split else None)
     clips.left_out = left_out
     _set_targets(clips, task, values)
@@ -113,6 +114,8 @@ def read_clips(task: ProbeTask) -> LabelledClips:
         clips.warnings += _doubtful_separator(clips.classes, task)
     if task.group is None and task.kind != "retrieval" and not task.split:
         clips.warnings.append("no --group: clips of one recording may lie in training and test, and scores too high")
+    if task.group:
+        clips.warnings += _doubtful_groups([str(name) for name in group_names])
     clips.warnings += _listed_again(clips, values, task)
     clips.warnings += _absent_values(task, [row for _, row in rows])
     if clips.parts is not None and task.group:
@@ -248,19 +251,34 @@ def _doubtful_separator(classes: Sequence[str], task: ProbeTask) -> list[str]:
     return []
 
 
-def doubtful_names(classes: Sequence[str]) -> list[str]:
-    """Warnings of classes that may be one (``Dog`` and ``dog``, ``1`` and ``1.0``), or stand for a missing label."""
+def _doubtful_groups(groups: Sequence[str]) -> list[str]:
+    """Warnings of groups that may be one: their clips would lie in training and test."""
+    found = [
+        f"groups {', '.join(map(repr, names))} are not kept together: write them alike if they are one"
+        for names in _almost_alike(groups)
+    ]
+    if len(found) > 3:
+        found[3:] = [f"{len(found) - 3} more sets of groups that are almost alike"]
+    return found
+
+
+def _almost_alike(names: Sequence[str]) -> list[list[str]]:
+    """Sets of names that differ only in capitals, or in the form of a number."""
     alike: dict[str, list[str]] = {}
-    for name in classes:
+    for name in names:
         try:
             key = repr(float(name))
         except ValueError:
             key = name.casefold()
         alike.setdefault(key, []).append(name)
+    return [found for found in alike.values() if len(found) > 1]
+
+
+def doubtful_names(classes: Sequence[str]) -> list[str]:
+    """Warnings of classes that may be one (``Dog`` and ``dog``, ``1`` and ``1.0``), or stand for a missing label."""
     found = [
         f"labels {', '.join(map(repr, names))} are different classes: write them alike if they are one"
-        for key, names in alike.items()
-        if len(names) > 1
+        for names in _almost_alike(classes)
     ]
     if len(found) > 3:
         found[3:] = [f"{len(found) - 3} more sets of labels that are almost alike"]

@@ -1,56 +1,157 @@
-"""Places of parts: what tells clips of one file apart, and what runs have recorded of them."""
+"""Rows that mean a part of a file are read as that part or refused, never taken as the whole file."""
 
 import json
-from dataclasses import replace
 
-import numpy as np
 import pytest
-import soundfile
 
-from bestrq2.data import AudioFile, collect
-from bestrq2.data.fingerprint import file_list_digest
-from bestrq2.data.parts import shown_places
-
-
-@pytest.fixture
-def folder(tmp_path):
-    soundfile.write(tmp_path / "long.wav", np.random.default_rng(0).uniform(-0.3, 0.3, 6 * 8000), 8000)
-    return tmp_path
+from bestrq2.data.fields import known_columns, other_columns
+from bestrq2.data.manifest import read_manifest
+from bestrq2.errors import ManifestError
 
 
-def shown(folder, *spans):
-    (folder / "m.csv").write_text("\n".join(["path,start,end", *(f"long.wav,{span}" for span in spans)]) + "\n")
-    files, report = collect(folder / "m.csv")
-    return [place.removeprefix(f"{folder}/") for place in shown_places(files)], report.notes[0].partition(": ")[2]
+@pytest.fixture(params=["csv", "jsonl"])
+def read(tmp_path, request):
+    """The only file of a manifest with one row."""
+
+    def of(row):
+        table = tmp_path / f"m.{request.param}"
+        if request.param == "jsonl":
+            table.write_text(json.dumps(row) + "\n")
+        else:
+            table.write_text(f"{';'.join(row)}\n{';'.join(map(str, row.values()))}\n")
+        (file,) = read_manifest(table)
+        return file
+
+    return of
 
 
-def test_parts_from_the_beginning_on(folder):
-    names = ["long.wav@0.000-2.000", "long.wav", "long.wav@0.000-4.000", "long.wav@2.000-4.000"]
-    assert shown(folder, "0,2", ",", "0,4", "2,4") == (names, "4 rows, 3 of them parts of longer files")
-    assert shown(folder, ",", "0,6") == (["long.wav", "long.wav@0.000-6.000"], "2 rows")
-    assert shown(folder, "0,2")[0] == ["long.wav@0.000-2.000"]
-    assert shown(folder, "2,")[0] == ["long.wav@2.000-"]
+@pytest.mark.parametrize("start", ["start", "offset", "onset", "begin_time"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("length_sec", 0.5), ("Length (seconds)", 0.5), ("duration_s", 0.5), ("length_ms", 500), ("clipDurationMs", 500)],
+)
+def test_a_length_in_a_known_unit_beside_a_start(read, start, name, value):
+    file = read({"path": "a.wav", start: 0.5, name: value})
+    assert (file.start, file.end, file.duration) == (0.5, 1.0, 0.5)
 
 
-def test_a_list_that_states_the_whole_file(folder):
-    """As NeMo's do: the name of the file is enough."""
-    assert shown(folder, "0,6") == (["long.wav"], "1 row")
-    row = {"audio_filepath": "long.wav", "duration": 5.99}
-    (folder / "m.jsonl").write_text(json.dumps(row) + "\n")
-    assert shown_places(collect(folder / "m.jsonl")[0]) == [str(folder / "long.wav")]
-    (folder / "m.jsonl").write_text(json.dumps(row | {"audio_filepath": "absent.wav"}) + "\n")
-    assert shown_places(collect(folder / "m.jsonl")[0]) == [str(folder / "absent.wav")]
+@pytest.mark.parametrize("start", [{"start": 0.5}, {"offset": 0}, {"onset": 0.5}, {"start_ms": 500}, {"Begin": 1}])
+@pytest.mark.parametrize(
+    "name", ["length", "len", "length_s", "Length", "num_samples", "n_frames", "nframes", "frames"]
+)
+def test_a_length_in_an_open_unit_beside_a_start(read, start, name):
+    row = {"audio_filepath": "a.wav", **start, name: 0.5}
+    with pytest.raises(ManifestError, match=rf":[12]: {name} = .* beside a start may .*: name it duration, in seconds"):
+        read(row)
+    assert read(row | {"duration": 2}).duration == 2
+    if "onset" not in start:
+        assert read(row | {"end": 3}).end == 3
 
 
-def test_places():
-    item = AudioFile("a.wav", duration=2.0, start=0.0, end=2.0)
-    assert item.place == "a.wav@0.000-2.000"
-    assert replace(item, end=None).place == "a.wav"
+def test_lengths_that_say_nothing_of_a_part(read):
+    for name, value in (("length", 0.5), ("num_samples", 8000), ("length_sec", 0.5)):
+        assert not read({"path": "a.wav", name: value}).is_part
+        assert not read({"path": "a.wav", "start": "", name: value}).is_part
+    for name, value in (("length", "long"), ("length", ""), ("file_length", 9), ("text_length", 9), ("n_words", 9)):
+        file = read({"path": "a.wav", "start": 0.5, name: value})
+        assert (file.start, file.end) == (0.5, None)
 
 
-def test_what_runs_have_recorded_stays():
-    """A run goes on only with the same digest of its files."""
-    spans = [(0.0, 2.0, 2.0), (0.0, None, 6.0), (2.0, 4.0, 2.0), (0.0, 4.0, 3.9), (3.0, None, 3.0), (0.0, 1.0, None)]
-    files = [AudioFile("x/a.wav", duration, start=start, end=end) for start, end, duration in spans]
-    expected = "d2d7a363139fed8df8e31341b43be84ae3a16fd97c0b6f2b9091e8b3816d4441"
-    assert file_list_digest(files) == expected
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"length_sec": 0.5, "length_ms": 600}, "length_sec and length_ms differ: 0.5 s and 0.6 s"),
+        ({"length_sec": 0}, "length_sec must be a number > 0"),
+    ],
+)
+def test_lengths_that_are_none(read, row, message):
+    with pytest.raises(ManifestError, match=message):
+        read({"path": "a.wav", "start": 1, **row})
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("t0", "t1"),
+        ("T0", "T1"),
+        ("left", "right"),
+        ("cue_in", "cue_out"),
+        ("min_time", "max_time"),
+        ("beg", "end"),
+        ("starttime", "endtime"),
+        ("start_msec", "end_msec"),
+    ],
+)
+def test_pairs_that_mean_a_part(read, first, second):
+    with pytest.raises(ManifestError, match=rf":[12]: {first}.* may stand for a part of the file"):
+        read({"path": "a.wav", first: 0.5, second: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("segment", [0.5, 1]),
+        ("timestamp", [0.5, 1.0]),
+        ("Segments", [[0.5, 1], [2, 3]]),
+        ("segment", {"start": 0.5, "end": 1}),
+        ("segments", [{"start": 0.5, "end": 1, "text": "x"}]),
+    ],
+)
+def test_lists_that_mean_a_part(tmp_path, name, value):
+    table = tmp_path / "m.jsonl"
+    table.write_text(json.dumps({"path": "a.wav", name: value}) + "\n")
+    with pytest.raises(ManifestError, match=rf":1: {name} = .* may stand for a part of the file"):
+        read_manifest(table)
+    table.write_text(json.dumps({"path": "a.wav", "start": 1, "end": 2, name: value}) + "\n")
+    assert read_manifest(table)[0].end == 2
+
+
+def test_a_list_in_a_table_means_a_part(tmp_path):
+    (tmp_path / "m.csv").write_text('path,timestamp\na.wav,"(0.5, 1.0)"\n')
+    with pytest.raises(ManifestError, match=r"m\.csv:2: timestamp = .* may stand for a part"):
+        read_manifest(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"left": 0, "right": 1},  # which ear
+        {"left": 3, "right": 2},
+        {"left": 3},
+        {"t0": 5},
+        {"timestamp": "2024-01-05 10:00:00"},
+        {"timestamp": 1704448800},
+        {"segment": "12"},
+        {"segments": ["a", "b"]},
+        {"region": "north"},
+    ],
+)
+def test_labels_stay_labels(read, labels):
+    assert not read({"path": "a.wav", **labels}).is_part
+
+
+@pytest.mark.parametrize("name", ["ch", "channel_id", "channel_index", "Ch"])
+def test_numbers_of_channels(read, name):
+    for value in (1, "1", 2.0):
+        with pytest.raises(ManifestError, match=r" cannot be applied, channels are averaged"):
+            read({"path": "a.wav", name: value})
+    for value in (0, "0", "0.0", -1, "", "UCx7Q", "nan"):
+        assert read({"path": "a.wav", name: value}).path.endswith("a.wav")
+    assert read({"path": "a.wav", "channels": 2}).path.endswith("a.wav")  # how many there are
+
+
+def test_channels_in_words_are_labels(tmp_path):
+    """Those that :func:`other_columns` tells are not kept."""
+    assert other_columns([known_columns({"path": "a.wav", "Channel_ID": "UCx7Q", "ch": ""})]) == ["Channel_ID"]
+
+
+def test_lists_in_parquet_that_mean_a_part(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from bestrq2.data import collect
+
+    audio = pyarrow.array([{"path": "a.wav", "bytes": None}], pyarrow.struct({"bytes": "binary", "path": "string"}))
+    for name, value in (("segment", [0.5, 1.0]), ("t0", 0.5)):
+        parquet.write_table(pyarrow.table({"audio": audio, name: [value], "t1": [1.0]}), tmp_path / "x.parquet")
+        with pytest.raises(ManifestError, match="may stand for a part"):
+            collect(tmp_path / "x.parquet")

@@ -1,4 +1,4 @@
-"""Cells of label columns that were taken for something else: lists for one name, truth values for numbers."""
+"""Cells that were taken for something else: lists for one name, truth values for numbers, one group for two."""
 
 import json
 
@@ -33,3 +33,19 @@ def test_names_with_brackets_stay_names(tmp_path):
         "path,label\n" + "".join(f"{n}.wav,{'[noise]' if n % 2 else '(a)'}\n" for n in range(4))
     )
     assert read_clips(ProbeTask(str(tmp_path / "m.csv"))).classes == ["(a)", "[noise]"]
+
+
+def test_groups_that_are_almost_alike(tmp_path):
+    """They are dealt to different folds, so that clips of one speaker may be in training and in test."""
+
+    def warnings(*groups):
+        rows = "".join(f"{n}.wav,{'xy'[n % 2]},{group}\n" for n, group in enumerate(groups))
+        (tmp_path / "m.csv").write_text(f"path,label,speaker\n{rows}")
+        return read_clips(ProbeTask(str(tmp_path / "m.csv"), group="speaker")).warnings
+
+    assert warnings("Ann", "ann", "Bob", "1", "1.0") == [
+        "groups '1', '1.0' are not kept together: write them alike if they are one",
+        "groups 'Ann', 'ann' are not kept together: write them alike if they are one",
+    ]
+    assert warnings(*(f"{n}{c}" for n in "abcde" for c in "xX"))[3] == "2 more sets of groups that are almost alike"
+    assert warnings("Ann", "Bob", "Anna", "1", "2", "Ann") == []

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from bestrq2.data.fields import audio_file, is_read, known_columns
 from bestrq2.data.files import AudioFile, Listing, address
+from bestrq2.data.places import may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS, split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, system_reason
 
@@ -260,8 +261,12 @@ def _columns_to_read(table: _Table, of_paths: bool) -> list[str]:
     import pyarrow
 
     wanted = is_read if of_paths else lambda name: name in _USED or name.strip().lower() in SPLIT_COLUMNS
-    flat = [field.name for field in table.schema if not pyarrow.types.is_nested(field.type)]
-    return [name for name in flat if wanted(name) and name != table.column]
+    plain = [
+        field.name
+        for field in table.schema
+        if not pyarrow.types.is_nested(field.type) or (of_paths and may_hold_a_place(field.name))
+    ]
+    return [name for name in plain if wanted(name) and name != table.column]
 
 
 def open_arrow_clip(path: str, name: str) -> BinaryIO:
