@@ -143,36 +143,46 @@ def write(out: Path, outcomes: Outcomes, experiment: Experiment, origin: dict[st
 
 
 def _predictions(out: Path, outcomes: Outcomes, experiment: Experiment) -> Path:
-    """One row per clip (retrieval: per query; events: per frame), a column for every features and head."""
+    """One row per clip (retrieval: per query; events: per frame), a column for every features and head.
+
+    Where clips are parts of files, their seconds are the last columns.
+    """
     path, clips, rows = out / "predictions.csv", experiment.clips, experiment.rows
+    of_parts = ["start", "end"] if any(item.is_part for item in clips.files) else []
+
+    def span(clip: int) -> list[str]:
+        item = clips.files[clip]
+        known = [repr(item.start), "" if item.end is None else repr(item.end)] if item.is_part else ["", ""]
+        return known if of_parts else []
+
     columns = {f"{name} {head}": outcome.scores for name, entry in outcomes.items() for head, outcome in entry.items()}
     with whole_file(path) as file:
         writer = csv.writer(file)
         if rows is None:
-            writer.writerow(["path", "label", *(f"{name} {c}" for name in columns for c in COLUMNS[1:])])
+            writer.writerow(["path", "label", *(f"{name} {c}" for name in columns for c in COLUMNS[1:]), *of_parts])
             queries = next(iter(columns.values()))[:, 0].astype(int)
             for i, query in enumerate(queries.tolist()):
                 cells = [f"{value:.6g}" for scores in columns.values() for value in scores[i, 1:]]
-                writer.writerow([clips.files[query].path, clips.classes[clips.targets[query]], *cells])
+                label = clips.classes[clips.targets[query]]
+                writer.writerow([clips.files[query].path, label, *cells, *span(query)])
         elif rows.targets.ndim == 1:
-            writer.writerow(["path", "label", "fold", *columns])
+            writer.writerow(["path", "label", "fold", *columns, *of_parts])
             single = rows.targets.dtype.kind != "f"
             for i in np.flatnonzero(rows.folds != NEVER).tolist():
                 guesses = [rows.classes[s[i].argmax()] if single else f"{s[i, 0]:.12g}" for s in columns.values()]
                 label = rows.classes[rows.targets[i]] if single else f"{rows.targets[i]:.15g}"
-                writer.writerow([clips.files[i].path, label, rows.folds[i], *guesses])
+                writer.writerow([clips.files[i].path, label, rows.folds[i], *guesses, *span(i)])
         else:
             time = ["onset"] if rows.hop else []
-            writer.writerow(["path", *time, "class", "label", "fold", *columns])
+            writer.writerow(["path", *time, "class", "label", "fold", *columns, *of_parts])
             first = {int(c): i for i, c in reversed(list(enumerate(rows.clip)))}
             for i in np.flatnonzero(rows.folds != NEVER).tolist():
                 clip = int(rows.clip[i])
                 time = [f"{(i - first[clip]) * rows.hop:.3f}"] if rows.hop else []
                 for c, name in enumerate(rows.classes):
                     scores = [f"{s[i, c]:.6g}" for s in columns.values()]
-                    writer.writerow(
-                        [clips.files[clip].path, *time, name, int(rows.targets[i, c]), rows.folds[i], *scores]
-                    )
+                    target = int(rows.targets[i, c])
+                    writer.writerow([clips.files[clip].path, *time, name, target, rows.folds[i], *scores, *span(clip)])
     return path
 
 
