@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bestrq2.command import command, leave
 from bestrq2.data import collect
+from bestrq2.data.parts import is_whole
 from bestrq2.data.shards import pack
 from bestrq2.durability import whole_file
 from bestrq2.errors import DataError, counted
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
     except ValueError as error:
         raise DataError(str(error)) from error
-    for note in report.notes + report.columns_note(parts=any(item.is_part for item in files)):
+    parts = any(item.is_part and not is_whole(item) for item in files)
+    for note in report.notes + report.columns_note(parts):
         print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in packed.files) / 3600
     print(

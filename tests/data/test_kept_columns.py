@@ -42,6 +42,7 @@ def test_nothing_to_name(folder, capsys):
     (folder / "m.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1.0, "channel": 0, "Label": "x"}\n')
     assert not collect(folder / "m.jsonl")[1].columns
     assert manifest.main([str(folder / "m.jsonl"), "--out", str(folder / "m.csv")]) == 0
+    assert shards.main([str(folder / "m.jsonl"), "--out", str(folder / "of_list")]) == 0
     assert shards.main([str(folder), "--out", str(folder / "sh")]) == 0
     assert not notes(capsys.readouterr().out)
 
