@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bestrq2.data.files import AudioFile, from_text
-from bestrq2.data.places import check_places, length_of_part, may_hold_a_place
+from bestrq2.data.places import check_places, is_a_length, length_of_part, may_hold_a_place
 from bestrq2.errors import ManifestError
 
 # The first name of each is ours.
@@ -65,7 +65,8 @@ def other_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
             known = name.strip().lower()
             twin = known == name and known in _KNOWN and any(known == other.strip().lower() for other in found)
             of_wav = known == "length" and "wav" in row
-            if not (known in _HELD or of_wav or twin):
+            of_part = is_a_length(name) and _first(known_columns(row), _PLACED) is not None
+            if not (known in _HELD or of_wav or of_part or twin):
                 found[name] = None
     return list(found)
 

@@ -162,7 +162,7 @@ def length_of_part(where: str, row: dict[str, Any], known: Iterable[str]) -> flo
 
 
 def _number(value: Any) -> float | None:
-    """The number that a cell has, as text or in JSON,, be it NaN, or None."""
+    """The number that a cell has, as text or in JSON, be it NaN, or None."""
     try:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -30,6 +30,13 @@ def test_both_commands_name_what_they_do_not_keep(folder, capsys):
     assert notes(capsys.readouterr().out) == [packed]
 
 
+def test_a_length_that_was_used_is_kept(folder, capsys):
+    (folder / "lab.csv").write_text("path,label,start,length_sec\na.wav,x,0.25,0.5\n")
+    assert manifest.main([str(folder / "lab.csv"), "--out", str(folder / "m.csv")]) == 0
+    assert not notes(capsys.readouterr().out)
+    assert collect(folder / "m.csv")[0][0].end == 0.75
+
+
 def test_places_of_parts_are_lost_in_shards_alone(folder, capsys):
     (folder / "lab.csv").write_text("path,label,start,end\na.wav,x,0,0.5\nb.wav,y,,\n")
     assert manifest.main([str(folder / "lab.csv"), "--out", str(folder / "m.csv")]) == 0

@@ -176,7 +176,7 @@ def test_best_checkpoints_are_kept(tmp_path):
 
 
 def test_best_checkpoints_are_compared_where_the_held_out_loss_was_measured(tmp_path, caplog):
-    data = str(Path(__file__).parents[2] / "bestrq2" / "data" / "tiny")
+    data = str(Path(tiny_dataset()[0].path).parent)  # what is trained on
     options = [f"validation.source={data}", "validation.every=4", "validation.clips=2", "train.keep_best=9"]
     saves = ["train.steps=12", "train.save_every=3", "train.keep_last=1"]
     with caplog.at_level("INFO"):
