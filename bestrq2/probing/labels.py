@@ -253,13 +253,16 @@ def _doubtful_separator(classes: Sequence[str], task: ProbeTask) -> list[str]:
 
 def _doubtful_groups(groups: Sequence[str]) -> list[str]:
     """Warnings of groups that may be one: their clips would lie in training and test."""
+    return _warnings(groups, "groups", "not kept together")
+
+
+def _warnings(names: Sequence[str], what: str, state: str) -> list[str]:
+    """Warnings of at most three sets of names that are almost alike, and how many there are more."""
     found = [
-        f"groups {', '.join(map(repr, names))} are not kept together: write them alike if they are one"
-        for names in _almost_alike(groups)
+        f"{what} {', '.join(map(repr, alike))} are {state}: write them alike if they are one"
+        for alike in _almost_alike(names)
     ]
-    if len(found) > 3:
-        found[3:] = [f"{len(found) - 3} more sets of groups that are almost alike"]
-    return found
+    return found if len(found) <= 3 else [*found[:3], f"{len(found) - 3} more sets of {what} that are almost alike"]
 
 
 def _almost_alike(names: Sequence[str]) -> list[list[str]]:
@@ -276,12 +279,7 @@ def _almost_alike(names: Sequence[str]) -> list[list[str]]:
 
 def doubtful_names(classes: Sequence[str]) -> list[str]:
     """Warnings of classes that may be one (``Dog`` and ``dog``, ``1`` and ``1.0``), or stand for a missing label."""
-    found = [
-        f"labels {', '.join(map(repr, names))} are different classes: write them alike if they are one"
-        for names in _almost_alike(classes)
-    ]
-    if len(found) > 3:
-        found[3:] = [f"{len(found) - 3} more sets of labels that are almost alike"]
+    found = _warnings(classes, "labels", "different classes")
     missing = [name for name in classes if name.casefold() in PLACEHOLDERS]
     if missing:
         found.append(f"the label {missing[0]!r} is a class of its own: leave the field empty where a label is missing")
