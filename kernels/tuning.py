@@ -1,4 +1,5 @@
-"""Tile configurations in layers: ``configs/<op>/default.json``, ``sm_<architecture>.json``, ``<device name>.json``.
+"""Tile configurations in layers: ``configs/<op>/default.json``, ``sm_<architecture>.json`` (of the first of its family,
+then its own), ``<device name>.json``.
 
 A later layer replaces single kernels of an earlier one. No search happens at run time: ``python benchmarks/tune.py OP``
 measures and writes the file of the present GPU. It tries the configurations that the op's module lists as
@@ -61,8 +62,8 @@ def _names(device: torch.device | None) -> tuple[str | None, int | None]:
 def layers(op: str, device_name: str | None, architecture: int | None, folder: Path | None = None) -> list[Path]:
     """The files of ``op`` that apply to a device, the most general first."""
     names = ["default.json"]
-    if architecture:
-        names.append(f"sm_{architecture}.json")
+    if architecture:  # sm_89 takes what was chosen for sm_80, too, and sm_103 that for sm_100
+        names += [f"sm_{number}.json" for number in sorted({architecture // 10 * 10, architecture})]
     if device_name:
         names.append(device_file(device_name))
     return [path for name in names if (path := (folder or FOLDER) / op / name).exists()]

@@ -71,7 +71,9 @@ def test_a_later_layer_replaces_single_kernels(tmp_path, monkeypatch):
     for name, architecture, expected in (
         (None, None, (16, 8)),
         ("another GPU", 80, (16, 8)),
+        ("another GPU", 89, (16, 8)),
         ("NVIDIA H200", 90, (64, 8)),
+        ("a later one of its family", 91, (64, 8)),
         ("NVIDIA H100 80GB HBM3", 90, (64, 32)),
     ):
         configs = tuning.merged(tmp_path, "square", name, architecture)

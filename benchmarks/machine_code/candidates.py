@@ -81,10 +81,10 @@ def case_of(op: str, kernel: str, config: Config) -> aot.CompileCase:
         return short_attention.compile_case(f"{kernel}-{config}", name, int(dim), int(keys), config)
     if op != "chunked_attention":
         raise ValueError(f"no proposals for {op}: expected one of {', '.join(PROPOSALS)}")
-    from bestrq2.kernels.chunked_attention.compile_cases import compile_case
+    from bestrq2.kernels.chunked_attention.compile_cases import ALL, compile_case, parts_of
 
-    configs = tuning.merged(tuning.FOLDER, op, None, None) | {kernel: config, f"{kernel}/key_mask": config}
-    return compile_case(f"{kernel}-{config}", kernel, False, configs)
+    configs = tuning.merged(tuning.FOLDER, op, None, None) | {kernel: config}
+    return compile_case(f"{kernel}-{config}", *parts_of(kernel), ALL, configs)
 
 
 def ranked(

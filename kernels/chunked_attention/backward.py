@@ -90,6 +90,10 @@ def chunked_attention_backward_query_kernel(
         m_n = visible_keys(given, i_b, j, begin, key_end, Tk)
         k = load_rows(k_ptr, j, strides.k, m_n, UNIT, D, BD)
         v = load_rows(v_ptr, j, strides.v, m_n, UNIT, D, BD)
+        if PRECISION == "ieee" and positions.band is None:
+            # Triton puts the barrier behind the stores of k and v only before the first load from k. That is too late:
+            # the whole of q would be loaded into registers before it, and held.
+            tl.debug_barrier()
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if positions.band is not None:
             # Only operands of products are copied ahead by Triton: here those of the next tile while this one is used.

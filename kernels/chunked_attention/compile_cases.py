@@ -1,14 +1,19 @@
-"""Every kernel of every shipped configuration, for an ahead-of-time compilation: all that a call can have."""
+"""Every kernel of every shipped configuration for an ahead-of-time compilation, with all inputs of a call and without.
 
-from dataclasses import replace
+An absent input is compiled away. That usually frees registers, but some tiles have spilled only without one.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..aot import CompileCase, leaves
-from ..tuning import shipped
+from ..tuning import ARCHITECTURES, FOLDER, Shipped, merged, shipped
 from . import backward, forward, position
-from .launch import choose_config
+from .launch import checked_config, config_name, padded_dim
 from .records import Frames, Given, KeyGradients, Positions, QueryGradients, Rows, Strides
 
+OP = "chunked_attention"
 KERNELS = {
     "forward": forward.chunked_attention_forward_kernel,
     "backward_query": backward.chunked_attention_backward_query_kernel,
@@ -16,43 +21,102 @@ KERNELS = {
     "band": position.chunked_attention_band_kernel,
     "table_gradient": position.chunked_attention_table_gradient_kernel,
 }
-MASKED = ("forward", "backward_query", "backward_key")  # that read a key mask
+OF_POSITIONS = ("band", "table_gradient")  # launched only with positions, and without the key mask
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs that a call has beside query, key and value."""
+
+    positions: bool = True
+    biases: bool = True
+    lengths: bool = True
+    starts: bool = True
+    key_mask: bool = False
+    segments: bool = False  # so many positions that the band is processed in segments
+
+    def __str__(self) -> str:
+        absent = (name for name in ("positions", "biases", "lengths", "starts") if not getattr(self, name))
+        present = (name for name in ("key_mask", "segments") if getattr(self, name))
+        return "".join((*(f"-no_{name}" for name in absent), *(f"-{name}" for name in present)))
+
+
+ALL = Inputs()
+BARE = Inputs(positions=False, biases=False, lengths=False, starts=False)
+WITHOUT_POSITIONS = {80: BARE, 90: replace(BARE, lengths=True), 100: replace(BARE, lengths=True)}
 
 
 def compile_cases() -> list[CompileCase]:
-    return [
-        replace(
-            compile_case(f"{file.name}-{key}{'-key_mask' if key_mask else ''}", key, key_mask, file.configs),
-            architectures=file.serves(key),
+    """Every shipped configuration with all inputs and with a key mask as well, and a part of them without positions and
+    in segments. docs/kernels/chunked_attention.md says what else was compiled once."""
+    return [case for file in shipped(OP) for entry in file.keys for case in _cases_of(file, entry)]
+
+
+def _cases_of(file: Shipped, entry: str) -> Iterator[CompileCase]:
+    """A configuration with those inputs and for those architectures with which a call takes it."""
+    kernel, head_dim, fp32 = parts_of(entry)
+    inputs = [(ALL, ARCHITECTURES)]
+    own = entry.endswith("/no_positions")
+    if kernel not in OF_POSITIONS:
+        chosen = ARCHITECTURES if own else _without_positions(kernel, head_dim, fp32)
+        inputs += [(replace(ALL, key_mask=True), ARCHITECTURES), *((WITHOUT_POSITIONS[sm], (sm,)) for sm in chosen)]
+    if own:
+        inputs += [(replace(ALL, positions=False, key_mask=True), file.serves(entry)[-1:])]
+    if entry == "forward/64":
+        inputs += [(replace(BARE, positions=True), (80,)), (replace(BARE, positions=True, key_mask=True), (80,))]
+    if kernel == "table_gradient" and head_dim == 64:
+        inputs += [(replace(BARE, positions=True), (100,))]
+    if kernel == "backward_key" and head_dim == 64:
+        inputs += [(replace(ALL, segments=True), (80 if fp32 else 90,))]
+    for given, architectures in inputs:
+        served = tuple(
+            architecture
+            for architecture in file.serves(entry)
+            if architecture in architectures
+            and entry == _name(merged(FOLDER, OP, None, architecture) | file.configs, kernel, head_dim, fp32, given)
         )
-        for file in shipped("chunked_attention")
-        for key in file.keys
-        if not key.endswith("key_mask")
-        for key_mask in ((False, True) if key.split("/")[0] in MASKED else (False,))
-    ]
+        if served:
+            case = compile_case(f"{file.name}-{entry}{given}", kernel, head_dim, fp32, given, file.configs)
+            yield replace(case, architectures=served)
+
+
+def _without_positions(kernel: str, head_dim: int, fp32: bool) -> tuple[int, ...]:
+    """Architectures: all for the common heads, else one, another for every kernel, size and dtype."""
+    if not fp32 and head_dim < 128:
+        return ARCHITECTURES
+    return (ARCHITECTURES[(list(KERNELS).index(kernel) + head_dim // 64 + fp32) % 3],)
+
+
+def parts_of(entry: str) -> tuple[str, int, bool]:
+    """Kernel, head size, and whether it is for fp32, of the name of a configuration."""
+    kernel, size, *rest = entry.split("/")
+    return kernel, int(size), "fp32" in rest
+
+
+def _name(names: Container[str], kernel: str, head_dim: int, fp32: bool, inputs: Inputs) -> str:
+    return config_name(names, kernel, head_dim, fp32, key_mask=inputs.key_mask, positions=inputs.positions)
 
 
 def compile_case(
-    name: str, key: str, key_mask: bool, configs: dict[str, dict[str, Any]], head_dim: int | None = None
+    name: str, kernel_name: str, head_dim: int, fp32: bool, inputs: Inputs, configs: Mapping[str, Mapping[str, Any]]
 ) -> CompileCase:
-    """Positions, both biases, lengths and starts, with or without a key mask; ``head_dim``: other than the key's."""
-    name_of_kernel = key.split("/")[0]
-    kernel = KERNELS[name_of_kernel]
-    dtype, padded = "fp32" if key.endswith("fp32") else "bf16", int(key.split("/")[1])
-    config = dict(choose_config(configs, key, key_mask))
+    """One kernel with the given inputs."""
+    kernel, dtype = KERNELS[kernel_name], "fp32" if fp32 else "bf16"
+    config = checked_config(configs, _name(configs, kernel_name, head_dim, fp32, inputs))
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
     options["maxnreg"] = config.pop("maxnreg", None)
-    size = head_dim or padded
     constexprs = {
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
-        "UNIT": 1 if size % 16 == 0 else 8,
-        "D": size,
-        "BD": padded,
-        "ACCUMULATE": False,
+        "UNIT": 8 if head_dim % 16 == 8 else 1,
+        "D": head_dim,
+        "BD": padded_dim(head_dim),
+        "ACCUMULATE": inputs.segments,
         **config,
     }
+    known = _types(kernel_name, f"*{dtype}", inputs)
+    absent = [name for name, kind in known.items() if kind is None]
     constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
-    known = _types(name_of_kernel, f"*{dtype}", key_mask)
+    constexprs |= {name: None for name in absent if name in kernel.arg_names}
     signature = {name: known.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
     # What the launcher's specialisation sees: allocations, and strides of whole heads where they are multiples of 16.
     divisible = tuple(
@@ -60,27 +124,35 @@ def compile_case(
         for member, _, kind in leaves(signature)
         if kind
         # The first row of the table is whole rows behind an allocation: at 16 bytes for heads of multiples of 8.
-        and not (member.endswith(("table", "table_ptr")) and size % 8)
-        and (kind.startswith("*") or (constexprs["UNIT"] == 1 and ("strides" in member or "table_head" in member)))
+        and not (member.endswith(("table", "table_ptr")) and head_dim % 8)
+        and (kind.startswith("*") or (head_dim % 16 == 0 and ("strides" in member or "table_head" in member)))
     )
     return CompileCase(name, kernel, signature, constexprs, divisible_by_16=divisible, **options)
 
 
-def _types(kernel: str, frame: str, key_mask: bool) -> dict[str, Any]:
+def _types(kernel: str, frame: str, inputs: Inputs) -> dict[str, Any]:
     """Types of the arguments that are not int32; ``frame``: of queries, keys, values and what is like them."""
     strides = Strides("i32", "i32", "i32")
-    gradients: tuple[str, ...] = KeyGradients(frame, frame, frame)
+    bias, of_bias = (frame, "*fp32") if inputs.biases else (None, None)
+    position = frame if inputs.positions else None
+    gradients: tuple[Any, ...] = KeyGradients(frame, *(("*fp32",) * 2 if inputs.segments else (frame,) * 2))
     if kernel == "backward_query":
-        gradients = QueryGradients(frame, frame, "*fp32", "*fp32")
+        gradients = QueryGradients(frame, frame, of_bias, of_bias if inputs.positions else None)
     return {
         "frames": Frames(frame, frame, frame, frame),
         "strides": Frames(strides, strides, strides, strides, strides if kernel.startswith("backward") else None),
         **dict.fromkeys(("q_strides", "gradient_strides"), strides),
-        "given": Given(frame, "*i64", "*i64", "*u8" if key_mask else None),
+        "given": Given(
+            bias,
+            "*i64" if inputs.lengths else None,
+            "*i64" if inputs.starts else None,
+            "*u8" if inputs.key_mask and kernel not in OF_POSITIONS else None,
+        ),
         "rows": Rows("*fp32", "*fp32"),
         "gradients": gradients,
-        "positions": Positions(frame, frame, frame, "i32"),
-        **dict.fromkeys(("q_ptr", "table_ptr", "band_ptr", "dscores_ptr"), frame),
+        "positions": Positions(position, position, position, "i32" if inputs.positions else None),
+        "band_ptr": position,
+        **dict.fromkeys(("q_ptr", "table_ptr", "dscores_ptr"), frame),
         **dict.fromkeys(("lse_ptr", "partial_ptr"), "*fp32"),
         "scale": "fp32",
     }

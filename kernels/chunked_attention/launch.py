@@ -7,7 +7,7 @@ Every gradient is written once, in its own dtype and in the memory order of its 
 ``options`` is the record of bestrq2/ops/chunked_attention/operator.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,21 +32,31 @@ def padded_dim(head_dim: int) -> int:
     return max(16, power_of_2(head_dim))
 
 
-def config_key(kernel: str, head_dim: int, dtype: torch.dtype) -> str:
-    """Name of a configuration: kernel, head size rounded up to 64, 128 or 256, and ``/fp32`` for fp32."""
-    return f"{kernel}/{max(64, padded_dim(head_dim))}{'/fp32' if dtype == torch.float32 else ''}"
+def config_name(
+    names: Container[str], kernel: str, head_dim: int, fp32: bool, *, key_mask: bool, positions: bool
+) -> str:
+    """Choose the configuration of a call among ``names``.
+
+    They are named by kernel, head size (itself, where there is such a one, else rounded up to 64, 128 or 256) and
+    ``/fp32`` for fp32. One that ends with ``/no_positions``, or with ``/key_mask``, is for calls without positions, or
+    with a key mask: inputs change how many registers a tile takes.
+    """
+    special = [name for name, holds in (("/no_positions", not positions), ("/key_mask", key_mask)) if holds]
+    sizes = (head_dim, max(64, padded_dim(head_dim)))
+    keys = [f"{kernel}/{size}{'/fp32' if fp32 else ''}" for size in sizes]
+    return next((name for key in keys for name in (*(key + end for end in special), key) if name in names), keys[-1])
 
 
-def choose_config(configs: Mapping[str, Any], key: str, key_mask: bool) -> dict[str, Any]:
-    """The tile of ``key``; with a key mask, which takes registers, that of ``<key>/key_mask`` where there is one.
+def checked_config(configs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The tile ``name``.
 
     Raises:
         ValueError: if the corners of a tile would touch memory outside the band.
     """
-    config = configs.get(f"{key}/key_mask", configs[key]) if key_mask else configs[key]
+    config = configs[name]
     if config["BM"] + config["BN"] > SLACK:
-        raise ValueError(f"{key}: expected BM + BN of at most {SLACK}, got {config['BM']} + {config['BN']}")
-    return config
+        raise ValueError(f"{name}: expected BM + BN of at most {SLACK}, got {config['BM']} + {config['BN']}")
+    return dict(config)
 
 
 @dataclass(frozen=True)
@@ -97,13 +107,15 @@ class _Call:
 
     def constants(self, kernel: str) -> dict[str, Any]:
         configs = load_configs("chunked_attention", self.query.device)
-        key = config_key(kernel, self.head_dim, self.query.dtype)
+        fp32, given = self.query.dtype == torch.float32, self.options
+        inputs = {"key_mask": given.key_mask is not None, "positions": given.position is not None}
+        name = config_name(configs, kernel, self.head_dim, fp32, **inputs)
         return {
             # Read for fp32 only. Configurations of large heads replace it by "ieee": fewer registers, no matrix unit.
-            "PRECISION": "tf32x3" if self.query.dtype == torch.float32 else "tf32",
+            "PRECISION": "tf32x3" if fp32 else "tf32",
             "D": self.head_dim,
             "BD": padded_dim(self.head_dim),
-            **choose_config(configs, key, self.key_mask is not None),
+            **checked_config(configs, name),
         }
 
     @property
