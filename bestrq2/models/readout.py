@@ -106,7 +106,8 @@ def pool_frames(features: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     if pooling == "mean":
         return mean
     spread = torch.where(inside, features - mean[..., None, :], 0).square().sum(-2) / count
-    return torch.cat((mean, spread.sqrt()), -1)
+    still = spread == 0  # one frame, or all alike: the gradient of a root would be infinite, and times 0 no number
+    return torch.cat((mean, torch.where(still, 0, torch.where(still, 1, spread).sqrt())), -1)
 
 
 class ReadoutMixin:

@@ -8,6 +8,7 @@ import torch
 from bestrq2.hashing import mix, uniform
 from bestrq2.layers.counter_random import random_keys
 from bestrq2.layers.masking import RandomMasking
+from bestrq2.layers.thinning import num_kept
 
 
 def chosen(plan, clip):
@@ -31,6 +32,19 @@ def test_partitions_the_valid_tokens(lengths):
             assert 51 <= len(predicted) <= 76  # floor(128 r) for r in U(0.4, 0.6), the published range
     assert int(plan.seen.max()) < 128
     assert plan.realised_ratio == pytest.approx(plan.predicted_lengths.sum() / sum(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_counts_do_not_follow_the_default_dtype(dtype):
+    """The share is exact: in half precision 0.55 of 1501 tokens were 828, and of 70,000 in fp16 a single one."""
+    lengths = torch.tensor([1501, 999, 70_000])
+    try:
+        torch.set_default_dtype(dtype)
+        masked = RandomMasking((0.55, 0.55)).num_predicted(lengths, 0)
+        kept = num_kept(lengths, 0.55)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert masked.tolist() == kept.tolist() == [825, 549, 38_500]
 
 
 def test_equal_clips_share_the_count_but_not_the_mask():
