@@ -249,7 +249,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
 
 
 def _promises(file: BinaryIO, check_end: bool) -> tuple[float, int | None, str | None, str | None, int, bytes]:
-    """What its container says of a file: the share that is missing, samples, and with ``check_end`` audio behind the
+    """Promises of the container of a file: the share that is missing, samples, and with ``check_end`` audio behind the
     end and an early end; its size and first bytes. It stands at its beginning then."""
     hidden = audio_behind_end(file, mp3_end(file)) if check_end else None
     early = ogg_without_end(file) if check_end else None
@@ -368,7 +368,7 @@ def _blocks(
 
 
 def _in_content(path: str, look: Callable[[BinaryIO], Any]) -> Any:
-    """What ``look`` finds in the bytes of a file or of a clip in an archive."""
+    """Result of ``look`` at the bytes of a file or of a clip in an archive."""
     member = open_member(path)
     assert not isinstance(member, SampleReader)
     with open(path, "rb") if member is None else member as content:

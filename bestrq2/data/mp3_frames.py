@@ -31,7 +31,7 @@ class _Frame(NamedTuple):
 
 
 def mp3_fault(file: BinaryIO, promised: int) -> str | None:
-    """Why decoding an open MP3 would end early, as a clause for an error; None for one that is decoded whole.
+    """Reason why decoding an open MP3 would end early, as a clause for an error; None for one that is decoded whole.
 
     Looked at are those whose tag does not state frames and bytes, and of them those that do not have the same bitrate
     everywhere, from which their length follows.

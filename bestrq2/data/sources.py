@@ -167,8 +167,8 @@ def _count_parts(files: list[AudioFile]) -> int:
 
 
 def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list[str]:
-    """Compare a few stated times with the files: milliseconds or samples would be taken for hours, and of files that
-    are said to be shorter than they are, training uses the beginning alone. Returns a note on one of these.
+    """Compare a few stated times with the files: milliseconds or samples would be taken for hours, and of files whose
+    list says that they are shorter than they are, training uses the beginning alone. Returns a note on one of these.
 
     Args:
         opened: clips in archives, too.
