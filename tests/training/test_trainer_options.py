@@ -76,6 +76,21 @@ def test_loss_scale_falls_on_overflow_and_grows_after_patience():
     assert LossScale(enabled=False).update(False) is False
 
 
+def test_a_run_that_goes_on_in_fp16_begins_with_the_scale_of_a_new_one():
+    before = LossScale(enabled=False).state()
+    old_checkpoint = {"value": 1.0, "good_steps": 0}
+    for state in (before, old_checkpoint, None):
+        scale = LossScale(enabled=True)
+        scale.restore(state)
+        assert scale.value == LossScale(enabled=True).value
+    fallen = LossScale(enabled=True, value=1.0)
+    scale = LossScale(enabled=True)
+    scale.restore(fallen.state())
+    assert scale.value == 1.0
+    scale.restore({"value": 512.0, "good_steps": 7})
+    assert (scale.value, scale.good_steps) == (512.0, 7)
+
+
 def test_averaged_weights_are_the_stated_recursion_and_can_be_opened(tmp_path):
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)
