@@ -27,9 +27,9 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.followed = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.statistics = _running_statistics(model)
-        self.followed |= self.statistics
+        trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.followed = trained | self.statistics
         self.average = {name: tensor.detach().clone() for name, tensor in self.followed.items()}
 
     @torch.no_grad()
