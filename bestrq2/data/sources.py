@@ -87,7 +87,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             name = archives[0][0] + (f" and {len(archives) - 1} more" if len(archives) > 1 else "")
             files, note = choose_split(files, splits, split, name)
             found.notes += [note] if note else []
-            _check_unit(name, files, opened=True)
+            found.notes += _check_unit(name, files, opened=True)
             found.files += files
         archives.clear()
 
@@ -131,13 +131,13 @@ def _add_manifest(path: str, found: Found, split: str | None, columns: bool) -> 
     if columns:
         rows = [(replace(item, columns=of_manifest(row, found.lost)), row) for item, row in rows]
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
-    _check_unit(path, files)
+    notes = _check_unit(path, files)
     parts = _count_parts(files)
     of_parts = f", {parts} of them parts of longer files" if parts else ""
     segments = Path(path).with_name("segments")
     listed = segments if Path(path).name == "wav.scp" and segments.is_file() else path
     found.notes.append(f"{listed}: {counted(len(rows), 'row')}{of_parts}")
-    found.notes += [note] if note else []
+    found.notes += [*([note] if note else []), *notes]
     repeats = len(files) - len({(item.path, item.start, item.end) for item in files})
     if repeats:
         found.notes.append(
@@ -169,29 +169,39 @@ def _count_parts(files: list[AudioFile]) -> int:
     return sum(map(is_less, files))
 
 
-def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> None:
-    """Compare a few stated times with the files: milliseconds or samples would be taken for hours.
+def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list[str]:
+    """Compare a few stated times with the files: milliseconds or samples would be taken for hours, and of files whose
+    list says that they are shorter than they are, training uses the beginning alone. Returns a note on one of these.
 
     Args:
         opened: clips in archives, too.
 
     Raises:
-        DataError: if they are a hundred times too long.
+        DataError: if they are a hundred times too long, or thirty times too short.
     """
     stated = [item for item in files if item.duration is not None and (opened or split_address(item.path) is None)]
+    notes = []
     for item in stated[:: max(1, len(stated) // 4)][:5]:
         try:
             info = audio_info(item.path)
         except AudioError:
             continue  # reported when it is read
         seconds = item.end if item.end is not None else item.duration or 0.0
+        has = f"{printable(item.path)} has {info.duration:.3f} s, the list says {seconds:g}"
         if seconds > 100 * info.duration and seconds > 10:
             ratio = seconds / info.duration
             unit = "milliseconds" if 700 < ratio < 1400 else "samples" if ratio > 4000 else "another unit"
             raise DataError(
-                f"{path}: durations are expected in seconds; {printable(item.path)} has {info.duration:.3f} s, the "
-                f"list says {seconds:g}, which looks like {unit}: name the column duration_ms, or divide"
+                f"{path}: durations are expected in seconds; {has}, which looks like {unit}: name the column "
+                "duration_ms, or divide"
             )
+        if item.is_part or info.duration - seconds <= max(1.0, 0.05 * info.duration):
+            continue
+        if info.duration > 30 * seconds:
+            unit = "minutes" if info.duration < 90 * seconds else "another unit"
+            raise DataError(f"{path}: durations are expected in seconds; {has}, which looks like {unit}")
+        notes.append(f"{path}: {has}: training uses no more of such a file (bestrq2 manifest --check corrects lists)")
+    return notes[:1]
 
 
 def _add_folder(folder: str, found: Found, split: str | None, columns: bool) -> list[tuple[str, str]]:

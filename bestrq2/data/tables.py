@@ -133,7 +133,7 @@ def _table_rows(source: Path, lines: list[str], delimiters: str) -> list[Row]:
         )
     # A path column alone in its header line fits every delimiter; otherwise the one that splits most.
     delimiter = max(fitting, key=lambda mark: len(_header(first, mark)))
-    if delimiter == "\t" and (unquoted := _unquoted(lines)) is not None:
+    if delimiter == "\t" and (unquoted := _unquoted(source, lines)) is not None:
         return unquoted
     return _quoted(source, lines, delimiter)
 
@@ -145,7 +145,13 @@ def _header(line: str, delimiter: str) -> list[str]:
         return [name.strip() for name in line.split(delimiter)]
 
 
-def _unquoted(lines: list[str]) -> list[Row] | None:
+def _check_header(source: Path, header: list[str]) -> None:
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise ManifestError(f"{source}: the column {twice!r} is there twice")
+
+
+def _unquoted(source: Path, lines: list[str]) -> list[Row] | None:
     """Rows of a tab-separated table without quoting (Common Voice), if every row then has all fields; else None.
 
     Text such as ``"Yes", he said`` stays as it is; a field that is quoted as a whole, as spreadsheets do it, is
@@ -153,6 +159,7 @@ def _unquoted(lines: list[str]) -> list[Row] | None:
     """
     table = [(number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(lines, 1) if line.strip("\r\n")]
     header = [_whole(name.strip()) for name in table[0][1]]
+    _check_header(source, header)
     if any(len(fields) != len(header) for _, fields in table):
         return None
     return [(number, dict(zip(header, map(_whole, fields)))) for number, fields in table[1:]]
@@ -198,9 +205,7 @@ def _quoted(source: Path, lines: list[str], delimiter: str) -> list[Row]:
             _check_lines(source, lines, begin, reader.line_num, len(header), delimiter)
         if not header:
             header = [name.strip() for name in fields]
-            if len(set(header)) < len(header):
-                twice = next(name for name in header if header.count(name) > 1)
-                raise ManifestError(f"{source}: the column {twice!r} is there twice")
+            _check_header(source, header)
         elif fields:
             if len(fields) != len(header):
                 raise ManifestError(f"{source}:{reader.line_num}: expected {len(header)} fields, got {len(fields)}")
