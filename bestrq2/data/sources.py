@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bestrq2.data.archives.opening import list_archives as read_archives
 from bestrq2.data.audio import audio_info
-from bestrq2.data.fields import other_columns
+from bestrq2.data.columns import of_manifest
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import is_whole
@@ -34,7 +34,7 @@ _EXPECTED = (
 @dataclass
 class Found:
     """All ``files`` of a source that was called ``name``, what was damaged, other files by extension, ``notes`` on how
-    the source was read, ``repeated`` names of clips as in a listing, and the other ``columns`` of manifests."""
+    the source was read, ``repeated`` names of clips and ``lost`` columns as in a listing."""
 
     name: str
     files: list[AudioFile] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Found:
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     repeated: list[tuple[str, int]] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     def add(self, listing: Listing) -> None:
         self.files += listing.files
@@ -50,9 +50,10 @@ class Found:
         self.ignored += listing.ignored
         self.notes += listing.notes
         self.repeated += listing.repeated
+        self.lost += [name for name in listing.lost if name not in self.lost]
 
 
-def find_audio(source: Source, *, progress: bool = False, split: str | None = "train") -> Found:
+def find_audio(source: Source, *, progress: bool = False, split: str | None = "train", columns: bool = False) -> Found:
     """List the clips of a source in a stated order, without opening audio.
 
     A source is a folder, a manifest, an archive (a ``.tar`` shard in webdataset's naming, ``.h5`` in the published
@@ -65,6 +66,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         progress: show a progress bar while archives are listed.
         split: of a folder with files of several splits (train, validation, test by their names), the one that is used;
             None: all, with a note in ``notes``.
+        columns: keep the other columns of manifests and archives with the files.
 
     Raises:
         DataError: a name that does not exist or cannot be listed, or a package that is needed and not installed.
@@ -77,7 +79,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
     def list_archives() -> None:
         files: list[AudioFile] = []
         splits: list[str | None] = []
-        for listing in read_archives(archives, progress):
+        for listing in read_archives(archives, progress, columns):
             found.add(replace(listing, files=[]))
             files += listing.files
             splits += listing.splits or [None] * len(listing.files)
@@ -95,14 +97,14 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             continue
         list_archives()
         if os.path.isdir(part):
-            archives += _add_folder(part, found, split)
+            archives += _add_folder(part, found, split, columns)
         elif not os.path.exists(part):
             inside = split_address(part)
             if inside is None or not os.path.isfile(inside[0]):
                 raise DataError(f"{part} does not exist; expected {_EXPECTED}")
             found.files.append(AudioFile(part))
         elif is_manifest(part):
-            _add_manifest(part, found, split)
+            _add_manifest(part, found, split, columns)
         elif is_audio(part):
             found.files.append(AudioFile(part))
         elif Path(part).suffix.lower() in _COMPRESSED:
@@ -120,12 +122,14 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
     return found
 
 
-def _add_manifest(path: str, found: Found, split: str | None) -> None:
+def _add_manifest(path: str, found: Found, split: str | None, columns: bool) -> None:
     try:
         rows = read_rows(path)
     except OSError as error:
         check_open_files(error)
         raise DataError(f"manifest {path} cannot be read: {error.strerror or error}") from error
+    if columns:
+        rows = [(replace(item, columns=of_manifest(row, found.lost)), row) for item, row in rows]
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
     notes = _check_unit(path, files)
     parts = _count_parts(files)
@@ -140,7 +144,6 @@ def _add_manifest(path: str, found: Found, split: str | None) -> None:
             f"{path}: {counted(repeats, 'row')} with a clip that is listed before; it is used as often as it is listed"
         )
     found.files += files
-    found.columns += [name for name in other_columns(row for _, row in rows) if name not in found.columns]
 
 
 def _count_parts(files: list[AudioFile]) -> int:
@@ -201,10 +204,10 @@ def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list
     return notes[:1]
 
 
-def _add_folder(folder: str, found: Found, split: str | None) -> list[tuple[str, str]]:
+def _add_folder(folder: str, found: Found, split: str | None, columns: bool) -> list[tuple[str, str]]:
     """Add the audio of a folder; returns its archives, if these are to be listed instead."""
     if os.path.isfile(scp := os.path.join(folder, "wav.scp")):
-        _add_manifest(scp, found, split)
+        _add_manifest(scp, found, split, columns)
         return []
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
         from bestrq2.data.archives.arrow import saved_dataset_files

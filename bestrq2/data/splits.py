@@ -64,19 +64,25 @@ def choose_split(
     return kept, f"{folder}: of files of several splits ({listed}) only {wanted} is used"
 
 
-def count_shared(held_out: Sequence[AudioFile], trained_on: Sequence[AudioFile]) -> int:
+def count_shared(
+    held_out: Sequence[AudioFile], trained_on: Sequence[AudioFile], copies: Mapping[str, str] | None = None
+) -> int:
     """Count the clips held out that overlap with one that is trained on: the same file, or parts that meet in it.
 
-    Copies of a file are not seen.
+    ``copies`` are paths of files with the same content, and one path for all of them
+    (:func:`bestrq2.data.copies.copied_files`).
     """
-    places: dict[str, list[tuple[float, float]]] = {}
-    for item in held_out:
-        places[os.path.abspath(item.path)] = []
+
+    def place(item: AudioFile) -> str:
+        path = os.path.abspath(item.path)
+        return (copies or {}).get(path, path)
+
+    places: dict[str, list[tuple[float, float]]] = {place(item): [] for item in held_out}
     for item in trained_on:
-        if (parts := places.get(os.path.abspath(item.path))) is not None:
+        if (parts := places.get(place(item))) is not None:
             parts.append((item.start, inf if item.end is None else item.end))
     return sum(
         any(begin < (inf if item.end is None else item.end) and item.start < end for begin, end in parts)
         for item in held_out
-        if (parts := places[os.path.abspath(item.path)])
+        if (parts := places[place(item)])
     )

@@ -188,6 +188,9 @@ def _quoted(source: Path, lines: list[str], delimiter: str) -> list[Row]:
     rows: list[Row] = []
     header: list[str] = []
     begin = 1
+    # Where every field is quoted, a lone mark cannot swallow a row: that row's first mark would end the field.
+    field = r'"(?:[^"]|"")*"'
+    all_quoted = re.fullmatch(rf"{field}(?:[,;\t|]{field})*\s*", first) is not None
     while True:
         try:
             fields = next(reader, None)
@@ -198,7 +201,8 @@ def _quoted(source: Path, lines: list[str], delimiter: str) -> list[Row]:
             raise ManifestError(f"{source}:{begin}: {what}") from error
         if fields is None:
             return rows
-        _check_lines(source, lines, begin, reader.line_num, len(header), delimiter)
+        if not (all_quoted and lines[begin - 1].startswith('"')):
+            _check_lines(source, lines, begin, reader.line_num, len(header), delimiter)
         if not header:
             header = [name.strip() for name in fields]
             _check_header(source, header)

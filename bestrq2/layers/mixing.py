@@ -96,7 +96,7 @@ class PairMixing:
         mixed = (10 * (power + added).log10() - mean) / std
         values = torch.where(stretch[..., None], mixed, values)
         is_own = ~stretch | (power.sum(-1) >= other.sum(-1))
-        return Mixture(Patches(values, patches.lengths, patches.rows), partner, is_own)
+        return Mixture(patches.replaced(values), partner, is_own)
 
     def _draw(self, patches: Patches, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Partner row, level in dB, first and behind-the-last column of the stretch, ``(B,)`` each."""

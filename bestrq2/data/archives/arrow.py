@@ -16,12 +16,14 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bestrq2.data.columns import of_archive, of_manifest
 from bestrq2.data.fields import audio_file, is_read, known_columns
 from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.places import may_hold_a_place
@@ -94,6 +96,27 @@ class _Table:
             return self._parquet.read(columns=columns).to_pydict() if columns else {}
         return {name: [v for batch in self._batches for v in batch.column(name).to_pylist()] for name in columns}
 
+    def others(self, known: list[str]) -> tuple[dict[str, list[Any]], list[str]]:
+        """The columns beside those and the audio that JSON can hold, dates and decimals as text; names of the rest."""
+        import pyarrow
+
+        found, lost = {}, []
+        for entry in self.schema:
+            if entry.name == self.column or entry.name in known:
+                continue
+            as_text = pyarrow.types.is_temporal(entry.type) or pyarrow.types.is_decimal(entry.type)
+            if not (as_text or _is_plain(entry.type)):
+                lost.append(entry.name)
+                continue
+            try:
+                parts = [self._parquet.read([entry.name])] if self._parquet is not None else self._batches
+                columns = [part.column(entry.name) for part in parts]
+                columns = [column.cast(pyarrow.string()) for column in columns] if as_text else columns
+                found[entry.name] = [value for column in columns for value in column.to_pylist()]
+            except (pyarrow.ArrowInvalid, NotImplementedError):  # a kind of time that has no text
+                lost.append(entry.name)
+        return found, lost
+
     def row(self, number: int) -> Any:
         """The audio of one row: a dict with bytes and path, or bytes, or a path."""
         group = bisect.bisect_right(self._ends, number)
@@ -153,6 +176,29 @@ def _is_closed(source: Any) -> bool:
     return source.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
 
 
+def _is_plain(kind: Any) -> bool:
+    """Return True for a type of truth values, numbers and text, also in lists and structs."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    if types.is_map(kind) or types.is_union(kind):
+        return False
+    if types.is_nested(kind):
+        return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
+    text = types.is_string(kind) or types.is_large_string(kind)
+    return text or types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Names of the classes of a column, also of lists of them (``Sequence``, ``List``)."""
+    if isinstance(feature, list):
+        return _class_names(feature[0]) if feature else None
+    if not isinstance(feature, dict):
+        return None
+    return feature.get("names") or _class_names(feature.get("feature"))
+
+
 def _features(schema: Any) -> dict[str, Any]:
     """Metadata that ``datasets`` wrote about the columns."""
     try:
@@ -202,8 +248,8 @@ def _open(path: str) -> _Table:
     return _tables[key][1]
 
 
-def list_arrow(path: str) -> Listing:
-    """The clips of an .arrow or .parquet file in their order.
+def list_arrow(path: str, *, columns: bool = False) -> Listing:
+    """The clips of an .arrow or .parquet file in their order; with ``columns``, the others are kept with them.
 
     Raises:
         DataError: pyarrow is not installed.
@@ -215,16 +261,17 @@ def list_arrow(path: str) -> Listing:
             if not table.column:
                 return Listing([], skips=[Skip(path, "not decodable", _no_audio(table))])
             outside = table.paths_only()
-            values = table.values(_columns_to_read(table, outside is not None))
+            chosen = _columns_to_read(table, outside is not None)
+            values = table.values(chosen)
+            others, lost = table.others(chosen) if columns else ({}, [])
     except _faults() as error:
         check_open_files(error)
         return Listing([], skips=[Skip(path, "damaged archive", str(error).splitlines()[0])])
-    features: dict[str, Any] = {column: _features(table.schema).get(column) for column in values}
-    names = {column: found.get("names") for column, found in features.items() if isinstance(found, dict)}
+    names = {column: _class_names(_features(table.schema).get(column)) for column in (*values, *others)}
 
-    def cell(column: str, row: int) -> Any:
-        value = values[column][row]
-        known = names.get(column)
+    def cell(value: Any, known: Sequence[str] | None) -> Any:
+        if known and isinstance(value, list):
+            return [cell(one, known) for one in value]
         if known and isinstance(value, int) and 0 <= value < len(known):
             return known[value]
         return None if isinstance(value, float) and isnan(value) else value
@@ -235,20 +282,23 @@ def list_arrow(path: str) -> Listing:
 
     files, splits = [], []
     for number in range(table.num_rows):
-        row = {column: cell(column, number) for column in values}
+        row = {column: cell(values[column][number], names[column]) for column in values}
         known = known_columns(row)
         splits.append(split_of_row(known))
         where = address(path, number)
+        every = row | {column: cell(others[column][number], names[column]) for column in others}
         if outside is not None and outside[number]:
             file = audio_file(Path(path), number, known | {"path": outside[number]})
-            files.append(file if table.names_files else replace(file, path=where))
+            file = file if table.names_files else replace(file, path=where)
+            files.append(replace(file, columns=of_manifest(known_columns(every), lost)) if columns else file)
             continue
         rate = positive(row, "sampling_rate")
         domain, label = ("" if row.get(name) is None else str(row[name]) for name in ("domain", "label"))
         duration = positive(row, "duration")
-        files.append(AudioFile(where, duration, None if rate is None else int(rate), domain, label))
+        file = AudioFile(where, duration, None if rate is None else int(rate), domain, label)
+        files.append(replace(file, columns=of_archive(every, _USED, lost)) if columns else file)
     skips = [Skip(path, "damaged archive", table.damage)] if table.damage else []
-    return Listing(files, skips=skips, splits=splits)
+    return Listing(files, skips=skips, splits=splits, lost=lost)
 
 
 def _no_audio(table: _Table) -> str:

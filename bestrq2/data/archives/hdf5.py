@@ -3,18 +3,21 @@
 ``waveform`` is (n, samples), or n arrays of any length, or a group with one dataset for each clip. ``sample_rate``
 (also ``sampling_rate``, ``samplerate``, ``sr`` or ``fs``) is an attribute of the file or of ``waveform``, or a dataset
 of one number or of one for each clip; without it 32000 Hz. Lengths of clips that were padded with zeros are refused. A
-dataset ``domain``, ``label`` or ``split`` with one text for each clip is used; the published ``target`` and
-``audio_name`` are not. The address of clip i is ``file.h5::i``, in a group its name.
+dataset ``domain``, ``label`` or ``split`` with one text for each clip is used. Others with a value or a short row for
+each, such as the published ``target`` and ``audio_name``, are further columns. The address of clip i is
+``file.h5::i``, in a group its name.
 """
 
 import os
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bestrq2.data.archives.readers import SampleReader
+from bestrq2.data.columns import of_archive
 from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.splits import split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files
@@ -25,6 +28,7 @@ DEFAULT_SAMPLE_RATE = 32000  # what the published data loader assumes of files t
 _OPEN_FILES = 16
 _RATES = ("sample_rate", "sampling_rate", "samplerate", "sr", "fs")
 _LENGTHS = ("length", "lengths", "num_samples", "n_samples", "waveform_length", "waveform_lengths", "audio_length")
+_LONGEST = 4096  # numbers of a clip that are kept as a column
 
 _files: OrderedDict[tuple[int, str], tuple[tuple[int, int], Any]] = OrderedDict()  # by process: a handle is not forked
 _lock = threading.RLock()  # HDF5 is not safe in threads
@@ -126,8 +130,8 @@ def _check_padding(file: Any, waveform: Any, path: str) -> None:
             raise AudioError(path, "not decodable", detail)
 
 
-def list_hdf5(path: str, domain: str = "") -> Listing:
-    """The clips of a file in their order, groups by name.
+def list_hdf5(path: str, domain: str = "", *, columns: bool = False) -> Listing:
+    """The clips of a file in their order, groups by name; with ``columns``, other datasets are kept with them.
 
     Raises:
         DataError: h5py is not installed.
@@ -162,7 +166,13 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
                         labels[number],
                     )
                 )
-            return Listing(files, splits=[split_of_row({"split": text}) for text in splits])
+            listing = Listing(files, splits=[split_of_row({"split": text}) for text in splits])
+            if columns:
+                others = _others(file, len(names), listing.lost)
+                for number, item in enumerate(files):
+                    row = {name: values[number] for name, values in others.items()}
+                    files[number] = replace(item, columns=of_archive(row, (), listing.lost))
+            return listing
         except AudioError as error:
             return Listing([], skips=[error.skip])
         except DataError:  # a RuntimeError
@@ -186,6 +196,27 @@ def _texts(file: Any, column: str, count: int) -> list[str]:
         if isinstance(value, bytes) and not _is_utf8(value):
             raise ValueError(f"{column} of clip {number} is not UTF-8: {value[:40]!r}; write it as UTF-8")
     return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values]
+
+
+def _others(file: Any, count: int, lost: list[str]) -> dict[str, list[Any]]:
+    """The datasets that are not used, with a text, a number or a short row of numbers for each clip; names of others
+    are added to ``lost``."""
+    import h5py
+
+    found = {}
+    for name in file:
+        if name in ("waveform", *_RATES, "domain", "label"):
+            continue
+        values = file[name]
+        fits = isinstance(values, h5py.Dataset) and values.shape[:1] == (count,) and values.size <= _LONGEST * count
+        text = fits and values.ndim == 1 and (h5py.check_string_dtype(values.dtype) or values.dtype.kind == "S")
+        if text:
+            found[name] = _texts(file, name, count)
+        elif fits and values.dtype.kind in "biuf":
+            found[name] = values[()].tolist()
+        else:
+            lost.append(name)
+    return found
 
 
 def _is_utf8(content: bytes) -> bool:
