@@ -156,8 +156,8 @@ class _Table:
         return [path if alone else None for path, alone in zip(paths, empty)] if any(empty) else None
 
     def _without_bytes(self, number: int) -> list[bool]:
-        """For each row of a row group of a .parquet file, True if it has no bytes of its own; by the statistics if these
-        say it of all."""
+        """For each row of a row group of a .parquet file, True if it has no bytes of its own; by the statistics
+        if these say it of all."""
         import pyarrow.compute
 
         group = self._parquet.metadata.row_group(number)
