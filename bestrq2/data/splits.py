@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 
 from bestrq2.data.files import AudioFile
 
-__all__ = ["SPLIT_COLUMNS", "choose_split", "count_shared", "split_of", "split_of_row"]
+__all__ = ["SPLIT_COLUMNS", "choose_split", "count_shared", "split_of", "split_of_row", "unknown_splits"]
 
 T = TypeVar("T")
 
 _NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "development"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trn"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "development"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
 }
+_MOST_SPLITS = 10  # with more values, a column says something else
 SPLIT_COLUMNS = ("split", "subset", "partition", "set")
 _SPLITS = {name: split for split, names in _NAMES.items() for name in names}
 _WORD = re.compile(rf"(?:^|[-._ \d])({'|'.join(_SPLITS)})(?=$|[-._ \d])", re.I)
@@ -41,6 +42,16 @@ def split_of_row(row: Mapping[str, Any]) -> str | None:
     for column in SPLIT_COLUMNS:
         if isinstance(value := row.get(column), str) and (found := _WORD.search(value.strip())):
             return _SPLITS[found[1].lower()]
+    return None
+
+
+def unknown_splits(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Values of a column with splits that are no split by their words, as a clause: such rows are used for training."""
+    for column in SPLIT_COLUMNS:
+        values = {value.strip() for row in rows if isinstance(value := row.get(column), str) and value.strip()}
+        unknown = sorted(value for value in values if not _WORD.search(value))
+        if unknown and 1 < len(values) <= _MOST_SPLITS and (column == "split" or len(unknown) < len(values)):
+            return f"rows with {column} {', '.join(map(repr, unknown))} are used, as such values name no split"
     return None
 
 
