@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import soundfile
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from bestrq2.console import progress_bar
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
-from bestrq2.data.audio import audio_info
+from bestrq2.data.audio import audio_info, load_audio
 from bestrq2.data.columns import with_place
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
@@ -209,20 +210,13 @@ def _content(item: AudioFile) -> tuple[bytes, str]:
     if item.is_part:
         info = soundfile.info(item.path) if os.path.isfile(item.path) else None
         samples = load_clip(item, rate := audio_info(item.path).sampling_rate)
-        peak = float(abs(samples).max())
-        if peak > 1:
-            raise AudioError(item.path, "out of range", f"a sample of magnitude {peak:.3g} does not fit into FLAC")
         exact = info is not None and info.channels == 1 and info.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
-        buffer = io.BytesIO()
-        soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
-        return buffer.getvalue(), ".flac"
+        return _flac(item, samples, rate, exact), ".flac"
     member = open_member(item.path)
     if isinstance(member, SampleReader):
-        samples = member.stored
-        buffer = io.BytesIO()
-        subtype = "PCM_16" if samples.dtype.itemsize <= 2 and samples.dtype.kind == "i" else "PCM_24"
-        soundfile.write(buffer, samples, member.samplerate, format="FLAC", subtype=subtype)
-        return buffer.getvalue(), ".flac"
+        stored = member.stored.dtype
+        samples = load_audio(item.path, member.samplerate)
+        return _flac(item, samples, member.samplerate, stored.kind == "i" and stored.itemsize <= 2), ".flac"
     with open(item.path, "rb") if member is None else member as file:
         content = file.read()
     if not content:
@@ -232,6 +226,20 @@ def _content(item: AudioFile) -> tuple[bytes, str]:
     if is_audio(name):
         return content, os.path.splitext(name)[1].lower()
     return content, next((extension for magic, extension in _MAGIC if content.startswith(magic)), ".mp3")
+
+
+def _flac(item: AudioFile, samples: np.ndarray, rate: int, exact: bool) -> bytes:
+    """A FLAC of mono samples, of 16 bits if these are ``exact``, else of 24.
+
+    Raises:
+        AudioError: a sample above full scale, which would be clipped.
+    """
+    peak = float(abs(samples).max())
+    if peak > 1:
+        raise AudioError(item.path, "out of range", f"a sample of magnitude {peak:.3g} does not fit into FLAC")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
+    return buffer.getvalue()
 
 
 class _Shard:

@@ -15,7 +15,7 @@ from bestrq2.data.columns import of_manifest
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import is_whole
-from bestrq2.data.splits import choose_split, split_of, split_of_row
+from bestrq2.data.splits import choose_split, split_of, split_of_row, unknown_splits
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
 
 __all__ = ["Found", "Source", "expand_pattern", "find_audio"]
@@ -132,6 +132,8 @@ def _add_manifest(path: str, found: Found, split: str | None, columns: bool) -> 
         rows = [(replace(item, columns=of_manifest(row, found.lost)), row) for item, row in rows]
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
     notes = _check_unit(path, files)
+    if split is not None and (unknown := unknown_splits([row for _, row in rows])):
+        notes.append(f"{path}: {unknown}")
     parts = _count_parts(files)
     of_parts = f", {parts} of them parts of longer files" if parts else ""
     segments = Path(path).with_name("segments")

@@ -173,6 +173,11 @@ def scaled(branch: Tensor, scale: Tensor | None, factor: float = 1.0) -> Tensor:
     return branch * (scale * factor)[:, None, None].to(branch.dtype)
 
 
+def drop_rates(most: float, depth: int) -> list[float]:
+    """Rates of stochastic depth: from 0 at the first block linearly to ``most`` at the last."""
+    return [most * block / max(1, depth - 1) for block in range(depth)]
+
+
 def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: torch.device) -> Tensor | None:
     """Factors of the residual branches of all blocks (stochastic depth, Huang et al. 2016): a branch is dropped for
     whole clips with its block's probability, the others are scaled up to keep the mean.

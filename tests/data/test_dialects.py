@@ -328,6 +328,15 @@ def test_splits_in_a_column_with_other_words(folder):
         assert [f.path for f in collect(folder / "m.csv")[0]] == [str(folder / "short.wav")], train
 
 
+def test_a_name_that_is_there_twice_in_kaldi(folder):
+    (folder / "wav.scp").write_text("a long.wav\nb short.wav\n")
+    for name, text in (("utt2spk", "a s1\na s2\nb s1\n"), ("segments", "a a 0 1\na a 1 2\n")):
+        (folder / name).write_text(text)
+        with pytest.raises(ManifestError, match=rf"{name}:2: a is there twice"):
+            read_manifest(folder / "wav.scp")
+        (folder / name).unlink()
+
+
 def test_splits_of_archives(folder):
     files = [AudioFile(str(folder / "short.wav"), 1.0)]
     for name in ("train-00000-of-00001", "validation-00000-of-00001", "test-00000-of-00001"):

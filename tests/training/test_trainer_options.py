@@ -225,6 +225,15 @@ def test_best_checkpoints_are_compared_where_the_held_out_loss_was_measured(tmp_
     assert "24 of 24 clips of validation.source are also trained on" in caplog.text
 
 
+def test_copies_of_clips_that_are_trained_on_are_told(tmp_path, caplog):
+    for number, item in enumerate(tiny_dataset()[:3]):
+        (tmp_path / "held").mkdir(exist_ok=True)
+        (tmp_path / "held" / f"{number}.ogg").write_bytes(Path(item.path).read_bytes())
+    options = [f"validation.source={tmp_path}/held", "validation.every=1", "validation.clips=2", "train.steps=1"]
+    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, *options]) == 0
+    assert "3 of 3 clips of validation.source are also trained on" in caplog.text
+
+
 def test_validation_disturbs_nothing(tmp_path, plain_training):
     drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
     assert main(["--runs", str(tmp_path), "--name", "without", *QUICK, *drops]) == 0

@@ -3,7 +3,7 @@
 They are read with pyarrow, without the ``datasets`` package. The audio column is the one that the file's own metadata
 calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one. Of several
 such columns one must be called ``audio``. Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if
-they are there, and ``split`` chooses rows as in a manifest. Where all rows name files, ``start``, ``end`` and all other
+they are there, and ``split`` chooses rows as in a manifest. Where rows name files, ``start``, ``end`` and all other
 columns mean what they mean in a manifest (:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there
 such columns say what it was cut out of. The address of row i is ``file.arrow::i``. A row of an .arrow file is found in
 constant time; of a .parquet file a whole row group is read, so for training many rows pack it into tar shards first
@@ -132,48 +132,61 @@ class _Table:
     @property
     def names_files(self) -> bool:
         """Return True if clips go by the names of their files, where these are all there is, and not by row."""
-        import pyarrow
+        return self._parquet is None or _is_text(self.schema.field(self.column).type)
 
-        return self._parquet is None or pyarrow.types.is_string(self.schema.field(self.column).type)
-
-    def paths_only(self) -> list[str] | None:
-        """The paths of all rows, if no row has bytes of its own: then these files are the clips."""
+    def outside(self) -> list[str | None] | None:
+        """The path of every row that names a file, None for those with bytes of their own; None if all have them."""
         import pyarrow
 
         kind = self.schema.field(self.column).type
-        if pyarrow.types.is_string(kind):
+        if _is_text(kind):
             return self.values([self.column])[self.column]
         if not pyarrow.types.is_struct(kind):
             return None
         if self._parquet is not None:
-            if not self._without_bytes():
+            empty = [row for number in range(self._parquet.num_row_groups) for row in self._without_bytes(number)]
+            if not any(empty):
                 return None
-            found = self._parquet.read(columns=[f"{self.column}.path"]).column(self.column)
-            return [row and row["path"] for row in found.to_pylist()]
-        paths: list[str] = []
-        for batch in self._batches:
-            column = batch.column(self.column)
-            if column.field("bytes").null_count < len(batch):
-                return None
-            paths += column.field("path").to_pylist()
-        return paths
+            rows = self._parquet.read(columns=[f"{self.column}.path"]).column(self.column).to_pylist()
+            paths = [row and row["path"] for row in rows]
+        else:
+            columns = [batch.column(self.column) for batch in self._batches]
+            empty = [row for column in columns for row in column.field("bytes").is_null().to_pylist()]
+            paths = [path for column in columns for path in column.field("path").to_pylist()]
+        return [path if alone else None for path, alone in zip(paths, empty)] if any(empty) else None
 
-    def _without_bytes(self) -> bool:
-        """Return True if the statistics of a .parquet file say that no row has bytes of its own."""
-        metadata = self._parquet.metadata
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            columns = map(group.column, range(group.num_columns))
-            chunk = next((c for c in columns if c.path_in_schema == f"{self.column}.bytes"), None)
-            found = None if chunk is None else chunk.statistics
-            if found is None or not found.has_null_count or found.null_count < group.num_rows:
-                return False
-        return True
+    def _without_bytes(self, number: int) -> list[bool]:
+        """For each row of a row group of a .parquet file, True if it has no bytes of its own; by the statistics
+        if these say it of all."""
+        import pyarrow.compute
+
+        group = self._parquet.metadata.row_group(number)
+        columns = map(group.column, range(group.num_columns))
+        chunk = next((c for c in columns if c.path_in_schema == f"{self.column}.bytes"), None)
+        if chunk is None:
+            return [False] * group.num_rows
+        found = chunk.statistics
+        nulls = found.null_count if found is not None and found.has_null_count else None
+        if nulls is None and chunk.total_uncompressed_size > 64 * group.num_rows + 4096:
+            nulls = 0  # audio; to read all of it would take long
+        if nulls in (0, group.num_rows):
+            return [nulls > 0] * group.num_rows
+        read = self._parquet.read_row_group(number, columns=[f"{self.column}.bytes"]).column(self.column)
+        return pyarrow.compute.is_null(pyarrow.compute.struct_field(read, "bytes")).to_pylist()
 
 
 def _is_closed(source: Any) -> bool:
     """Return True if an Arrow stream ends with the end-of-stream mark of a closed writer."""
     source.seek(max(0, source.size() - 8))
     return source.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _is_plain(kind: Any) -> bool:
@@ -186,8 +199,13 @@ def _is_plain(kind: Any) -> bool:
         return False
     if types.is_nested(kind):
         return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
-    text = types.is_string(kind) or types.is_large_string(kind)
-    return text or types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+    return (
+        _is_text(kind)
+        or types.is_null(kind)
+        or types.is_boolean(kind)
+        or types.is_integer(kind)
+        or types.is_floating(kind)
+    )
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -260,7 +278,7 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
             table = _open(path)
             if not table.column:
                 return Listing([], skips=[Skip(path, "not decodable", _no_audio(table))])
-            outside = table.paths_only()
+            outside = table.outside()
             chosen = _columns_to_read(table, outside is not None)
             values = table.values(chosen)
             others, lost = table.others(chosen) if columns else ({}, [])
