@@ -297,6 +297,10 @@ def test_digest_is_that_of_weights_and_layer():
         (["model.targets.seed_candidates=0"], "seed_candidates: expected at least 1"),
         (["frozen.source=x", "model.targets.projection=pca"], "null with model.targets.projection"),
         (
+            ["model.targets.encoder=x", "model.targets.normalize=global"],
+            "^model.targets.normalize: expected none, patch or utterance with model.targets.encoder, or its mean",
+        ),
+        (
             ["model.predictor.width=36", "model.predictor.heads=4"],
             "^model: rotary positions need a head width .* got 9",
         ),
