@@ -34,7 +34,8 @@ _EXPECTED = (
 @dataclass
 class Found:
     """All ``files`` of a source that was called ``name``, what was damaged, other files by extension, ``notes`` on how
-    the source was read, ``repeated`` names of clips and ``lost`` columns as in a listing."""
+    the source was read, ``repeated`` names of clips and ``lost`` columns as in a listing, and rows with a clip
+    ``again``."""
 
     name: str
     files: list[AudioFile] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
     repeated: list[tuple[str, int]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    again: int = 0
 
     def add(self, listing: Listing) -> None:
         self.files += listing.files
@@ -112,6 +114,13 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         else:
             raise DataError(f"{part} is of no kind that is known; expected {_EXPECTED}")
     list_archives()
+    if len(sources) > 1:
+        places = {(os.path.abspath(item.path), item.start, item.end) for item in found.files}
+        if (again := len(found.files) - len(places) - found.again) > 0:
+            found.notes.append(
+                f"{found.name}: {counted(again, 'clip')} in several of these sources; each is used as often as it is "
+                "listed"
+            )
     if found.repeated:  # said once: a data set may have thousands of shards
         clips = counted(sum(number for _, number in found.repeated), "clip")
         shards = counted(len(found.repeated), "shard")
@@ -141,6 +150,7 @@ def _add_manifest(path: str, found: Found, split: str | None, columns: bool) -> 
     found.notes.append(f"{listed}: {counted(len(rows), 'row')}{of_parts}")
     found.notes += [*([note] if note else []), *notes]
     repeats = len(files) - len({(item.path, item.start, item.end) for item in files})
+    found.again += repeats
     if repeats:
         found.notes.append(
             f"{path}: {counted(repeats, 'row')} with a clip that is listed before; it is used as often as it is listed"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip
 from bestrq2.errors import BestRQError
+from bestrq2.hardware import device_of
 from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.models.readout import combine_layers, parse_layers, pool_frames
@@ -94,10 +95,9 @@ def encode(
     encoder: Any, waveforms: Sequence[np.ndarray], layers: Sequence[int | None], rows: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Features ``(L, B, T, D)`` float32 and frames ``(B,)``, on the CPU, of waveforms ``(S,)`` encoded together."""
-    parameter = next(iter(encoder.parameters()), None)
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     padded = nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
-    padded = padded if parameter is None else padded.to(parameter.device)
+    padded = padded.to(device_of(encoder))
     # Not inference mode: an encoder may keep tensors that later training steps use.
     with torch.no_grad():
         if hasattr(encoder, "encode_layers"):
