@@ -41,7 +41,7 @@ from bestrq2.data import AudioFile, Skip, collect, iterate_clips
 from bestrq2.data.parts import shown_places
 from bestrq2.durability import named_in_errors, whole_file, write_array
 from bestrq2.errors import counted, printable, tabular
-from bestrq2.hardware import choose_device
+from bestrq2.hardware import choose_device, device_of
 from bestrq2.interchange import AudioEncoder, open_encoder
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
 from bestrq2.outputs import add_overwrite, alone_in, busy, check_new
@@ -215,7 +215,7 @@ def embed(
         (file, features (frames, width) float32, or (layers, frames, width) with ``layers`` and "each", the same pooled
         over time, seconds), or a Skip for a file that cannot be read.
     """
-    device = next(encoder.parameters()).device  # type: ignore[attr-defined]
+    device = device_of(encoder)  # type: ignore[arg-type]
     wanted = [layer] if layers is None else layers
     joined = "average" if layers is None else combine
     limit = batch_size * _BATCH_SECONDS * encoder.sampling_rate

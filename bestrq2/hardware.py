@@ -4,6 +4,7 @@ import ctypes
 import sys
 import time
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -47,6 +48,11 @@ def choose_device(name: str, local_rank: int = 0, option: str = "train.device") 
         why = f"{str(error).splitlines()[0]}; expected auto, cpu, cuda, cuda:N or mps"
         raise ConfigError(f"{option}: {name!r} cannot be used: {why}") from error
     return device
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of the weights of a module, of its buffers if it has none, else the CPU."""
+    return next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
 
 
 def has_fast_bf16(device: torch.device) -> bool:

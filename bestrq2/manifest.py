@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the manifest; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="bestrq2 manifest",
-        description="List the usable audio files of a folder, with durations, in a CSV manifest for training. Of the "
-        "columns of a manifest, domain and label are kept, with duration, sampling rate, start and end.",
+        description="List the usable audio files of a folder, with durations, in a CSV manifest for training. Further "
+        "columns of the source are kept.",
     )
     parser.add_argument("source", nargs="+", help="folder, manifest, tar shards (a pattern), HDF5, Arrow, Parquet")
     parser.add_argument("--out", required=True, metavar="CSV", help="manifest to write; skipped files go beside it")
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check=options.check,
         num_threads=options.threads,
         progress=True,
+        columns=True,
     )
     check_new("--out", [out, skipped], options.overwrite)  # another process may have written them meanwhile
     write_manifest(out, files)
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
     else:
         skipped.unlink(missing_ok=True)  # of an earlier run
-    for note in report.notes + report.columns_note():
+    for note in report.notes + report.lost_note():
         print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in files) / 3600
     print(f"{out}: {counted(len(files), 'file')}, {hours:.2f} h; {report}")

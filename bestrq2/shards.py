@@ -12,7 +12,6 @@ from pathlib import Path
 
 from bestrq2.command import command, leave
 from bestrq2.data import collect
-from bestrq2.data.parts import is_whole
 from bestrq2.data.shards import pack
 from bestrq2.durability import whole_file
 from bestrq2.errors import DataError, counted
@@ -24,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Pack the shards; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="bestrq2 shards",
-        description="Pack audio, as it is and in its order, into tar shards for training. Of the columns of a "
-        "manifest, domain and label are kept, with duration and sampling rate. Parts of files become files.",
+        description="Pack audio, as it is and in its order, into tar shards for training. Further columns of "
+        "the source are kept, in the .json beside each clip and in manifest.csv. Parts of files become files.",
     )
     parser.add_argument("source", nargs="+", help="folder, manifest, tar shards, HDF5, Arrow, Parquet or audio file")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder for the shards")
@@ -38,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_writable("--out", out)  # before anything is read
     try:
         files, report = collect(
-            options.source, min_seconds=options.min_seconds, check=options.check, progress=sys.stderr.isatty()
+            options.source,
+            min_seconds=options.min_seconds,
+            check=options.check,
+            progress=sys.stderr.isatty(),
+            columns=True,
         )
         packed = pack(files, out, max_bytes=options.max_bytes, prefix=options.prefix, progress=sys.stderr.isatty())
         report.skips += packed.skips
@@ -49,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 writer.writerows((skip.path, skip.reason, skip.detail) for skip in report.skips)
     except ValueError as error:
         raise DataError(str(error)) from error
-    parts = any(item.is_part and not is_whole(item) for item in files)
-    for note in report.notes + report.columns_note(parts):
+    for note in report.notes + report.lost_note():
         print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in packed.files) / 3600
     print(

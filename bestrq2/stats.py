@@ -73,10 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError(f"--clips: expected at least 1, got {options.clips}")
             clips = min(options.clips, dataset.num_slots)
             size = min(8, clips)
-            stream = batches(dataset, size, num_steps=-(-clips // size), workers=config.data.workers)
-            progress = progress_bar(stream, total=-(-clips // size), desc="measuring", unit="batch")
-            first = _first_clips(progress, clips)
-            found = measure_statistics(build_encoder(config.model).front_end, first, torch.device("cpu"))
+            # Steps of a few seconds may have fewer clips than that.
+            with contextlib.closing(batches(dataset, size, num_steps=clips, workers=config.data.workers)) as stream:
+                progress = progress_bar(stream, total=-(-clips // size), desc="measuring", unit="batch")
+                first = _first_clips(progress, clips)
+                found = measure_statistics(build_encoder(config.model).front_end, first, torch.device("cpu"))
         section = {"normalize": "global", "mean": round(found.mean, 4), "std": round(found.std, 4)}
         origin = printable(str(config.data.source or "the packaged clips"))
         text = f"# over {found.frames} frames of {found.clips} clips of {origin}\n"

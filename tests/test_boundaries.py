@@ -149,6 +149,21 @@ def test_files_stay_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 420
 
 
+def test_only_commands_print():
+    """A program that uses the library gets nothing on its standard output; the log is what it may show."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        if path.parent != ROOT / "bestrq2"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+        and not any(keyword.arg == "file" for keyword in node.keywords)
+    ]
+    assert not found
+
+
 def test_importing_the_operations_is_light():
     heavy = ("triton", "soundfile", "matplotlib", "omegaconf")
     code = f"import sys, bestrq2.ops; print([m for m in {heavy} if m in sys.modules])"

@@ -16,6 +16,7 @@ from bestrq2.data.files import from_text
 from bestrq2.errors import printable, tabular
 from bestrq2.models import build_encoder
 from bestrq2.outputs import alone_in
+from bestrq2.probing.controls import LogMelEncoder
 
 QUICK = ["train.steps=2", "train.batch_size=2", "model.encoder.depth=2", "model.front_end.mean=-47.5"]
 
@@ -70,6 +71,16 @@ def test_npy(run, folder, tmp_path, capsys):
         np.testing.assert_allclose(clip, np.concatenate((features.mean(0), features.std(0))), atol=1e-5)
         assert abs(float(row["seconds"]) * 1000 - features.shape[0] * float(row["hop_ms"])) <= 2 * float(row["hop_ms"])
     assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_an_encoder_without_weights(folder, tmp_path):
+    """The log-mel baseline ended in a traceback."""
+    name = "bestrq2.probing.controls:LogMelEncoder"
+    assert embed.main([name, str(folder / "deep er" / "long.wav"), "--out", str(tmp_path / "out")]) == 0
+    waveform = torch.from_numpy(load_audio(folder / "deep er" / "long.wav"))[None]
+    (features,) = (tmp_path / "out" / "features").iterdir()
+    expected, _ = LogMelEncoder().encode(waveform)
+    np.testing.assert_allclose(np.load(features), expected[0].numpy(), atol=1e-3)
 
 
 def test_parquet_equals_npy(run, folder, tmp_path):

@@ -29,3 +29,9 @@ def test_no_more_clips_than_asked_for_are_measured(capsys):
     for asked, measured in ((10, 10), (100, 24)):
         assert main(["--clips", str(asked), "data.batching=buckets", "data.crop_seconds=8"]) == 0
         assert f" of {measured} clips of the packaged clips" in capsys.readouterr().out
+
+
+def test_as_many_clips_as_asked_for_are_measured(capsys):
+    """Of buckets whose steps have a single clip, one was measured for every eight that were asked for."""
+    assert main(["--clips", "20", "data.batching=buckets", "data.crop_seconds=2", "data.batch_seconds=2"]) == 0
+    assert " of 20 clips of the packaged clips" in capsys.readouterr().out

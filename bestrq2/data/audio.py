@@ -6,10 +6,10 @@ import io
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd, isfinite
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -28,6 +28,7 @@ from bestrq2.data.containers import (
 from bestrq2.data.decoder import Decoder
 from bestrq2.data.hidden_audio import audio_behind_end
 from bestrq2.data.mistaken import same_letters, warn_of_levels
+from bestrq2.data.mp3_frames import mp3_fault
 from bestrq2.errors import AudioError, DataError, check_open_files
 from bestrq2.real_content import real_content
 
@@ -76,8 +77,8 @@ def audio_info(path: str | os.PathLike[str]) -> AudioInfo:
         AudioError: missing, not readable, empty file, not decodable, no samples, or truncated as far as the container
             tells: the audio chunk of WAV and AIFF and the tag of MP3 promise over 1 % more bytes than there are.
             A cut FLAC is only found by decoding it, but for one that promises ten times what its bytes can hold (a
-            damaged header): training would draw it as often as its length says. A cut Ogg
-            lacks the mark of its last page.
+            damaged header): training would draw it as often as its length says. A cut Ogg lacks the mark of its last
+            page.
     """
     with _open(path, check_end=True) as file:
         num_samples = file.frames
@@ -186,14 +187,8 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
             if member is None:
                 _check_regular(name)
                 with open(name, "rb") as opened:
-                    missing = missing_fraction(opened)
-                    hidden = audio_behind_end(opened, mp3_end(opened)) if check_end else None
-                    early = ogg_without_end(opened) if check_end else None
-                    frames = caf_frames(opened)
                     noisy = name.lower().endswith(".mp3") and not begins_as_mp3(opened)
-                    size = opened.seek(0, os.SEEK_END)
-                    opened.seek(0)
-                    start = opened.read(8)
+                    missing, frames, hidden, early, size, start = _promises(opened, check_end)
                 # As bytes, because soundfile cannot encode file names that are not UTF-8.
                 with _quiet(noisy):
                     file = stack.enter_context(Decoder(os.fsencode(name) if os.name == "posix" else name))
@@ -201,19 +196,14 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
                 file, check_end, hidden, early = member, False, None, None
             else:
                 content = stack.enter_context(member)
-                missing = missing_fraction(content)
-                hidden = audio_behind_end(content, mp3_end(content)) if check_end else None
-                early = ogg_without_end(content) if check_end else None
-                frames = caf_frames(content)
-                size = content.seek(0, os.SEEK_END)
-                content.seek(0)
-                start = content.read(8)
-                content.seek(0)
+                missing, frames, hidden, early, size, start = _promises(content, check_end)
                 stack.callback(_raise_failure, content)
                 file = stack.enter_context(Decoder(content))
             low, high = SAMPLING_RATES
             if not low <= file.samplerate <= high:
                 raise AudioError(name, "not decodable", f"sampling rate {file.samplerate} Hz")
+            if check_end and file.subtype.startswith("MPEG"):
+                hidden = hidden or _in_content(name, lambda content: mp3_fault(content, file.frames))
             if hidden is not None:
                 raise AudioError(name, "not decodable", f"{hidden}; only the first part would be read: write it anew")
             if early is not None:
@@ -256,6 +246,18 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
         raise AudioError(name, "not decodable", what or error.error_string.strip()) from error
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AudioError(name, "not decodable", str(error)) from error
+
+
+def _promises(file: BinaryIO, check_end: bool) -> tuple[float, int | None, str | None, str | None, int, bytes]:
+    """Promises of the container of a file: the share that is missing, samples, and with ``check_end`` audio behind the
+    end and an early end; its size and first bytes. It stands at its beginning then."""
+    hidden = audio_behind_end(file, mp3_end(file)) if check_end else None
+    early = ogg_without_end(file) if check_end else None
+    found = missing_fraction(file), caf_frames(file), hidden, early, file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(8)
+    file.seek(0)
+    return *found, start
 
 
 def _least_bytes(file: soundfile.SoundFile) -> float:
@@ -360,17 +362,17 @@ def _blocks(
     if wanted is not None and wanted - position > TRUNCATED_ABOVE * promised:
         if not position and failure:
             raise AudioError(path, "not decodable", failure)
-        if failure or not file.subtype.startswith("MPEG") or _counts_frames(path):
+        if failure or not file.subtype.startswith("MPEG") or _in_content(path, mp3_counts_frames):
             detail = f"{position} of {promised} samples" + (f": {failure}" if failure else "")
             raise AudioError(path, "truncated", detail)
 
 
-def _counts_frames(path: str) -> bool:
+def _in_content(path: str, look: Callable[[BinaryIO], Any]) -> Any:
+    """Result of ``look`` at the bytes of a file or of a clip in an archive."""
     member = open_member(path)
-    if isinstance(member, SampleReader):
-        return True
+    assert not isinstance(member, SampleReader)
     with open(path, "rb") if member is None else member as content:
-        return mp3_counts_frames(content)
+        return look(content)
 
 
 def _mono(block: np.ndarray, path: str) -> np.ndarray:

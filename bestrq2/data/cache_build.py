@@ -26,6 +26,7 @@ __all__ = ["CacheReport", "open_cache"]
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+DECODER = 2  # in every row; without it MP3s were decoded with seams (bestrq2.data.decoder)
 SHARD_BYTES = 1 << 30
 MUCH_CUT = 1e-3  # share of the samples; resampling alone takes some peaks of loud music above full scale
 COMMIT_BYTES, COMMIT_SECONDS = 64 << 20, 10.0  # a kill costs at most the work of one commit
@@ -39,7 +40,8 @@ class CacheReport:
 
     Attributes:
         files, bytes: in the cache now, of those asked for.
-        added: decoded now, of which ``changed`` had other samples before, and ``damaged`` bad ones.
+        added: decoded now, of which ``changed`` had other samples before, ``damaged`` bad ones, and ``older`` are MP3s
+            that an earlier version decoded with seams.
         rounded: files with more than 16 bits.
         clipped: of these, files with samples above full scale, which are cut.
         failed: files that cannot be decoded completely.
@@ -51,6 +53,7 @@ class CacheReport:
     added: int
     changed: int
     damaged: int
+    older: int
     rounded: int
     clipped: int
     failed: int
@@ -58,6 +61,7 @@ class CacheReport:
     def __str__(self) -> str:
         parts = [f"{self.added} decoded now"]
         parts += [f"{count} {name}" for name in ("changed", "damaged", "failed") if (count := getattr(self, name))]
+        parts += [f"{self.older} MP3s again that an earlier version decoded with seams"] if self.older else []
         parts.append(f"{self.rounded} rounded to 16 bits" if self.rounded else "all exact in 16 bits")
         parts += [f"{self.clipped} clipped at full scale"] if self.clipped else []
         return f"{self.folder}: {counted(self.files, 'file')}, {byte_count(self.bytes)} ({', '.join(parts)})"
@@ -74,7 +78,8 @@ def open_cache(
 ) -> tuple[SampleCache, CacheReport]:
     """Decode what the cache lacks, and open it.
 
-    A file is decoded again if its size or modification time changed, or its samples are missing. Samples are on the
+    A file is decoded again if its size or modification time changed, or its samples are missing; an MP3 also if an
+    earlier version decoded it, with seams. Samples are on the
     disk before the index names them: after a kill the next call goes on behind the last commit. Processes that fill one
     cache wait for each other.
 
@@ -96,7 +101,7 @@ def open_cache(
     with _alone(target):
         known, ends = _read_index(target)
         wanted: list[tuple[AudioFile, dict[str, Any]]] = []
-        changed = damaged = 0
+        changed = damaged = older = 0
         sources: dict[str, tuple[int, int] | None] = {}
         old = SampleCache(target, sampling_rate, [row for row in known.values() if "reason" not in row])
         for item in files:
@@ -106,6 +111,8 @@ def open_cache(
                 changed += 1
             elif row is not None and verify and old.damaged(item):
                 damaged += 1
+            elif row is not None and source is not None and _has_seams(item, row):
+                older += 1
             elif row is not None:
                 continue
             wanted.append(
@@ -130,6 +137,7 @@ def open_cache(
         len(wanted),
         changed,
         damaged,
+        older,
         sum(not row["exact"] for row in present),
         sum(row.get("cut", 0) > 0 for row in present),
         len(rows) - len(present),
@@ -146,6 +154,10 @@ def _warn_of_cut(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
             f"{folder}: {counted(len(found), 'file')} louder than full scale, which 16 bits cannot hold: samples are "
             f"cut ({worst}{', ...' if len(found) > 3 else ''}). Lower their level, or train from the files"
         )
+
+
+def _has_seams(item: AudioFile, row: dict[str, Any]) -> bool:
+    return item.path.lower().endswith(".mp3") and "reason" not in row and row.get("decoder", 1) != DECODER
 
 
 def _source(path: str, seen: dict[str, tuple[int, int] | None]) -> tuple[int, int] | None:
@@ -172,7 +184,7 @@ def _decoded(
         except AudioError as error:
             return row | {"reason": error.reason, "detail": error.detail}, np.zeros(0, "<i2")
         samples, exact = to_int16(waveform)
-        row |= {"count": len(samples), "exact": exact, "checksums": checksums(samples)}
+        row |= {"decoder": DECODER, "count": len(samples), "exact": exact, "checksums": checksums(samples)}
         return row if exact else row | {"cut": cut_share(waveform)}, samples
 
     pool = ThreadPoolExecutor(threads)

@@ -71,6 +71,8 @@ def chunks(file: BinaryIO, start: int) -> tuple[int, bytes, str, int] | None:
     head = file.read(12)
     if head[:4] in (b"RIFF", b"RF64") and head[8:] == b"WAVE":
         return start + 12, b"data", "<I", 2
+    if head[:4] == b"RIFX" and head[8:] == b"WAVE":
+        return start + 12, b"data", ">I", 2
     if head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC"):
         return start + 12, b"SSND", ">I", 2
     if head[:4] == b"FORM" and head[8:] in (b"8SVX", b"16SV"):
@@ -92,6 +94,8 @@ def _sphere(file: BinaryIO, start: int) -> tuple[int, int | None]:
     """As :func:`au_audio`, of a NIST SPHERE file, whose header is text: the corpora of the LDC, often named .wav."""
     file.seek(start)
     text = file.read(1 << 16)
+    if re.search(rb"\nsample_coding\s+-\w+\s+[^\n]*,embedded", text):
+        return start, None  # compressed: decoders refuse it
     lines = text.split(b"\n", 2)
     begin = int(lines[1]) if len(lines) == 3 and lines[1].strip().isdigit() else len(text)
     names = (b"sample_count", b"channel_count", b"sample_n_bytes")
@@ -255,7 +259,7 @@ def _xing(file: BinaryIO) -> tuple[int, int] | None:
     ):  # after the side information of MPEG-2 mono; MPEG-2 stereo or MPEG-1 mono; MPEG-1 stereo
         if frame[offset : offset + 4] in (b"Xing", b"Info"):
             flags, *fields = struct.unpack(">III", frame[offset + 4 : offset + 16])
-            if not flags & 1:
+            if not flags & 1 or not fields[0]:
                 return None  # no frame count
             return start, fields[1] if flags & 2 else 0
     return None

@@ -6,7 +6,6 @@ change which audio a row stands for is used or refused; all others are labels.
 
 import os
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from bestrq2.data.files import AudioFile, from_text
 from bestrq2.data.places import check_places, is_a_length, length_of_part, may_hold_a_place
+from bestrq2.data.splits import SPLIT_COLUMNS
 from bestrq2.errors import ManifestError
 
 # The first name of each is ours.
@@ -36,13 +36,12 @@ _REFUSED = {
 # Names of a channel that other columns may have, too (the channel of a video): there only a number is refused.
 _CHANNELS = ("ch", "channel_id", "channel_index", "channel_idx", "channel_number")
 _KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *_REFUSED, *_CHANNELS]).union(
-    ("onset", "domain", "label", "audio", "split", "subset", "partition", "set")
+    ("onset", "domain", "label", "audio", *SPLIT_COLUMNS)
 )
 
-# What an AudioFile holds, and what says nothing beside it (neutral values; in Lhotse's cuts and fairseq's lists).
-_HELD = _KNOWN.difference((*_CHANNELS, "split", "subset", "partition", "set")).union(
-    ("recording", "sources", "num_samples")
-)
+# What an AudioFile holds, and what says nothing beside it (neutral values; in fairseq's lists).
+_HELD = _KNOWN.difference((*_CHANNELS, *SPLIT_COLUMNS)).union(("num_samples",))
+CUTS = ("MonoCut", "MixedCut", "PaddingCut", "MultiCut")  # types of Lhotse
 
 
 def is_read(column: str) -> bool:
@@ -51,24 +50,27 @@ def is_read(column: str) -> bool:
     return (known in _KNOWN and known not in (*PATH_NAMES, "audio")) or may_hold_a_place(column)
 
 
-def other_columns(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Columns with any content that an :class:`AudioFile` does not hold, in their order."""
-    seen: set[str] = set()
-    found: dict[str, None] = {}
-    for row in rows:
-        if row.keys() <= seen:
-            continue
-        for name, value in row.items():
-            if name in seen or value is None or value == "":
-                continue
-            seen.add(name)
-            known = name.strip().lower()
-            twin = known == name and known in _KNOWN and any(known == other.strip().lower() for other in found)
-            of_wav = known == "length" and "wav" in row
-            of_part = is_a_length(name) and _first(known_columns(row), _PLACED) is not None
-            if not (known in _HELD or of_wav or of_part or twin):
-                found[name] = None
-    return list(found)
+def is_known(column: str) -> bool:
+    """Return True for a name that :func:`audio_file` knows, of a path, a place, a number or a label."""
+    known = column.strip().lower()
+    return known in _KNOWN and known not in _CHANNELS
+
+
+def is_held(column: str, row: dict[str, Any]) -> bool:
+    """Return True for a column of a row whose content is in its :class:`AudioFile`, or says nothing beside it."""
+    known = column.strip().lower()
+    if known != column and known in row and row[known] != row[column]:  # a label, beside the column that is read
+        return False
+    if known in ("recording", "sources"):
+        return isinstance(row[column], dict | list)
+    if known == "type" and row[column] in CUTS:
+        return True
+    if known not in _HELD:
+        copy = known == column and known in _KNOWN and any(known == n.strip().lower() for n in row if n != known)
+        of_wav = known == "length" and "wav" in row
+        of_part = is_a_length(column) and _first(row, _PLACED) is not None
+        return copy or of_wav or of_part
+    return True
 
 
 def known_columns(row: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _check_channels(where: str, row: dict[str, Any]) -> None:
         if name not in row:
             continue
         value = row[name]
-        neutral = value in _REFUSED[name] if name in _REFUSED else not _is_a_channel(value)
+        neutral = value in _REFUSED[name] if name in _REFUSED else not is_a_channel(name, value)
         if not neutral:
             raise ManifestError(
                 f"{where}: {name} = {value!r} cannot be applied, channels are averaged and played as they are: "
@@ -96,10 +98,11 @@ def _check_channels(where: str, row: dict[str, Any]) -> None:
             )
 
 
-def _is_a_channel(value: Any) -> bool:
+def is_a_channel(column: str, value: Any) -> bool:
     """Return True for the number of another channel than the first; -1 is all of them, words are labels."""
     try:
-        return not isinstance(value, bool) and isfinite(float(value)) and float(value) not in (0, -1)
+        number = float(value) if column.strip().lower() in _CHANNELS and not isinstance(value, bool) else 0.0
+        return isfinite(number) and number not in (0, -1)
     except (TypeError, ValueError):
         return False
 
@@ -173,8 +176,8 @@ def _text(row: dict[str, Any], name: str) -> str:
 def _located(source: Path, row: dict[str, Any], path: str) -> str:
     path = from_text(path)
     folder: str | Path = source.parent
-    if "client_id" in row and "sentence" in row and (source.parent / "clips").is_dir():
-        folder = source.parent / "clips"  # of Common Voice
+    if "client_id" in row and "sentence" in row and "/" not in path and (source.parent / "clips").is_dir():
+        folder = source.parent / "clips"  # of Common Voice, and not in a list that bestrq2 made of one
     located = os.path.normpath(os.path.join(folder, path))
     if path != path.strip() and not os.path.lexists(located):  # spaces around a delimiter
         there = os.path.normpath(os.path.join(folder, path.strip()))
@@ -256,7 +259,7 @@ def _common_rate(ratio: float) -> float:
 def _flattened(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row whose values are plain: Lhotse's cut with its recording, SpeechBrain's file with start and stop."""
     nested = any(isinstance(row.get(name), dict | list) for name in ("recording", "sources"))  # text is a label
-    if nested or row.get("type") in ("MonoCut", "MixedCut", "PaddingCut", "MultiCut"):
+    if nested or row.get("type") in CUTS:
         return _lhotse(where, row)
     for name in ("wav", "audio", "audio_filepath"):
         inner = row.get(name)

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bestrq2.errors import Skip
 
@@ -82,6 +83,7 @@ class AudioFile:
 
     ``duration`` in seconds and ``sampling_rate`` in Hz are None until a header was read. A part begins ``start``
     seconds after the beginning of the file and ends at ``end`` (None: where the file ends); ``duration`` is its own.
+    ``columns`` are further ones of the source, where they were asked for; they do not make two files different.
     """
 
     path: str
@@ -91,6 +93,7 @@ class AudioFile:
     label: str = ""
     start: float = 0.0
     end: float | None = None
+    columns: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_part(self) -> bool:
@@ -115,7 +118,8 @@ class Listing:
 
     ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
     ``notes`` are sentences about what was found. ``repeated`` are archives in which clips have the name of an earlier
-    one: the address of the first, and their number. ``splits`` are those of the files by a column, or empty.
+    one: the address of the first, and their number. ``splits`` are those of the files by a column, or empty. ``lost``
+    are names of columns that were asked for and cannot be kept.
     """
 
     files: list[AudioFile]
@@ -125,6 +129,7 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     repeated: list[tuple[str, int]] = field(default_factory=list)
     splits: list[str | None] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
 
 EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})

@@ -27,8 +27,6 @@ def kaldi_rows(scp: str | os.PathLike[str]) -> tuple[Path, list[tuple[int, dict[
             raise ManifestError(f"{source}:{number}: a command is not run; write its output to a file: {rest!r}")
         if ".ark:" in rest:
             raise ManifestError(f"{source}:{number}: Kaldi archives are not read; name audio files: {rest!r}")
-        if name in places:
-            raise ManifestError(f"{source}:{number}: {name} is there twice")
         places[name] = number, rest
     extra = {column: _table(source.with_name(file)) for column, file in (("speaker", "utt2spk"), ("text", "text"))}
     segments = source.with_name("segments")
@@ -52,9 +50,13 @@ def kaldi_rows(scp: str | os.PathLike[str]) -> tuple[Path, list[tuple[int, dict[
 
 def _entries(path: Path, may_be_empty: bool = False) -> list[tuple[int, str, str]]:
     found = []
+    names: set[str] = set()
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             name, *rest = line.strip().split(None, 1)
+            if name in names:
+                raise ManifestError(f"{path}:{number}: {name} is there twice")
+            names.add(name)
             if not rest and not may_be_empty:
                 raise ManifestError(f"{path}:{number}: expected a name and what it stands for, got {line.strip()!r}")
             # A path may be any bytes.

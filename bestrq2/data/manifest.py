@@ -5,6 +5,7 @@ bestrq2 manifest recordings/ --out manifest.csv --check
 
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bestrq2.data.columns import WRITTEN, as_cell
 from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, to_text
 from bestrq2.data.kaldi import kaldi_rows
@@ -26,8 +28,6 @@ __all__ = [
     "read_rows",
     "write_manifest",
 ]
-
-_WRITTEN = ("path", "duration", "sampling_rate", "domain", "label")
 
 
 def discover_folder(folder: str | os.PathLike[str]) -> Listing:
@@ -154,6 +154,7 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
     """Write a CSV manifest that :func:`read_manifest` gives back, all at once or not at all.
 
     Paths inside the manifest's folder are written relative to it, so that the folder can move; others are absolute.
+    The columns of the files come last: lists and objects as JSON, null as nothing.
 
     Raises:
         OSError: the file cannot be written; an existing one is left as it was.
@@ -169,11 +170,13 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
             open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             parts = any(item.is_part for item in listed)
-            rows = [_row(item, base, parts) for item in listed]
-            # Without quotes a space before a field may be taken for a part of the delimiter.
-            spaced = any(isinstance(field, str) and field.startswith(" ") for row in rows for field in row)
-            writer = csv.writer(file, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL)
-            writer.writerow((*_WRITTEN, "start", "end") if parts else _WRITTEN)
+            others = dict.fromkeys(name for item in listed for name in item.columns or () if name not in WRITTEN)
+            rows = [_row(item, base, parts, others) for item in listed]
+            # Without quotes a space before a field may be taken for a part of the delimiter, and a line of a text for
+            # a row.
+            quoted = any(isinstance(cell, str) and re.search(r"^ |[\r\n]", cell) for row in rows for cell in row)
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL)
+            writer.writerow((*WRITTEN, *(("start", "end") if parts else ()), *others))
             writer.writerows(rows)
             file.flush()
             flush_file(file.fileno())
@@ -183,7 +186,7 @@ def write_manifest(path: str | os.PathLike[str], files: Iterable[AudioFile]) -> 
         raise
 
 
-def _row(item: AudioFile, base: str, parts: bool) -> list[Any]:
+def _row(item: AudioFile, base: str, parts: bool, others: Iterable[str]) -> list[Any]:
     name = os.path.abspath(item.path)
     if os.path.commonpath([base, name]) == base:
         name = os.path.relpath(name, base)
@@ -191,7 +194,7 @@ def _row(item: AudioFile, base: str, parts: bool) -> list[Any]:
     row = [to_text(name), duration, item.sampling_rate or "", item.domain, item.label]
     if parts:
         row += [repr(item.start), "" if item.end is None else repr(item.end)] if item.is_part else ["", ""]
-    return row
+    return row + [as_cell((item.columns or {}).get(name)) for name in others]
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ _NESTED = frozenset(
     for name in ("segment", "timestamp", "interval", "span", "time_range", "region", "window", "bound")
     for s in ("", "s")
 ) | {"boundaries"}
+# Options of SpeechBrain's reader, such as "start:10000 stop:26000" in samples.
+_OPTIONS = "wav_opts"
 _BRACKETS = re.compile(r"\s*[\[(]\s*([\d.]+)\s*[,;\s]\s*([\d.]+)\s*[\])]\s*")
 
 # The length of a part: in seconds or milliseconds where the name tells it, else in what the name leaves open.
@@ -71,7 +73,13 @@ def is_a_length(column: str) -> bool:
 def may_hold_a_place(column: str) -> bool:
     """Return True for all names that this module looks at."""
     name = column.strip().lower()
-    return name in _NESTED or any(name in pair for pair in _PAIRS) or is_like_a_place(column) or is_a_length(column)
+    return (
+        name == _OPTIONS
+        or name in _NESTED
+        or any(name in pair for pair in _PAIRS)
+        or is_like_a_place(column)
+        or is_a_length(column)
+    )
 
 
 def check_places(where: str, row: dict[str, Any], known: Iterable[str], placed: bool) -> None:
@@ -88,6 +96,8 @@ def check_places(where: str, row: dict[str, Any], known: Iterable[str], placed: 
     for name in places:
         if name.strip().lower() not in known and _number(row[name]) is not None:
             raise _refused(where, name, row[name])
+    if isinstance(options := row.get(_OPTIONS), str) and options.strip():
+        raise _refused(where, _OPTIONS, options)
     if placed:
         return
     for first, second in pairs:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bestrq2.console import progress_bar
 from bestrq2.data.audio import SILENCE, audio_info
+from bestrq2.data.columns import LARGEST
 from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile
 from bestrq2.data.parts import clip_duration, part_digest
 from bestrq2.data.sources import Source, find_audio
@@ -24,13 +25,13 @@ __all__ = ["SkipReport", "collect", "scan", "tiny_dataset"]
 @dataclass
 class SkipReport:
     """Files that were left out, how many files of other kinds lay beside them (``ignored``, by extension), and
-    ``notes`` on how the source was read: rows of manifests, splits that were left out. ``columns`` are those of
-    manifests that an :class:`AudioFile` does not hold: labels for a probe."""
+    ``notes`` on how the source was read: rows of manifests, splits that were left out. ``lost`` are columns that were
+    asked for and cannot be kept."""
 
     skips: list[Skip] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.skips)
@@ -48,16 +49,15 @@ class SkipReport:
             parts.append(f"{sum(self.ignored.values())} ignored: {_count_words(self.ignored)}")
         return "; ".join(parts) or "nothing skipped"
 
-    def columns_note(self, parts: bool = False) -> list[str]:
-        """A note for output of path, duration, sampling rate, domain and label alone; ``parts``: and where
-        parts of files become files."""
-        names = [*self.columns, *(["start", "end"] if parts else [])]
-        if not names:
+    def lost_note(self) -> list[str]:
+        """A note of the columns that are not kept, or not with all clips."""
+        if not self.lost:
             return []
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        more = f" and {len(self.lost) - 20} more" if len(self.lost) > 20 else ""
         return [
-            f"{counted(len(names), 'column')} not kept: {', '.join(map(printable, names[:20]))}{more}; of labels only "
-            "domain and label are. Keep the source for the others (its order is kept), or name one of them label"
+            f"{counted(len(self.lost), 'column')} not kept, or not of all clips: "
+            f"{', '.join(map(printable, self.lost[:20]))}{more}. Text, numbers and lists are kept, up to {LARGEST:,} "
+            "bytes a clip; keep the source for the rest (its order is kept)"
         ]
 
     def examples(self, each: int = 3) -> list[str]:
@@ -182,10 +182,12 @@ def collect(
     num_threads: int | None = None,
     progress: bool = False,
     split: str | None = "train",
+    columns: bool = False,
 ) -> tuple[list[AudioFile], SkipReport]:
     """Find the audio a user means (see :func:`find_audio`), or the packaged clips for None, and :func:`scan` it.
 
-    Arguments and result as for :func:`scan`; the report also counts what was found damaged in archives.
+    Arguments and result as for :func:`find_audio` and :func:`scan`; the report also counts what was found damaged in
+    archives.
 
     Raises:
         DataError: nothing there, or nothing usable; the message counts what was found and why it was left out.
@@ -193,7 +195,7 @@ def collect(
     """
     if source is None:
         return scan(tiny_dataset(), min_seconds=min_seconds, source="the packaged clips")
-    found = find_audio(source, progress=progress, split=split)
+    found = find_audio(source, progress=progress, split=split, columns=columns)
     if not found.files:
         report = SkipReport(found.skips, found.ignored)
         beside = f"; it holds {_count_words(found.ignored)}" if found.ignored else ""
@@ -211,7 +213,7 @@ def collect(
     )
     report.skips[:0] = found.skips
     report.ignored, report.notes = found.ignored, found.notes + report.notes
-    report.columns = found.columns
+    report.lost = found.lost
     return usable, report
 
 

@@ -3,9 +3,9 @@
     bestrq2 shards recordings/ --out shards/
     bestrq2 train --data shards/
 
-The files are packed as they are, in their order, each with a .json of its duration, sampling rate, domain and label:
-training from the shards is, bit for bit, training from the files. Clips of HDF5 files, which are samples and no files,
-become FLAC of the same samples.
+The files are packed as they are, in their order, each with a .json of its duration, sampling rate, domain, label and
+further columns: training from the shards is, bit for bit, training from the files. Clips of HDF5 files, which are
+samples and no files, become FLAC of the same samples.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import soundfile
 from tqdm import tqdm
 
@@ -27,10 +28,11 @@ from bestrq2.console import progress_bar
 from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
-from bestrq2.data.audio import audio_info
+from bestrq2.data.audio import audio_info, load_audio
+from bestrq2.data.columns import with_place
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
-from bestrq2.data.parts import load_clip
+from bestrq2.data.parts import is_whole, load_clip
 from bestrq2.durability import flush_file, named_in_errors
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted
 
@@ -60,7 +62,7 @@ def pack(
     """Write shards of at most ``max_bytes`` (more only for a single larger file) into the new folder ``out``.
 
     The folder appears when everything in it is written, read back and equal, or not at all. Beside the shards are their
-    indices, ``manifest.csv`` with the address of every clip, and ``SHA256SUMS`` for ``sha256sum -c``.
+    indices, ``manifest.csv`` with the address and the columns of every clip, and ``SHA256SUMS`` for ``sha256sum -c``.
 
     Args:
         files: in the order to keep; durations and sampling rates that are known are kept, to the last bit.
@@ -154,7 +156,8 @@ def _blocks(count: int, size: int = tarfile.BLOCKSIZE) -> int:
 
 def _clips(files: Sequence[AudioFile], skips: list[Skip], bar: tqdm) -> Iterator[_Clip]:
     """The content of one file after the other; what cannot be read is added to ``skips``."""
-    for item, stem in zip(files, _names(files)):
+    places = _places(files)
+    for number, (item, stem) in enumerate(zip(files, _names(places))):
         bar.update()
         try:
             content, extension = _content(item)
@@ -166,24 +169,31 @@ def _clips(files: Sequence[AudioFile], skips: list[Skip], bar: tqdm) -> Iterator
             reason = "missing" if isinstance(error, FileNotFoundError) else "not readable"
             skips.append(Skip(item.path, reason, error.strerror or str(error)))
             continue
+        if item.is_part and not is_whole(item):
+            item = replace(item, columns=with_place(item.columns, places[number], item.start, item.end))
         row = {"duration": item.duration, "sampling_rate": item.sampling_rate, "domain": item.domain}
         row["label"] = item.label
-        text = json.dumps({key: value for key, value in row.items() if value is not None})
+        text = json.dumps({key: value for key, value in row.items() if value is not None} | (item.columns or {}))
         yield _Clip(stem + extension, content, text.encode(), item)
 
 
-def _names(files: Sequence[AudioFile]) -> list[str]:
-    """A unique name without extension for every file: its place below the folder that all have in common.
+def _places(files: Sequence[AudioFile]) -> list[str]:
+    """The path of every file below the folder that all have in common."""
+    paths = [os.path.abspath(item.path.replace("::", os.sep)) for item in files]
+    folders = {os.path.dirname(path) for path in paths}
+    base = os.path.commonpath(folders) if folders else ""
+    return [os.path.relpath(path, base) for path in paths]
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """A unique name without extension for every place.
 
     A dot in a file's name would end webdataset's key, and one in front would hide it, so dots become underscores.
     """
-    places = [os.path.abspath(item.path.replace("::", os.sep)) for item in files]
-    folders = {os.path.dirname(place) for place in places}
-    base = os.path.commonpath(folders) if folders else ""
     used: set[str] = set()
     names = []
     for place in places:
-        folder, name = os.path.split(os.path.relpath(place, base))
+        folder, name = os.path.split(place)
         stem = os.path.splitext(name)[0] if is_audio(name) else name
         parts = [f"_{part[1:]}" if part.startswith(".") else part for part in folder.split(os.sep) if part]
         path = "/".join([*parts, stem.replace(".", "_")])
@@ -200,20 +210,13 @@ def _content(item: AudioFile) -> tuple[bytes, str]:
     if item.is_part:
         info = soundfile.info(item.path) if os.path.isfile(item.path) else None
         samples = load_clip(item, rate := audio_info(item.path).sampling_rate)
-        peak = float(abs(samples).max())
-        if peak > 1:
-            raise AudioError(item.path, "out of range", f"a sample of magnitude {peak:.3g} does not fit into FLAC")
         exact = info is not None and info.channels == 1 and info.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
-        buffer = io.BytesIO()
-        soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
-        return buffer.getvalue(), ".flac"
+        return _flac(item, samples, rate, exact), ".flac"
     member = open_member(item.path)
     if isinstance(member, SampleReader):
-        samples = member.stored
-        buffer = io.BytesIO()
-        subtype = "PCM_16" if samples.dtype.itemsize <= 2 and samples.dtype.kind == "i" else "PCM_24"
-        soundfile.write(buffer, samples, member.samplerate, format="FLAC", subtype=subtype)
-        return buffer.getvalue(), ".flac"
+        stored = member.stored.dtype
+        samples = load_audio(item.path, member.samplerate)
+        return _flac(item, samples, member.samplerate, stored.kind == "i" and stored.itemsize <= 2), ".flac"
     with open(item.path, "rb") if member is None else member as file:
         content = file.read()
     if not content:
@@ -223,6 +226,20 @@ def _content(item: AudioFile) -> tuple[bytes, str]:
     if is_audio(name):
         return content, os.path.splitext(name)[1].lower()
     return content, next((extension for magic, extension in _MAGIC if content.startswith(magic)), ".mp3")
+
+
+def _flac(item: AudioFile, samples: np.ndarray, rate: int, exact: bool) -> bytes:
+    """A FLAC of mono samples, of 16 bits if these are ``exact``, else of 24.
+
+    Raises:
+        AudioError: a sample above full scale, which would be clipped.
+    """
+    peak = float(abs(samples).max())
+    if peak > 1:
+        raise AudioError(item.path, "out of range", f"a sample of magnitude {peak:.3g} does not fit into FLAC")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
+    return buffer.getvalue()
 
 
 class _Shard:

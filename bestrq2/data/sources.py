@@ -11,11 +11,11 @@ from pathlib import Path
 
 from bestrq2.data.archives.opening import list_archives as read_archives
 from bestrq2.data.audio import audio_info
-from bestrq2.data.fields import other_columns
+from bestrq2.data.columns import of_manifest
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import is_whole
-from bestrq2.data.splits import choose_split, split_of, split_of_row
+from bestrq2.data.splits import choose_split, split_of, split_of_row, unknown_splits
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
 
 __all__ = ["Found", "Source", "expand_pattern", "find_audio"]
@@ -34,7 +34,8 @@ _EXPECTED = (
 @dataclass
 class Found:
     """All ``files`` of a source that was called ``name``, what was damaged, other files by extension, ``notes`` on how
-    the source was read, ``repeated`` names of clips as in a listing, and the other ``columns`` of manifests."""
+    the source was read, ``repeated`` names of clips and ``lost`` columns as in a listing, and rows with a clip
+    ``again``."""
 
     name: str
     files: list[AudioFile] = field(default_factory=list)
@@ -42,7 +43,8 @@ class Found:
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     repeated: list[tuple[str, int]] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    again: int = 0
 
     def add(self, listing: Listing) -> None:
         self.files += listing.files
@@ -50,9 +52,10 @@ class Found:
         self.ignored += listing.ignored
         self.notes += listing.notes
         self.repeated += listing.repeated
+        self.lost += [name for name in listing.lost if name not in self.lost]
 
 
-def find_audio(source: Source, *, progress: bool = False, split: str | None = "train") -> Found:
+def find_audio(source: Source, *, progress: bool = False, split: str | None = "train", columns: bool = False) -> Found:
     """List the clips of a source in a stated order, without opening audio.
 
     A source is a folder, a manifest, an archive (a ``.tar`` shard in webdataset's naming, ``.h5`` in the published
@@ -65,6 +68,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         progress: show a progress bar while archives are listed.
         split: of a folder with files of several splits (train, validation, test by their names), the one that is used;
             None: all, with a note in ``notes``.
+        columns: keep the other columns of manifests and archives with the files.
 
     Raises:
         DataError: a name that does not exist or cannot be listed, or a package that is needed and not installed.
@@ -77,7 +81,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
     def list_archives() -> None:
         files: list[AudioFile] = []
         splits: list[str | None] = []
-        for listing in read_archives(archives, progress):
+        for listing in read_archives(archives, progress, columns):
             found.add(replace(listing, files=[]))
             files += listing.files
             splits += listing.splits or [None] * len(listing.files)
@@ -85,7 +89,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             name = archives[0][0] + (f" and {len(archives) - 1} more" if len(archives) > 1 else "")
             files, note = choose_split(files, splits, split, name)
             found.notes += [note] if note else []
-            _check_unit(name, files, opened=True)
+            found.notes += _check_unit(name, files, opened=True)
             found.files += files
         archives.clear()
 
@@ -95,14 +99,14 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             continue
         list_archives()
         if os.path.isdir(part):
-            archives += _add_folder(part, found, split)
+            archives += _add_folder(part, found, split, columns)
         elif not os.path.exists(part):
             inside = split_address(part)
             if inside is None or not os.path.isfile(inside[0]):
                 raise DataError(f"{part} does not exist; expected {_EXPECTED}")
             found.files.append(AudioFile(part))
         elif is_manifest(part):
-            _add_manifest(part, found, split)
+            _add_manifest(part, found, split, columns)
         elif is_audio(part):
             found.files.append(AudioFile(part))
         elif Path(part).suffix.lower() in _COMPRESSED:
@@ -110,6 +114,13 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         else:
             raise DataError(f"{part} is of no kind that is known; expected {_EXPECTED}")
     list_archives()
+    if len(sources) > 1:
+        places = {(os.path.abspath(item.path), item.start, item.end) for item in found.files}
+        if (again := len(found.files) - len(places) - found.again) > 0:
+            found.notes.append(
+                f"{found.name}: {counted(again, 'clip')} in several of these sources; each is used as often as it is "
+                "listed"
+            )
     if found.repeated:  # said once: a data set may have thousands of shards
         clips = counted(sum(number for _, number in found.repeated), "clip")
         shards = counted(len(found.repeated), "shard")
@@ -120,27 +131,31 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
     return found
 
 
-def _add_manifest(path: str, found: Found, split: str | None) -> None:
+def _add_manifest(path: str, found: Found, split: str | None, columns: bool) -> None:
     try:
         rows = read_rows(path)
     except OSError as error:
         check_open_files(error)
         raise DataError(f"manifest {path} cannot be read: {error.strerror or error}") from error
+    if columns:
+        rows = [(replace(item, columns=of_manifest(row, found.lost)), row) for item, row in rows]
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
-    _check_unit(path, files)
+    notes = _check_unit(path, files)
+    if split is not None and (unknown := unknown_splits([row for _, row in rows])):
+        notes.append(f"{path}: {unknown}")
     parts = _count_parts(files)
     of_parts = f", {parts} of them parts of longer files" if parts else ""
     segments = Path(path).with_name("segments")
     listed = segments if Path(path).name == "wav.scp" and segments.is_file() else path
     found.notes.append(f"{listed}: {counted(len(rows), 'row')}{of_parts}")
-    found.notes += [note] if note else []
+    found.notes += [*([note] if note else []), *notes]
     repeats = len(files) - len({(item.path, item.start, item.end) for item in files})
+    found.again += repeats
     if repeats:
         found.notes.append(
             f"{path}: {counted(repeats, 'row')} with a clip that is listed before; it is used as often as it is listed"
         )
     found.files += files
-    found.columns += [name for name in other_columns(row for _, row in rows) if name not in found.columns]
 
 
 def _count_parts(files: list[AudioFile]) -> int:
@@ -166,35 +181,45 @@ def _count_parts(files: list[AudioFile]) -> int:
     return sum(map(is_less, files))
 
 
-def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> None:
-    """Compare a few stated times with the files: milliseconds or samples would be taken for hours.
+def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list[str]:
+    """Compare a few stated times with the files: milliseconds or samples would be taken for hours, and of files whose
+    list says that they are shorter than they are, training uses the beginning alone. Returns a note on one of these.
 
     Args:
         opened: clips in archives, too.
 
     Raises:
-        DataError: if they are a hundred times too long.
+        DataError: if they are a hundred times too long, or thirty times too short.
     """
     stated = [item for item in files if item.duration is not None and (opened or split_address(item.path) is None)]
+    notes = []
     for item in stated[:: max(1, len(stated) // 4)][:5]:
         try:
             info = audio_info(item.path)
         except AudioError:
             continue  # reported when it is read
         seconds = item.end if item.end is not None else item.duration or 0.0
+        has = f"{printable(item.path)} has {info.duration:.3f} s, the list says {seconds:g}"
         if seconds > 100 * info.duration and seconds > 10:
             ratio = seconds / info.duration
             unit = "milliseconds" if 700 < ratio < 1400 else "samples" if ratio > 4000 else "another unit"
             raise DataError(
-                f"{path}: durations are expected in seconds; {printable(item.path)} has {info.duration:.3f} s, the "
-                f"list says {seconds:g}, which looks like {unit}: name the column duration_ms, or divide"
+                f"{path}: durations are expected in seconds; {has}, which looks like {unit}: name the column "
+                "duration_ms, or divide"
             )
+        if item.is_part or info.duration - seconds <= max(1.0, 0.05 * info.duration):
+            continue
+        if info.duration > 30 * seconds:
+            unit = "minutes" if info.duration < 90 * seconds else "another unit"
+            raise DataError(f"{path}: durations are expected in seconds; {has}, which looks like {unit}")
+        notes.append(f"{path}: {has}: training uses no more of such a file (bestrq2 manifest --check corrects lists)")
+    return notes[:1]
 
 
-def _add_folder(folder: str, found: Found, split: str | None) -> list[tuple[str, str]]:
+def _add_folder(folder: str, found: Found, split: str | None, columns: bool) -> list[tuple[str, str]]:
     """Add the audio of a folder; returns its archives, if these are to be listed instead."""
     if os.path.isfile(scp := os.path.join(folder, "wav.scp")):
-        _add_manifest(scp, found, split)
+        _add_manifest(scp, found, split, columns)
         return []
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
         from bestrq2.data.archives.arrow import saved_dataset_files

@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 
 from bestrq2.data.files import AudioFile
 
-__all__ = ["SPLIT_COLUMNS", "choose_split", "count_shared", "split_of", "split_of_row"]
+__all__ = ["SPLIT_COLUMNS", "choose_split", "count_shared", "split_of", "split_of_row", "unknown_splits"]
 
 T = TypeVar("T")
 
 _NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "development"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trn"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "development"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
 }
+_MOST_SPLITS = 10  # with more values, a column says something else
 SPLIT_COLUMNS = ("split", "subset", "partition", "set")
 _SPLITS = {name: split for split, names in _NAMES.items() for name in names}
 _WORD = re.compile(rf"(?:^|[-._ \d])({'|'.join(_SPLITS)})(?=$|[-._ \d])", re.I)
@@ -44,6 +45,16 @@ def split_of_row(row: Mapping[str, Any]) -> str | None:
     return None
 
 
+def unknown_splits(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Values of a column with splits that are no split by their words, as a clause: such rows are used for training."""
+    for column in SPLIT_COLUMNS:
+        values = {value.strip() for row in rows if isinstance(value := row.get(column), str) and value.strip()}
+        unknown = sorted(value for value in values if not _WORD.search(value))
+        if unknown and 1 < len(values) <= _MOST_SPLITS and (column == "split" or len(unknown) < len(values)):
+            return f"rows with {column} {', '.join(map(repr, unknown))} are used, as such values name no split"
+    return None
+
+
 def choose_split(
     items: Sequence[T], splits: Sequence[str | None], wanted: str | None, folder: str
 ) -> tuple[list[T], str | None]:
@@ -64,19 +75,25 @@ def choose_split(
     return kept, f"{folder}: of files of several splits ({listed}) only {wanted} is used"
 
 
-def count_shared(held_out: Sequence[AudioFile], trained_on: Sequence[AudioFile]) -> int:
+def count_shared(
+    held_out: Sequence[AudioFile], trained_on: Sequence[AudioFile], copies: Mapping[str, str] | None = None
+) -> int:
     """Count the clips held out that overlap with one that is trained on: the same file, or parts that meet in it.
 
-    Copies of a file are not seen.
+    ``copies`` are paths of files with the same content, and one path for all of them
+    (:func:`bestrq2.data.copies.copied_files`).
     """
-    places: dict[str, list[tuple[float, float]]] = {}
-    for item in held_out:
-        places[os.path.abspath(item.path)] = []
+
+    def place(item: AudioFile) -> str:
+        path = os.path.abspath(item.path)
+        return (copies or {}).get(path, path)
+
+    places: dict[str, list[tuple[float, float]]] = {place(item): [] for item in held_out}
     for item in trained_on:
-        if (parts := places.get(os.path.abspath(item.path))) is not None:
+        if (parts := places.get(place(item))) is not None:
             parts.append((item.start, inf if item.end is None else item.end))
     return sum(
         any(begin < (inf if item.end is None else item.end) and item.start < end for begin, end in parts)
         for item in held_out
-        if (parts := places[os.path.abspath(item.path)])
+        if (parts := places[place(item)])
     )

@@ -133,7 +133,7 @@ def _table_rows(source: Path, lines: list[str], delimiters: str) -> list[Row]:
         )
     # A path column alone in its header line fits every delimiter; otherwise the one that splits most.
     delimiter = max(fitting, key=lambda mark: len(_header(first, mark)))
-    if delimiter == "\t" and (unquoted := _unquoted(lines)) is not None:
+    if delimiter == "\t" and (unquoted := _unquoted(source, lines)) is not None:
         return unquoted
     return _quoted(source, lines, delimiter)
 
@@ -145,7 +145,13 @@ def _header(line: str, delimiter: str) -> list[str]:
         return [name.strip() for name in line.split(delimiter)]
 
 
-def _unquoted(lines: list[str]) -> list[Row] | None:
+def _check_header(source: Path, header: list[str]) -> None:
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise ManifestError(f"{source}: the column {twice!r} is there twice")
+
+
+def _unquoted(source: Path, lines: list[str]) -> list[Row] | None:
     """Rows of a tab-separated table without quoting (Common Voice), if every row then has all fields; else None.
 
     Text such as ``"Yes", he said`` stays as it is; a field that is quoted as a whole, as spreadsheets do it, is
@@ -153,6 +159,7 @@ def _unquoted(lines: list[str]) -> list[Row] | None:
     """
     table = [(number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(lines, 1) if line.strip("\r\n")]
     header = [_whole(name.strip()) for name in table[0][1]]
+    _check_header(source, header)
     if any(len(fields) != len(header) for _, fields in table):
         return None
     return [(number, dict(zip(header, map(_whole, fields)))) for number, fields in table[1:]]
@@ -181,6 +188,9 @@ def _quoted(source: Path, lines: list[str], delimiter: str) -> list[Row]:
     rows: list[Row] = []
     header: list[str] = []
     begin = 1
+    # Where every field is quoted, a lone mark cannot swallow a row: that row's first mark would end the field.
+    field = r'"(?:[^"]|"")*"'
+    all_quoted = re.fullmatch(rf"{field}(?:[,;\t|]{field})*\s*", first) is not None
     while True:
         try:
             fields = next(reader, None)
@@ -191,12 +201,11 @@ def _quoted(source: Path, lines: list[str], delimiter: str) -> list[Row]:
             raise ManifestError(f"{source}:{begin}: {what}") from error
         if fields is None:
             return rows
-        _check_lines(source, lines, begin, reader.line_num, len(header), delimiter)
+        if not (all_quoted and lines[begin - 1].startswith('"')):
+            _check_lines(source, lines, begin, reader.line_num, len(header), delimiter)
         if not header:
             header = [name.strip() for name in fields]
-            if len(set(header)) < len(header):
-                twice = next(name for name in header if header.count(name) > 1)
-                raise ManifestError(f"{source}: the column {twice!r} is there twice")
+            _check_header(source, header)
         elif fields:
             if len(fields) != len(header):
                 raise ManifestError(f"{source}:{reader.line_num}: expected {len(header)} fields, got {len(fields)}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
+from bestrq2.hardware import device_of
 from bestrq2.layers.log_mel import check_lengths
 from bestrq2.layers.precision import warn_of_half
 from bestrq2.models.layer_choice import check_layers
@@ -264,7 +265,7 @@ def check_declared(encoder: ForeignEncoder, origin: str) -> None:
         ConfigError: for features of another shape, not finite, or at another rate.
     """
     rate, hop = encoder.sampling_rate, encoder.hop_size_in_ms / 1000
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    device = device_of(encoder)
     noise = 0.1 * torch.randn(
         1, 3 * rate, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
     )

@@ -198,10 +198,10 @@ class TransformersEncoder(ForeignEncoder):
                 for state in states
             ]
             step, patch = self.model.config.time_stride, self.model.config.patch_size
-            spectrum = samples * 100 / self.sampling_rate  # frames
+            spectrum = samples.double() * 100 / self.sampling_rate  # frames
             frames = torch.ceil((spectrum - patch / 2) / step).long().clamp(1, self.columns)
         elif self.form == "fixed":
-            frames = torch.ceil(samples * states[-1].shape[1] / self.extractor.n_samples).long()
+            frames = -(-samples * states[-1].shape[1] // self.extractor.n_samples)
             frames = frames.clamp(max=states[-1].shape[1])
         elif self.group == "masked":
             frames = self.model._get_feat_extract_output_lengths(samples).long()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from bestrq2.ops._impl.compiler import constant_when_compiled
+
 from .positions import turn
 from .row_functions import Bf16Product, Bias, Gated, Gelu, ResidualNorm, ResidualSum, SplitHeads, is_fused
 
@@ -171,6 +173,11 @@ def scaled(branch: Tensor, scale: Tensor | None, factor: float = 1.0) -> Tensor:
     return branch * (scale * factor)[:, None, None].to(branch.dtype)
 
 
+def drop_rates(most: float, depth: int) -> list[float]:
+    """Rates of stochastic depth: from 0 at the first block linearly to ``most`` at the last."""
+    return [most * block / max(1, depth - 1) for block in range(depth)]
+
+
 def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: torch.device) -> Tensor | None:
     """Factors of the residual branches of all blocks (stochastic depth, Huang et al. 2016): a branch is dropped for
     whole clips with its block's probability, the others are scaled up to keep the mean.
@@ -186,14 +193,20 @@ def stochastic_depth(rates: list[float], branches: int, num_clips: int, device: 
 
 def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return True for a module that is not replaced, compiled or hooked: its parts may be used without calling it.
-    A hook of all modules (``torch.nn.modules.module.register_module_forward_hook``) hooks this one, too."""
+    A hook of all modules (``torch.nn.modules.module.register_module_forward_hook``) hooks this one, too, and so does
+    another ``forward`` of its class."""
     hooks = (
         *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
         *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
         *(torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks),
     )
     changed = module._compiled_call_impl is not None or "forward" in module.__dict__ or any(hooks)
-    return type(module) is kind and not changed
+    return type(module) is kind and not changed and not _was_given_another_forward(kind)
+
+
+@constant_when_compiled
+def _was_given_another_forward(kind: type[nn.Module]) -> bool:
+    return kind.forward.__module__ != kind.__module__ or hasattr(kind.forward, "__wrapped__")
 
 
 def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -23,19 +23,6 @@ class ChunkSampler(Protocol):
 
 
 @dataclass(frozen=True)
-class FixedChunks:
-    """The same window at every step."""
-
-    window: ChunkLayout
-
-    def layout(self, step: int, num_frames: int) -> ChunkLayout:
-        return self.window
-
-    def covers(self, layout: ChunkLayout) -> bool:
-        return layout == self.window
-
-
-@dataclass(frozen=True)
 class SpeechBrainChunks:
     """SpeechBrain's sampler with the constants of its recipes.
 

@@ -74,15 +74,17 @@ class CodeUsage(nn.Module):
             found |= {f"{name}/{g}": value for name, values in books.items() for g, value in enumerate(values)}
         return found
 
-    def advice(self) -> str | None:
-        """A warning when perplexity is under 5 % of what the codebook (or the few targets seen) could show, or None."""
+    def advice(self, of_teacher: bool = False) -> str | None:
+        """A warning when perplexity is under 5 % of what the codebook (or the few targets seen) could show, or None.
+        ``of_teacher``: the targets are made of an encoder's features, to which statistics of log-mel do not apply."""
         size = self.counts.shape[1]
         attainable = min(size, float(self.total))
         perplexity = self.metrics()["perplexity"]
         if attainable < 100 or perplexity >= LOW_PERPLEXITY_SHARE * attainable:
             return None
+        other = "projection=whitened_pca" if of_teacher else "normalize=global with statistics from `bestrq2 stats`"
         return (
             f"targets use few codes: perplexity {perplexity:.1f} of {size} codes over {float(self.total):.0f} targets "
             f"(below {LOW_PERPLEXITY_SHARE:.0%}). The common level of the patches dominates the projection: try "
-            "model.targets.normalize=patch, or model.targets.normalize=global with statistics from `bestrq2 stats`."
+            f"model.targets.normalize=patch, or model.targets.{other}."
         )

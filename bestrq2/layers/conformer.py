@@ -14,7 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from bestrq2.ops import ChunkLayout
 
-from .block_rows import Branch, LayerNorm, residual_norm, residual_sum, stochastic_depth, untouched
+from .block_rows import (
+    Branch,
+    LayerNorm,
+    drop_rates,
+    residual_norm,
+    residual_sum,
+    stochastic_depth,
+    untouched,
+)
 from .conformer_attention import AttentionCache, RelativeAttention, relative_sinusoids
 from .conformer_convolution import (
     ConvMode,
@@ -26,6 +34,7 @@ from .conformer_convolution import (
     repeated_forward,
 )
 from .frame_grid import FrameGrid
+from .transformer import init_linear_layers
 
 Activation = Literal["silu", "gelu"]
 
@@ -202,15 +211,10 @@ class Conformer(nn.Module):
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
         self.compiled = False  # whether the blocks are, see training/compilation.py
-        steps = max(1, settings.depth - 1)
-        self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
+        self.drop_rates = drop_rates(settings.drop_path, settings.depth)
         self.blocks = nn.ModuleList(ConformerBlock(settings) for _ in range(settings.depth))
         self.norm = LayerNorm(settings.width)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def start_caches(self, num_clips: int, like: Tensor) -> list[BlockCache]:
         """Empty caches for streaming: nothing to attend to, silence before the convolution."""

@@ -10,9 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-from .block_rows import Branch, Rotation, linear, product, residual_norm, residual_sum, stochastic_depth, untouched
+from .block_rows import (
+    Branch,
+    Rotation,
+    drop_rates,
+    linear,
+    product,
+    residual_norm,
+    residual_sum,
+    stochastic_depth,
+    untouched,
+)
 from .positions import turn
-from .transformer import Mlp, TransformerSettings, make_norm, with_bias
+from .transformer import Mlp, TransformerSettings, init_linear_layers, make_norm, with_bias
 
 PredictorAttention = Literal["full", "cross"]
 
@@ -127,16 +137,11 @@ class CrossTransformer(nn.Module):
         super().__init__()
         settings.check()
         self.settings = settings
-        steps = max(1, settings.depth - 1)
-        self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
+        self.drop_rates = drop_rates(settings.drop_path, settings.depth)
         self.context_norm = make_norm(settings.norm, settings.width)
         self.blocks = nn.ModuleList(CrossBlock(settings) for _ in range(settings.depth))
         self.norm = make_norm(settings.norm, settings.width)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def forward(
         self,

@@ -2,13 +2,14 @@
 
 Both compute in float64 what :class:`~bestrq2.layers.LogMel` defines in plain PyTorch and round once, to float32
 decibels: the same frames but for a last bit, in a fraction of the time (docs/log.md). There is no gradient; a waveform
-that requires one takes the PyTorch form.
+that requires one takes the PyTorch form, and so does forward-mode differentiation.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bestrq2.ops._impl import native
 from bestrq2.ops._impl.compiler import constant_when_compiled
@@ -42,6 +43,8 @@ def log_mel_obstacle(waveform: Tensor, device: torch.device, settings: Settings)
         return f"they read fp32, bf16 and fp16, got {waveform.dtype}"
     if waveform.requires_grad and torch.is_grad_enabled():
         return "they have no gradient"
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        return "they have no forward-mode derivative"
     if settings.n_fft % 2 or passes(settings.n_fft // 2) is None:
         return f"their FFT needs an even size whose half has no other factors than 2, 3 and 5, got {settings.n_fft}"
     if waveform.device != device:

@@ -81,11 +81,20 @@ def mel_filters(n_fft: int, num_mels: int, sampling_rate: int, f_min: float, f_m
     return torch.minimum(rising, falling).clamp(min=0.0)
 
 
-@cache
 def exact_constants(
     n_fft: int, win_length: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float
 ) -> tuple[Tensor, Tensor]:
     """Hann window ``(win_length,)`` and mel filters ``(n_fft // 2 + 1, num_mels)``, float64 on the CPU; copy them."""
+    found = _exact_constants(n_fft, win_length, num_mels, sampling_rate, f_min, f_max)
+    if type(found[0]) is not Tensor:  # made without values, under a FakeTensorMode, and of no use behind it
+        _exact_constants.cache_clear()
+    return found
+
+
+@cache
+def _exact_constants(
+    n_fft: int, win_length: int, num_mels: int, sampling_rate: int, f_min: float, f_max: float
+) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         window = torch.hann_window(win_length, dtype=torch.float64, device="cpu")
         return window, mel_filters(n_fft, num_mels, sampling_rate, f_min, f_max).double()

@@ -164,7 +164,7 @@ class RandomMasking:
         """``(B,)`` how many of ``lengths (B,)`` valid tokens each clip has to predict at this step."""
         low, high = self.ratio
         ratio = low + (high - low) * uniform(self.seed, step, 0)
-        return (lengths * ratio).long().clamp(min=1).minimum(lengths - 1)
+        return (lengths.float() * ratio).long().clamp(min=1).minimum(lengths - 1)
 
     def plan(
         self,

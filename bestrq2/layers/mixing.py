@@ -11,7 +11,8 @@ from bestrq2.ops._impl.devices import exact_device
 
 from .patches import Patches
 
-FLOOR = 1e-10  # mel power of silence, -100 dB: adds nothing
+FLOOR = 1e-10  # mel power, -100 dB: the least that is divided by
+FLOOR_DB = -100.0  # of the published front end: silence
 DRAWN = (torch.int64, torch.float32, torch.int64, torch.int64)  # partner, level, begin, end
 LARGEST_GAIN = 1e3  # of power, 30 dB: silence is not blown up to the level of a clip
 
@@ -75,13 +76,21 @@ class PairMixing:
             raise ValueError(f"mixing span must be a range [low, high] within (0, 1], got {list(span)}")
         self.share, self.level_db, self.span, self.seed = share, tuple(level_db), tuple(span), seed
 
-    def mix(self, patches: Patches, index: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Mixture:
+    def mix(
+        self,
+        patches: Patches,
+        index: Tensor,
+        mean: Tensor | float = 0.0,
+        std: Tensor | float = 1.0,
+        floor_db: float = FLOOR_DB,
+    ) -> Mixture:
         """Mix a batch.
 
         Args:
             patches: of the single clips, in dB or standardised dB.
             index: ``(B,)`` int64 global index of each clip in the training order, on the CPU.
             mean, std: what undoes the standardisation: ``dB = values * std + mean``.
+            floor_db: of the front end: a level that stands for silence, which adds nothing.
         """
         values = patches.values
         partner, levels, begin, end = self._draw(patches, index)
@@ -91,12 +100,12 @@ class PairMixing:
         begin, end = (bound.to(device, non_blocking=True)[:, None] for bound in (begin, end))
         stretch = (column >= begin) & (column < end)
         power = 10 ** ((values * std + mean) / 10)
-        other = (power - FLOOR).clamp(min=0)[partner] * self._gains(power, patches, partner, levels)
+        other = (power - 10 ** (floor_db / 10)).clamp(min=0)[partner] * self._gains(power, patches, partner, levels)
         added = torch.where(stretch[..., None], other, 0)
         mixed = (10 * (power + added).log10() - mean) / std
         values = torch.where(stretch[..., None], mixed, values)
         is_own = ~stretch | (power.sum(-1) >= other.sum(-1))
-        return Mixture(Patches(values, patches.lengths, patches.rows), partner, is_own)
+        return Mixture(patches.replaced(values), partner, is_own)
 
     def _draw(self, patches: Patches, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Partner row, level in dB, first and behind-the-last column of the stretch, ``(B,)`` each."""

@@ -30,6 +30,13 @@ class Patches:
     def columns(self) -> int:
         return self.values.shape[1] // self.rows
 
+    def replaced(self, values: Tensor) -> "Patches":
+        """Other ``values (B, N, P)`` at the same places; the frames, where they are kept, are those of the values."""
+        frames = self.frames
+        if frames is not None:
+            frames = values.unflatten(2, (frames.shape[2], -1)).transpose(2, 3).flatten(1, 2)
+        return Patches(values, self.lengths, self.rows, frames)
+
     def dispersion(self) -> Tensor:
         """Mean absolute deviation of the values of each patch from their mean: ``(B, N)`` float32."""
         return (self.values - self.values.mean(-1, keepdim=True)).abs().mean(-1)

@@ -48,6 +48,15 @@ def rotary_angles(positions: Tensor, head_dim: int, rows: int, base: float = 100
     return (positions[..., None].float() * bands).flatten(-2)
 
 
+def check_positions(kind: PositionKind, width: int, head_dim: int, rows: int) -> None:
+    """Raise a :class:`ValueError` for tokens or heads of a width that these positions cannot take."""
+    place = torch.zeros(1, 2, dtype=torch.int64, device="cpu")
+    if kind == "sincos":
+        sincos_2d(place, width)
+    else:
+        rotary_angles(place, head_dim, rows)
+
+
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + d/2) of ``x`` by ``angles``.
 

@@ -32,7 +32,7 @@ def num_kept(masked: Tensor, share: float) -> Tensor:
     """``(B,)`` tokens to predict of ``masked (B,)`` ones: floor(share n), at least 1 of any."""
     if share == 1.0:
         return masked
-    return (masked * share).long().clamp(min=1).minimum(masked)
+    return (masked.float() * share).long().clamp(min=1).minimum(masked)
 
 
 def thin(plan: MaskPlan, share: float, seed: int, step: int, index: Tensor) -> MaskPlan:

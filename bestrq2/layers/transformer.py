@@ -19,6 +19,7 @@ from .block_rows import (
     LayerNorm,
     RMSNorm,
     Rotation,
+    drop_rates,
     gated,
     gelu,
     kept_clips,
@@ -91,6 +92,15 @@ class TransformerSettings:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+
+def init_linear_layers(module: nn.Module) -> None:
+    """Weights of all linear layers inside truncated-normal with deviation 0.02, biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def make_norm(kind: Norm, width: int) -> nn.LayerNorm | nn.RMSNorm:
@@ -231,15 +241,10 @@ class Transformer(nn.Module):
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
         self.compiled = False  # whether the blocks are, see training/compilation.py
-        steps = max(1, settings.depth - 1)
-        self.drop_rates = [settings.drop_path * i / steps for i in range(settings.depth)]
+        self.drop_rates = drop_rates(settings.drop_path, settings.depth)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.depth))
         self.norm = make_norm(settings.norm, settings.width)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import clip_index, normal
 from bestrq2.layers.cross_attention import PredictorSettings
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
-from bestrq2.layers.mixing import PairMixing
+from bestrq2.layers.mixing import FLOOR_DB, PairMixing
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.pytrees import tree_of_tensors
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
@@ -181,7 +181,7 @@ class _Pretraining(nn.Module):
         if self.mixing is not None and self.training:
             front = self.encoder.front_end
             mean, std = (self._like_patches(values, single) for values in (front.mean, front.std))
-            mixture = self.mixing.mix(single, index, mean, std)
+            mixture = self.mixing.mix(single, index, mean, std, getattr(front, "floor_db", FLOOR_DB))
             patches = mixture.patches
         weights = patches.dispersion() if self.masking.dispersion else None
         plan = self.masking.plan(patches.lengths, step, index, waveform.device, patches.rows, weights)

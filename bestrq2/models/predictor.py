@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from bestrq2.layers.block_rows import linear
 from bestrq2.layers.cross_attention import CrossTransformer, PredictorSettings
 from bestrq2.layers.masking import MaskPlan
-from bestrq2.layers.positions import rotary_angles, sincos_2d
+from bestrq2.layers.positions import PositionKind, check_positions, rotary_angles, sincos_2d
 from bestrq2.layers.precision import like_weight
 from bestrq2.layers.transformer import Transformer, TransformerSettings
 
@@ -28,9 +28,10 @@ class Predictor(nn.Module):
         context ``(B, Ns, input_dim)``, positions ``(N, 2)``, plan -> ``(B, Np, D)`` at ``plan.predicted``.
     """
 
-    def __init__(self, input_dim: int, settings: TransformerSettings, position: str, rows: int) -> None:
+    def __init__(self, input_dim: int, settings: TransformerSettings, position: PositionKind, rows: int) -> None:
         super().__init__()
         settings.check()
+        check_positions(position, settings.width, settings.head_dim, rows)
         self.position, self.rows = position, rows
         self.input_proj = nn.Linear(input_dim, settings.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, settings.width))

@@ -106,7 +106,9 @@ def pool_frames(features: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     if pooling == "mean":
         return mean
     spread = torch.where(inside, features - mean[..., None, :], 0).square().sum(-2) / count
-    return torch.cat((mean, spread.sqrt()), -1)
+    # Of a single frame, or of equal ones, the deviation is 0, where a root has an infinite gradient: it is left out.
+    varies = spread > 0
+    return torch.cat((mean, torch.where(varies, torch.where(varies, spread, 1).sqrt(), spread)), -1)
 
 
 class ReadoutMixin:
@@ -118,6 +120,11 @@ class ReadoutMixin:
 
     depth: Any
     join_rows: RowJoin = "average"
+
+    def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation mode while no parameter takes gradients: trainers call ``model.train()`` on everything
+        they hold, and dropout, stochastic depth or running statistics would change the features of a frozen encoder."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))  # type: ignore[misc, attr-defined]
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`encode` with its defaults, for hooks, wrappers and other libraries."""

@@ -10,7 +10,13 @@ from bestrq2.layers.block_rows import linear
 from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.masking import MaskPlan, take
 from bestrq2.layers.patches import Patches, extract_patches
-from bestrq2.layers.positions import PositionKind, published_short_clip_positions, rotary_angles, sincos_2d
+from bestrq2.layers.positions import (
+    PositionKind,
+    check_positions,
+    published_short_clip_positions,
+    rotary_angles,
+    sincos_2d,
+)
 from bestrq2.layers.precision import like_weight
 from bestrq2.layers.transformer import Transformer, TransformerSettings
 
@@ -52,7 +58,8 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         token_width: width of a patch in the Transformer; D, or D / rows where features concatenate rows.
 
     Raises:
-        ValueError: for a patch larger than the spectrogram, or an unknown ``position`` or ``join_rows``.
+        ValueError: for a patch larger than the spectrogram, an unknown ``position`` or ``join_rows``, or a width that
+            the positions cannot take.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         self.front_end = front_end
         self.patch_height, self.patch_width = patch_height, patch_width
         self.rows = front_end.num_mels // patch_height
+        check_positions(position, settings.width, settings.head_dim, self.rows)
         self.position = position
         self.published_positions = published_positions
         self.patch_embed = PatchEmbed(self.patch_dim, settings.width)

@@ -44,7 +44,8 @@ class LogMelEncoder(ReadoutMixin, nn.Module):
     def __init__(self, sampling_rate: int = 16000) -> None:
         super().__init__()
         self.log_mel = baseline_log_mel(sampling_rate)
-        self.sampling_rate, self.output_dim, self.hop_size_in_ms = sampling_rate, NUM_MELS, 1000 * MEL_HOP
+        self.sampling_rate, self.output_dim = sampling_rate, NUM_MELS
+        self.hop_size_in_ms = 1000 * self.log_mel.hop_length / sampling_rate
 
     def encode_layers(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip
 from bestrq2.errors import BestRQError
+from bestrq2.hardware import device_of
 from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.models.readout import combine_layers, parse_layers, pool_frames
@@ -94,10 +95,9 @@ def encode(
     encoder: Any, waveforms: Sequence[np.ndarray], layers: Sequence[int | None], rows: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Features ``(L, B, T, D)`` float32 and frames ``(B,)``, on the CPU, of waveforms ``(S,)`` encoded together."""
-    parameter = next(iter(encoder.parameters()), None)
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     padded = nn.utils.rnn.pad_sequence([torch.from_numpy(w) for w in waveforms], batch_first=True)
-    padded = padded if parameter is None else padded.to(parameter.device)
+    padded = padded.to(device_of(encoder))
     # Not inference mode: an encoder may keep tensors that later training steps use.
     with torch.no_grad():
         if hasattr(encoder, "encode_layers"):
@@ -112,9 +112,10 @@ def encode(
 
 
 def baseline_log_mel(sampling_rate: int) -> LogMel:
-    """64 bands from frames of 25 ms, 10 ms apart."""
-    hop = round(MEL_HOP * sampling_rate)
-    return LogMel(sampling_rate, n_fft=1024, win_length=400, hop_length=hop, num_mels=NUM_MELS)
+    """64 bands from frames of 25 ms, 10 ms apart, to the nearest sample."""
+    window, hop = round(0.025 * sampling_rate), round(MEL_HOP * sampling_rate)
+    n_fft = max(1024, 1 << (window - 1).bit_length())
+    return LogMel(sampling_rate, n_fft=n_fft, win_length=window, hop_length=hop, num_mels=NUM_MELS)
 
 
 def log_mel_frames(waveform: np.ndarray, log_mel: LogMel) -> np.ndarray:
@@ -132,10 +133,10 @@ def clip_statistics(frames: np.ndarray) -> np.ndarray:
     return np.concatenate((bands.mean(0), bands.std(0), moved)).astype(np.float32)
 
 
-def frame_statistics(frames: np.ndarray, num_frames: int, hop: float) -> np.ndarray:
-    """The same for each of ``num_frames`` frames of ``hop`` seconds, from the 10 ms frames whose centres lie in it, or
-    the nearest one: ``(M, 128)`` -> ``(T, 192)`` float32."""
-    place = np.floor(np.arange(len(frames)) * MEL_HOP / hop + 1e-9).astype(np.int64)
+def frame_statistics(frames: np.ndarray, num_frames: int, hop: float, mel_hop: float = MEL_HOP) -> np.ndarray:
+    """The same for each of ``num_frames`` frames of ``hop`` seconds, from those ``mel_hop`` apart whose centres lie in
+    it, or the nearest one: ``(M, 128)`` -> ``(T, 192)`` float32."""
+    place = np.floor(np.arange(len(frames)) * mel_hop / hop + 1e-9).astype(np.int64)
     inside = place < num_frames
     place, kept = place[inside], frames[inside].astype(np.float64)
     count = np.bincount(place, minlength=num_frames)
@@ -147,7 +148,7 @@ def frame_statistics(frames: np.ndarray, num_frames: int, hop: float) -> np.ndar
     spread = np.sqrt(np.maximum(squares * share - mean[:, :NUM_MELS] ** 2, 0))
     empty = count == 0
     if empty.any():
-        centre = (np.flatnonzero(empty) + 0.5) * hop / MEL_HOP
+        centre = (np.flatnonzero(empty) + 0.5) * hop / mel_hop
         mean[empty] = frames[np.rint(centre).astype(np.int64).clip(max=len(frames) - 1)]
     return np.concatenate((mean[:, :NUM_MELS], spread, mean[:, NUM_MELS:]), axis=1).astype(np.float32)
 
@@ -185,6 +186,7 @@ def extract(
     result = Features({name: [] for name in names})
     result.parts = {f"{name}{reading.end}": reading.parts for name in encoders for reading in wanted}
     log_mel = baseline_log_mel(sampling_rate)
+    mel_hop = log_mel.hop_length / sampling_rate  # 9.98 ms at 22050 Hz: by 10 ms, a minute would be 0.14 s off
     stream = enumerate(source)
     while batch := list(islice(stream, batch_size)):
         result.skips += [item for _, item in batch if isinstance(item, Skip)]
@@ -205,8 +207,10 @@ def extract(
             result.seconds.append(len(waveform) / sampling_rate)
             if with_log_mel:
                 frames = log_mel_frames(waveform, log_mel)
-                whole = pooling is not None
-                statistics = clip_statistics(frames) if whole else frame_statistics(frames, int(counts[place]), hop)
+                if pooling is not None:
+                    statistics = clip_statistics(frames)
+                else:
+                    statistics = frame_statistics(frames, int(counts[place]), hop, mel_hop)
                 result.of[LOG_MEL].append(statistics)
         if progress is not None:
             progress(len(batch))

@@ -247,8 +247,22 @@ def _doubtful_separator(classes: Sequence[str], task: ProbeTask) -> list[str]:
         most = 2 * len(joined) > len(classes)
         if most or telling:
             example = joined[0] if most else telling[0]
-            return [f"labels such as {example!r} are taken as one: if they are several, add --separator '{other}'"]
+            return [_joined(example, other)]
+    if task.separator != " " and _are_words_of_few(classes):
+        return [_joined(next(name for name in classes if " " in name), " ")]
     return []
+
+
+def _joined(example: str, separator: str) -> str:
+    return f"labels such as {example!r} are taken as one: if they are several, add --separator '{separator}'"
+
+
+def _are_words_of_few(classes: Sequence[str]) -> bool:
+    """Return True if all labels are made of one or more words that each occur in several, fewer words than labels: as
+    lists of labels are, and names such as "dog bark" are not."""
+    parts = [set(name.split()) for name in classes]
+    words = Counter(word for part in parts for word in part)
+    return len({len(part) for part in parts}) > 1 and len(words) < len(classes) and min(words.values()) > 1
 
 
 def _doubtful_groups(groups: Sequence[str]) -> list[str]:

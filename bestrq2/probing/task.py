@@ -113,6 +113,12 @@ class ProbeTask:
             ),
             ("rows", self.rows in (None, *ROW_JOINS), self.rows, f"one of {', '.join(ROW_JOINS)}"),
             ("scaling", self.scaling in SCALINGS, self.scaling, f"one of {', '.join(SCALINGS)}"),
+            (
+                "train_values",
+                not set(self.train_values or ()) & set(self.test_values or ()),
+                self.train_values,
+                f"other values than those of the test side, {self.test_values!r}",
+            ),
             ("folds", self.folds == 0 or self.folds >= 2, self.folds, "at least 2, or 0 for one per group"),
             (
                 "regularisation",

@@ -300,13 +300,17 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def read_best(parent: Path) -> list[tuple[float, int]]:
+def read_best(parent: Path, validates: bool | None = None) -> list[tuple[float, int]]:
     """(value, step) of every intact checkpoint that has a value, best first, from the checkpoints themselves.
+
+    Args:
+        validates: take held-out losses alone (True) or training losses alone, which do not compare; None: what the
+            newest one has.
 
     Raises:
         CheckpointError: if one may not be read.
     """
-    found = []
+    found: list[tuple[bool, float, int]] = []
     for folder in list_checkpoints(parent):
         try:
             state = read_state(folder)
@@ -316,8 +320,11 @@ def read_best(parent: Path) -> list[tuple[float, int]]:
             continue
         value = state["extra"].get("score")
         if isinstance(value, (int, float)) and value == value:
-            found.append((float(value), state["step"]))
-    return sorted(found)
+            held_out = (state["config"].get("validation") or {}).get("source") is not None
+            found.append((held_out, float(value), state["step"]))
+    if validates is None and found:
+        validates = found[-1][0]
+    return sorted((value, step) for held_out, value, step in found if held_out == validates)
 
 
 def write_best(parent: Path, best: list[tuple[float, int]]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, DataError, batches
+from bestrq2.data.copies import copied_files
 from bestrq2.data.splits import count_shared
 from bestrq2.errors import counted, printable, system_reason
 from bestrq2.hashing import mix
@@ -65,7 +66,8 @@ class Evaluation:
             held_out = replace(config, data=crops)
             self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
             self.clips = min(settings.clips, len(self.dataset))
-            if known := count_shared(self.dataset.files, dataset.files):
+            held, used = self.dataset.files, dataset.files
+            if known := ranks.from_first(lambda: count_shared(held, used, copied_files(held, used))):
                 logger.warning(
                     f"Validation: {known} of {counted(len(self.dataset.files), 'clip')} of validation.source are also "
                     "trained on: the validation loss, and checkpoints kept by it, say nothing of other audio"

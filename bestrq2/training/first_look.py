@@ -28,12 +28,12 @@ def first_look(model: BestRQ2 | BestRQ, dataset: CropDataset, config: Config, de
     return usage
 
 
-def describe_targets(look: CodeUsage, codebook_size: int) -> None:
+def describe_targets(look: CodeUsage, model: BestRQ2 | BestRQ) -> None:
     """Log what the targets use, and advice if it is little."""
-    found = look.metrics()
+    found, size = look.metrics(), model.quantizer.codebook_size
     logger.info(
-        f"Targets: {found['codes_used']:.0f} of {codebook_size} codes used by {float(look.total):.0f} patches, "
+        f"Targets: {found['codes_used']:.0f} of {size} codes used by {float(look.total):.0f} patches, "
         f"perplexity {found['perplexity']:.1f}, commonest code {found['unigram']:.1%}"
     )
-    if (advice := look.advice()) is not None:
+    if (advice := look.advice(model.teacher is not None)) is not None:
         logger.warning("%s", advice)

@@ -31,8 +31,10 @@ class LossScale:
         return explained
 
     def state(self) -> dict[str, Any]:
-        return {"value": self.value, "good_steps": self.good_steps}
+        return {"enabled": self.enabled, "value": self.value, "good_steps": self.good_steps}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        if self.enabled and state is not None:
+        """Go on from :meth:`state`, unless it is that of another precision, which knows no scale."""
+        state = state or {"enabled": False}
+        if self.enabled and state.get("enabled", state.get("value") != 1.0):  # old checkpoints do not say it
             self.value, self.good_steps = state["value"], state["good_steps"]

@@ -33,7 +33,8 @@ class Saver:
         self._pending: Future[None] | None = None
         self._last = time.monotonic()
         self.saved_step = step
-        self._best = [entry for entry in read_best(self.parent) if entry[1] <= step][: self.settings.keep_best]
+        scores = read_best(self.parent, config.validation.source is not None)
+        self._best = [entry for entry in scores if entry[1] <= step][: self.settings.keep_best]
         if writes and self._best:  # after a kill between a checkpoint and this note
             self._note_best()
 

@@ -1,5 +1,7 @@
 """Before the first step: a seed of the targets chosen among many, projections and codes fitted, a teacher noted."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from bestrq2.models.build import build_quantizer
 from bestrq2.models.teacher import Teacher
 
 from .distributed import Ranks
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_BATCH = 16  # clips
 
@@ -34,7 +38,7 @@ def settle_targets(config: Config, dataset: CropDataset, device: torch.device) -
     teacher = open_teacher(config)
     if teacher is not None:
         targets.digest = teacher.digest()
-        print(f"Teacher: {targets.encoder}, {_layer_name(teacher)}, digest {targets.digest[:16]}")
+        logger.info(f"Teacher: {targets.encoder}, {_layer_name(teacher)}, digest {targets.digest[:16]}")
     if targets.seed_candidates == 1:
         return config
     encoder = build_encoder(config.model, config.data.crop_seconds).to(device)
@@ -50,7 +54,7 @@ def settle_targets(config: Config, dataset: CropDataset, device: torch.device) -
     targets.seed = max(entropies, key=lambda seed: entropies[seed])
     targets.seed_candidates = 1
     values = sorted(entropies.values())
-    print(
+    logger.info(
         f"Targets: seed {targets.seed} of {len(values)} candidates, {values[-1]:.2f} bits of code entropy "
         f"(lowest {values[0]:.2f}, median {values[len(values) // 2]:.2f}) over {len(sample)} patches"
     )
@@ -73,7 +77,7 @@ def fit_targets(
         sample = sample_values(config, dataset, model.encoder.to(device), quantizer, model.teacher, device)
         _fit(quantizer, sample)
         entropy = code_entropy(_codes(quantizer, sample, device), quantizer.codebook_size)
-        print(
+        logger.info(
             f"Targets: fitted to {len(sample)} patches, {entropy:.2f} bits of code entropy ({quantizer.extra_repr()})"
         )
         return {name: tensor.cpu() for name, tensor in quantizer.state_dict().items()}

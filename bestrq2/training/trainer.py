@@ -397,7 +397,7 @@ class Trainer:
             return
         look = first_look(self.model, self.dataset, self.config, self.device)
         found = look.metrics()
-        describe_targets(look, self.model.quantizer.codebook_size)
+        describe_targets(look, self.model)
         self.log.write({"step": 0, **found, "learning_rate": 0.0, **health})
 
     def _finish(self, stop: StopSignal | None) -> int:

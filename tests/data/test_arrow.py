@@ -249,7 +249,7 @@ def _files_of_levels(folder):
     return {"bytes": None, "path": "long.wav"}, {"bytes": (folder / "long.wav").read_bytes(), "path": "long.wav"}
 
 
-def _write(path, columns):
+def _write(path, columns, metadata=None, **options):
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     table = pyarrow.table(
         {
@@ -257,8 +257,9 @@ def _write(path, columns):
             for name, values in columns.items()
         }
     )
+    table = table.replace_schema_metadata(metadata)
     if path.suffix == ".parquet":
-        parquet.write_table(table, path)
+        parquet.write_table(table, path, **options)
     else:
         with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
@@ -278,6 +279,26 @@ def test_rows_that_name_files_are_read_as_those_of_a_manifest(tmp_path, suffix):
     # Audio in the table is what was cut out already.
     files, _ = collect(_write(tmp_path / f"cut{suffix}", {"audio": [inside], "start": [1.0], "end": [4.0]}))
     assert [(item.start, item.end, item.duration) for item in files] == [(0.0, None, 3.0)]
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+@pytest.mark.parametrize("form", ["large", "dictionary", "without statistics", "mixed"])
+def test_rows_that_name_files_in_other_forms(tmp_path, suffix, form):
+    """They were whole files, as if the audio were in the table."""
+    outside, inside = _files_of_levels(tmp_path)
+    starts, audio, metadata = [0.0, 1.0, 2.0], [outside] * 3, None
+    if form in ("large", "dictionary"):
+        kind = pyarrow.large_string() if form == "large" else pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+        audio = pyarrow.array(["long.wav"] * 3).cast(kind)
+        metadata = {"huggingface": json.dumps({"info": {"features": {"audio": {"_type": "Audio"}}}})}
+    if form == "mixed":
+        audio = [outside, inside, outside]
+    columns = {"audio": audio, "start": starts, "end": [start + 1 for start in starts]}
+    options = {"write_statistics": False} if form == "without statistics" and suffix == ".parquet" else {}
+    files, _ = collect(_write(tmp_path / f"x{suffix}", columns, metadata, **options))
+    levels = [round(float(load_clip(item).mean()), 3) for item in files]
+    assert levels == [0.1, 0.2, 0.3]  # 0.2 is also the mean of all
+    assert [item.duration for item in files] == ([1.0, 1.0, 1.0] if form != "mixed" else [1.0, 3.0, 1.0])
 
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])

@@ -157,6 +157,7 @@ def test_common_voice(folder):
         ("path,channel\na.wav,1\n", "m.csv:2: channel = '1' cannot be applied"),
         ("path,speed\na.wav,0.9\n", "m.csv:2: speed = '0.9' cannot be applied"),
         ("ID,wav\na,{data_root}/a.wav\n", "m.csv:2: put the folder in place of the placeholder"),
+        ("ID,wav,wav_opts\na,a.wav,start:10000 stop:26000\n", "wav_opts = 'start:10000 .* may stand for a part of the"),
         ("path,start_sample\na.wav,16000\n", "m.csv:2: start_sample = '16000' may stand for a part of the file: name"),
         ("path,Start (s),End (s)\na.wav,1,2\n", r"Start \(s\) = '1' may stand for a part"),
         ("a.wav,dog\nb.wav,cat\n", "the first line must name the columns, for example path,label; it is 'a.wav,dog'"),
@@ -243,6 +244,29 @@ def test_durations_in_another_unit(folder, unit):
         collect(folder / "m.csv")
 
 
+@pytest.mark.parametrize(("column", "unit"), [("duration", "minutes"), ("seconds", "another unit")])
+def test_durations_that_are_far_too_short(folder, column, unit):
+    """Training would hear the beginning of each file alone."""
+    (folder / "m.csv").write_text(f"path,{column}\nlong.wav,{10 / 60 if unit == 'minutes' else 0}\n")
+    with pytest.raises(DataError, match=rf"long\.wav has 10\.000 s, the list says .*, which looks like {unit}"):
+        collect(folder / "m.csv")
+
+
+def test_durations_that_are_too_short(folder):
+    table = folder / "m.csv"
+    table.write_text("path,duration\nlong.wav,6\nshort.wav,1\n")
+    note = f"{table}: {folder / 'long.wav'} has 10.000 s, the list says 6: training uses no more of such a file"
+    assert [text.startswith(note) for text in collect(table)[1].notes] == [False, True]
+    table.write_text("path,duration\nlong.wav,9.6\nlong.wav,10\n")
+    assert not any("the list says" in text for text in collect(table)[1].notes)
+
+
+def test_a_column_that_is_there_twice_in_a_table_without_quoting(folder):
+    (folder / "m.tsv").write_text("path\tlabel\tlabel\nlong.wav\tdog\tcat\n")
+    with pytest.raises(ManifestError, match="the column 'label' is there twice"):
+        read_manifest(folder / "m.tsv")
+
+
 def test_parts_that_are_not_there(folder):
     (folder / "m.csv").write_text("path,start,end\nlong.wav,9,12\nlong.wav,11,12\nlong.wav,9,10.02\nlong.wav,8,\n")
     skips = [clip for clip in iterate_clips(read_manifest(folder / "m.csv"), RATE) if not isinstance(clip, tuple)]
@@ -302,6 +326,15 @@ def test_splits_in_a_column_with_other_words(folder):
     for train, test in (("train-clean-100", "test-clean"), ("balanced_train", "eval"), ("Training", "dev set")):
         (folder / "m.csv").write_text(f"path,subset\nshort.wav,{train}\nlong.wav,{test}\n")
         assert [f.path for f in collect(folder / "m.csv")[0]] == [str(folder / "short.wav")], train
+
+
+def test_a_name_that_is_there_twice_in_kaldi(folder):
+    (folder / "wav.scp").write_text("a long.wav\nb short.wav\n")
+    for name, text in (("utt2spk", "a s1\na s2\nb s1\n"), ("segments", "a a 0 1\na a 1 2\n")):
+        (folder / name).write_text(text)
+        with pytest.raises(ManifestError, match=rf"{name}:2: a is there twice"):
+            read_manifest(folder / "wav.scp")
+        (folder / name).unlink()
 
 
 def test_splits_of_archives(folder):

@@ -62,6 +62,59 @@ def test_rate_that_is_not_stated(tmp_path):
     assert load_audio(item.path).shape == (8000,)
 
 
+@pytest.mark.parametrize("name", ["sampling_rate", "samplerate", "sr", "fs"])
+@pytest.mark.parametrize("place", ["file", "waveform", "dataset", "clip"])
+def test_rate_by_another_name(tmp_path, name, place):
+    """It was taken for 32000 Hz, at which all clips were an octave off."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        if place == "clip":
+            file.create_group("waveform").create_dataset("a", data=_clips()[0]).attrs[name] = 16000
+        else:
+            file["waveform"] = np.stack([part[:16000] for part in _clips()])
+            if place == "dataset":
+                file[name] = 16000
+            else:
+                (file if place == "file" else file["waveform"]).attrs[name] = 16000
+    (item, *_), _ = collect(tmp_path / "x.h5")
+    assert (item.sampling_rate, item.duration) == (16000, 1.0)
+    np.testing.assert_array_equal(load_audio(item.path), _clips()[0][:16000] / np.float32(32768))
+
+
+def test_what_would_not_be_the_audio_is_refused(tmp_path):
+    """Zeros behind the end of padded clips, and 64-bit integers: full scale is hardly at 2^63."""
+    rows = np.stack([part[:16000] for part in _clips()])
+    with h5py.File(tmp_path / "padded.h5", "w") as file:
+        file["waveform"], file["lengths"] = rows, [16000, 8000, 16000, 16000, 16000, 12000]
+        file.attrs["sample_rate"] = 16000
+    with pytest.raises(DataError, match="'lengths' says that clips are padded with zeros"):
+        collect(tmp_path / "padded.h5")
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file["waveform"], file["lengths"] = rows, [16000] * 6
+    assert len(collect(tmp_path / "whole.h5")[0]) == 6
+    with h5py.File(tmp_path / "long.h5", "w") as file:
+        file["waveform"] = rows.astype(np.int64)
+    with pytest.raises(DataError, match=r"'waveform' must be int16 .*, got int64"):
+        collect(tmp_path / "long.h5")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "step"), [("f4", 1, 2**-24), ("f2", 1, 2**-12), ("i4", 2**31, 2**-24), ("i1", 128, 0)]
+)
+def test_other_samples_in_shards(tmp_path, kind, scale, step):
+    """Some ended the packing, and those above full scale became a square wave."""
+    rows = np.stack([part[:16000] for part in _clips()]) / 32768
+    rows[2] *= 20000 if kind == "f4" else 1
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["waveform"] = (rows * scale).astype(kind)
+        file.attrs["sample_rate"] = 16000
+    files, _ = collect(tmp_path / "x.h5")
+    packed = pack(files, tmp_path / "shards")
+    if kind == "f4":
+        assert [(skip.path, skip.reason) for skip in packed.skips] == [(files.pop(2).path, "out of range")]
+    for one, other in zip(files, packed.files, strict=True):
+        np.testing.assert_allclose(load_audio(other.path), load_audio(one.path), rtol=0, atol=step)
+
+
 @pytest.mark.parametrize("layout", ["group", "arrays"])
 def test_clips_of_any_length(tmp_path, layout):
     parts = _clips()

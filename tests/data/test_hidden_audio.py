@@ -61,6 +61,20 @@ def unmarked(data):
     return data
 
 
+def rifx(stated):
+    """A WAV of big-endian numbers, which libsndfile reads and does not write in this form."""
+    samples = (NOISE * 32767).astype(">i2").tobytes()
+    head = struct.pack(">4sI8sIHHIIHH", b"RIFX", 36 + stated, b"WAVEfmt ", 16, 1, 1, RATE, 2 * RATE, 2, 16)
+    return bytearray(head + b"data" + struct.pack(">I", stated) + samples)
+
+
+def untagged(bitrate_mode="CONSTANT", rate=RATE, channels=1):
+    """An MP3 without its first frame, the tag of LAME; loud at first."""
+    samples = np.stack([NOISE * np.linspace(4, 0.01, len(NOISE), dtype=np.float32)] * channels, 1)
+    data = encoded("MP3", samples, rate, bitrate_mode=bitrate_mode, compression_level=0.3)
+    return data[data.index(data[:2], 64) :]
+
+
 ID3 = b"ID3\x04\0\0" + bytes([0, 0, 1, 0]) + bytes(128)
 APE = b"APETAGEX" + struct.pack("<4I", 2000, 32, 0, 0x80000000) + bytes(8) + bytes(32)
 
@@ -87,6 +101,12 @@ HIDDEN = {
     "chain.ogg": lambda: encoded("OGG", subtype="VORBIS") * 2,
     "chain.opus": lambda: encoded("OGG", subtype="OPUS") + encoded("OGG", NOISE[::-1], subtype="OPUS"),
     "joined.mp3": lambda: encoded("MP3") * 3,
+    "short.rifx": lambda: rifx(2 * RATE),
+    "variable.mp3": lambda: untagged("VARIABLE"),
+    "average behind a tag.mp3": lambda: ID3 + untagged("AVERAGE", 44100, 2) + b"TAG" + bytes(125),
+    "another rate behind.mp3": lambda: untagged() + untagged(rate=22050),
+    "stereo behind.mp3": lambda: untagged() + untagged(channels=2),
+    "tag of no frames.mp3": lambda: encoded("MP3")[:29] + bytes(4) + encoded("MP3")[33:] + untagged(channels=2),
 }
 
 
@@ -124,6 +144,9 @@ WHOLE = {
     "tagged.ogg": lambda: encoded("OGG", subtype="VORBIS") + b"TAG" + bytes(125),
     "plain.mp3": lambda: encoded("MP3"),
     "tagged.mp3": lambda: encoded("MP3") + b"TAG" + bytes(125),
+    "untagged.mp3": untagged,
+    "zeros before.mp3": lambda: bytes(500) + untagged(),
+    "plain.rifx": lambda: rifx(2 * len(NOISE)),
 }
 
 
@@ -150,6 +173,27 @@ def test_a_cut_ogg_is_reported(tmp_path, subtype, share):
         load_audio(path)
     with pytest.raises(DataError, match=r"1 truncated"):
         collect(path)
+
+
+def test_a_cut_big_endian_wav_is_reported(tmp_path):
+    path = tmp_path / "cut.wav"
+    path.write_bytes(rifx(4 * len(NOISE)))
+    with pytest.raises(AudioError, match=r"truncated \(50\.0 % of the audio bytes are missing"):
+        audio_info(path)
+
+
+def test_a_long_mp3_is_looked_at_in_pieces(tmp_path):
+    """Equal bitrates give the length; one piece of another has every frame counted, which is right, too."""
+    path = tmp_path / "long.mp3"
+    constant = np.tile(NOISE, 16)
+    data = encoded("MP3", constant, bitrate_mode="CONSTANT", compression_level=0.0)
+    path.write_bytes(data[data.index(data[:2], 64) :])
+    assert path.stat().st_size > 1 << 18
+    assert len(load_audio(path)) == pytest.approx(len(constant), abs=3000)
+    other = encoded("MP3", constant, bitrate_mode="CONSTANT", compression_level=0.9)
+    path.write_bytes(data[data.index(data[:2], 64) :] + other[other.index(other[:2], 64) :])
+    with pytest.raises(AudioError, match="no tag counts the frames of its variable bitrate"):
+        audio_info(path)
 
 
 CUT = [(form, "PCM_16") for form in ("AU", "WAV", "W64", "NIST", "VOC", "SVX", "CAF")]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bestrq2.data.fields import known_columns, other_columns
+from bestrq2.data.columns import of_manifest
+from bestrq2.data.fields import known_columns
 from bestrq2.data.manifest import read_manifest
 from bestrq2.errors import ManifestError
 
@@ -141,8 +142,8 @@ def test_numbers_of_channels(read, name):
 
 
 def test_channels_in_words_are_labels(tmp_path):
-    """Those that :func:`other_columns` tells are not kept."""
-    assert other_columns([known_columns({"path": "a.wav", "Channel_ID": "UCx7Q", "ch": ""})]) == ["Channel_ID"]
+    row = known_columns({"path": "a.wav", "Channel_ID": "UCx7Q", "ch": "", "channel": "0"})
+    assert of_manifest(row, []) == {"Channel_ID": "UCx7Q", "ch": ""}
 
 
 def test_lists_in_parquet_that_mean_a_part(tmp_path):

@@ -172,3 +172,16 @@ def test_the_limit_of_open_files_at_the_start_of_a_worker(monkeypatch, capfd):
         signal.signal(signal.SIGTERM, before)
     _in_one_line(EOFError, EOFError(), None)  # its end of it: nothing was received
     assert capfd.readouterr().err == ""
+
+
+def test_clips_that_two_sources_have(tmp_path, write_wav):
+    """They are drawn as often as they are listed, which only a single manifest told."""
+    write_wav("a/x.wav", 1.0)
+    write_wav("a/y.wav", 1.0)
+    folder, table = str(tmp_path / "a"), tmp_path / "m.csv"
+    files, report = collect([folder, f"{folder}/x.wav"])
+    assert len(files) == 3
+    told = "1 clip in several of these sources; each is used as often as it is listed"
+    assert report.notes == [f"{folder}, {folder}/x.wav: {told}"]
+    table.write_text("path\na/x.wav\na/x.wav\n")
+    assert not any("these sources" in note for note in collect([table, f"{folder}/y.wav"])[1].notes)

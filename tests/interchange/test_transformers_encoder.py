@@ -121,6 +121,17 @@ def test_features(family, folders):
         torch.testing.assert_close(alone[:, 0], layers[:, number, :count], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "samples", "frames"), [("ast", 81_440, 51), ("whisper", 465_600, 1455)])
+def test_frames_do_not_follow_the_default_dtype(family, samples, frames, folders):
+    encoder, waveform = open_encoder(folders / family), torch.zeros(1, samples)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        counts = encoder.encode(waveform)[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert counts.tolist() == [frames]
+
+
 @pytest.mark.parametrize("family", ["wav2vec2-layer", "wav2vec2-bert", "ast", "whisper"])
 def test_features_are_those_of_the_model(family, folders):
     """The model called as its own documentation says, without our code."""

@@ -314,6 +314,24 @@ def test_modules_that_were_changed_are_called(variant, how):
         assert calls, part
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_classes_that_were_given_another_forward_are_called(variant, monkeypatch):
+    """As quantizers, adapters and profilers patch ``nn.Linear.forward``, and Liger classes of a model."""
+    model = VARIANTS[variant]().eval()
+    expected = outputs_of(model)
+    for kind in {type(module) for module in model.modules()} - {nn.ModuleList}:
+        own, calls = kind.forward, set()
+
+        def forward(self, *arguments, own=own, calls=calls, **options):
+            calls.add(self)
+            return own(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", forward)
+            torch.testing.assert_close(outputs_of(model), expected)
+        assert calls == {module for module in model.modules() if type(module) is kind}, kind
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 @pytest.mark.parametrize("variant", VARIANTS)

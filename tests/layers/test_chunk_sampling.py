@@ -2,7 +2,7 @@
 
 import pytest
 
-from bestrq2.layers.chunk_sampling import FixedChunks, SpeechBrainChunks, WeNetChunks
+from bestrq2.layers.chunk_sampling import SpeechBrainChunks, WeNetChunks
 from bestrq2.ops import ChunkLayout
 
 STEPS = range(4000)
@@ -46,7 +46,6 @@ def test_forced_settings():
     sampler = SpeechBrainChunks(1.0, (16, 16), 1.0, (4, 4))
     assert {sampler.layout(step, 9) for step in range(20)} == {ChunkLayout(16, 64)}
     assert {SpeechBrainChunks(0.0).layout(step, 9) for step in range(20)} == {ChunkLayout()}
-    assert FixedChunks(ChunkLayout(4)).layout(3, 9) == ChunkLayout(4)
 
 
 def test_what_training_covers():

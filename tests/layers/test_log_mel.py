@@ -1,10 +1,12 @@
 """LogMel against an independent NumPy computation and torchaudio, and its blindness to padding."""
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bestrq2.data import load_audio, tiny_dataset
 from bestrq2.layers.log_mel import LogMel, reflect_edges
@@ -162,3 +164,11 @@ def test_rejects_bad_input():
         LogMel(f_max=9000)
     with pytest.raises(ValueError, match="win_length"):
         LogMel(n_fft=512, win_length=600)
+
+
+def test_a_transform_begun_without_values_leaves_nothing_behind():
+    settings = {"n_fft": 444, "win_length": 440, "hop_length": 160, "num_mels": 31}
+    with FakeTensorMode(), contextlib.suppress(Exception):  # it looks at values, which are not there
+        LogMel(**settings)
+    log_mel = LogMel(**settings)
+    assert type(log_mel.window) is type(log_mel.filters) is torch.Tensor

@@ -129,6 +129,17 @@ def test_a_waveform_that_requires_a_gradient_takes_the_pytorch_form():
 
 
 @needs_extension
+def test_forward_mode_takes_the_pytorch_form():
+    log_mel = LogMel(**STRIPS)
+    waveform, direction = ragged()[0][:1, :2000], torch.randn(1, 2000)
+    _, tangent = torch.func.jvp(lambda x: log_mel(x)[0], (waveform,), (direction,))
+    waveform.requires_grad_()
+    (gradient,) = torch.autograd.grad(log_mel(waveform)[0].sum(), waveform)
+    assert tangent.any()
+    torch.testing.assert_close(tangent.sum(), (gradient * direction).sum(), rtol=1e-3, atol=1e-3)
+
+
+@needs_extension
 def test_what_is_not_finite_is_not_hidden():
     waveform = ragged()[0][:2]
     waveform[0, 3000] = float("nan")

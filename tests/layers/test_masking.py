@@ -8,6 +8,7 @@ import torch
 from bestrq2.hashing import mix, uniform
 from bestrq2.layers.counter_random import random_keys
 from bestrq2.layers.masking import RandomMasking
+from bestrq2.layers.thinning import num_kept
 
 
 def chosen(plan, clip):
@@ -54,6 +55,20 @@ def test_mask_of_a_clip_depends_on_its_index_alone():
         assert chosen(whole, clip + 2) == chosen(part, clip)
     other = masking.plan(lengths[2:], 7, torch.tensor([104, 105]), "cpu")
     assert chosen(other, 0) != chosen(part, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_counts_do_not_follow_the_default_dtype(dtype):
+    masking, lengths = RandomMasking((0.47, 0.47)), torch.tensor([70001, 5001, 1250])
+    counts = masking.num_predicted(lengths, 0)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert torch.equal(masking.num_predicted(lengths, 0), counts)
+        assert num_kept(counts, 0.3).tolist() == [9870, 705, 176]
+    finally:
+        torch.set_default_dtype(before)
+    assert counts.tolist() == [32900, 2350, 587]
 
 
 def test_steps_and_seeds_differ():

@@ -42,6 +42,15 @@ def test_standardised_values_are_mixed_in_decibels():
     assert torch.equal(found.is_own, expected.is_own)
 
 
+def test_silence_at_the_floor_of_the_front_end_adds_nothing():
+    patches = batch(-20.0, -50.0, rows=1)
+    patches.values[:, 10:] = -60.0  # both fall silent; the quiet clip is raised by 30 dB
+    mixing, index = PairMixing(1.0, level_db=(0.0, 0.0), span=(1.0, 1.0)), torch.tensor([2, 3])
+    mixed = mixing.mix(patches, index, floor_db=-60.0).patches.values
+    torch.testing.assert_close(mixed[:, 10:], patches.values[:, 10:], atol=1e-2, rtol=0)
+    assert (mixed[:, :10] > patches.values[:, :10] + 2.5).all()
+
+
 def test_codes_are_those_of_the_louder_clip():
     # The first clip is loud in its first half, the second in its second.
     patches = batch(-20.0, -20.0, rows=1)

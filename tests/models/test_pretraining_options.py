@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bestrq2.config import ConfigError, load_config
+from bestrq2.layers.patches import extract_patches
 from bestrq2.models import build_model
 from bestrq2.models.clip_head import ClipHead
 from bestrq2.models.teacher import Teacher
@@ -254,6 +255,18 @@ def test_teachers_that_do_not_fit_are_refused(overrides, message):
         build("model.targets.encoder=x", *overrides, teacher=Teacher(build().encoder, 1))
 
 
+def test_mixing_reaches_the_frames_of_a_conformer():
+    options = ["model.mixing.share=1.0", "model.mixing.level_db=[0,0]"]
+    model = build_model(load_config("best_rq_conformer_tiny", options))
+    waveform, lengths = audio()
+    output = model(waveform, lengths, step=0, index=torch.tensor([8, 9]))
+    single = model.encoder.patches(waveform, lengths)
+    assert not torch.equal(output.patches.values, single.values)
+    again = extract_patches(output.patches.frames, lengths, single.frames.shape[2], model.encoder.factor)
+    assert torch.equal(again.values, output.patches.values)
+    assert torch.equal(single.replaced(single.values).frames, single.frames)
+
+
 def test_missing_teachers_and_layers_are_refused():
     with pytest.raises(ConfigError, match=r"model.targets.encoder: the targets are made by .*runs/a, which has"):
         build("model.targets.encoder=runs/a")
@@ -283,6 +296,15 @@ def test_digest_is_that_of_weights_and_layer():
         (["model.targets.projection=lda"], "expected one of .*whitened_pca"),
         (["model.targets.seed_candidates=0"], "seed_candidates: expected at least 1"),
         (["frozen.source=x", "model.targets.projection=pca"], "null with model.targets.projection"),
+        (
+            ["model.targets.encoder=x", "model.targets.normalize=global"],
+            "^model.targets.normalize: expected none, patch or utterance with model.targets.encoder, or its mean",
+        ),
+        (
+            ["model.predictor.width=36", "model.predictor.heads=4"],
+            "^model: rotary positions need a head width .* got 9",
+        ),
+        (["model.encoder.position=sincos", "model.encoder.width=30", "model.encoder.heads=2"], "multiple of 4, got 30"),
     ],
 )
 def test_impossible_options_name_their_key(overrides, message):

@@ -51,6 +51,18 @@ def test_deviation_of_large_values_is_exact():
     assert pool_frames(frames, torch.tensor([3]), "mean+std")[0, 1] == pytest.approx(6**-0.5, rel=1e-5)
 
 
+def test_deviation_of_a_single_frame_has_a_gradient_of_zero():
+    frames = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    frames[1, :2, 2] = 7.0  # equal frames
+    frames.requires_grad_()
+    for lengths in ([4, 1], [4, 2]):
+        (gradient,) = torch.autograd.grad(pool_frames(frames, torch.tensor(lengths), "mean+std")[:, 3:].sum(), frames)
+        assert gradient.isfinite().all()
+        assert gradient[0].all()
+        assert gradient[1].any() == (lengths[1] > 1)
+        assert not gradient[1, :, 2].any()
+
+
 def test_combine_by_hand():
     layers = torch.randn(3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(combine_layers(layers, "average"), layer_norm(layers, (8,)).mean(0))

@@ -152,3 +152,18 @@ def test_lengths():
             model.encoder.stream(waveform, state, relative)
     with pytest.raises(ValueError, match=r"integers, got torch\.bool"):
         model.encoder.encode(waveform, torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", ["options", "streaming"])
+def test_a_frozen_encoder_stays_in_evaluation_mode(kind):
+    """Trainers call ``model.train()`` on everything they hold."""
+    encoder, (waveform, lengths) = model_of(kind).encoder.eval(), ragged()
+    expected = encoder.encode(waveform, lengths)[0]
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    whole = torch.nn.ModuleList([encoder.requires_grad_(False), torch.nn.Linear(64, 2)]).train()
+    assert whole[1].training
+    assert not any(module.training for module in encoder.modules())
+    assert torch.equal(encoder.encode(waveform, lengths)[0], expected.detach())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    next(iter(encoder.parameters())).requires_grad_()
+    assert all(module.training for module in whole.train().modules())

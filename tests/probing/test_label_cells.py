@@ -49,3 +49,19 @@ def test_groups_that_are_almost_alike(tmp_path):
     ]
     assert warnings(*(f"{n}{c}" for n in "abcde" for c in "xX"))[3] == "2 more sets of groups that are almost alike"
     assert warnings("Ann", "Bob", "Anna", "1", "2", "Ann") == []
+
+
+def test_labels_between_spaces_are_told_and_names_of_several_words_are_not(tmp_path):
+    def told(*cells, separator=";"):
+        (tmp_path / "m.csv").write_text("path,label\n" + "".join(f"{n}.wav,{cell}\n" for n, cell in enumerate(cells)))
+        clips = read_clips(ProbeTask(str(tmp_path / "m.csv"), kind="multilabel", separator=separator))
+        return [text for text in clips.warnings if "separator" in text]
+
+    cells = ["dog wind", "dog", "wind rain", "rain dog wind", "rain"]
+    assert told(*cells) == ["labels such as 'dog wind' are taken as one: if they are several, add --separator ' '"]
+    assert told(*cells, separator=" ") == []
+    assert told(*cells, "siren") == []  # is nowhere else
+    assert told("male speech", "female speech", "male song", "female song", "male", "speech") != []
+    assert told("male speech", "female speech", "male song", "female song", "dog") == []
+    assert told("a b", "a c", "b c", "a d", "b d", "c d") == []  # always two: names of two words
+    assert told("Dog", "Dog bark", "Car horn", "Rain") == []

@@ -16,6 +16,7 @@ from bestrq2 import load
 from bestrq2.config import ConfigError, OptimizerConfig, load_config
 from bestrq2.data import tiny_dataset
 from bestrq2.errors import CheckpointError
+from bestrq2.layers.conformer_convolution import MaskedBatchNorm
 from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.runs.folder import read_metrics
 from bestrq2.train import main, seeded_model
@@ -75,6 +76,21 @@ def test_loss_scale_falls_on_overflow_and_grows_after_patience():
     assert LossScale(enabled=False).update(False) is False
 
 
+def test_a_run_that_goes_on_in_fp16_begins_with_the_scale_of_a_new_one():
+    before = LossScale(enabled=False).state()
+    old_checkpoint = {"value": 1.0, "good_steps": 0}
+    for state in (before, old_checkpoint, None):
+        scale = LossScale(enabled=True)
+        scale.restore(state)
+        assert scale.value == LossScale(enabled=True).value
+    fallen = LossScale(enabled=True, value=1.0)
+    scale = LossScale(enabled=True)
+    scale.restore(fallen.state())
+    assert scale.value == 1.0
+    scale.restore({"value": 512.0, "good_steps": 7})
+    assert (scale.value, scale.good_steps) == (512.0, 7)
+
+
 def test_averaged_weights_are_the_stated_recursion_and_can_be_opened(tmp_path):
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)
@@ -98,6 +114,28 @@ def test_averaged_weights_are_the_stated_recursion_and_can_be_opened(tmp_path):
     assert not torch.equal(weights[name], dict(averaged.named_parameters())[name])
     with pytest.raises(CheckpointError, match=r"expected model\.safetensors or ema\.safetensors"):
         load(folder / "training.safetensors")
+
+
+def test_running_statistics_are_averaged_with_the_weights():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"norm": MaskedBatchNorm(3), "frozen": MaskedBatchNorm(3).requires_grad_(False)})
+    average = WeightAverage(model, 0.5)
+    expected, seen = torch.zeros(3), []
+    for step in range(4):
+        model["norm"](torch.randn(2, 5, 3) + step, None)
+        seen.append(model["norm"].running_mean.clone())
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * seen[-1]
+    torch.testing.assert_close(average.average["norm.running_mean"], expected)
+    assert not torch.allclose(expected, seen[-1])
+    assert average.average.keys() == {f"norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")}
+
+    earlier = {name: torch.full((3,), 7.0) for name in ("norm.weight", "norm.bias")}  # of a version without them
+    resumed = WeightAverage(model, 0.5)
+    resumed.restore(earlier, 4)
+    assert resumed.average["norm.weight"].tolist() == [7.0] * 3
+    assert torch.equal(resumed.average["norm.running_mean"], model["norm"].running_mean)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "stable"])
@@ -185,6 +223,15 @@ def test_best_checkpoints_are_compared_where_the_held_out_loss_was_measured(tmp_
     assert [entry["step"] for entry in best] == [12], "3, 6 and 9 have the loss of an earlier step"
     assert "train.keep_best compares the checkpoints of every 12 steps" in caplog.text
     assert "24 of 24 clips of validation.source are also trained on" in caplog.text
+
+
+def test_copies_of_clips_that_are_trained_on_are_told(tmp_path, caplog):
+    for number, item in enumerate(tiny_dataset()[:3]):
+        (tmp_path / "held").mkdir(exist_ok=True)
+        (tmp_path / "held" / f"{number}.ogg").write_bytes(Path(item.path).read_bytes())
+    options = [f"validation.source={tmp_path}/held", "validation.every=1", "validation.clips=2", "train.steps=1"]
+    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, *options]) == 0
+    assert "3 of 3 clips of validation.source are also trained on" in caplog.text
 
 
 def test_validation_disturbs_nothing(tmp_path, plain_training):

@@ -3,7 +3,7 @@
 They are read with pyarrow, without the ``datasets`` package. The audio column is the one that the file's own metadata
 calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one. Of several
 such columns one must be called ``audio``. Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if
-they are there, and ``split`` chooses rows as in a manifest. Where all rows name files, ``start``, ``end`` and all other
+they are there, and ``split`` chooses rows as in a manifest. Where rows name files, ``start``, ``end`` and all other
 columns mean what they mean in a manifest (:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there
 such columns say what it was cut out of. The address of row i is ``file.arrow::i``. A row of an .arrow file is found in
 constant time; of a .parquet file a whole row group is read, so for training many rows pack it into tar shards first
@@ -16,12 +16,14 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bestrq2.data.columns import of_archive, of_manifest
 from bestrq2.data.fields import audio_file, is_read, known_columns
 from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.places import may_hold_a_place
@@ -94,6 +96,27 @@ class _Table:
             return self._parquet.read(columns=columns).to_pydict() if columns else {}
         return {name: [v for batch in self._batches for v in batch.column(name).to_pylist()] for name in columns}
 
+    def others(self, known: list[str]) -> tuple[dict[str, list[Any]], list[str]]:
+        """The columns beside those and the audio that JSON can hold, dates and decimals as text; names of the rest."""
+        import pyarrow
+
+        found, lost = {}, []
+        for entry in self.schema:
+            if entry.name == self.column or entry.name in known:
+                continue
+            as_text = pyarrow.types.is_temporal(entry.type) or pyarrow.types.is_decimal(entry.type)
+            if not (as_text or _is_plain(entry.type)):
+                lost.append(entry.name)
+                continue
+            try:
+                parts = [self._parquet.read([entry.name])] if self._parquet is not None else self._batches
+                columns = [part.column(entry.name) for part in parts]
+                columns = [column.cast(pyarrow.string()) for column in columns] if as_text else columns
+                found[entry.name] = [value for column in columns for value in column.to_pylist()]
+            except (pyarrow.ArrowInvalid, NotImplementedError):  # a kind of time that has no text
+                lost.append(entry.name)
+        return found, lost
+
     def row(self, number: int) -> Any:
         """The audio of one row: a dict with bytes and path, or bytes, or a path."""
         group = bisect.bisect_right(self._ends, number)
@@ -109,48 +132,89 @@ class _Table:
     @property
     def names_files(self) -> bool:
         """Return True if clips go by the names of their files, where these are all there is, and not by row."""
-        import pyarrow
+        return self._parquet is None or _is_text(self.schema.field(self.column).type)
 
-        return self._parquet is None or pyarrow.types.is_string(self.schema.field(self.column).type)
-
-    def paths_only(self) -> list[str] | None:
-        """The paths of all rows, if no row has bytes of its own: then these files are the clips."""
+    def outside(self) -> list[str | None] | None:
+        """The path of every row that names a file, None for those with bytes of their own; None if all have them."""
         import pyarrow
 
         kind = self.schema.field(self.column).type
-        if pyarrow.types.is_string(kind):
+        if _is_text(kind):
             return self.values([self.column])[self.column]
         if not pyarrow.types.is_struct(kind):
             return None
         if self._parquet is not None:
-            if not self._without_bytes():
+            empty = [row for number in range(self._parquet.num_row_groups) for row in self._without_bytes(number)]
+            if not any(empty):
                 return None
-            found = self._parquet.read(columns=[f"{self.column}.path"]).column(self.column)
-            return [row and row["path"] for row in found.to_pylist()]
-        paths: list[str] = []
-        for batch in self._batches:
-            column = batch.column(self.column)
-            if column.field("bytes").null_count < len(batch):
-                return None
-            paths += column.field("path").to_pylist()
-        return paths
+            rows = self._parquet.read(columns=[f"{self.column}.path"]).column(self.column).to_pylist()
+            paths = [row and row["path"] for row in rows]
+        else:
+            columns = [batch.column(self.column) for batch in self._batches]
+            empty = [row for column in columns for row in column.field("bytes").is_null().to_pylist()]
+            paths = [path for column in columns for path in column.field("path").to_pylist()]
+        return [path if alone else None for path, alone in zip(paths, empty)] if any(empty) else None
 
-    def _without_bytes(self) -> bool:
-        """Return True if the statistics of a .parquet file say that no row has bytes of its own."""
-        metadata = self._parquet.metadata
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            columns = map(group.column, range(group.num_columns))
-            chunk = next((c for c in columns if c.path_in_schema == f"{self.column}.bytes"), None)
-            found = None if chunk is None else chunk.statistics
-            if found is None or not found.has_null_count or found.null_count < group.num_rows:
-                return False
-        return True
+    def _without_bytes(self, number: int) -> list[bool]:
+        """For each row of a row group of a .parquet file, True if it has no bytes of its own; by the statistics
+        if these say it of all."""
+        import pyarrow.compute
+
+        group = self._parquet.metadata.row_group(number)
+        columns = map(group.column, range(group.num_columns))
+        chunk = next((c for c in columns if c.path_in_schema == f"{self.column}.bytes"), None)
+        if chunk is None:
+            return [False] * group.num_rows
+        found = chunk.statistics
+        nulls = found.null_count if found is not None and found.has_null_count else None
+        if nulls is None and chunk.total_uncompressed_size > 64 * group.num_rows + 4096:
+            nulls = 0  # audio; to read all of it would take long
+        if nulls in (0, group.num_rows):
+            return [nulls > 0] * group.num_rows
+        read = self._parquet.read_row_group(number, columns=[f"{self.column}.bytes"]).column(self.column)
+        return pyarrow.compute.is_null(pyarrow.compute.struct_field(read, "bytes")).to_pylist()
 
 
 def _is_closed(source: Any) -> bool:
     """Return True if an Arrow stream ends with the end-of-stream mark of a closed writer."""
     source.seek(max(0, source.size() - 8))
     return source.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return True for a type of truth values, numbers and text, also in lists and structs."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    if types.is_map(kind) or types.is_union(kind):
+        return False
+    if types.is_nested(kind):
+        return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
+    return (
+        _is_text(kind)
+        or types.is_null(kind)
+        or types.is_boolean(kind)
+        or types.is_integer(kind)
+        or types.is_floating(kind)
+    )
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Names of the classes of a column, also of lists of them (``Sequence``, ``List``)."""
+    if isinstance(feature, list):
+        return _class_names(feature[0]) if feature else None
+    if not isinstance(feature, dict):
+        return None
+    return feature.get("names") or _class_names(feature.get("feature"))
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -202,8 +266,8 @@ def _open(path: str) -> _Table:
     return _tables[key][1]
 
 
-def list_arrow(path: str) -> Listing:
-    """The clips of an .arrow or .parquet file in their order.
+def list_arrow(path: str, *, columns: bool = False) -> Listing:
+    """The clips of an .arrow or .parquet file in their order; with ``columns``, the others are kept with them.
 
     Raises:
         DataError: pyarrow is not installed.
@@ -214,17 +278,18 @@ def list_arrow(path: str) -> Listing:
             table = _open(path)
             if not table.column:
                 return Listing([], skips=[Skip(path, "not decodable", _no_audio(table))])
-            outside = table.paths_only()
-            values = table.values(_columns_to_read(table, outside is not None))
+            outside = table.outside()
+            chosen = _columns_to_read(table, outside is not None)
+            values = table.values(chosen)
+            others, lost = table.others(chosen) if columns else ({}, [])
     except _faults() as error:
         check_open_files(error)
         return Listing([], skips=[Skip(path, "damaged archive", str(error).splitlines()[0])])
-    features: dict[str, Any] = {column: _features(table.schema).get(column) for column in values}
-    names = {column: found.get("names") for column, found in features.items() if isinstance(found, dict)}
+    names = {column: _class_names(_features(table.schema).get(column)) for column in (*values, *others)}
 
-    def cell(column: str, row: int) -> Any:
-        value = values[column][row]
-        known = names.get(column)
+    def cell(value: Any, known: Sequence[str] | None) -> Any:
+        if known and isinstance(value, list):
+            return [cell(one, known) for one in value]
         if known and isinstance(value, int) and 0 <= value < len(known):
             return known[value]
         return None if isinstance(value, float) and isnan(value) else value
@@ -235,20 +300,23 @@ def list_arrow(path: str) -> Listing:
 
     files, splits = [], []
     for number in range(table.num_rows):
-        row = {column: cell(column, number) for column in values}
+        row = {column: cell(values[column][number], names[column]) for column in values}
         known = known_columns(row)
         splits.append(split_of_row(known))
         where = address(path, number)
+        every = row | {column: cell(others[column][number], names[column]) for column in others}
         if outside is not None and outside[number]:
             file = audio_file(Path(path), number, known | {"path": outside[number]})
-            files.append(file if table.names_files else replace(file, path=where))
+            file = file if table.names_files else replace(file, path=where)
+            files.append(replace(file, columns=of_manifest(known_columns(every), lost)) if columns else file)
             continue
         rate = positive(row, "sampling_rate")
         domain, label = ("" if row.get(name) is None else str(row[name]) for name in ("domain", "label"))
         duration = positive(row, "duration")
-        files.append(AudioFile(where, duration, None if rate is None else int(rate), domain, label))
+        file = AudioFile(where, duration, None if rate is None else int(rate), domain, label)
+        files.append(replace(file, columns=of_archive(every, _USED, lost)) if columns else file)
     skips = [Skip(path, "damaged archive", table.damage)] if table.damage else []
-    return Listing(files, skips=skips, splits=splits)
+    return Listing(files, skips=skips, splits=splits, lost=lost)
 
 
 def _no_audio(table: _Table) -> str:

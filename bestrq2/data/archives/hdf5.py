@@ -1,19 +1,23 @@
 """HDF5 in the published layout: clips as int16 samples in ``waveform``.
 
-``waveform`` is (n, samples), or n arrays of any length, or a group with one dataset for each clip. ``sample_rate`` is
-an attribute of the file or of ``waveform``, or a dataset of one number or of one for each clip; without it 32000 Hz. A
-dataset ``domain``, ``label`` or ``split`` with one text for each clip is used; the published ``target`` and
-``audio_name`` are not. The address of clip i is ``file.h5::i``, in a group its name.
+``waveform`` is (n, samples), or n arrays of any length, or a group with one dataset for each clip. ``sample_rate``
+(also ``sampling_rate``, ``samplerate``, ``sr`` or ``fs``) is an attribute of the file or of ``waveform``, or a dataset
+of one number or of one for each clip; without it 32000 Hz. Lengths of clips that were padded with zeros are refused. A
+dataset ``domain``, ``label`` or ``split`` with one text for each clip is used. Others with a value or a short row for
+each, such as the published ``target`` and ``audio_name``, are further columns. The address of clip i is
+``file.h5::i``, in a group its name.
 """
 
 import os
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bestrq2.data.archives.readers import SampleReader
+from bestrq2.data.columns import of_archive
 from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.splits import split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files
@@ -22,6 +26,9 @@ __all__ = ["DEFAULT_SAMPLE_RATE", "list_hdf5", "open_hdf5_clip"]
 
 DEFAULT_SAMPLE_RATE = 32000  # what the published data loader assumes of files that do not state it
 _OPEN_FILES = 16
+_RATES = ("sample_rate", "sampling_rate", "samplerate", "sr", "fs")
+_LENGTHS = ("length", "lengths", "num_samples", "n_samples", "waveform_length", "waveform_lengths", "audio_length")
+_LONGEST = 4096  # numbers of a clip that are kept as a column
 
 _files: OrderedDict[tuple[int, str], tuple[tuple[int, int], Any]] = OrderedDict()  # by process: a handle is not forked
 _lock = threading.RLock()  # HDF5 is not safe in threads
@@ -81,7 +88,7 @@ def _waveforms(file: Any, path: str) -> Any:
     if isinstance(waveform, h5py.Dataset):
         kind = h5py.check_vlen_dtype(waveform.dtype) or waveform.dtype
         dimensions = 1 if h5py.check_vlen_dtype(waveform.dtype) else 2
-        if waveform.ndim != dimensions or np.dtype(kind).kind not in "if":
+        if waveform.ndim != dimensions or np.dtype(kind).kind not in "if" or np.dtype(kind) == np.int64:
             raise AudioError(
                 path,
                 "not decodable",
@@ -93,16 +100,38 @@ def _waveforms(file: Any, path: str) -> Any:
 def _rates(file: Any, waveform: Any) -> Any:
     """Sampling rate of all clips, or a dataset of one for each."""
     for holder in (waveform, file):
-        if "sample_rate" in holder.attrs:
-            return int(holder.attrs["sample_rate"])
-    rates = file.get("sample_rate")
+        if (stated := _stated_rate(holder.attrs)) is not None:
+            return int(stated)
+    rates = _stated_rate(file)
     if rates is None:
         return DEFAULT_SAMPLE_RATE
     return int(rates[()] if rates.ndim == 0 else rates[0]) if rates.size == 1 else rates
 
 
-def list_hdf5(path: str, domain: str = "") -> Listing:
-    """The clips of a file in their order, groups by name.
+def _stated_rate(holder: Any) -> Any:
+    """A sampling rate among attributes or datasets by one of its names, or None."""
+    return next((holder[name] for name in _RATES if name in holder), None)
+
+
+def _check_padding(file: Any, waveform: Any, path: str) -> None:
+    """Refuse clips that were padded to the longest of them: the zeros would be audio.
+
+    Raises:
+        AudioError: it names the dataset with the lengths.
+    """
+    count, samples = waveform.shape
+    for name in _LENGTHS:
+        lengths = file.get(name)
+        if getattr(lengths, "shape", None) != (count,) or lengths.dtype.kind not in "iu" or not count:
+            continue
+        values = lengths[()]
+        if values.max() == samples and values.min() < samples:
+            detail = f"'{name}' says that clips are padded with zeros: write 'waveform' as arrays of their own length"
+            raise AudioError(path, "not decodable", detail)
+
+
+def list_hdf5(path: str, domain: str = "", *, columns: bool = False) -> Listing:
+    """The clips of a file in their order, groups by name; with ``columns``, other datasets are kept with them.
 
     Raises:
         DataError: h5py is not installed.
@@ -112,6 +141,8 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
             file = _open(path)
             waveform = _waveforms(file, path)
             grouped = not hasattr(waveform, "shape")
+            if not grouped and waveform.ndim == 2:
+                _check_padding(file, waveform, path)
             names = sorted(waveform) if grouped else list(range(len(waveform)))
             rates = _rates(file, waveform)
             every = np.full(len(names), rates) if isinstance(rates, int) else rates[()]
@@ -124,7 +155,7 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
                 count = waveform.shape[1] if not grouped and waveform.ndim == 2 else None
                 if grouped:
                     count = int(waveform[name].shape[0]) if waveform[name].ndim == 1 else 0
-                    rate = int(waveform[name].attrs.get("sample_rate", rate))
+                    rate = int(_stated_rate(waveform[name].attrs) or rate)
                 known = count is not None and count > 0 and rate > 0
                 files.append(
                     AudioFile(
@@ -135,7 +166,13 @@ def list_hdf5(path: str, domain: str = "") -> Listing:
                         labels[number],
                     )
                 )
-            return Listing(files, splits=[split_of_row({"split": text}) for text in splits])
+            listing = Listing(files, splits=[split_of_row({"split": text}) for text in splits])
+            if columns:
+                others = _others(file, len(names), listing.lost)
+                for number, item in enumerate(files):
+                    row = {name: values[number] for name, values in others.items()}
+                    files[number] = replace(item, columns=of_archive(row, (), listing.lost))
+            return listing
         except AudioError as error:
             return Listing([], skips=[error.skip])
         except DataError:  # a RuntimeError
@@ -159,6 +196,27 @@ def _texts(file: Any, column: str, count: int) -> list[str]:
         if isinstance(value, bytes) and not _is_utf8(value):
             raise ValueError(f"{column} of clip {number} is not UTF-8: {value[:40]!r}; write it as UTF-8")
     return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values]
+
+
+def _others(file: Any, count: int, lost: list[str]) -> dict[str, list[Any]]:
+    """The datasets that are not used, with a text, a number or a short row of numbers for each clip; names of others
+    are added to ``lost``."""
+    import h5py
+
+    found = {}
+    for name in file:
+        if name in ("waveform", *_RATES, "domain", "label"):
+            continue
+        values = file[name]
+        fits = isinstance(values, h5py.Dataset) and values.shape[:1] == (count,) and values.size <= _LONGEST * count
+        text = fits and values.ndim == 1 and (h5py.check_string_dtype(values.dtype) or values.dtype.kind == "S")
+        if text:
+            found[name] = _texts(file, name, count)
+        elif fits and values.dtype.kind in "biuf":
+            found[name] = values[()].tolist()
+        else:
+            lost.append(name)
+    return found
 
 
 def _is_utf8(content: bytes) -> bool:
@@ -186,11 +244,11 @@ def open_hdf5_clip(path: str, name: str) -> SampleReader:
                 if name not in waveform:
                     raise AudioError(where, "missing", "no such clip in the file")
                 clip = waveform[name]
-                if getattr(clip, "ndim", 0) != 1 or clip.dtype.kind not in "if":
+                if getattr(clip, "ndim", 0) != 1 or clip.dtype.kind not in "if" or clip.dtype == np.int64:
                     raise AudioError(where, "not decodable", "not one-dimensional samples")
                 if not isinstance(rates, int):
                     rates = rates[sorted(waveform).index(name)]
-                return SampleReader(_Clip(file, clip, None), int(clip.attrs.get("sample_rate", rates)))
+                return SampleReader(_Clip(file, clip, None), int(_stated_rate(clip.attrs) or rates))
             if not (name.isascii() and name.isdigit() and int(name) < len(waveform)):
                 raise AudioError(where, "missing", f"the file has clips 0 to {len(waveform) - 1}")
             number = int(name)

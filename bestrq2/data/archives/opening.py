@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,8 +48,8 @@ def open_member(path: str) -> BinaryIO | SampleReader | None:
     return open_arrow_clip(archive, member)
 
 
-def _list_archive(item: tuple[str, str]) -> Listing:
-    listing = _listed(*item)
+def _list_archive(item: tuple[str, str], columns: bool) -> Listing:
+    listing = _listed(*item, columns)
     if not listing.files and listing.skips and (what := real_content(item[0])):
         empty = what == "an empty file"
         return Listing([], skips=[Skip(item[0], "empty file") if empty else Skip(item[0], "damaged archive", what)])
@@ -57,26 +58,26 @@ def _list_archive(item: tuple[str, str]) -> Listing:
     return listing
 
 
-def _listed(path: str, domain: str) -> Listing:
+def _listed(path: str, domain: str, columns: bool) -> Listing:
     suffix = Path(path).suffix.lower()
     try:
         if suffix == ".tar":
             from bestrq2.data.archives.tar import list_tar
 
-            return list_tar(path, domain)
+            return list_tar(path, domain, columns=columns)
         if suffix in (".h5", ".hdf5"):
             from bestrq2.data.archives.hdf5 import list_hdf5
 
-            return list_hdf5(path, domain)
+            return list_hdf5(path, domain, columns=columns)
         from bestrq2.data.archives.arrow import list_arrow
 
-        return list_arrow(path)
+        return list_arrow(path, columns=columns)
     except OSError as error:
         check_open_files(error)
         return Listing([], skips=[Skip(path, "not readable", error.strerror or str(error))])
 
 
-def list_archives(archives: Sequence[tuple[str, str]], progress: bool) -> Iterable[Listing]:
+def list_archives(archives: Sequence[tuple[str, str]], progress: bool, columns: bool = False) -> Iterable[Listing]:
     """List archives in their order, several at once: on a network file system this is waiting."""
     with (
         ThreadPoolExecutor(min(8, max(1, len(archives)))) as pool,
@@ -85,6 +86,6 @@ def list_archives(archives: Sequence[tuple[str, str]], progress: bool) -> Iterab
         ) as bar,
     ):
         for start in range(0, len(archives), 64):
-            for listing in pool.map(_list_archive, archives[start : start + 64]):
+            for listing in pool.map(partial(_list_archive, columns=columns), archives[start : start + 64]):
                 bar.update()
                 yield listing

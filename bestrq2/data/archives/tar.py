@@ -14,7 +14,7 @@ import os
 import posixpath
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 
 from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar_walk import Entry, walk
+from bestrq2.data.columns import of_archive
 from bestrq2.data.fields import known_columns
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.data.splits import split_of_row
@@ -35,6 +36,7 @@ __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member
 INDEX_SUFFIX = ".tar.index.json"
 _FORMAT = "bestrq2 tar index 7"  # 1 replaced letters that are not UTF-8, 2 to 5 mixed labels up, 6 had no splits
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
+_USED = ("duration", "seconds", "sampling_rate", "sample_rate", "sr", "domain", "label")
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,21 @@ class TarIndex:
     repeated_name: str = ""
 
 
-def tar_index(shard: str, *, keep: bool = True) -> TarIndex:
+def tar_index(shard: str, *, keep: bool = True, rows: list[dict[str, Any]] | None = None) -> TarIndex:
     """The index of a shard: the kept one if it fits, else built now and, with ``keep``, kept if any place is writable.
+
+    With ``rows`` it is built in any case, and what the sidecars of each member say is added to them.
 
     Raises:
         OSError: the shard cannot be read.
     """
     with open(shard, "rb") as file:
         status = os.fstat(file.fileno())
-        for place in _places(shard):
+        for place in _places(shard) if rows is None else ():
             kept = _read(place)
             if kept is not None and (kept.size, kept.mtime_ns) == (status.st_size, status.st_mtime_ns):
                 return kept
-        index = _build(file, TarIndex(status.st_size, status.st_mtime_ns))
+        index = _build(file, TarIndex(status.st_size, status.st_mtime_ns), rows)
     if keep:
         for place in _places(shard):
             if _write(place, index):
@@ -120,7 +124,7 @@ def _write(place: Path, index: TarIndex) -> bool:
         return False
 
 
-def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
+def _build(file: BinaryIO, index: TarIndex, rows: list[dict[str, Any]] | None) -> TarIndex:
     audio: list[tuple[Entry, str, int, int]] = []  # with the name, how often it came before, the place
     clips: dict[str, list[int]] = {}  # name that sidecars may have -> places of its clips among all members
     sidecars: dict[str, dict[str, list[_Text]]] = {}  # name without extension -> extension -> texts
@@ -167,7 +171,11 @@ def _build(file: BinaryIO, index: TarIndex) -> TarIndex:
                 at = _number_of(clips[key], place, [text.place for text in found], before, times[name])
                 if at is not None and (text := found[at].text) is not None:
                     texts[kind] = text
-        stated = _stated(entry.name, texts, index.damage)
+        row = _row(entry.name, texts, index.damage)
+        stated = _stated(row, texts)
+        if rows is not None:
+            others = {kind: text for kind, text in texts.items() if text.strip() != stated["label"] and kind != "json"}
+            rows.append(others | row)
         given = {stated["label"], *(text.strip() for kind, text in texts.items() if kind != "json")}
         if len(given) > 1 and any(len(clips[key]) > times[name] for key in _keys(name)):
             doubtful.append(f"{printable(name)} ({', '.join(map(repr, sorted(given)))})")
@@ -213,16 +221,18 @@ def _number_of(clips: list[int], place: int, texts: list[int], before: int, time
     return None
 
 
-def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, Any]:
+def _row(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, Any]:
+    """The .json beside a clip, empty if there is none or it is no object."""
+    try:
+        row = json.loads(texts.get("json", "{}"))
+    except ValueError as error:
+        damage.append(f"the .json beside {name} is not JSON ({error}); it is not used")
+        row = {}
+    return row if isinstance(row, dict) else {}
+
+
+def _stated(row: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
     """Fields of a clip from its sidecar files; values of a wrong kind are ignored."""
-    row: Any = {}
-    if "json" in texts:
-        try:
-            row = json.loads(texts["json"])
-        except ValueError as error:
-            damage.append(f"the .json beside {name} is not JSON ({error}); it is not used")
-        if not isinstance(row, dict):
-            row = {}
 
     def number(*columns: str) -> float | None:
         value = next((row[column] for column in columns if row.get(column) is not None), None)
@@ -243,21 +253,23 @@ def _stated(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, An
     }
 
 
-def list_tar(shard: str, domain: str = "") -> Listing:
+def list_tar(shard: str, domain: str = "", *, columns: bool = False) -> Listing:
     """The clips of a shard in their order, and what is damaged or lost.
 
     The domain of a clip is what its sidecar states, else ``domain``, else the first folder level inside of the shard.
+    With ``columns`` its sidecars are read anew, and what else they say is kept with it.
 
     Raises:
         OSError: the shard cannot be read.
     """
-    index = tar_index(shard)
+    rows: list[dict[str, Any]] = []
+    index = tar_index(shard, rows=rows if columns else None)
     listing = Listing([], Counter(index.others), [Skip(shard, "damaged archive", what) for what in index.damage])
     if index.repeated:
         listing.repeated.append((address(shard, from_text(index.repeated_name)), index.repeated))
     if index.size == 0:
         listing.skips[:] = [Skip(shard, "empty file")]
-    for member in index.members:
+    for number, member in enumerate(index.members):
         path, end = address(shard, from_text(member.name)), member.offset + member.size
         if end > index.size:
             there = max(0, index.size - member.offset)
@@ -266,7 +278,8 @@ def list_tar(shard: str, domain: str = "") -> Listing:
         found = member.domain
         if found is None:
             found = domain or (from_text(member.name).split("/")[0] if "/" in member.name else "")
-        listing.files.append(AudioFile(path, member.duration, member.sampling_rate, found, member.label))
+        item = AudioFile(path, member.duration, member.sampling_rate, found, member.label)
+        listing.files.append(replace(item, columns=of_archive(rows[number], _USED, listing.lost)) if columns else item)
         listing.splits.append(member.split)
     return listing
 
