@@ -55,7 +55,7 @@ def compile_cases() -> list[CompileCase]:
 def _cases_of(file: Shipped, entry: str) -> Iterator[CompileCase]:
     """A configuration with those inputs and for those architectures with which a call takes it."""
     kernel, head_dim, fp32 = parts_of(entry)
-    inputs = [(ALL, ARCHITECTURES)]
+    inputs: list[tuple[Inputs, tuple[int, ...]]] = [(ALL, ARCHITECTURES)]
     own = entry.endswith("/no_positions")
     if kernel not in OF_POSITIONS:
         chosen = ARCHITECTURES if own else _without_positions(kernel, head_dim, fp32)
