@@ -163,6 +163,16 @@ def test_values_without_a_use_are_told():
     ]
 
 
+def test_values_of_steps_that_are_left_out_are_told():
+    useless = ["optimizer.final_ratio=0.1", "model.mixing.level_db=[0,1]", "model.mixing.span=[0.1,1]"]
+    useless += ["model.masking.noise_std=1", "model.targets.fit_clips=3"]
+    switches = ["optimizer.schedule=constant"]
+    told = [text.split()[0] for text in unused_values(load_config("best_rq2_tiny", [*useless, *switches]))]
+    assert told == [text.split("=")[0] for text in useless]
+    use = ["model.mixing.share=0.5", "model.targets.seed_candidates=2"]
+    assert unused_values(load_config("best_rq_conformer_tiny", [*useless, *use])) == []
+
+
 def test_domain_weights_take_any_name(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("based_on: best_rq2_tiny\ndata: {domain_weights: {speech: 0.45, field recording: 0.2}}\n")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from math import isfinite, isnan
+from operator import attrgetter
 from typing import Any
 
 from bestrq2.errors import ConfigError
@@ -180,8 +181,19 @@ def unused_values(c: Config) -> list[str]:
     for name, part in (("front_end", c.model.front_end), ("targets", c.model.targets)):
         if part.normalize != "global" and part.mean is not None:
             chosen.append((f"model.{name}.mean", f"model.{name}.normalize=global"))
-    if c.optimizer.schedule != "stable" and c.optimizer.cooldown != usual.optimizer.cooldown:
-        chosen.append(("optimizer.cooldown", "optimizer.schedule=stable"))
+    targets, fitted = c.model.targets, "model.targets.projection, centroid_steps or seed_candidates"
+    fits = targets.projection != "random" or targets.centroid_steps or targets.seed_candidates > 1
+    one_stage = c.model.name == "best_rq" and c.model.encoder.kind == "conformer"
+    for key, used, switch in (
+        ("optimizer.cooldown", c.optimizer.schedule == "stable", "optimizer.schedule=stable"),
+        ("optimizer.final_ratio", c.optimizer.schedule != "constant", "a schedule in which the rate falls"),
+        ("model.mixing.level_db", c.model.mixing.share, "model.mixing.share"),
+        ("model.mixing.span", c.model.mixing.share, "model.mixing.share"),
+        ("model.masking.noise_std", one_stage, "model.name=best_rq and model.encoder.kind=conformer"),
+        ("model.targets.fit_clips", fits, fitted),
+    ):
+        if not used and attrgetter(key)(c) != attrgetter(key)(usual):
+            chosen.append((key, switch))
     return [f"{key} is not used without {switch}" for key, switch in chosen]
 
 
