@@ -96,7 +96,7 @@ print(e.bf16_dot(), *(isa for isa in ("portable", "avx2", "avx512", "avx512_vnni
 @pytest.mark.skipif(not CHECKOUT, reason="needs the C++ extension")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_work_is_done_where_threads_cannot_start():
-    """Without torch there is no OpenMP pool, and 16 threads want 8 MB of stack each; too few used to end the process."""
+    """Without torch there is no OpenMP pool; 16 threads want 8 MB of stack each, and too few ended the process."""
     code = f"""
 import ctypes, importlib.util, resource
 spec = importlib.util.spec_from_file_location("bestrq2._C", {native.extension().__file__!r})
