@@ -138,7 +138,8 @@ void score(const ChunkedAttention& a, const PositionStrip& p, int64_t head, cons
 
 inline Floats visible_only(Floats x, int64_t column, int64_t low, int64_t high, float hidden) {
   const Ints c = iota() + static_cast<int32_t>(column);
-  return (c >= static_cast<int32_t>(low)) & (c < static_cast<int32_t>(high)) ? x : splat(hidden);
+  const Ints visible = (c >= static_cast<int32_t>(low)) & (c < static_cast<int32_t>(high));
+  return visible ? x : splat(hidden);
 }
 
 inline Floats unmasked_only(Floats x, const int32_t* visible, float hidden) {

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -56,7 +57,11 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t, 
     openmp()([](void* data) { static_cast<Work*>(data)->run(); }, &work, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> pool;
-    for (int i = 1; i < threads; ++i) pool.emplace_back([&work] { work.run(); });
+    pool.reserve(static_cast<size_t>(threads) - 1);
+    try {
+      for (int i = 1; i < threads; ++i) pool.emplace_back([&work] { work.run(); });
+    } catch (const std::system_error&) {  // no further thread: those that run do all of the work
+    }
     work.run();
     for (auto& thread : pool) thread.join();
   }

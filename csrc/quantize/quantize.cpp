@@ -18,7 +18,9 @@ namespace bestrq2 {
 namespace {
 
 constexpr int64_t kChunk = 192;  // rows a thread takes at a time: enough to reuse a panel of codes from the L2 cache
+#ifdef BESTRQ2_X86
 constexpr int64_t kScreenRows = 512;  // fewer rows do not repay the longer packing of int8_search.cpp
+#endif
 
 // Both AVX-512 kernels give the same codes, bit for bit.
 const QuantizeKernel& kernel_for(const Quantize& q) {

@@ -91,3 +91,28 @@ print(e.bf16_dot(), *(isa for isa in ("portable", "avx2", "avx512", "avx512_vnni
     assert wrong.returncode == 1
     assert "BESTRQ2_ISA: expected portable, avx2, avx512, avx512_vnni, avx512_bf16 or amx, got avx3" in wrong.stderr
     assert "RuntimeWarning: bestrq2: the C++ extension does not load" in wrong.stderr
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="needs the C++ extension")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_work_is_done_where_threads_cannot_start():
+    """Without torch there is no OpenMP pool; 16 threads want 8 MB of stack each, and too few ended the process."""
+    code = f"""
+import ctypes, importlib.util, resource
+spec = importlib.util.spec_from_file_location("bestrq2._C", {native.extension().__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert module.thread_pool() == "threads"
+rows, width = 4096, 64
+x, out = ((ctypes.c_float * (rows * width))(*[1.0] * 8) for _ in range(2))
+x[rows * width - 1] = 1.0
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20),) * 2)
+module.gelu_rows_forward(False, rows, width, ctypes.addressof(x), 0, ctypes.addressof(out), 16)
+print(out[0], out[7], out[8], out[rows * width - 1])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    first, eighth, ninth, last = map(float, result.stdout.split())
+    assert first == eighth == last == pytest.approx(0.8413447, abs=1e-6)  # GELU(1) = the normal distribution at 1
+    assert ninth == 0
