@@ -140,11 +140,14 @@ def peak_memory(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an exception means that an allocation failed, on a GPU or on the CPU."""
-    text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text.lower())
-    )
+    """Return True if an exception means that an allocation failed, on a GPU or on the CPU.
+
+    The libraries of CUDA have messages of their own: CUBLAS_STATUS_ALLOC_FAILED, CUFFT_ALLOC_FAILED and so on.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    texts = ("defaultcpuallocator", "out of memory", "alloc_failed", "allocation_failed")
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
 
 
 def out_of_memory(

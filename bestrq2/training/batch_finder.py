@@ -34,7 +34,8 @@ WORTH = 1.03  # a larger batch has to be this much faster to go on on a CPU
 
 @dataclass(frozen=True)
 class Trial:
-    """``clips`` in one pass: seconds of a step, the largest memory so far in MiB, and matrix-product operations."""
+    """``clips`` in one pass: seconds of a step, the largest memory in MiB (on a GPU of this trial, else of the process
+    so far), and matrix-product operations."""
 
     clips: int
     step_seconds: float
@@ -109,37 +110,49 @@ def measure(
     config: Config, model: BestRQ2 | BestRQ, clips: int, device: torch.device, autocast: torch.dtype | None
 ) -> Trial | None:
     """Time training steps on noise of the longest length; None if memory does not suffice."""
-    samples = round(config.data.crop_seconds * config.model.front_end.sampling_rate)
-    optimizer = make_optimizer(model, config.optimizer)
-    set_schedule(optimizer, 0, config.train.steps, config.optimizer)
-    generator = torch.Generator().manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # the trials before, also one that did not fit, are not this one
     try:
-        waveform = 0.1 * torch.randn(clips, samples, generator=generator)
-        if device.type == "cuda":
-            waveform = waveform.pin_memory()  # as the loader's batches are: else the copy is the longest part of a step
-        lengths, index = torch.full((clips,), samples), torch.arange(clips)
-        times: list[float] = []
-        while len(times) < 2 or (sum(times[1:]) < TIMED_SECONDS and len(times) < 10):
-            start = time.perf_counter()
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                output = model(waveform.to(device, non_blocking=True), lengths, step=len(times), index=index)
-            output.objective.backward()
-            clip_gradients(model, config.optimizer.max_grad_norm, optimizer=optimizer)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            output.loss.item()
-            times.append(time.perf_counter() - start)
-        return Trial(clips, min(times[1:]), peak_memory(device), model.flops(output.plan))
+        return _time_steps(config, model, clips, device, autocast)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None
-    finally:
+    finally:  # the error is gone by now, and with it the frames that held the tensors of a pass that did not fit
+        model.zero_grad(set_to_none=True)
+        _release_memory(device)
+
+
+def _time_steps(
+    config: Config, model: BestRQ2 | BestRQ, clips: int, device: torch.device, autocast: torch.dtype | None
+) -> Trial:
+    samples = round(config.data.crop_seconds * config.model.front_end.sampling_rate)
+    optimizer = make_optimizer(model, config.optimizer)
+    set_schedule(optimizer, 0, config.train.steps, config.optimizer)
+    generator = torch.Generator().manual_seed(0)
+    waveform = 0.1 * torch.randn(clips, samples, generator=generator)
+    if device.type == "cuda":
+        waveform = waveform.pin_memory()  # as the loader's batches are: else the copy is the longest part of a step
+    lengths, index = torch.full((clips,), samples), torch.arange(clips)
+    times: list[float] = []
+    while len(times) < 2 or (sum(times[1:]) < TIMED_SECONDS and len(times) < 10):
+        start = time.perf_counter()
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            output = model(waveform.to(device, non_blocking=True), lengths, step=len(times), index=index)
+        output.objective.backward()
+        clip_gradients(model, config.optimizer.max_grad_norm, optimizer=optimizer)
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        del optimizer
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        output.loss.item()
+        times.append(time.perf_counter() - start)
+    return Trial(clips, min(times[1:]), peak_memory(device), model.flops(output.plan))
+
+
+def _release_memory(device: torch.device) -> None:
+    """Give back what nothing uses, so that a trial does not find memory cut into the pieces of another."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _would_not_fit(trials: list[Trial], clips: int, device: torch.device) -> str | None:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -359,3 +360,35 @@ def test_batch_finder_stops_where_memory_ends(capsys, monkeypatch):
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     assert main(["--find-batch", *QUICK]) == 2
     assert "not one clip of 1.8 s fits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("message", ["simulated: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_batch_finder_gives_back_the_memory_of_a_backward_pass_that_failed(monkeypatch, message):
+    """What the graph of a pass holds is most of a GPU; the next trial must not begin beside it."""
+    config = load_config("best_rq2_tiny", QUICK)
+    model = seeded_model(config).train()
+    held, alive = [], []
+
+    def fail(*_, **__):
+        raise RuntimeError(message)
+
+    real = batch_finder._release_memory
+    monkeypatch.setattr(batch_finder, "_release_memory", lambda device: real(device) or alive.append(held[-1]()))
+    hook = model.register_forward_hook(lambda *of: held.append(weakref.ref(of[2])))
+    monkeypatch.setattr(batch_finder, "clip_gradients", fail)
+    with hook:
+        assert batch_finder.measure(config, model, 2, torch.device("cpu"), None) is None
+    assert len(held) == 1
+    assert alive == [None]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_batch_finder_names_the_memory_of_the_trial_itself(monkeypatch):
+    """CUDA's peak is of the process; a trial that failed was larger than those after it."""
+    config = load_config("best_rq2_tiny", QUICK)
+    reset = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(batch_finder, "_release_memory", lambda device: None)
+    monkeypatch.setattr(batch_finder, "_time_steps", lambda *_: reset.append("steps"))
+    batch_finder.measure(config, seeded_model(config), 2, torch.device("cuda"), None)
+    assert reset == [torch.device("cuda"), "steps"]
