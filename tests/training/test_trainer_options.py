@@ -364,7 +364,7 @@ def test_batch_finder_stops_where_memory_ends(capsys, monkeypatch):
 
 @pytest.mark.parametrize("message", ["simulated: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
 def test_batch_finder_gives_back_the_memory_of_a_backward_pass_that_failed(monkeypatch, message):
-    """What the graph of a pass holds is most of a GPU; the next trial must not begin beside it."""
+    """The graph of a pass holds most of a GPU; the next trial must not begin beside it."""
     config = load_config("best_rq2_tiny", QUICK)
     model = seeded_model(config).train()
     held, alive = [], []
