@@ -1,6 +1,7 @@
 """Dependencies point one way, files stay short, and importing the package pulls in nothing heavy."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,18 @@ def test_every_folder_of_the_package_is_installed():
         ["git", "check-ignore", *(str(f / "__init__.py") for f in folders)], cwd=ROOT, capture_output=True, text=True
     )
     assert not ignored.stdout
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs a clone and git")
+def test_nothing_else_stands_at_the_top():
+    """Files of a trial were once committed beside the package."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    folders = {name.split("/")[0] for name in listed if "/" in name and not name.startswith(".")}
+    files = {name for name in listed if name and "/" not in name and not name.startswith(".")}
+    assert folders == {"benchmarks", "bestrq2", "csrc", "docs", "kernels", "tests"}
+    assert {name for name in files if name.split(".")[-1] not in ("md", "toml", "txt", "cff")} == {
+        "LICENSE",
+        "setup.py",
+    }
