@@ -106,7 +106,7 @@ def is_a_word(column: str, value: Any) -> bool:
 
 
 def _means(name: str, value: Any) -> Literal["nothing", "label", "other audio"]:
-    """Tell what a value under a name of ``_REFUSED`` says. Numbers are told by their value: 1, 1.0 and "1,0" are one."""
+    """Tell what a value under a name of ``_REFUSED`` says. Numbers are told by value: 1, 1.0 and "1,0" are one."""
     text = str(value).strip().lower()
     if value is None or text in ("", "nan") or (name == "channel_selector" and text == "average"):
         return "nothing"

@@ -44,6 +44,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
     repeated: list[tuple[str, int]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    unrated: list[str] = field(default_factory=list)
     again: int = 0
 
     def add(self, listing: Listing) -> None:
@@ -52,6 +53,7 @@ class Found:
         self.ignored += listing.ignored
         self.notes += listing.notes
         self.repeated += listing.repeated
+        self.unrated += listing.unrated
         self.lost += [name for name in listing.lost if name not in self.lost]
 
 
@@ -127,6 +129,11 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         found.notes.append(
             f"{clips} in {shards} with the name of an earlier one of the same shard, first "
             f"{printable(found.repeated[0][0])}: all are used, the later ones are called NAME~2 and so on"
+        )
+    if found.unrated:
+        found.notes.append(
+            f"{counted(len(found.unrated), 'HDF5 file')} without a sampling rate, first {printable(found.unrated[0])}: "
+            "32000 Hz is taken, as of the published layout; the attribute sample_rate states another one"
         )
     return found
 

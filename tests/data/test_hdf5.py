@@ -57,13 +57,17 @@ def test_published_layout(published, tmp_path):
 def test_rate_that_is_not_stated(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["waveform"] = np.stack([part[:16000] for part in _clips()])
-    (item, *_), _ = collect(tmp_path / "x.h5")
-    assert (item.sampling_rate, item.duration) == (32000, 0.5)
+        file["rate"] = np.full(6, 4.5)  # of speech: a label
+    (item, *_), report = collect(tmp_path / "x.h5", columns=True)
+    assert (item.sampling_rate, item.duration, item.columns) == (32000, 0.5, {"rate": 4.5})
+    assert any("1 HDF5 file without a sampling rate" in note and "32000 Hz is taken" in note for note in report.notes)
     assert load_audio(item.path).shape == (8000,)
 
 
-@pytest.mark.parametrize("name", ["sampling_rate", "samplerate", "sr", "fs"])
-@pytest.mark.parametrize("place", ["file", "waveform", "dataset", "clip"])
+@pytest.mark.parametrize(
+    "name", ["sampling_rate", "samplerate", "sr", "Fs", "Sample Rate", "sampling_frequency", "rate"]
+)
+@pytest.mark.parametrize("place", ["file", "waveform", "dataset", "datasets", "clip"])
 def test_rate_by_another_name(tmp_path, name, place):
     """It was taken for 32000 Hz, at which all clips were an octave off."""
     with h5py.File(tmp_path / "x.h5", "w") as file:
@@ -71,12 +75,12 @@ def test_rate_by_another_name(tmp_path, name, place):
             file.create_group("waveform").create_dataset("a", data=_clips()[0]).attrs[name] = 16000
         else:
             file["waveform"] = np.stack([part[:16000] for part in _clips()])
-            if place == "dataset":
-                file[name] = 16000
+            if place.startswith("dataset"):
+                file[name] = 16000 if place == "dataset" else [16000] * 6
             else:
                 (file if place == "file" else file["waveform"]).attrs[name] = 16000
-    (item, *_), _ = collect(tmp_path / "x.h5")
-    assert (item.sampling_rate, item.duration) == (16000, 1.0)
+    (item, *_), report = collect(tmp_path / "x.h5", columns=True)
+    assert (item.sampling_rate, item.duration, item.columns, report.notes) == (16000, 1.0, {}, [])
     np.testing.assert_array_equal(load_audio(item.path), _clips()[0][:16000] / np.float32(32768))
 
 

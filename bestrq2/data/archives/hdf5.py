@@ -1,11 +1,12 @@
 """HDF5 in the published layout: clips as int16 samples in ``waveform``.
 
 ``waveform`` is (n, samples), or n arrays of any length, or a group with one dataset for each clip. ``sample_rate``
-(also ``sampling_rate``, ``samplerate``, ``sr`` or ``fs``) is an attribute of the file or of ``waveform``, or a dataset
-of one number or of one for each clip; without it 32000 Hz. Lengths of clips that were padded with zeros are refused. A
-dataset ``domain``, ``label`` or ``split`` with one text for each clip is used. Others with a value or a short row for
-each, such as the published ``target`` and ``audio_name``, are further columns. The address of clip i is
-``file.h5::i``, in a group its name.
+(also ``sampling_rate``, ``sampling_frequency``, ``sr``, ``fs``, ``framerate`` or ``rate``, in any spelling such as
+``Sample Rate``) is an attribute of the file or of ``waveform``, or a dataset of one number or of one for each clip;
+without it 32000 Hz, with a note. Lengths of clips that were padded with zeros are refused. A dataset ``domain``,
+``label`` or ``split`` with one text for each clip is used. Others with a value or a short row for each, such as the
+published ``target`` and ``audio_name``, are further columns. The address of clip i is ``file.h5::i``, in a group its
+name.
 """
 
 import os
@@ -26,7 +27,7 @@ __all__ = ["DEFAULT_SAMPLE_RATE", "list_hdf5", "open_hdf5_clip"]
 
 DEFAULT_SAMPLE_RATE = 32000  # what the published data loader assumes of files that do not state it
 _OPEN_FILES = 16
-_RATES = ("sample_rate", "sampling_rate", "samplerate", "sr", "fs")
+_RATES = ("samplerate", "samplingrate", "samplingfrequency", "sr", "fs", "framerate", "rate")  # the first one counts
 _LENGTHS = ("length", "lengths", "num_samples", "n_samples", "waveform_length", "waveform_lengths", "audio_length")
 _LONGEST = 4096  # numbers of a clip that are kept as a column
 
@@ -98,19 +99,38 @@ def _waveforms(file: Any, path: str) -> Any:
 
 
 def _rates(file: Any, waveform: Any) -> Any:
-    """Sampling rate of all clips, or a dataset of one for each."""
+    """Sampling rate of all clips, or a dataset of one for each, or None."""
     for holder in (waveform, file):
         if (stated := _stated_rate(holder.attrs)) is not None:
             return int(stated)
     rates = _stated_rate(file)
     if rates is None:
-        return DEFAULT_SAMPLE_RATE
+        return None
     return int(rates[()] if rates.ndim == 0 else rates[0]) if rates.size == 1 else rates
 
 
 def _stated_rate(holder: Any) -> Any:
     """A sampling rate among attributes or datasets by one of its names, or None."""
-    return next((holder[name] for name in _RATES if name in holder), None)
+    found = [name for name in holder if _is_rate(holder, name)]
+    return holder[min(found, key=lambda name: _RATES.index(_plain(name)))] if found else None
+
+
+def _is_rate(holder: Any, name: str) -> bool:
+    """Return True for a sampling rate by its name; ``rate`` may be another one, which begins below 1000."""
+    if _plain(name) not in _RATES:
+        return False
+    value = holder[name]
+    if _plain(name) != "rate" or hasattr(value, "keys"):  # a group
+        return not hasattr(value, "keys")
+    try:
+        return float(np.ravel(value[:1] if getattr(value, "ndim", 0) else value)[0]) >= 1000
+    except (TypeError, ValueError, IndexError):
+        return False
+
+
+def _plain(name: str) -> str:
+    """``samplerate`` for ``Sample_Rate``, ``sample-rate`` and so on."""
+    return name.lower().translate({ord(letter): None for letter in " _-"})
 
 
 def _check_padding(file: Any, waveform: Any, path: str) -> None:
@@ -145,17 +165,19 @@ def list_hdf5(path: str, domain: str = "", *, columns: bool = False) -> Listing:
                 _check_padding(file, waveform, path)
             names = sorted(waveform) if grouped else list(range(len(waveform)))
             rates = _rates(file, waveform)
-            every = np.full(len(names), rates) if isinstance(rates, int) else rates[()]
+            every = rates[()] if hasattr(rates, "shape") else [rates] * len(names)
             domains, labels, splits = (_texts(file, name, len(names)) for name in ("domain", "label", "split"))
             if len(every) != len(names):
                 raise AudioError(path, "not decodable", f"{len(every)} sample rates of {len(names)} clips")
-            files = []
+            files, unrated = [], False
             for number, name in enumerate(names):
-                rate = int(every[number])
+                rate = every[number]
                 count = waveform.shape[1] if not grouped and waveform.ndim == 2 else None
                 if grouped:
                     count = int(waveform[name].shape[0]) if waveform[name].ndim == 1 else 0
-                    rate = int(_stated_rate(waveform[name].attrs) or rate)
+                    rate = _stated_rate(waveform[name].attrs) or rate
+                unrated = unrated or rate is None
+                rate = DEFAULT_SAMPLE_RATE if rate is None else int(rate)
                 known = count is not None and count > 0 and rate > 0
                 files.append(
                     AudioFile(
@@ -167,6 +189,7 @@ def list_hdf5(path: str, domain: str = "", *, columns: bool = False) -> Listing:
                     )
                 )
             listing = Listing(files, splits=[split_of_row({"split": text}) for text in splits])
+            listing.unrated.extend([path] if unrated else [])
             if columns:
                 others = _others(file, len(names), listing.lost)
                 for number, item in enumerate(files):
@@ -205,7 +228,7 @@ def _others(file: Any, count: int, lost: list[str]) -> dict[str, list[Any]]:
 
     found = {}
     for name in file:
-        if name in ("waveform", *_RATES, "domain", "label"):
+        if name in ("waveform", "domain", "label") or _is_rate(file, name):
             continue
         values = file[name]
         fits = isinstance(values, h5py.Dataset) and values.shape[:1] == (count,) and values.size <= _LONGEST * count
@@ -239,7 +262,7 @@ def open_hdf5_clip(path: str, name: str) -> SampleReader:
         try:
             file = _open(path)
             waveform = _waveforms(file, path)
-            rates = _rates(file, waveform)
+            rates = DEFAULT_SAMPLE_RATE if (rates := _rates(file, waveform)) is None else rates
             if not hasattr(waveform, "shape"):
                 if name not in waveform:
                     raise AudioError(where, "missing", "no such clip in the file")
