@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check=options.check,
         num_threads=options.threads,
         progress=True,
+        split=None,  # the columns say which: training on what is written takes its training split
         columns=True,
     )
     check_new("--out", [out, skipped], options.overwrite)  # another process may have written them meanwhile

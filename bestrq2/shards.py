@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             min_seconds=options.min_seconds,
             check=options.check,
             progress=sys.stderr.isatty(),
+            split=None,  # the columns say which: training on what is written takes its training split
             columns=True,
         )
         packed = pack(files, out, max_bytes=options.max_bytes, prefix=options.prefix, progress=sys.stderr.isatty())

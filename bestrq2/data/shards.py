@@ -5,7 +5,7 @@
 
 The files are packed as they are, in their order, each with a .json of its duration, sampling rate, domain, label and
 further columns: training from the shards is, bit for bit, training from the files. Clips of HDF5 files, which are
-samples and no files, become FLAC of the same samples.
+samples and no files, become FLAC of the same samples, or float32 WAV where these are above full scale.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -206,17 +207,17 @@ def _names(places: Sequence[str]) -> list[str]:
 
 
 def _content(item: AudioFile) -> tuple[bytes, str]:
-    """The bytes of an audio file and its extension; a part of a file becomes FLAC of its (mixed) samples."""
+    """The bytes of an audio file and its extension; a part of a file becomes one of its (mixed) samples."""
     if item.is_part:
         info = soundfile.info(item.path) if os.path.isfile(item.path) else None
         samples = load_clip(item, rate := audio_info(item.path).sampling_rate)
         exact = info is not None and info.channels == 1 and info.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
-        return _flac(item, samples, rate, exact), ".flac"
+        return _as_file(samples, rate, exact)
     member = open_member(item.path)
     if isinstance(member, SampleReader):
         stored = member.stored.dtype
         samples = load_audio(item.path, member.samplerate)
-        return _flac(item, samples, member.samplerate, stored.kind == "i" and stored.itemsize <= 2), ".flac"
+        return _as_file(samples, member.samplerate, stored.kind == "i" and stored.itemsize <= 2)
     with open(item.path, "rb") if member is None else member as file:
         content = file.read()
     if not content:
@@ -228,18 +229,17 @@ def _content(item: AudioFile) -> tuple[bytes, str]:
     return content, next((extension for magic, extension in _MAGIC if content.startswith(magic)), ".mp3")
 
 
-def _flac(item: AudioFile, samples: np.ndarray, rate: int, exact: bool) -> bytes:
-    """A FLAC of mono samples, of 16 bits if these are ``exact``, else of 24.
-
-    Raises:
-        AudioError: a sample above full scale, which would be clipped.
-    """
-    peak = float(abs(samples).max())
-    if peak > 1:
-        raise AudioError(item.path, "out of range", f"a sample of magnitude {peak:.3g} does not fit into FLAC")
+def _as_file(samples: np.ndarray, rate: int, exact: bool) -> tuple[bytes, str]:
+    """Mono samples as a FLAC, of 16 bits if these are ``exact``, else of 24; as a WAV of float32 where it would clip,
+    as decoded MP3s of loud music would. With the extension."""
+    if float(abs(samples).max()) > 1:
+        content = samples.astype("<f4").tobytes()
+        form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, rate, 4 * rate, 4, 32)  # soundfile would note the time
+        data = struct.pack("<4sI", b"data", len(content))
+        return struct.pack("<4sI4s", b"RIFF", 36 + len(content), b"WAVE") + form + data + content, ".wav"
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
-    return buffer.getvalue()
+    return buffer.getvalue(), ".flac"
 
 
 class _Shard:

@@ -72,7 +72,8 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         progress: show a progress bar while archives are listed.
         split: of a folder with files of several splits (train, validation, test by their names), the one that is used;
             None: all, with a note in ``notes``.
-        columns: keep the other columns of manifests and archives with the files.
+        columns: keep the other columns of manifests and archives with the files; with all splits also the split that
+            the names of folders and archives say, as a column ``split``.
 
     Raises:
         DataError: a name that does not exist or cannot be listed, or a package that is needed and not installed.
@@ -81,14 +82,17 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
     sources = [os.fspath(part) for part in ([source] if isinstance(source, str | os.PathLike) else source)]
     found = Found(", ".join(sources) or "an empty list of sources")
     archives: list[tuple[str, str]] = []
+    named: dict[str, str | None] = {}  # split of an archive in a folder by its name
 
     def list_archives() -> None:
         files: list[AudioFile] = []
         splits: list[str | None] = []
-        for listing in read_archives(archives, progress, columns):
+        for (path, _), listing in zip(archives, read_archives(archives, progress, columns), strict=True):
             found.add(replace(listing, files=[]))
-            files += listing.files
-            splits += listing.splits or [None] * len(listing.files)
+            own = listing.splits or [None] * len(listing.files)
+            splits += own
+            of_names = [None if own_split else named.get(path) for own_split in own]
+            files += _with_split_column(listing.files, of_names) if columns and split is None else listing.files
         if archives:
             name = archives[0][0] + (f" and {len(archives) - 1} more" if len(archives) > 1 else "")
             files, note = choose_split(files, splits, split, name)
@@ -103,7 +107,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             continue
         list_archives()
         if os.path.isdir(part):
-            archives += _add_folder(part, found, split, columns)
+            archives += _add_folder(part, found, split, columns, named)
         elif not os.path.exists(part):
             inside = split_address(part)
             if inside is None or not os.path.isfile(inside[0]):
@@ -232,8 +236,21 @@ def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list
     return notes[:1]
 
 
-def _add_folder(folder: str, found: Found, split: str | None, columns: bool) -> list[tuple[str, str]]:
-    """Add the audio of a folder; returns its archives, if these are to be listed instead."""
+def _with_split_column(files: list[AudioFile], splits: list[str | None]) -> list[AudioFile]:
+    """The same with a column ``split``; one of the source that says something else is called ``source_split``."""
+    found = []
+    for item, split in zip(files, splits, strict=True):
+        if split is not None:
+            others = {f"source_{name}" if name == "split" else name: v for name, v in (item.columns or {}).items()}
+            item = replace(item, columns=others | {"split": split})
+        found.append(item)
+    return found
+
+
+def _add_folder(
+    folder: str, found: Found, split: str | None, columns: bool, named: dict[str, str | None]
+) -> list[tuple[str, str]]:
+    """Add the audio of a folder; returns its archives, if these are to be listed instead, with their splits noted."""
     if os.path.isfile(scp := os.path.join(folder, "wav.scp")):
         _add_manifest(scp, found, split, columns)
         return []
@@ -249,6 +266,8 @@ def _add_folder(folder: str, found: Found, split: str | None, columns: bool) -> 
     if listing.files:  # archives beside them are most often the same audio, packed: they are reported as ignored
         splits = [split_of(item.path, folder, False) for item in listing.files]
         files, note = choose_split(listing.files, splits, split, folder)
+        if columns and split is None and note:
+            files = _with_split_column(files, splits)
         found.add(replace(listing, files=files))
         found.notes += [note] if note else []
         return []
@@ -256,7 +275,9 @@ def _add_folder(folder: str, found: Found, split: str | None, columns: bool) -> 
     found.ignored += listing.ignored - used
     splits = [split_of(path, folder, True) for path, _ in listing.archives]
     archives, note = choose_split(listing.archives, splits, split, folder)
-    found.notes += [note] if note else []
+    if note:
+        named.update(zip((path for path, _ in listing.archives), splits))
+        found.notes.append(note)
     return archives
 
 

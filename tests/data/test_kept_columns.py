@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,13 +114,39 @@ def test_probes_find_labels_groups_and_splits_in_what_was_packed(folder):
     (folder / "none.jsonl").write_text(lines(rows[:1]))
     packed(folder / "none.jsonl", folder / "train")
     assert manifest.main([str(folder / "m.jsonl"), "--out", str(folder / "m.csv")]) == 0
-    assert [row["set"] for _, row in read_rows(folder / "m.csv")] == ["train"]
-    for place in (folder / "train" / "manifest.csv", folder / "m.csv"):
+    assert [row["set"] for _, row in read_rows(folder / "m.csv")] == ["train", "dev"]
+    for place, targets in ((folder / "train" / "manifest.csv", [[1, 1]]), (folder / "m.csv", [[1, 1], [1, 0]])):
         clips = read_clips(ProbeTask(str(place), "multilabel", "tags", group="speaker"))
         assert clips.classes == ["dog", "wind"]
-        assert clips.targets.tolist() == [[True, True]]
+        assert clips.targets.tolist() == targets
     packed(folder / "train", folder / "again")
     assert collect(folder / "again", split="validation")[0]
+    packed(folder / "m.jsonl", folder / "both")
+    for place in (folder / "both", folder / "both" / "manifest.csv", folder / "m.csv"):
+        assert [Path(item.path).stem[-1] for item in collect(place)[0]] == ["a"]  # training on it
+        assert [Path(item.path).stem[-1] for item in collect(place, split="validation")[0]] == ["b"]
+
+
+def test_splits_that_names_say_are_kept_as_a_column(folder):
+    """Of folders, and of shards, where a column ``split`` that means something else is renamed."""
+    for split, name in (("train-clean", "a"), ("test", "b")):
+        (folder / "corpus" / split).mkdir(parents=True)
+        (folder / f"{name}.wav").rename(folder / "corpus" / split / f"{name}.wav")
+    (folder / "m.jsonl").write_text(lines([{"path": "corpus/test/b.wav", "split": "seven"}]))
+    assert [row["split"] for row in packed(folder / "corpus", folder / "sh")] == ["test", "train"]
+    assert [row["split"] for row in listed(folder / "corpus", folder / "m.csv")] == ["test", "train"]
+    for place in (folder / "corpus", folder / "sh", folder / "sh" / "manifest.csv", folder / "m.csv"):
+        assert len(collect(place)[0]) == len(collect(place, split="test")[0]) == 1
+
+    packed(folder / "m.jsonl", folder / "of_test")
+    packed(folder / "corpus" / "train-clean", folder / "of_train")
+    (folder / "shards").mkdir()
+    for split in ("train", "test"):
+        (folder / f"of_{split}" / "shards-000000.tar").rename(folder / "shards" / f"{split}-000000.tar")
+    assert packed(folder / "shards", folder / "again") == [
+        {"label": "", "source_split": "seven", "split": "test"},
+        {"label": "", "split": "train"},
+    ]
 
 
 def test_parts_are_cut_once(folder):
