@@ -109,7 +109,7 @@ def test_labels_beside_a_clip_of_a_shard(tmp_path, monkeypatch):
 def test_labels_in_hdf5(tmp_path):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "c.h5", "w") as file:
-        file["waveform"] = [[0] * 100] * 2
+        file.create_dataset("waveform", (2, 100), "i2")
         file["label"] = [b"a", LATIN]
     (listing,) = list_archives([(str(tmp_path / "c.h5"), "")], False)
     assert "label of clip 1 is not UTF-8" in str(listing.skips[0])

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from math import isnan
 from typing import Any
 
-from bestrq2.data.fields import CUTS, is_a_channel, is_held, is_known
+from bestrq2.data.fields import CUTS, is_a_channel, is_a_word, is_held, is_known
 from bestrq2.data.files import to_text
 from bestrq2.data.places import check_places, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS
@@ -78,7 +78,8 @@ def _is_a_place(columns: dict[str, Any]) -> bool:
 def _is_read(name: str, value: Any) -> bool:
     """Return True if the reader of our manifests would look at this column of a clip."""
     known = name.lower()
-    if known in SPLIT_COLUMNS or (known in WRITTEN and known != name):  # stands beside one that is read
+    # A label, or beside a column that is read.
+    if known in SPLIT_COLUMNS or is_a_word(name, value) or (known in WRITTEN and known != name):
         return False
     return is_known(name) or is_a_channel(name, value) or (known == "type" and value in CUTS)
 

@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bestrq2.data.files import AudioFile, from_text
 from bestrq2.data.places import check_places, is_a_length, length_of_part, may_hold_a_place
@@ -24,15 +24,17 @@ _END = ("end", "stop", "end_time", "stop_time", "end_seconds", "end_sec")
 _DURATION = ("duration", "seconds", "duration_seconds", "duration_sec", "dur")
 _MILLISECONDS = ("ms", "duration_ms", "dur_ms", "duration[ms]", "start_ms", "offset_ms", "end_ms", "stop_ms")
 _PLACED = (*_START, *_END, "onset", "start_ms", "offset_ms", "end_ms", "stop_ms")
-# Unless they are empty or neutral, these ask for other audio than the whole mix at its own speed.
+# Numbers under these ask for other audio than the whole mix at its own speed, but for those that are neutral.
 _REFUSED = {
-    "channel": (None, "", 0, "0", -1, "-1"),
-    "channel_selector": (None, "", "average"),
-    "channels_to_use": (None, ""),
-    "speed": (None, "", 1, 1.0, "1", "1.0"),
-    "tempo": (None, "", 1, 1.0, "1", "1.0"),
-    "gain": (None, "", 0, 0.0, 1, 1.0, "0", "1"),
+    "channel": (0, -1),
+    "speed": (1,),
+    "tempo": (1,),
+    "gain": (0, 1),
+    "channel_selector": (),
+    "channels_to_use": (),
 }
+_SELECTORS = ("channel_selector", "channels_to_use")  # of NeMo: words are refused, too
+_FASTEST = 8  # a larger tempo counts beats per minute
 # Names of a channel that other columns may have, too (the channel of a video): there only a number is refused.
 _CHANNELS = ("ch", "channel_id", "channel_index", "channel_idx", "channel_number")
 _KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *_REFUSED, *_CHANNELS]).union(
@@ -65,7 +67,7 @@ def is_held(column: str, row: dict[str, Any]) -> bool:
         return isinstance(row[column], dict | list)
     if known == "type" and row[column] in CUTS:
         return True
-    if known not in _HELD:
+    if known not in _HELD or is_a_word(known, row[column]):
         copy = known == column and known in _KNOWN and any(known == n.strip().lower() for n in row if n != known)
         of_wav = known == "length" and "wav" in row
         of_part = is_a_length(column) and _first(row, _PLACED) is not None
@@ -90,12 +92,37 @@ def _check_channels(where: str, row: dict[str, Any]) -> None:
         if name not in row:
             continue
         value = row[name]
-        neutral = value in _REFUSED[name] if name in _REFUSED else not is_a_channel(name, value)
-        if not neutral:
+        if is_a_channel(name, value) or (name in _REFUSED and _means(name, value) == "other audio"):
             raise ManifestError(
                 f"{where}: {name} = {value!r} cannot be applied, channels are averaged and played as they are: "
-                "write such clips to files of their own, or remove the column"
+                "write such clips to files of their own, or rename the column if it says something else, or remove it"
             )
+
+
+def is_a_word(column: str, value: Any) -> bool:
+    """Return True for a label under a name such as ``channel`` or ``tempo``: "BBC", "fast", 120 beats per minute."""
+    known = column.strip().lower()
+    return known in _REFUSED and _means(known, value) == "label"
+
+
+def _means(name: str, value: Any) -> Literal["nothing", "label", "other audio"]:
+    """Tell what a value under a name of ``_REFUSED`` says. Numbers are told by value: 1, 1.0 and "1,0" are one."""
+    text = str(value).strip().lower()
+    if value is None or text in ("", "nan") or (name == "channel_selector" and text == "average"):
+        return "nothing"
+    side = name == "channel" and text in ("left", "right", "l", "r")
+    if name in _SELECTORS or isinstance(value, list | dict) or side:
+        return "other audio"
+    try:
+        number = float(re.sub(r"\s*(?:x|db)$", "", text.replace(",", ".")))  # 0.9x, -3 dB
+    except ValueError:
+        if not isinstance(value, bool):  # "0/1" is no word
+            listed = re.search(r"\d", text) and not re.search(r"[^\W\d_]", text)
+            return "other audio" if listed and name != "tempo" else "label"
+        number = float(value)
+    if number in _REFUSED[name]:
+        return "nothing"
+    return "label" if name == "tempo" and number > _FASTEST else "other audio"
 
 
 def is_a_channel(column: str, value: Any) -> bool:
@@ -198,7 +225,9 @@ def _number(where: str, row: dict[str, Any], names: tuple[str, ...], low: float)
         result = float("nan")
     if isinstance(text, bool) or not (isfinite(result) and result >= low):
         name = next(name for name in names if row.get(name) not in (None, ""))
-        raise ManifestError(f"{where}: {name} must be a number >= {low:g}, got {text!r}")
+        clock = name in _PLACED and ":" in str(text)
+        hint = f" (a place in the file, in seconds): rename the column, as to clock_{name}, if it is a time of day"
+        raise ManifestError(f"{where}: {name} must be a number >= {low:g}, got {text!r}{hint if clock else ''}")
     return result
 
 

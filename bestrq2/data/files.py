@@ -118,8 +118,9 @@ class Listing:
 
     ``archives`` are tar, HDF5, Arrow and Parquet files of a folder, with their domains; ``ignored`` counts them too.
     ``notes`` are sentences about what was found. ``repeated`` are archives in which clips have the name of an earlier
-    one: the address of the first, and their number. ``splits`` are those of the files by a column, or empty. ``lost``
-    are names of columns that were asked for and cannot be kept, ``unrated`` HDF5 files without a sampling rate.
+    one: the address of the first, and their number; ``shared`` those in which clips share several labels. ``splits``
+    are those of the files by a column, or empty. ``lost`` are names of columns that were asked for and cannot be kept,
+    ``unrated`` HDF5 files without a sampling rate.
     """
 
     files: list[AudioFile]
@@ -131,6 +132,7 @@ class Listing:
     splits: list[str | None] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     unrated: list[str] = field(default_factory=list)
+    shared: list[tuple[str, int]] = field(default_factory=list)
 
 
 EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})

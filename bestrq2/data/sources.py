@@ -45,6 +45,7 @@ class Found:
     repeated: list[tuple[str, int]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     unrated: list[str] = field(default_factory=list)
+    shared: list[tuple[str, int]] = field(default_factory=list)
     again: int = 0
 
     def add(self, listing: Listing) -> None:
@@ -54,6 +55,7 @@ class Found:
         self.notes += listing.notes
         self.repeated += listing.repeated
         self.unrated += listing.unrated
+        self.shared += listing.shared
         self.lost += [name for name in listing.lost if name not in self.lost]
 
 
@@ -133,6 +135,13 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         found.notes.append(
             f"{clips} in {shards} with the name of an earlier one of the same shard, first "
             f"{printable(found.repeated[0][0])}: all are used, the later ones are called NAME~2 and so on"
+        )
+    if found.shared:
+        clips = counted(sum(number for _, number in found.shared), "clip")
+        found.notes.append(
+            f"{clips} in {counted(len(found.shared), 'shard')} with the key of another clip and several labels, first "
+            f"{found.shared[0][0]}: each has the first of .json, .cls and .txt; if they are one per clip, give the "
+            "clips keys of their own"
         )
     if found.unrated:
         found.notes.append(

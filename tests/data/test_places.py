@@ -146,6 +146,54 @@ def test_channels_in_words_are_labels(tmp_path):
     assert of_manifest(row, []) == {"Channel_ID": "UCx7Q", "ch": ""}
 
 
+WORDS = [("tempo", 120.5), ("tempo", "4/4"), ("channel", "BBC News"), ("speed", "fast"), ("gain", "low")]
+NEUTRAL = [
+    (name, value) for name, numbers in (("channel", (0, -1)), ("speed", (1,)), ("gain", (0, 1))) for value in numbers
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WORDS)
+def test_words_under_names_of_other_audio_are_labels(read, name, value):
+    assert not read({"path": "a.wav", name: value}).is_part
+    for column in (name, name.title()):
+        row = known_columns({"path": "a.wav", column: value})
+        assert of_manifest(row, []) == {column: value}  # kept under its name, as any label
+
+
+@pytest.mark.parametrize(("name", "value"), [*NEUTRAL, ("tempo", 1)])
+def test_neutral_numbers_are_told_by_their_value(read, name, value):
+    for written in (value, float(value), f"{value}.0", f" {value:.2f} ", ""):
+        row = {"path": "a.wav", name: written}
+        assert read(row).path.endswith("a.wav")
+        assert of_manifest(row, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("channel", 2.0),
+        ("channel", "left"),
+        ("channel", "[0, 1]"),
+        ("speed", "0,9"),
+        ("speed", "1.1x"),
+        ("speed", 2),
+        ("tempo", 8),
+        ("gain", "-3 dB"),
+        ("gain", 0.5),
+        ("channel_selector", "second"),
+    ],
+)
+def test_what_asks_for_other_audio_is_refused(read, name, value):
+    with pytest.raises(ManifestError, match=rf"{name} = .* cannot be applied"):
+        read({"path": "a.wav", name: value})
+
+
+def test_a_time_of_day_is_no_place(read):
+    with pytest.raises(ManifestError, match=r"start_time must be .* got '08:00' .* rename .* clock_start_time"):
+        read({"path": "a.wav", "start_time": "08:00"})
+    assert not read({"path": "a.wav", "clock_start_time": "08:00"}).is_part
+
+
 def test_lists_in_parquet_that_mean_a_part(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

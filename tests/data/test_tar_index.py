@@ -175,9 +175,10 @@ def test_labels_of_several_kinds_for_clips_of_one_key_are_told(tmp_path):
     members = [("a.ogg", _clip()), ("a.json", b'{"label": "dog"}'), ("a.cls", b"cat"), ("a.wav", _clip())]
     found = find_audio(_tar(tmp_path / "two.tar", members))
     assert {item.label for item in found.files} == {"dog"}
-    said = "2 clips with the key of another clip and several labels, first a.ogg ('cat', 'dog')"
-    assert [said in skip.detail for skip in found.skips] == [True]
-    assert not find_audio(_tar(tmp_path / "one.tar", members[:3])).skips  # a number or a text beside the label
+    said = f"2 clips in 1 shard with the key of another clip and several labels, first {tmp_path / 'two.tar'}::a.ogg "
+    assert [said + "('cat', 'dog')" in note for note in found.notes] == [True]
+    assert not found.skips  # the shard is intact
+    assert not find_audio(_tar(tmp_path / "one.tar", members[:3])).notes  # a number or a text beside the label
 
 
 def test_repeated_names_of_many_shards_are_one_note(tmp_path):

@@ -29,12 +29,12 @@ from bestrq2.data.fields import known_columns
 from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.data.splits import split_of_row
 from bestrq2.encodings import TextEncodingError, decode_text
-from bestrq2.errors import AudioError, Skip, counted, printable
+from bestrq2.errors import AudioError, Skip, printable
 
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 7"  # 1 replaced letters that are not UTF-8, 2 to 5 mixed labels up, 6 had no splits
+_FORMAT = "bestrq2 tar index 8"  # 1 replaced letters, 2 to 5 mixed labels up, 6 had no splits, 7 lost lone sidecars
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _USED = ("duration", "seconds", "sampling_rate", "sample_rate", "sr", "domain", "label")
 
@@ -58,7 +58,8 @@ class TarIndex:
     """The audio ``members`` of a shard in their order, other members by extension, and ``damage`` as messages.
 
     ``size`` in bytes and ``mtime_ns`` are those of the shard that was indexed. ``repeated`` counts the audio members
-    that came under the name of an earlier one, and ``repeated_name`` is the first such name.
+    that came under the name of an earlier one, and ``repeated_name`` is the first such name. ``shared`` counts those
+    with several labels that are also another's, ``shared_first`` is the first with its labels.
     """
 
     size: int
@@ -68,6 +69,8 @@ class TarIndex:
     damage: list[str] = field(default_factory=list)
     repeated: int = 0
     repeated_name: str = ""
+    shared: int = 0
+    shared_first: str = ""
 
 
 def tar_index(shard: str, *, keep: bool = True, rows: list[dict[str, Any]] | None = None) -> TarIndex:
@@ -163,28 +166,31 @@ def _build(file: BinaryIO, index: TarIndex, rows: list[dict[str, Any]] | None) -
             sidecars.setdefault(stem, {}).setdefault(extension, []).append(_Text(place, text))
         else:
             index.others[f".{extension}" if extension else "(no extension)"] += 1
-    doubtful: list[str] = []
+    for stem in (stem for stem in sidecars if stem not in clips):  # of no clip, by webdataset's names: utt.meta.json
+        key, _, middle = posixpath.basename(stem).partition(".")
+        known = middle.isalpha() and posixpath.join(posixpath.dirname(stem), key) in clips
+        for kind, found in sidecars[stem].items():
+            if count := sum(one.text is not None for one in found):  # the others are told above
+                index.others[f".{middle}.{kind}" if known else f".{kind}"] += count
     for entry, name, before, place in audio:
-        texts = {}
+        texts, shared = {}, False
         for key in _keys(name):
             for kind, found in sidecars.get(key, {}).items():
-                at = _number_of(clips[key], place, [text.place for text in found], before, times[name])
+                places = [text.place for text in found]
+                at = _number_of(clips[key], place, places, before, times[name])
                 if at is not None and (text := found[at].text) is not None:
                     texts[kind] = text
-        row = _row(entry.name, texts, index.damage)
+                    shared = shared or (len(clips[key]) > times[name] and not _in_pairs(clips[key], places))
+        row = _row(entry.name, texts, index)
         stated = _stated(row, texts)
         if rows is not None:
             others = {kind: text for kind, text in texts.items() if text.strip() != stated["label"] and kind != "json"}
             rows.append(others | row)
         given = {stated["label"], *(text.strip() for kind, text in texts.items() if kind != "json")}
-        if len(given) > 1 and any(len(clips[key]) > times[name] for key in _keys(name)):
-            doubtful.append(f"{printable(name)} ({', '.join(map(repr, sorted(given)))})")
+        if len(given) > 1 and shared:
+            index.shared_first = index.shared_first or f"{printable(name)} ({', '.join(map(repr, sorted(given)))})"
+            index.shared += 1
         index.members.append(TarMember(entry.name, entry.offset, entry.stop - entry.offset, **stated))
-    if doubtful:  # told once: of a million such clips, too
-        index.damage.append(
-            f"{counted(len(doubtful), 'clip')} with the key of another clip and several labels, first {doubtful[0]}: "
-            "each has the first of .json, .cls and .txt; if they are one per clip, give the clips keys of their own"
-        )
     return index
 
 
@@ -211,8 +217,7 @@ def _number_of(clips: list[int], place: int, texts: list[int], before: int, time
     Args:
         clips: places of all clips that may have these texts.
     """
-    pairs = zip(clips, texts)
-    if len(clips) == len(texts) and all(max(one) < min(two) for one, two in pairwise(pairs)):
+    if _in_pairs(clips, texts):
         return clips.index(place)
     if len(texts) == times:
         return before
@@ -221,14 +226,22 @@ def _number_of(clips: list[int], place: int, texts: list[int], before: int, time
     return None
 
 
-def _row(name: str, texts: dict[str, str], damage: list[str]) -> dict[str, Any]:
+def _in_pairs(clips: list[int], texts: list[int]) -> bool:
+    """Return True for as many texts as clips, each beside its clip."""
+    return len(clips) == len(texts) and all(max(one) < min(two) for one, two in pairwise(zip(clips, texts)))
+
+
+def _row(name: str, texts: dict[str, str], index: TarIndex) -> dict[str, Any]:
     """The .json beside a clip, empty if there is none or it is no object."""
     try:
         row = json.loads(texts.get("json", "{}"))
     except ValueError as error:
-        damage.append(f"the .json beside {name} is not JSON ({error}); it is not used")
+        index.damage.append(f"the .json beside {name} is not JSON ({error}); it is not used")
         row = {}
-    return row if isinstance(row, dict) else {}
+    if not isinstance(row, dict):
+        index.others[".json (no object)"] += 1
+        row = {}
+    return row
 
 
 def _stated(row: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
@@ -267,6 +280,8 @@ def list_tar(shard: str, domain: str = "", *, columns: bool = False) -> Listing:
     listing = Listing([], Counter(index.others), [Skip(shard, "damaged archive", what) for what in index.damage])
     if index.repeated:
         listing.repeated.append((address(shard, from_text(index.repeated_name)), index.repeated))
+    if index.shared:
+        listing.shared.append((f"{printable(shard)}::{index.shared_first}", index.shared))
     if index.size == 0:
         listing.skips[:] = [Skip(shard, "empty file")]
     for number, member in enumerate(index.members):
