@@ -34,7 +34,7 @@ _REFUSED = {
     "channels_to_use": (),
 }
 _SELECTORS = ("channel_selector", "channels_to_use")  # of NeMo: words are refused, too
-_FASTEST = 8  # a larger tempo counts beats per minute
+_FASTEST = 8  # a larger tempo counts beats per minute, a larger speed kilometres an hour
 # Names of a channel that other columns may have, too (the channel of a video): there only a number is refused.
 _CHANNELS = ("ch", "channel_id", "channel_index", "channel_idx", "channel_number")
 _KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *_REFUSED, *_CHANNELS]).union(
@@ -122,7 +122,7 @@ def _means(name: str, value: Any) -> Literal["nothing", "label", "other audio"]:
         number = float(value)
     if number in _REFUSED[name]:
         return "nothing"
-    return "label" if name == "tempo" and number > _FASTEST else "other audio"
+    return "label" if name in ("tempo", "speed") and number > _FASTEST else "other audio"
 
 
 def is_a_channel(column: str, value: Any) -> bool:

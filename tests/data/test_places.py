@@ -146,7 +146,7 @@ def test_channels_in_words_are_labels(tmp_path):
     assert of_manifest(row, []) == {"Channel_ID": "UCx7Q", "ch": ""}
 
 
-WORDS = [("tempo", 120.5), ("tempo", "4/4"), ("channel", "BBC News"), ("speed", "fast"), ("gain", "low")]
+WORDS = [("tempo", 120.5), ("speed", 55), ("tempo", "4/4"), ("channel", "BBC News"), ("speed", "fast"), ("gain", "low")]
 NEUTRAL = [
     (name, value) for name, numbers in (("channel", (0, -1)), ("speed", (1,)), ("gain", (0, 1))) for value in numbers
 ]
