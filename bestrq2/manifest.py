@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"note: {note}")
     hours = sum(item.duration or 0.0 for item in files) / 3600
     print(f"{out}: {counted(len(files), 'file')}, {hours:.2f} h; {report}")
+    if report.unopened:
+        print(f"durations of {counted(report.unopened, 'clip')} are those of the list, not compared (--check does)")
     for line in report.examples():
         print(f"  {line}")
     if report.skips:

@@ -88,7 +88,10 @@ def task_of(options: argparse.Namespace) -> ProbeTask:
     if options.label:
         choices["label"] = options.label[0] if len(options.label) == 1 else tuple(options.label)
     if options.split_values:
-        choices["train_values"], choices["test_values"] = (tuple(part.split(",")) for part in options.split_values)
+        train, test = (tuple(value.strip() for value in part.split(",")) for part in options.split_values)
+        if both := [value for value in train if value in test]:
+            raise ConfigError(f"--split-values: {', '.join(map(repr, both))} on both sides, training and test")
+        choices["train_values"], choices["test_values"] = train, test
     wheres = []
     for text in options.where:
         column, equals, values = text.partition("=")

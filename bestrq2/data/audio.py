@@ -27,7 +27,7 @@ from bestrq2.data.containers import (
 )
 from bestrq2.data.decoder import Decoder
 from bestrq2.data.hidden_audio import audio_behind_end
-from bestrq2.data.mistaken import same_letters, warn_of_levels
+from bestrq2.data.mistaken import elsewhere, warn_of_levels
 from bestrq2.data.mp3_frames import mp3_fault
 from bestrq2.errors import AudioError, DataError, check_open_files
 from bestrq2.real_content import real_content
@@ -222,7 +222,7 @@ def _open(path: str | os.PathLike[str], check_end: bool = False) -> Iterator[sou
     except (AudioError, DataError):  # a DataError, which is a RuntimeError, is no fault of the file
         raise
     except FileNotFoundError as error:
-        raise AudioError(name, "missing", same_letters(name)) from error
+        raise AudioError(name, "missing", elsewhere(name)) from error
     except UnicodeEncodeError as error:
         raise AudioError(
             name, "missing", f"the locale ({error.encoding}) has no such letter: set LC_ALL=C.UTF-8"

@@ -10,7 +10,7 @@ from bestrq2.data.files import to_text
 from bestrq2.encodings import name_in_another_encoding
 from bestrq2.errors import printable
 
-__all__ = ["same_letters", "warn_of_levels"]
+__all__ = ["elsewhere", "warn_of_levels"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,17 @@ def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str) 
         )
 
 
-def same_letters(name: str) -> str:
+def elsewhere(name: str) -> str:
+    """A hint where a missing file may be: in a folder for audio beside its own (ESC-50), or under the same letters."""
+    folder, base = os.path.split(name)
+    for beside in ("audio", "wav", "../audio", "../wav"):
+        there = os.path.normpath(os.path.join(folder, beside))
+        if os.path.isfile(os.path.join(there, base)):
+            return f"a file of this name is in {printable(there)}: save the list there, or name that folder in it"
+    return _same_letters(name)
+
+
+def _same_letters(name: str) -> str:
     """A hint if the folder has a file of the same letters in other bytes; empty if there is none.
 
     The encoding may differ (a manifest in Latin-1, or names out of an old archive), or the Unicode normal form: macOS

@@ -14,7 +14,7 @@ from pathlib import Path
 from bestrq2.console import progress_bar
 from bestrq2.data.audio import SILENCE, audio_info
 from bestrq2.data.columns import LARGEST
-from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile
+from bestrq2.data.files import ARCHIVES, EXTENSIONS, AudioFile, split_address
 from bestrq2.data.parts import clip_duration, part_digest
 from bestrq2.data.sources import Source, find_audio
 from bestrq2.errors import AudioError, DataError, Skip, counted, printable
@@ -26,12 +26,13 @@ __all__ = ["SkipReport", "collect", "scan", "tiny_dataset"]
 class SkipReport:
     """Files that were left out, how many files of other kinds lay beside them (``ignored``, by extension), and
     ``notes`` on how the source was read: rows of manifests, splits that were left out. ``lost`` are columns that were
-    asked for and cannot be kept."""
+    asked for and cannot be kept, ``unopened`` the number of files whose durations are those of a list."""
 
     skips: list[Skip] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    unopened: int = 0
 
     def __len__(self) -> int:
         return len(self.skips)
@@ -133,6 +134,7 @@ def scan(
         total=len(files), desc="checking" if check else "scanning", unit="file", disable=not progress
     ) as bar:
         closed = [item for item in files if check or item.duration is None]
+        report.unopened = sum(not check and f.duration is not None and not split_address(f.path) for f in files)
         looked = _in_order(look, closed, threads)
         for item in files:
             # Not through the pool, which would take longer for a million known files than all the rest of this.

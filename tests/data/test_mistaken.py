@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from bestrq2.data import AudioError, load_audio
+from bestrq2.data import AudioError, collect, load_audio
 from bestrq2.data.files import from_text
+from bestrq2.errors import DataError
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -24,6 +25,19 @@ def test_a_name_in_another_normal_form(tmp_path, form):
         load_audio(tmp_path / asked)
     with pytest.raises(AudioError, match=r"missing$"):
         load_audio(tmp_path / from_text("\u00e4ndern.wav"))
+
+
+@pytest.mark.parametrize(("table", "audio"), [("meta", "audio"), ("", "audio"), ("", "wav"), ("meta", "wav")])
+def test_audio_in_a_folder_beside_the_table(tmp_path, table, audio):
+    """ESC-50 has meta/esc50.csv, with names of files in audio/."""
+    for folder in {table, audio}:
+        (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / audio / "a.wav").touch()
+    (tmp_path / table / "m.csv").write_text("filename\na.wav\n")
+    with pytest.raises(
+        DataError, match=rf"1 missing[\s\S]*\(a file of this name is in {tmp_path / audio}: save the list"
+    ):
+        collect(tmp_path / table / "m.csv")
 
 
 @pytest.mark.parametrize(

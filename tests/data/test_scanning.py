@@ -132,6 +132,16 @@ def test_command_writes_a_manifest(tmp_path, mixed_folder, capsys):
     assert len(skipped) == 8
 
 
+def test_command_says_which_durations_were_not_compared(tmp_path, write_wav, capsys):
+    write_wav("a.wav", 2.0)
+    (tmp_path / "m.csv").write_text("path,start,end\na.wav,0,1\na.wav,30,31\n")
+    told = "durations of 2 clips are those of the list, not compared (--check does)"
+    for options in ([], ["--check"]):
+        assert main([str(tmp_path / "m.csv"), "--out", str(tmp_path / "out.csv"), "--overwrite", *options]) == 0
+        printed = capsys.readouterr().out
+        assert (told in printed, "1 skipped" in printed) == (not options, bool(options))
+
+
 def test_command_reports_errors(tmp_path, capsys):
     assert main([str(tmp_path / "absent"), "--out", str(tmp_path / "m.csv")]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -266,6 +266,15 @@ def test_bad_options(encoder_file, sounds, tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_spaces_around_values_of_a_split():
+    options = probe.parse(["encoder", "m.csv", "--label", "a", "--split", "fold", "--split-values", "1, 2,3 , 4", " 5"])
+    task = probe.task_of(options)
+    assert (task.train_values, task.test_values) == (("1", "2", "3", "4"), ("5",))
+    options.split_values = ["1,2, 4", "4,5"]
+    with pytest.raises(ConfigError, match=r"^--split-values: '4' on both sides"):
+        probe.task_of(options)
+
+
 EVENTS, RETRIEVAL = ["--kind", "events", "--events", "t.csv"], ["--kind", "retrieval"]
 NEEDED = {
     "--separator": ([";"], ["--kind", "multilabel"]),
