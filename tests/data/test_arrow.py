@@ -284,7 +284,7 @@ def test_rows_that_name_files_are_read_as_those_of_a_manifest(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
 @pytest.mark.parametrize("name", ["path", "File", "audio_filepath", "audio"])
 def test_paths_in_a_column_of_text(tmp_path, name, suffix):
-    """As pandas writes a manifest: it was said to have no audio column."""
+    """As pandas writes a manifest: it was reported to have no audio column."""
     _files_of_levels(tmp_path)
     columns = {name: ["long.wav"] * 2, "label": ["a", "b"], "offset": [0.0, 1.0], "duration": [1.0, 1.0]}
     if name != "audio_filepath":
