@@ -1,6 +1,7 @@
 """Dependencies point one way, files stay short, and importing the package pulls in nothing heavy."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -199,3 +200,20 @@ def test_every_folder_of_the_package_is_installed():
         ["git", "check-ignore", *(str(f / "__init__.py") for f in folders)], cwd=ROOT, capture_output=True, text=True
     )
     assert not ignored.stdout
+
+
+def test_nothing_else_stands_at_the_top():
+    """Files of a trial were once committed beside the package."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a clone and git")
+    result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:  # as for a clone of another user
+        pytest.skip(f"git ls-files: {result.stderr}")
+    listed = [name for name in result.stdout.split("\n") if name and not name.startswith(".")]
+    folders = {name.split("/")[0] for name in listed if "/" in name}
+    files = {name for name in listed if "/" not in name}
+    assert folders == {"benchmarks", "bestrq2", "csrc", "docs", "kernels", "tests"}
+    assert {name for name in files if name.split(".")[-1] not in ("md", "toml", "txt", "cff")} == {
+        "LICENSE",
+        "setup.py",
+    }
