@@ -143,7 +143,7 @@ def test_faults_are_named(tmp_path):
         with pytest.raises(DataError, match=reason):
             collect(tmp_path / name)
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="no audio column; the columns are text"):
+    with pytest.raises(DataError, match=r"no audio column, .*; the columns are text"):
         collect(tmp_path / "other.parquet")
     empty = _table(items[:2]).set_column(0, "audio", pyarrow.array([{"bytes": b"", "path": None}] * 2))
     parquet.write_table(empty, tmp_path / "empty.parquet")
@@ -279,6 +279,24 @@ def test_rows_that_name_files_are_read_as_those_of_a_manifest(tmp_path, suffix):
     # Audio in the table is what was cut out already.
     files, _ = collect(_write(tmp_path / f"cut{suffix}", {"audio": [inside], "start": [1.0], "end": [4.0]}))
     assert [(item.start, item.end, item.duration) for item in files] == [(0.0, None, 3.0)]
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+@pytest.mark.parametrize("name", ["path", "File", "audio_filepath", "audio"])
+def test_paths_in_a_column_of_text(tmp_path, name, suffix):
+    """As pandas writes a manifest: it was reported to have no audio column."""
+    _files_of_levels(tmp_path)
+    columns = {name: ["long.wav"] * 2, "label": ["a", "b"], "offset": [0.0, 1.0], "duration": [1.0, 1.0]}
+    if name != "audio_filepath":
+        columns["end"] = [1.0, 2.0]
+    files, _ = collect(_write(tmp_path / f"x{suffix}", columns))
+    assert [(item.path, item.duration, item.label) for item in files] == [
+        (str(tmp_path / "long.wav"), 1.0, "a"),
+        (str(tmp_path / "long.wav"), 1.0, "b"),
+    ]
+    assert [round(float(load_clip(item).mean()), 3) for item in files] == [0.1, 0.2]
+    with pytest.raises(DataError, match="several columns with audio, file, wav_path"):
+        collect(_write(tmp_path / f"two{suffix}", {"file": ["long.wav"], "wav_path": ["b.wav"]}))
 
 
 @pytest.mark.parametrize("suffix", [".arrow", ".parquet"])

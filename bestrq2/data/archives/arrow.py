@@ -1,13 +1,13 @@
 """Hugging Face datasets on disk: folders of ``save_to_disk`` (.arrow) and .parquet files with an audio column.
 
 They are read with pyarrow, without the ``datasets`` package. The audio column is the one that the file's own metadata
-calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one. Of several
-such columns one must be called ``audio``. Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if
-they are there, and ``split`` chooses rows as in a manifest. Where rows name files, ``start``, ``end`` and all other
-columns mean what they mean in a manifest (:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there
-such columns say what it was cut out of. The address of row i is ``file.arrow::i``. A row of an .arrow file is found in
-constant time; of a .parquet file a whole row group is read, so for training many rows pack it into tar shards first
-(``bestrq2 shards``).
+calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one; else one
+of text that is called ``audio`` or as a path in a manifest. Of several one must be called ``audio``. Columns
+``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there, and ``split`` chooses rows as in a
+manifest. Where rows name files, ``start``, ``end`` and all other columns mean what they mean in a manifest
+(:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there such columns say what it was cut out of.
+The address of row i is ``file.arrow::i``. A row of an .arrow file is found in constant time; of a .parquet file a whole
+row group is read, so for training many rows pack it into tar shards first (``bestrq2 shards``).
 """
 
 import bisect
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bestrq2.data.columns import of_archive, of_manifest
-from bestrq2.data.fields import audio_file, is_read, known_columns
+from bestrq2.data.fields import PATH_NAMES, audio_file, is_read, known_columns
 from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.places import may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS, split_of_row
@@ -239,10 +239,18 @@ def _audio_columns(schema: Any) -> tuple[str, list[str]]:
         for field in schema
         if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
     ]
-    found = marked or shaped
+    # As pandas writes a manifest.
+    paths = [field.name for field in schema if _path_name(field.name) and _is_text(field.type)]
+    found = marked or shaped or paths
     if "audio" in found:
         return "audio", []
     return (found[0] if len(found) == 1 else ""), found[1:] and found
+
+
+def _path_name(column: str) -> str:
+    """The name of a manifest's path that a column has, "" if it has none."""
+    known = column.strip().lower()
+    return known if known in (*PATH_NAMES, "audio") else ""
 
 
 def _faults() -> tuple[type[Exception], ...]:
@@ -299,6 +307,8 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         return value if isinstance(value, int | float) and value > 0 else None
 
     files, splits = [], []
+    # The name matters: audio_filepath with a duration is a part of its file.
+    place = table.column.strip().lower() if _path_name(table.column) not in ("", "audio") else "path"
     for number in range(table.num_rows):
         row = {column: cell(values[column][number], names[column]) for column in values}
         known = known_columns(row)
@@ -306,7 +316,7 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         where = address(path, number)
         every = row | {column: cell(others[column][number], names[column]) for column in others}
         if outside is not None and outside[number]:
-            file = audio_file(Path(path), number, known | {"path": outside[number]})
+            file = audio_file(Path(path), number, known | {place: outside[number]})
             file = file if table.names_files else replace(file, path=where)
             files.append(replace(file, columns=of_manifest(known_columns(every), lost)) if columns else file)
             continue
@@ -322,7 +332,8 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
 def _no_audio(table: _Table) -> str:
     if table.rivals:
         return f"several columns with audio, {', '.join(table.rivals)}: call the one that is meant audio"
-    return f"no audio column; the columns are {', '.join(table.schema.names)}"
+    names = ", ".join(table.schema.names)
+    return f"no audio column, and none of text called path, file and so on; the columns are {names}"
 
 
 def _columns_to_read(table: _Table, of_paths: bool) -> list[str]:
