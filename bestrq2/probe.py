@@ -97,7 +97,7 @@ def task_of(options: argparse.Namespace) -> ProbeTask:
         column, equals, values = text.partition("=")
         if not equals:
             raise ConfigError(f"--where: expected COLUMN=VALUE, got {text!r}")
-        wheres.append((column, tuple(values.split(","))))
+        wheres.append((column.strip(), tuple(value.strip() for value in values.split(","))))
     choices["where"] = tuple(wheres)
     if options.manifest is None:
         return packaged_task(**choices)
@@ -132,7 +132,7 @@ def unused(options: argparse.Namespace, task: ProbeTask, heads: list[str]) -> li
 def heads_of(options: argparse.Namespace, task: ProbeTask) -> list[str]:
     if task.kind == "retrieval":
         return ["cosine"]
-    heads = (options.head or DEFAULT_HEADS.get(task.kind, "linear,knn")).split(",")
+    heads = [head.strip() for head in (options.head or DEFAULT_HEADS.get(task.kind, "linear,knn")).split(",")]
     for head in heads:
         if head not in get_args(Head):
             raise ConfigError(f"--head: expected some of {', '.join(get_args(Head))}, got {head!r}")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from bestrq2.data.files import AudioFile
 
-__all__ = ["SPLIT_COLUMNS", "choose_split", "count_shared", "split_of", "split_of_row", "unknown_splits"]
+__all__ = ["SPLIT_COLUMNS", "choose_split", "shared_clips", "split_of", "split_of_row", "unknown_splits"]
 
 T = TypeVar("T")
 
@@ -75,10 +75,10 @@ def choose_split(
     return kept, f"{folder}: of files of several splits ({listed}) only {wanted} is used"
 
 
-def count_shared(
+def shared_clips(
     held_out: Sequence[AudioFile], trained_on: Sequence[AudioFile], copies: Mapping[str, str] | None = None
-) -> int:
-    """Count the clips held out that overlap with one that is trained on: the same file, or parts that meet in it.
+) -> list[AudioFile]:
+    """Clips held out that overlap with one that is trained on: the same file, or parts that meet in it.
 
     ``copies`` are paths of files with the same content, and one path for all of them
     (:func:`bestrq2.data.copies.copied_files`).
@@ -92,8 +92,10 @@ def count_shared(
     for item in trained_on:
         if (parts := places.get(place(item))) is not None:
             parts.append((item.start, inf if item.end is None else item.end))
-    return sum(
-        any(begin < (inf if item.end is None else item.end) and item.start < end for begin, end in parts)
+    return [
+        item
         for item in held_out
-        if (parts := places[place(item)])
-    )
+        if any(
+            begin < (inf if item.end is None else item.end) and item.start < end for begin, end in places[place(item)]
+        )
+    ]

@@ -13,7 +13,7 @@ from torch import nn
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, DataError, batches
 from bestrq2.data.copies import copied_files
-from bestrq2.data.splits import count_shared
+from bestrq2.data.splits import shared_clips
 from bestrq2.errors import counted, printable, system_reason
 from bestrq2.hashing import mix
 from bestrq2.models import BestRQ, BestRQ2, build_encoder
@@ -67,10 +67,12 @@ class Evaluation:
             self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
             self.clips = min(settings.clips, len(self.dataset))
             held, used = self.dataset.files, dataset.files
-            if known := ranks.from_first(lambda: count_shared(held, used, copied_files(held, used))):
+            if known := ranks.from_first(
+                lambda: [item.path for item in shared_clips(held, used, copied_files(held, used))]
+            ):
                 logger.warning(
-                    f"Validation: {known} of {counted(len(self.dataset.files), 'clip')} of validation.source are also "
-                    "trained on: the validation loss, and checkpoints kept by it, say nothing of other audio"
+                    f"Validation: {len(known)} of {counted(len(self.dataset.files), 'clip')} of validation.source are also "
+                    f"trained on, first {printable(known[0])}: the validation loss, and checkpoints kept by it, say nothing of other audio"
                 )
         self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
         self.task = probe_task(config.probe)

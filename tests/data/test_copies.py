@@ -8,7 +8,7 @@ import soundfile
 
 from bestrq2.data import AudioFile, collect, copies
 from bestrq2.data.copies import copied_files
-from bestrq2.data.splits import count_shared
+from bestrq2.data.splits import shared_clips
 
 RATE = 8000
 
@@ -31,18 +31,18 @@ def sides(tmp_path):
 
 def test_copies_are_counted(sides, tmp_path):
     held, used = sides
-    assert count_shared(held, used) == 0
+    assert len(shared_clips(held, used)) == 0
     found = copied_files(held, used)
     assert found == {
         f"{tmp_path}/{name}": f"{tmp_path}/held/{number}.wav"
         for number in (2, 3)
         for name in (f"held/{number}.wav", f"used/deep/clip-{number}.wav")
     }
-    assert count_shared(held, used, found) == 2
+    assert len(shared_clips(held, used, found)) == 2
     assert copied_files(held, held) == {}  # under one name they are the same file already
     part = AudioFile(used[0].path, 0.5, start=1.0, end=1.5)
     whole = [AudioFile(held[2].path, 1.0, end=1.0), AudioFile(held[2].path, 1.0, start=1.2)]
-    assert count_shared(whole, [part], copied_files(whole, [part])) == 1
+    assert len(shared_clips(whole, [part], copied_files(whole, [part]))) == 1
     os.link(held[0].path, tmp_path / "linked.wav")
     os.mkfifo(tmp_path / "pipe.wav")
     odd = [AudioFile(str(tmp_path / name), held[0].duration) for name in ("linked.wav", "pipe.wav", "gone.wav")]

@@ -11,7 +11,7 @@ import soundfile
 from bestrq2.data import AudioFile, CropDataset, DataError, ManifestError, collect, iterate_clips, read_manifest
 from bestrq2.data.manifest import write_manifest
 from bestrq2.data.shards import pack
-from bestrq2.data.splits import count_shared
+from bestrq2.data.splits import shared_clips
 from bestrq2.manifest import main as manifest_command
 
 RATE = 16000
@@ -315,10 +315,10 @@ def test_splits(folder):
 def test_clips_on_both_sides():
     whole, other = AudioFile(os.path.abspath("a.wav"), 9.0), AudioFile("b.wav", 9.0)
     first, second, third = (AudioFile("a.wav", 2.0, start=n, end=n + 2.0) for n in (0.0, 2.0, 4.0))
-    assert count_shared([whole], [other]) == count_shared([first, third], [second, other]) == 0
-    assert count_shared([whole, other], [second]) == 1
-    assert count_shared([first, second, third], [whole]) == 3
-    assert count_shared([first, third], [AudioFile("a.wav", 8.0, start=1.0)]) == 2
+    assert shared_clips([whole], [other]) == shared_clips([first, third], [second, other]) == []
+    assert shared_clips([whole, other], [second]) == [whole]
+    assert shared_clips([first, second, third], [whole]) == [first, second, third]
+    assert len(shared_clips([first, third], [AudioFile("a.wav", 8.0, start=1.0)])) == 2
 
 
 def test_splits_in_a_column_with_other_words(folder):

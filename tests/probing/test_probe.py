@@ -266,6 +266,13 @@ def test_bad_options(encoder_file, sounds, tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_spaces_around_values_of_an_option():
+    options = probe.parse(["encoder", "m.csv", "--label", "a", "--where", "lang = it, fr", "--head", "linear, knn"])
+    task = probe.task_of(options)
+    assert task.where == (("lang", ("it", "fr")),)
+    assert probe.heads_of(options, task) == ["linear", "knn"]
+
+
 def test_spaces_around_values_of_a_split():
     options = probe.parse(["encoder", "m.csv", "--label", "a", "--split", "fold", "--split-values", "1, 2,3 , 4", " 5"])
     task = probe.task_of(options)

@@ -232,7 +232,7 @@ def test_copies_of_clips_that_are_trained_on_are_told(tmp_path, caplog):
         (tmp_path / "held" / f"{number}.ogg").write_bytes(Path(item.path).read_bytes())
     options = [f"validation.source={tmp_path}/held", "validation.every=1", "validation.clips=2", "train.steps=1"]
     assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, *options]) == 0
-    assert "3 of 3 clips of validation.source are also trained on" in caplog.text
+    assert "3 of 3 clips of validation.source are also trained on, first /" in caplog.text
 
 
 def test_validation_disturbs_nothing(tmp_path, plain_training):
