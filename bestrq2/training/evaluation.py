@@ -71,8 +71,9 @@ class Evaluation:
                 lambda: [item.path for item in shared_clips(held, used, copied_files(held, used))]
             ):
                 logger.warning(
-                    f"Validation: {len(known)} of {counted(len(self.dataset.files), 'clip')} of validation.source are also "
-                    f"trained on, first {printable(known[0])}: the validation loss, and checkpoints kept by it, say nothing of other audio"
+                    f"Validation: {len(known)} of {counted(len(held), 'clip')} of validation.source are also trained "
+                    f"on, first {printable(known[0])}: the validation loss, and checkpoints kept by it, say nothing of "
+                    "other audio"
                 )
         self.pictured = ranks.from_first(lambda: fixed_batch(dataset)) if config.train.pictures_every else None
         self.task = probe_task(config.probe)
