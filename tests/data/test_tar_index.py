@@ -1,14 +1,13 @@
 """Tar shards: every member reads as the original file; damage is found, reported and survived."""
 
 import contextlib
-import io
 import json
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tar_files import clip_bytes, write_tar
 
 from bestrq2.data import (
     AudioError,
@@ -39,20 +38,6 @@ def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def _tar(path, members, format=tarfile.GNU_FORMAT):
-    """A shard; names in UTF-8, whatever the locale."""
-    with tarfile.open(path, "w", format=format, encoding="utf-8", errors="surrogateescape") as tar:
-        for name, content in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
-    return path
-
-
-def _clip(number=0) -> bytes:
-    return Path(tiny_dataset()[number].path).read_bytes()
-
-
 def _relative_paths(files, folder):
     return [os.path.relpath(item.path, folder) for item in files]
 
@@ -60,7 +45,7 @@ def _relative_paths(files, folder):
 @pytest.mark.parametrize(("extension", "format", "subtype", "rate", "channels"), FORMATS)
 def test_a_member_reads_as_the_file_it_was(tmp_path, speech, extension, format, subtype, rate, channels):
     path = convert(tmp_path / f"clip.{extension}", speech, rate, channels, format, subtype)
-    shard = _tar(
+    shard = write_tar(
         tmp_path / "s.tar", [("x.txt", b"-"), (f"a/clip.{extension}", path.read_bytes()), ("b.wav", b"x" * 99)]
     )
     member = f"{shard}::a/clip.{extension}"
@@ -79,7 +64,7 @@ def test_tagged_mp3(tmp_path, speech):
     path = convert(tmp_path / "x.mp3", speech, 44100, 2, "MP3", "MPEG_LAYER_III")
     tagged = b"ID3\x04\x00\x00" + bytes([0, 0, 2, 0]) + bytes(256) + path.read_bytes()
     path.write_bytes(tagged)
-    shard = _tar(tmp_path / "s.tar", [("x.mp3", tagged), ("cut.mp3", tagged[:20000])])
+    shard = write_tar(tmp_path / "s.tar", [("x.mp3", tagged), ("cut.mp3", tagged[:20000])])
     np.testing.assert_array_equal(load_audio(f"{shard}::x.mp3"), load_audio(path))
     with pytest.raises(AudioError, match="truncated"):
         load_audio(f"{shard}::cut.mp3")
@@ -92,7 +77,9 @@ def test_names(tmp_path, format):
     names = ["a.ogg", "./speech/b.ogg", "Übung 音声.ogg", latin, long, "new\nline.ogg", "x::y.ogg", "UP.OGG"]
     if format == tarfile.USTAR_FORMAT:
         names.remove(latin)
-    shard = _tar(tmp_path / "s.tar", [(name, _clip()) for name in [*names, "._a.ogg", ".hidden/c.ogg"]], format)
+    shard = write_tar(
+        tmp_path / "s.tar", [(name, clip_bytes()) for name in [*names, "._a.ogg", ".hidden/c.ogg"]], format
+    )
     files, report = collect(shard)
     assert [split_address(item.path) for item in files] == [(str(shard), os.path.normpath(from_text(n))) for n in names]
     assert report.ignored == {"(hidden)": 2}
@@ -107,17 +94,17 @@ def test_sidecars_and_order(tmp_path):
     stated = {"duration": 2.0, "sampling_rate": 16000, "domain": "speech", "label": 7}
     members = [
         ("z.json", json.dumps(stated).encode()),
-        ("z.ogg", _clip(0)),
-        ("music/a.ogg", _clip(1)),
+        ("z.ogg", clip_bytes(0)),
+        ("music/a.ogg", clip_bytes(1)),
         ("music/a.txt", b"a waltz\n"),
-        ("m.b.ogg", _clip(2)),  # webdataset: key "m", extension "b.ogg"
+        ("m.b.ogg", clip_bytes(2)),  # webdataset: key "m", extension "b.ogg"
         ("m.json", b'{"domain": "", "duration": "long", "seconds": 2}'),
-        ("bad.ogg", _clip(3)),
+        ("bad.ogg", clip_bytes(3)),
         ("bad.json", b"{"),
         ("x.npy", b"123"),
-        ("z.ogg", _clip(4)),  # appended again
+        ("z.ogg", clip_bytes(4)),  # appended again
     ]
-    shard = _tar(tmp_path / "s.tar", members)
+    shard = write_tar(tmp_path / "s.tar", members)
     files, report = collect(str(shard))
     assert files == [
         AudioFile(f"{shard}::z.ogg", 2.0, 16000, "speech", "7"),
@@ -140,8 +127,10 @@ def test_sidecars_and_order(tmp_path):
 
 def test_repeated_samples_keep_their_own_labels(tmp_path):
     """Shards that were joined have the same keys again; each clip has the label that came with it."""
-    samples = [("a.ogg", _clip(0)), ("a.cls", b"cat"), ("a.ogg", _clip(1)), ("a.cls", b"dog")]
-    shard = str(_tar(tmp_path / "s.tar", [*samples, ("b.ogg", _clip(2)), ("b.cls", b"old"), ("b.cls", b"new")]))
+    samples = [("a.ogg", clip_bytes(0)), ("a.cls", b"cat"), ("a.ogg", clip_bytes(1)), ("a.cls", b"dog")]
+    shard = str(
+        write_tar(tmp_path / "s.tar", [*samples, ("b.ogg", clip_bytes(2)), ("b.cls", b"old"), ("b.cls", b"new")])
+    )
     for _ in range(2):  # read from the kept index the second time
         files, report = collect(shard)
         labels = {split_address(item.path)[1]: item.label for item in files}
@@ -165,26 +154,26 @@ def test_repeated_keys_with_other_endings(tmp_path, members, labels):
     made = []
     for member in members.split():
         name, _, label = member.partition(":")
-        made.append((name, label.encode() or _clip()))
-    files = find_audio(_tar(tmp_path / "s.tar", made)).files
+        made.append((name, label.encode() or clip_bytes()))
+    files = find_audio(write_tar(tmp_path / "s.tar", made)).files
     assert " ".join(item.label for item in files) == labels
 
 
 def test_labels_of_several_kinds_for_clips_of_one_key_are_told(tmp_path):
     """One sample in two formats with two labels, or two samples? Nothing tells, so the user has to know."""
-    members = [("a.ogg", _clip()), ("a.json", b'{"label": "dog"}'), ("a.cls", b"cat"), ("a.wav", _clip())]
-    found = find_audio(_tar(tmp_path / "two.tar", members))
+    members = [("a.ogg", clip_bytes()), ("a.json", b'{"label": "dog"}'), ("a.cls", b"cat"), ("a.wav", clip_bytes())]
+    found = find_audio(write_tar(tmp_path / "two.tar", members))
     assert {item.label for item in found.files} == {"dog"}
     said = f"2 clips in 1 shard with the key of another clip and several labels, first {tmp_path / 'two.tar'}::a.ogg "
     assert [said + "('cat', 'dog')" in note for note in found.notes] == [True]
     assert not found.skips  # the shard is intact
-    assert not find_audio(_tar(tmp_path / "one.tar", members[:3])).notes  # a number or a text beside the label
+    assert not find_audio(write_tar(tmp_path / "one.tar", members[:3])).notes  # a number or a text beside the label
 
 
 def test_repeated_names_of_many_shards_are_one_note(tmp_path):
     for number in range(3):
         names = ["a.ogg", "b.ogg"] if number == 1 else ["a.ogg", "a.ogg", "a.ogg"]
-        _tar(tmp_path / f"s{number}.tar", [(name, _clip(clip)) for clip, name in enumerate(names)])
+        write_tar(tmp_path / f"s{number}.tar", [(name, clip_bytes(clip)) for clip, name in enumerate(names)])
     _, report = collect(tmp_path)
     assert len(report.notes) == 1
     assert report.notes[0].startswith("4 clips in 2 shards with the name of an earlier one of the same shard, first ")
@@ -193,21 +182,23 @@ def test_repeated_names_of_many_shards_are_one_note(tmp_path):
 @pytest.mark.parametrize("unread", [b"x" * 5000, b"caf\xe9"])
 def test_a_label_that_is_not_read_keeps_its_place(tmp_path, unread):
     """Too long, or in another encoding: the label of the second clip does not go to the first."""
-    samples = [("a.ogg", _clip(0)), ("a.txt", unread), ("a.ogg", _clip(1)), ("a.txt", b"dog")]
-    files, _ = collect(str(_tar(tmp_path / "s.tar", samples)))
+    samples = [("a.ogg", clip_bytes(0)), ("a.txt", unread), ("a.ogg", clip_bytes(1)), ("a.txt", b"dog")]
+    files, _ = collect(str(write_tar(tmp_path / "s.tar", samples)))
     assert [item.label for item in files] == ["", "dog"]
 
 
 def test_a_sidecar_in_another_encoding_costs_nothing_else(tmp_path):
-    samples = [("a.ogg", _clip(0)), ("a.cls", b"caf\xe9"), ("a.ogg", _clip(1)), ("a.cls", b"dog")]
-    files, report = collect(str(_tar(tmp_path / "s.tar", [*samples, ("b.ogg", _clip(2)), ("b.txt", b"\xff\x00x")])))
+    samples = [("a.ogg", clip_bytes(0)), ("a.cls", b"caf\xe9"), ("a.ogg", clip_bytes(1)), ("a.cls", b"dog")]
+    files, report = collect(
+        str(write_tar(tmp_path / "s.tar", [*samples, ("b.ogg", clip_bytes(2)), ("b.txt", b"\xff\x00x")]))
+    )
     assert [item.label for item in files] == ["", "dog", ""]
     assert report.counts() == {"damaged archive": 2}
 
 
 def test_links(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        (tmp_path / "a.ogg").write_bytes(_clip())
+        (tmp_path / "a.ogg").write_bytes(clip_bytes())
         os.link(tmp_path / "a.ogg", tmp_path / "b.ogg")
         os.symlink("a.ogg", tmp_path / "c.ogg")
         for name in ("a.ogg", "b.ogg", "c.ogg"):
@@ -221,8 +212,8 @@ def test_links(tmp_path):
 @pytest.mark.parametrize("cut", [0, 100, 512 * 10 + 7, 40000, -1])
 def test_truncated_shard(tmp_path, cut):
     """Every clip before the cut is used; what is missing is counted."""
-    contents = [_clip(number) for number in range(5)]
-    shard = _tar(tmp_path / "s.tar", [(f"{n}.ogg", content) for n, content in enumerate(contents)])
+    contents = [clip_bytes(number) for number in range(5)]
+    shard = write_tar(tmp_path / "s.tar", [(f"{n}.ogg", content) for n, content in enumerate(contents)])
     index = tar_index(str(shard), keep=False)
     ends = [member.offset + member.size for member in index.members]
     whole = shard.read_bytes()
@@ -248,7 +239,7 @@ def test_truncated_shard(tmp_path, cut):
 @pytest.mark.parametrize("fill", [b"\0", b"\xa5"])
 def test_damage_in_the_middle(tmp_path, fill):
     """The headers of two members overwritten: the members behind them are found again."""
-    shard = _tar(tmp_path / "s.tar", [(f"{n}.ogg", _clip(n)) for n in range(6)])
+    shard = write_tar(tmp_path / "s.tar", [(f"{n}.ogg", clip_bytes(n)) for n in range(6)])
     members = tar_index(str(shard), keep=False).members
     content = bytearray(shard.read_bytes())
     start, stop = members[2].offset - 512, members[3].offset + 1000
@@ -263,7 +254,7 @@ def test_damage_in_the_middle(tmp_path, fill):
     shard.write_bytes(content)
     assert "zeros at the end of" in str(collect(shard)[1].skips[1])
     # one byte of one header
-    content = bytearray(_tar(tmp_path / "t.tar", [(f"{n}.ogg", _clip(n)) for n in range(3)]).read_bytes())
+    content = bytearray(write_tar(tmp_path / "t.tar", [(f"{n}.ogg", clip_bytes(n)) for n in range(3)]).read_bytes())
     content[members[1].offset - 512 + 3] ^= 1
     (tmp_path / "t.tar").write_bytes(content)
     files, report = collect(tmp_path / "t.tar")
@@ -275,7 +266,7 @@ def test_random_damage(tmp_path, damaged_copies):
     """Only clear errors come out; every clip reads or says why not; if one is not listed, damage is reported."""
     members = [(f"{n}.flac", encoded(0.3, n)) for n in range(6)]
     usable = 0
-    for shard in damaged_copies(_tar(tmp_path / "s.tar", members, tarfile.PAX_FORMAT), 120):
+    for shard in damaged_copies(write_tar(tmp_path / "s.tar", members, tarfile.PAX_FORMAT), 120):
         try:
             files, report = collect(shard)
         except DataError:
@@ -289,7 +280,7 @@ def test_random_damage(tmp_path, damaged_copies):
 
 def test_shard_that_vanishes_or_fails_while_it_is_used(tmp_path, monkeypatch):
     """Its clips are replaced by others, and each is named."""
-    shard = _tar(tmp_path / "s.tar", [(f"{n}.ogg", _clip(n)) for n in range(3)])
+    shard = write_tar(tmp_path / "s.tar", [(f"{n}.ogg", clip_bytes(n)) for n in range(3)])
     files, _ = collect(shard)
     dataset = CropDataset([*files, *tiny_dataset()[3:12]], 1.0)
     before = [dataset[index].waveform for index in range(24)]
@@ -327,7 +318,7 @@ def test_not_a_tar(tmp_path):
 
 
 def test_index_is_kept_and_rebuilt(tmp_path, monkeypatch):
-    shard = _tar(tmp_path / "s.tar", [("a.ogg", _clip(0)), ("b.ogg", _clip(1))])
+    shard = write_tar(tmp_path / "s.tar", [("a.ogg", clip_bytes(0)), ("b.ogg", clip_bytes(1))])
     built = []
     build = tar_index_module._build
     monkeypatch.setattr(tar_index_module, "_build", lambda *arguments: built.append(1) or build(*arguments))
@@ -337,7 +328,7 @@ def test_index_is_kept_and_rebuilt(tmp_path, monkeypatch):
     assert len(built) == 1
     before = load_audio(f"{shard}::b.ogg")
     # another shard under the same name, also for a process that has read the old one
-    _tar(shard, [("c.ogg", _clip(2)), ("x.ogg", _clip(2)), ("b.ogg", _clip(1))])
+    write_tar(shard, [("c.ogg", clip_bytes(2)), ("x.ogg", clip_bytes(2)), ("b.ogg", clip_bytes(1))])
     np.testing.assert_array_equal(load_audio(f"{shard}::b.ogg"), before)
     assert len(built) == 2
     for damage in ("", "{", '{"format": "other"}', '{"format": "bestrq2 tar index 1", "members": [[1]]}', "[]"):
@@ -348,7 +339,7 @@ def test_index_is_kept_and_rebuilt(tmp_path, monkeypatch):
 
 
 def test_index_of_a_shard_in_a_folder_that_is_read_only(tmp_path, monkeypatch):
-    shard = _tar(tmp_path / "s.tar", [("a.ogg", _clip(0))])
+    shard = write_tar(tmp_path / "s.tar", [("a.ogg", clip_bytes(0))])
     write = tar_index_module._write
     monkeypatch.setattr(
         tar_index_module, "_write", lambda place, index: place.parent != tmp_path and write(place, index)
@@ -384,8 +375,8 @@ def test_patterns(tmp_path):
 
 def test_folders_of_shards(tmp_path):
     (tmp_path / "speech").mkdir()
-    _tar(tmp_path / "speech" / "0.tar", [("x/a.ogg", _clip(0)), ("x/b.ogg", _clip(1))])
-    _tar(tmp_path / "1.tar", [("env/c.ogg", _clip(2)), ("d.ogg", _clip(3))])
+    write_tar(tmp_path / "speech" / "0.tar", [("x/a.ogg", clip_bytes(0)), ("x/b.ogg", clip_bytes(1))])
+    write_tar(tmp_path / "1.tar", [("env/c.ogg", clip_bytes(2)), ("d.ogg", clip_bytes(3))])
     files, _ = collect(tmp_path)
     assert _relative_paths(files, tmp_path) == [
         "1.tar::env/c.ogg",
@@ -398,7 +389,7 @@ def test_folders_of_shards(tmp_path):
     assert _relative_paths(listed, tmp_path)[0] == "speech/0.tar::x/a.ogg"
     assert collect(f"{tmp_path}/1.tar::d.ogg")[0][0].path == f"{tmp_path}/1.tar::d.ogg"
     # next to audio files, shards are usually the same audio again: ignored with a note
-    (tmp_path / "e.ogg").write_bytes(_clip(4))
+    (tmp_path / "e.ogg").write_bytes(clip_bytes(4))
     files, report = collect(tmp_path)
     assert _relative_paths(files, tmp_path) == ["e.ogg"]
     assert report.ignored == {".tar": 2}
