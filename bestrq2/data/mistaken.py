@@ -36,13 +36,13 @@ def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str, 
         path: of the file, for the message.
         subtype: soundfile's name of how samples are stored.
     """
-    if 0 < peak <= _16_BITS and subtype == "PCM_32" and path not in _faint and len(_faint) < _MOST_WARNINGS:
-        if len(np.unique(block)) > _MANY_VALUES:  # so faint and yet so fine: no recorder does that
-            _faint.add(path)
-            logger.warning(
-                f"{printable(path)}: 32-bit samples up to {peak * 2**31:.0f}, where full scale is 2147483648: 16-bit "
-                "integers that were not multiplied by 65536? It is used as it is, next to silence"
-            )
+    faint = 0 < peak <= _16_BITS and subtype == "PCM_32" and path not in _faint and len(_faint) < _MOST_WARNINGS
+    if faint and len(np.unique(block)) > _MANY_VALUES:  # so faint and yet so fine: no recorder does that
+        _faint.add(path)
+        logger.warning(
+            f"{printable(path)}: 32-bit samples up to {peak * 2**31:.0f}, where full scale is 2147483648: 16-bit "
+            "integers that were not multiplied by 65536? It is used as it is, next to silence"
+        )
     if peak > _LOUD and path not in _loud and len(_loud) < _MOST_WARNINGS:
         _loud.add(path)
         logger.warning(
