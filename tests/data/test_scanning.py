@@ -218,7 +218,7 @@ def test_durations_of_nemo_in_minutes(tmp_path, write_wav):
 
 
 def test_listed_parts_behind_the_end_of_their_file(tmp_path, write_wav):
-    """Where the list states durations no file is opened for them: some are, and a note says what will be skipped."""
+    """A list with durations is not compared with its files, but for a few; a note says what will be skipped."""
     write_wav("a.wav", 10.0)
     rows = [f"a.wav,{start},{start + 4}\n" for start in range(0, 20, 4)]
     (tmp_path / "m.csv").write_text("path,start,end\n" + "".join(rows))
