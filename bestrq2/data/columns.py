@@ -10,7 +10,7 @@ from math import isnan
 from typing import Any
 
 from bestrq2.data.fields import CUTS, is_a_channel, is_a_word, is_held, is_known
-from bestrq2.data.files import to_text
+from bestrq2.data.files import label_of, to_text
 from bestrq2.data.places import check_places, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS
 from bestrq2.errors import ManifestError
@@ -44,9 +44,7 @@ def with_place(columns: dict[str, Any] | None, path: str, start: float, end: flo
 
 def as_cell(value: Any) -> str:
     """A value in CSV: text as it is, lists and objects as JSON, nothing for null and NaN."""
-    if value is None or (isinstance(value, float) and isnan(value)):
-        return ""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+    return "" if isinstance(value, float) and isnan(value) else label_of(value)
 
 
 def _kept(columns: dict[str, Any], row: dict[str, Any], lost: list[str]) -> dict[str, Any]:

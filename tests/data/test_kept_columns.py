@@ -99,10 +99,10 @@ def test_values_of_every_kind(folder):
     (folder / "m.jsonl").write_text(lines([{"path": "a.wav", **VALUES}, {"path": "b.wav", "label": ["x", "y"]}]))
     rows = [{"label": "", **VALUES}, {"label": ["x", "y"]}]
     assert packed(folder / "m.jsonl", folder / "sh") == packed(folder / "sh", folder / "again") == rows
-    cells = [{"label": "", **CELLS}, {"label": "['x', 'y']", **dict.fromkeys(CELLS, "")}]
+    cells = [{"label": "", **CELLS}, {"label": '["x", "y"]', **dict.fromkeys(CELLS, "")}]
     assert listed(folder / "m.jsonl", folder / "m.csv") == listed(None, folder / "sh") == cells
     assert listed(folder / "sh", folder / "of_shards.csv") == cells
-    assert [item.label for item in collect(folder / "sh")[0]] == ["", "['x', 'y']"]
+    assert [item.label for item in collect(folder / "sh")[0]] == ["", '["x", "y"]']
 
 
 def test_probes_find_labels_groups_and_splits_in_what_was_packed(folder):
@@ -125,6 +125,22 @@ def test_probes_find_labels_groups_and_splits_in_what_was_packed(folder):
     for place in (folder / "both", folder / "both" / "manifest.csv", folder / "m.csv"):
         assert [Path(item.path).stem[-1] for item in collect(place)[0]] == ["a"]  # training on it
         assert [Path(item.path).stem[-1] for item in collect(place, split="validation")[0]] == ["b"]
+
+
+def test_lists_as_labels(folder):
+    """What a probe reads in the CSV that was made of a source is what it reads in the source."""
+    labels = [["dog", 'it\'s; "wind"'], ["rain"]]
+    rows = [{"path": f"{name}.wav", "label": label} for name, label in zip("ab", labels)]
+    (folder / "m.jsonl").write_text(lines(rows))
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"audio": ["a.wav", "b.wav"], "label": labels})
+    parquet.write_table(table, folder / "t.parquet")
+    packed(folder / "m.jsonl", folder / "sh")
+    for number, source in enumerate((folder / "m.jsonl", folder / "t.parquet", folder / "sh")):
+        assert [json.loads(row["label"]) for row in listed(source, folder / f"{number}.csv")] == labels
+        for place in (folder / f"{number}.csv", folder / "m.jsonl"):
+            clips = read_clips(ProbeTask(str(place), "multilabel", "label"))
+            assert clips.classes == ["dog", 'it\'s; "wind"', "rain"]
 
 
 def test_splits_that_names_say_are_kept_as_a_column(folder):

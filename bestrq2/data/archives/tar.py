@@ -26,7 +26,7 @@ from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar_walk import Entry, walk
 from bestrq2.data.columns import of_archive
 from bestrq2.data.fields import known_columns
-from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
+from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, label_of, to_text
 from bestrq2.data.splits import split_of_row
 from bestrq2.encodings import TextEncodingError, decode_text
 from bestrq2.errors import AudioError, Skip, printable
@@ -34,7 +34,8 @@ from bestrq2.errors import AudioError, Skip, printable
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 8"  # 1 replaced letters, 2 to 5 mixed labels up, 6 had no splits, 7 lost lone sidecars
+_FORMAT = "bestrq2 tar index 9"  # 1 replaced letters, 2 to 5 mixed labels up, 6 had no splits, 7 lost lone sidecars
+# 8 had lists as Python's text
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _USED = ("duration", "seconds", "sampling_rate", "sample_rate", "sr", "domain", "label")
 
@@ -261,7 +262,7 @@ def _stated(row: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
         "duration": number("duration", "seconds"),
         "sampling_rate": None if rate is None else int(rate),
         "domain": None if domain is None else str(domain),
-        "label": str(label),
+        "label": label_of(label),
         "split": split_of_row(known_columns(row)),
     }
 
