@@ -97,7 +97,7 @@ def test_imports_point_one_way(path):
 
 
 def test_every_module_has_a_public_name():
-    """What one layer takes from another is no private part of it; an underscore would say that it were."""
+    """A part that one layer takes from another is not private; an underscore would say that it is."""
     private = [f for f in FILES if any(re.match("_[^_]", part) for part in f.relative_to(ROOT).parts)]
     assert not private
 
