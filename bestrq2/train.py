@@ -28,6 +28,7 @@ import torch
 
 from bestrq2.config import Config, ConfigError, config_from_dict, load_config, recipe_names, with_overrides
 from bestrq2.config.describing import describe
+from bestrq2.config.loading import chosen_keys
 from bestrq2.config.rules import unused_values
 from bestrq2.data import CropDataset, DataError
 from bestrq2.data.content import changed_files, replaced_files
@@ -120,7 +121,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         with alone_in(folder, ranks):
             return resume(folder, options.overrides, values, ranks)
     config = ranks.from_first(lambda: load_config(default_recipe(options), options.overrides, values))
-    for text in unused_values(config):
+    chosen = ranks.from_first(lambda: chosen_keys(default_recipe(options), options.overrides))
+    for text in unused_values(config, chosen):
         ranks.say(f"note: {text}")
     if options.find_batch and config.frozen.source:
         raise shared(

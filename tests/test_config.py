@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bestrq2.config import ConfigError, config_from_dict, config_to_dict, load_config, recipe_names, with_overrides
+from bestrq2.config.loading import chosen_keys
 from bestrq2.config.rules import unused_values
 from bestrq2.models import build_model
 
@@ -171,6 +172,27 @@ def test_values_of_steps_that_are_left_out_are_told():
     assert told == [text.split("=")[0] for text in useless]
     use = ["model.mixing.share=0.5", "model.targets.seed_candidates=2"]
     assert unused_values(load_config("best_rq_conformer_tiny", [*useless, *use])) == []
+
+
+def test_keys_that_the_model_does_not_read_are_told(tmp_path):
+    """A note names what the user set: one-stage recipes of the package are based on two-stage ones, with predictor."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("based_on: best_rq2_small\nmodel: {name: best_rq, predictor: {width: 64}}\n")
+    (tmp_path / "other.yaml").write_text("based_on: mine.yaml\ntrain: {steps: 9}\n")
+    two = tmp_path / "two.yaml"
+    two.write_text("based_on: other.yaml\nmodel: {name: best_rq2}\n")
+
+    def told(recipe, *overrides):
+        config, chosen = load_config(str(recipe), overrides), chosen_keys(str(recipe), overrides)
+        return [text.split()[0] for text in unused_values(config, chosen)]
+
+    assert told("best_rq_vit_small") == []
+    assert told("best_rq_vit_small", "model.predictor.depth=3") == ["model.predictor.depth"]
+    assert told(tmp_path / "other.yaml") == told(path) == ["model.predictor.width"]
+    assert told(two, "model.predictor.depth=3") == []
+    frozen = ["frozen.source=x", "model.encoder.depth=3", "model.masking.ratio=[0.4,0.5]", "model.predictor.depth=3"]
+    assert told("best_rq2_tiny", *frozen) == ["model.encoder.depth"]
+    assert told("best_rq2_tiny", *frozen, "frozen.every_frame=true") == ["model.encoder.depth", "model.masking.ratio"]
 
 
 def test_domain_weights_take_any_name(tmp_path):

@@ -229,6 +229,21 @@ def load_config(recipe: str, overrides: Sequence[str] | None = None, values: Map
     return _with_overrides(merged, overrides or (), values or {})
 
 
+def chosen_keys(recipe: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Keys that a user set for this model: by overrides, in their own recipe, and in those of theirs that it is based
+    on, up to the one that chooses the model. Those of the package are shared by models that use other parts of them.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    keys = [leaf for text in overrides for leaf in _leaves(_layer(nested(*read_override(text)), f"override {text!r}"))]
+    name: str | None = recipe
+    while name is not None and Path(name).suffix in (".yaml", ".yml") and "model.name" not in keys:
+        content, own, name = _read_recipe(name)
+        keys += _leaves(_layer(content, f"recipe {own}"))
+    return list(dict.fromkeys(keys))
+
+
 def _with_recipe(recipe: str) -> DictConfig:
     layers: list[tuple[DictConfig, str]] = []
     name: str | None = recipe

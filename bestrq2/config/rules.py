@@ -1,6 +1,6 @@
 """Relations between keys and ranges of numbers; choices among words are types of the sections."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from math import isfinite, isnan
 from operator import attrgetter
@@ -12,6 +12,7 @@ from .sections import Config, EncoderConfig
 
 # Infinity means: never.
 _MAY_BE_INFINITE = ("optimizer.max_grad_norm", "train.save_minutes")
+_OF_A_HEAD = ("model.encoder.kind", "model.encoder.patch_height", "model.encoder.patch_width")  # of its targets
 
 
 def check_values(c: Config) -> None:
@@ -163,8 +164,13 @@ def check_values(c: Config) -> None:
             raise ConfigError(f"{key}: expected a finite number, got {number!r}")
 
 
-def unused_values(c: Config) -> list[str]:
-    """Sentences on values that were chosen and change nothing, because what they are for is switched off."""
+def unused_values(c: Config, set_keys: Iterable[str] = ()) -> list[str]:
+    """Sentences on values that were chosen and change nothing, because what they are for is switched off.
+
+    Args:
+        set_keys: what the user set, see :func:`~bestrq2.config.loading.chosen_keys`. Told of parts that models have or
+            have not, where recipes of the package share values.
+    """
     usual = Config()
     chosen = [
         (f"{section}.{key}", f"{section}.{switch}")
@@ -194,7 +200,16 @@ def unused_values(c: Config) -> list[str]:
     ):
         if not used and attrgetter(key)(c) != attrgetter(key)(usual):
             chosen.append((key, switch))
-    return [f"{key} is not used without {switch}" for key, switch in chosen]
+    told = [f"{key} is not used without {switch}" for key, switch in chosen]
+    for key in set_keys:
+        if key.startswith("model.predictor.") and c.model.name == "best_rq" and not c.frozen.source:
+            told.append(f"{key} is not used with model.name=best_rq, which has no predictor")
+        of_frozen = ("model.encoder.", "model.name", "train.pictures_every", "train.health_every")
+        if c.frozen.source and key.startswith(of_frozen) and key not in _OF_A_HEAD:
+            told.append(f"{key} is not used with frozen.source, whose encoder is what it is")
+        if c.frozen.source and c.frozen.every_frame and key.startswith("model.masking."):
+            told.append(f"{key} is not used with frozen.every_frame=true, which masks nothing")
+    return told
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:

@@ -353,7 +353,7 @@ def _blocks(
         if got == 0:
             break
         position += got
-        yield _mono(buffer[:got], path)
+        yield _mono(buffer[:got], path, file.subtype)
     if promised is None:
         # A stream without a stated length ends by an error in some decoders; it has no promise to break.
         if failure and not position:
@@ -375,7 +375,7 @@ def _in_content(path: str, look: Callable[[BinaryIO], Any]) -> Any:
         return look(content)
 
 
-def _mono(block: np.ndarray, path: str) -> np.ndarray:
+def _mono(block: np.ndarray, path: str, subtype: str) -> np.ndarray:
     """Average (N, channels) to (N,), after checking that every sample can be used."""
     peak = max(float(block.max()), -float(block.min()))
     if not peak <= LARGEST_SAMPLE:  # also true for NaN
@@ -387,7 +387,7 @@ def _mono(block: np.ndarray, path: str) -> np.ndarray:
     for channel in range(1, block.shape[1]):  # ten times faster than mean(axis=1) over two columns
         mono = mono + block[:, channel]
     mono = mono if block.shape[1] == 1 else mono / np.float32(block.shape[1])
-    warn_of_levels(block, mono, peak, path)
+    warn_of_levels(block, mono, peak, path, subtype)
     return mono
 
 

@@ -301,12 +301,14 @@ class CropDataset(Dataset):
 
 
 def _listed_too_long(item: AudioFile, error: AudioError) -> AudioError:
-    """The same for every crop of a file that ends before the crop begins: what its list says, and what it has."""
-    if error.skip.reason != "no samples" or item.duration is None:
+    """The same for every crop of a file or part that ends before the crop does: what its list says, and what it has."""
+    if error.skip.reason not in ("no samples", "truncated") or item.duration is None:
         return error
     try:
         found = clip_duration(item, audio_info(item.path))
-    except AudioError:
+    except AudioError as of_all:
+        return of_all if item.is_part else error
+    if error.skip.reason == "truncated":
         return error
     detail = f"listed with {item.duration:.3f} s, the file has {found:.3f} s: correct the list, or leave durations out"
     return AudioError(item.path, "truncated", detail)

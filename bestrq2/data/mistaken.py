@@ -17,20 +17,32 @@ logger = logging.getLogger(__name__)
 _LOUD = 64.0  # 36 dB above full scale
 _AUDIBLE = 1e-6  # mean square of channels, -60 dB
 _CANCELLED = 1e-4  # of their power is left in the mix, -40 dB
+_16_BITS = 2.0**-16  # full scale of 16 bits within 32: -96 dB
+_MANY_VALUES = 512  # 24 bits within 32 have 257 values up to there
 _MOST_WARNINGS = 20
-_loud: set[str] = set()  # files that were spoken of, in this process
+_faint: set[str] = set()  # files that were spoken of, in this process
+_loud: set[str] = set()
 _cancelled: set[str] = set()
 
 
-def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str) -> None:
-    """Warn, once a file, of integers that were not divided, and of channels that cancel each other in the mono mix.
+def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str, subtype: str) -> None:
+    """Warn, once a file, of integers that were not divided, of 16-bit integers that were written as 32-bit ones, and of
+    channels that cancel each other in the mono mix.
 
     Args:
         block: (N, channels) finite samples.
         mono: (N,) their mean.
         peak: largest magnitude in ``block``.
         path: of the file, for the message.
+        subtype: soundfile's name of how samples are stored.
     """
+    faint = 0 < peak <= _16_BITS and subtype == "PCM_32" and path not in _faint and len(_faint) < _MOST_WARNINGS
+    if faint and len(np.unique(block)) > _MANY_VALUES:  # so faint and yet so fine: no recorder does that
+        _faint.add(path)
+        logger.warning(
+            f"{printable(path)}: 32-bit samples up to {peak * 2**31:.0f}, where full scale is 2147483648: 16-bit "
+            "integers that were not multiplied by 65536? It is used as it is, next to silence"
+        )
     if peak > _LOUD and path not in _loud and len(_loud) < _MOST_WARNINGS:
         _loud.add(path)
         logger.warning(

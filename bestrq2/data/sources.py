@@ -14,7 +14,7 @@ from bestrq2.data.audio import audio_info
 from bestrq2.data.columns import of_manifest
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
-from bestrq2.data.parts import is_whole
+from bestrq2.data.parts import clip_duration, is_whole
 from bestrq2.data.splits import choose_split, split_of, split_of_row, unknown_splits
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
 
@@ -203,21 +203,28 @@ def _count_parts(files: list[AudioFile]) -> int:
 
 def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list[str]:
     """Compare a few stated times with the files: milliseconds or samples would be taken for hours, and of files whose
-    list says that they are shorter than they are, training uses the beginning alone. Returns a note on one of these.
+    list says that they are shorter than they are, training uses the beginning alone. Returns notes on one of these and
+    on one with a part that is not there.
 
     Args:
         opened: clips in archives, too.
 
     Raises:
-        DataError: if they are a hundred times too long, or thirty times too short.
+        DataError: if they are a hundred times too long or thirty times too short, or if all are minutes: the
+            beginning of a file, as NeMo states it, may be short.
     """
     stated = [item for item in files if item.duration is not None and (opened or split_address(item.path) is None)]
-    notes = []
+    parts: defaultdict[str, list[AudioFile]] = defaultdict(list)
+    for item in stated:
+        if item.is_part:
+            parts[item.path].append(item)
+    notes, behind, minutes, looked = [], [], [], 0
     for item in stated[:: max(1, len(stated) // 4)][:5]:
         try:
             info = audio_info(item.path)
         except AudioError:
             continue  # reported when it is read
+        looked += 1
         seconds = item.end if item.end is not None else item.duration or 0.0
         has = f"{printable(item.path)} has {info.duration:.3f} s, the list says {seconds:g}"
         if seconds > 100 * info.duration and seconds > 10:
@@ -227,13 +234,27 @@ def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list
                 f"{path}: durations are expected in seconds; {has}, which looks like {unit}: name the column "
                 "duration_ms, or divide"
             )
-        if item.is_part or info.duration - seconds <= max(1.0, 0.05 * info.duration):
+        of_file = parts[item.path]
+        try:
+            clip_duration(max(of_file, key=lambda part: part.end or 0.0, default=item), info)
+        except AudioError as error:
+            behind.append(
+                f"{path}: {error}: such parts are skipped and counted when training meets them (bestrq2 manifest "
+                "--check leaves them out)"
+            )
+        if item.is_part and (item.start > 0 or len(of_file) > 1):
             continue
-        if info.duration > 30 * seconds:
+        minutes += [has] if item.is_part and 50 * seconds < info.duration < 75 * seconds else []
+        if info.duration - seconds <= max(1.0, 0.05 * info.duration):
+            continue
+        if info.duration > 30 * seconds and not item.is_part:
             unit = "minutes" if info.duration < 90 * seconds else "another unit"
             raise DataError(f"{path}: durations are expected in seconds; {has}, which looks like {unit}")
-        notes.append(f"{path}: {has}: training uses no more of such a file (bestrq2 manifest --check corrects lists)")
-    return notes[:1]
+        cure = "" if item.is_part else " (bestrq2 manifest --check corrects lists)"
+        notes.append(f"{path}: {has}: training uses no more of such a file{cure}")
+    if len(minutes) > 2 and len(minutes) == looked:
+        raise DataError(f"{path}: durations are expected in seconds; {minutes[0]}, which looks like minutes")
+    return notes[:1] + behind[:1]
 
 
 def _with_split_column(files: list[AudioFile], splits: list[str | None]) -> list[AudioFile]:

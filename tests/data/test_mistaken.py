@@ -95,3 +95,26 @@ def test_channels_that_cancel_each_other(tmp_path, caplog):
         load_audio(tmp_path / f"{name}.wav")
     (record,) = caplog.records
     assert "inverted.wav: the channels cancel each other" in record.message
+
+
+def test_16_bit_integers_in_32_bits(tmp_path, caplog):
+    """Written as int32 without a factor they are 65536 times too quiet; a faint recording of 24 bits is what it is."""
+    wave = (12000 * np.sin(np.arange(32000) ** 1.2)).astype(np.int32)
+    for name, samples in (
+        ("right", wave << 16),
+        ("mistaken", wave),
+        ("24", (wave >> 8) << 8),
+        ("click", np.where(np.arange(32000) == 9, 1, 0).astype(np.int32)),
+    ):
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000, subtype="PCM_32")
+        load_audio(tmp_path / f"{name}.wav", start=0.1, duration=0.5)
+    soundfile.write(tmp_path / "float.wav", (wave * 2.0**-31).astype(np.float32), 16000, subtype="FLOAT")
+    faint = load_audio(tmp_path / "float.wav")
+    assert np.array_equal(load_audio(tmp_path / "mistaken.wav"), faint)
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["waveform"] = wave[None]
+        file.attrs["sample_rate"] = 16000
+    assert np.array_equal(load_audio(f"{tmp_path}/x.h5::0"), faint)
+    assert [record.message.split(": ")[0].rsplit("/")[-1] for record in caplog.records] == ["mistaken.wav", "x.h5::0"]
+    assert "32-bit samples up to 11999, where full scale is 2147483648: 16-bit integers" in caplog.text

@@ -1,16 +1,18 @@
 """Scanning: nothing is left out without being counted, and nothing usable is an error that says why."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import soundfile
 
-from bestrq2.data import AudioFile, DataError, audio, collect, read_manifest, scan, tiny_dataset
+from bestrq2.data import AudioFile, CropDataset, DataError, audio, collect, read_manifest, scan, tiny_dataset
 from bestrq2.data.workers import _named_start
 from bestrq2.manifest import main
 
@@ -195,3 +197,36 @@ def test_clips_that_two_sources_have(tmp_path, write_wav):
     assert report.notes == [f"{folder}, {folder}/x.wav: {told}"]
     table.write_text("path\na/x.wav\na/x.wav\n")
     assert not any("these sources" in note for note in collect([table, f"{folder}/y.wav"])[1].notes)
+
+
+def test_durations_of_nemo_in_minutes(tmp_path, write_wav):
+    """A row with audio_filepath is the beginning of its file, which may be short; a list of sixtieths is a mistake."""
+    seconds = {"a.wav": 30.0, "b.wav": 12.0, "c.wav": 4.0}
+    for name, length in seconds.items():
+        write_wav(name, length)
+
+    def listed(factor):
+        rows = [{"audio_filepath": name, "duration": round(factor * length, 2)} for name, length in seconds.items()]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return collect(tmp_path / "m.jsonl")[1].notes[1:]
+
+    with pytest.raises(DataError, match=r"a\.wav has 30\.000 s, the list says 0\.5, which looks like minutes"):
+        listed(1 / 60)
+    assert listed(1) == []
+    assert listed(1 / 30) == [f"{tmp_path}/m.jsonl: {tmp_path}/a.wav has 30.000 s, the list says 1: training uses no "
+                              "more of such a file"]  # fmt: skip
+
+
+def test_listed_parts_behind_the_end_of_their_file(tmp_path, write_wav):
+    """A list with durations is not compared with its files, but for a few; a note says what will be skipped."""
+    write_wav("a.wav", 10.0)
+    rows = [f"a.wav,{start},{start + 4}\n" for start in range(0, 20, 4)]
+    (tmp_path / "m.csv").write_text("path,start,end\n" + "".join(rows))
+    files, report = collect(tmp_path / "m.csv")
+    assert len(files) == 5
+    assert "a.wav@16.000-20.000: the file has 10.000 s): such parts are skipped and counted" in report.notes[-1]
+    assert {"truncated": 1, "no samples": 2}.items() <= collect(tmp_path / "m.csv", check=True)[1].counts().items()
+    dataset = CropDataset(files, crop_seconds=1.0)
+    skips = Counter(str(skip) for index in range(100) for skip in dataset[index].skips)
+    assert len(skips) == 3  # one line each, whatever the crops
+    assert sum(skips.values()) > 30

@@ -13,11 +13,11 @@ class SampleReader:
     """Stored samples (N,) of one channel, read as ``soundfile.SoundFile`` is read: int16 is divided by 32768."""
 
     channels = 1
-    subtype = "PCM"
 
     def __init__(self, samples: Any, samplerate: int) -> None:
         # An array, or what gives one for a slice.
         self._samples, self.samplerate, self.frames, self._position = samples, samplerate, len(samples), 0
+        self.subtype = "PCM_32" if samples.dtype == np.int32 else "PCM"  # soundfile's name for it
 
     @property
     def stored(self) -> np.ndarray:
