@@ -24,7 +24,7 @@ GPU_PEAKS = {
     "L4": 121e12,
 }
 
-APPLE = "mps"  # Apple's GPUs, which have no float64: see ops._impl.devices
+APPLE = "mps"  # Apple's GPUs, which have no float64: see ops.common.devices
 
 
 def choose_device(name: str, local_rank: int = 0, option: str = "train.device") -> torch.device:

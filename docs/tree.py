@@ -36,9 +36,7 @@ def shorten(prefix: str, text: str, columns: int = 120) -> str:
 
 def lines(folder: Path, indent: str = "") -> list[str]:
     """The files of a folder, then its folders, each level two columns further right."""
-    entries = sorted(
-        p for p in folder.iterdir() if not p.name.startswith((".", "_")) or p.name in ("__main__.py", "_impl")
-    )
+    entries = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "_")) or p.name == "__main__.py")
     files = [p for p in entries if p.is_file() and p.suffix in SOURCES]
     width = max((len(p.name) for p in files), default=0)
     init = folder / "__init__.py"

@@ -123,12 +123,12 @@ def _group_scores(
 @triton.jit(do_not_specialize=["rows"])
 def quantize_kernel(
     x_ptr, x_row_stride, x_feature_stride,  # (rows, D)
-    projection_ptr, projection_step,  # (G, D, d) fp32 contiguous; step 0: one for all codebooks, else 1
+    projection_ptr, projection_step,  # (G, D, BD) fp32 contiguous; step 0: one for all codebooks, else 1
     high_ptr, low_ptr,  # (G, V rounded up to BN, BD) fp16 contiguous, times a power of two
-    codebook_ptr, reach_ptr, codebook_step,  # (G, V, d) and (G,) fp32: largest |high + low|; step as above
+    codebook_ptr, reach_ptr, codebook_step,  # (G, V, BD) and (G,) fp32: largest |high + low|; step as above
     selected_ptr, count_ptr,  # row numbers, how many of them; None: every row
     out_ptr,  # (rows, G), int64
-    rows, D, d, V, number_bits,
+    rows, D, V, number_bits,
     LAYER_NORM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PEEL: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def quantize_kernel(
     tiles = tl.cdiv(V, BN)
     x_ptrs = x_ptr + o_m * x_row_stride
     i_c = i_g * codebook_step
-    projection_ptr += i_g * projection_step * D * d
+    projection_ptr += i_g * projection_step * D * BD
     high_ptr += i_c * tiles * (BN * BD)
     low_ptr += i_c * tiles * (BN * BD)
 
@@ -169,9 +169,7 @@ def quantize_kernel(
         x = x.to(tl.float32)  # [BM, BK]
         if LAYER_NORM:
             x = tl.where(inside, (x - shift[:, None]) - mean[:, None], 0.0)
-        p = tl.load(
-            projection_ptr + o_k[:, None] * d + o_d[None, :], mask=(o_k < D)[:, None] & (o_d < d)[None, :], other=0.0
-        )  # [BK, BD]
+        p = tl.load(projection_ptr + o_k[:, None] * BD + o_d[None, :], mask=(o_k < D)[:, None], other=0.0)  # [BK, BD]
         size2 += tl.sum(x * x, axis=1)
         projection2 += p * p
         y, lost = _add(y, lost, tl.dot(x, p, input_precision="ieee"))
@@ -221,11 +219,11 @@ def quantize_kernel(
         zero = is_zero(doubtful, x_ptrs, x_feature_stride, D, LAYER_NORM)
         code = tl.where(zero, 0, code)
         close = close & ~zero
-    codebook_ptr += i_c * V * d
+    codebook_ptr += i_c * V * BD
     while tl.max(close.to(tl.int32), axis=0) > 0:
         row = tl.min(tl.where(close, o_m, 9223372036854775807), axis=0)
         exact = exact_code(
-            x_ptr + row * x_row_stride, x_feature_stride, projection_ptr, codebook_ptr, D, d, V,
+            x_ptr + row * x_row_stride, x_feature_stride, projection_ptr, codebook_ptr, D, V,
             LAYER_NORM, BD, EXACT_FEATURES, EXACT_CODES,
         )  # fmt: skip
         code = tl.where(o_m == row, exact, code)
@@ -239,13 +237,12 @@ def split_codebook(codebook: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     The power of two keeps both in the range of fp16 and does not change the argmax. The codes are padded to a
     multiple with copies of code 0, which never win: of equal scores the lowest code does.
     """
-    codebook = codebook.float()
+    codebook = padded(codebook)
     missing = -codebook.shape[-2] % multiple
     if missing:
         codebook = torch.cat([codebook, codebook[:, :1].expand(-1, missing, -1)], dim=1)
     _, exponent = torch.frexp(codebook.abs().amax(dim=(-2, -1), keepdim=True))
     scaled = torch.ldexp(codebook, -exponent)
-    scaled = torch.nn.functional.pad(scaled, (0, padded_dims(codebook.shape[-1]) - codebook.shape[-1]))
     high = scaled.half()
     return high.contiguous(), (scaled - high.float()).half().contiguous()
 
@@ -254,7 +251,7 @@ def split_codebook(codebook: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
 class SplitCodebook:
     """A codebook as the kernel reads it; G is 1 where all codebooks share it."""
 
-    codes: Tensor  # (G, V, d) fp32, contiguous
+    codes: Tensor  # (G, V, BD) fp32, contiguous
     high: Tensor  # (G, V rounded up, BD) fp16
     low: Tensor
     reach: Tensor  # (G,) fp32: the largest norm of a code of high + low
@@ -264,7 +261,7 @@ def prepare(codebook: Tensor, multiple: int) -> SplitCodebook:
     """Split a codebook and measure its longest code, rounded upwards."""
     high, low = split_codebook(codebook, multiple)
     reach = (high.double() + low.double()).norm(dim=-1).amax(dim=-1) * (1 + 2**-20)
-    return SplitCodebook(codebook.detach().float().contiguous(), high, low, reach.float())
+    return SplitCodebook(padded(codebook.detach()), high, low, reach.float())
 
 
 @dataclass
@@ -320,6 +317,13 @@ def padded_dims(dims: int) -> int:
     return max(16, power_of_2(dims))
 
 
+def padded(matrices: Tensor) -> Tensor:
+    """fp32, contiguous, with columns of zeros up to BD: rows that begin anywhere in memory would make kernels spill."""
+    missing = padded_dims(matrices.shape[-1]) - matrices.shape[-1]
+    matrices = matrices.float()
+    return (torch.nn.functional.pad(matrices, (0, missing)) if missing else matrices).contiguous()
+
+
 def config_for(configs: Mapping[str, Any], dims: int, rows: int) -> dict[str, Any]:
     """The configuration of a launch: by the padded number of dimensions of a code, and for few rows its own.
 
@@ -344,14 +348,14 @@ def quantize(x: Tensor, projection: Tensor, codebook: Tensor, mask: Tensor | Non
         return out
     dims = codebook.shape[-1]
     config = config_for(load_configs("quantize", x.device), dims, rows * books)
-    projection = projection.float().contiguous()
+    projection = padded(projection)
     split = cached_split(codebook, config["BN"])
     grid = (ceil_div(rows, config["BM"]), books)
     with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
         quantize_kernel[grid](
             x, x.stride(0), x.stride(1), projection, int(len(projection) > 1),
             split.high, split.low, split.codes, split.reach, int(len(codebook) > 1),
-            selected, count, out, rows, features, dims, codebook.shape[1], number_bits(split.high.shape[1], config),
+            selected, count, out, rows, features, codebook.shape[1], number_bits(split.high.shape[1], config),
             LAYER_NORM=layer_norm, BD=padded_dims(dims), **config, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -378,14 +382,14 @@ def compile_cases() -> list[CompileCase]:
 def compile_case(
     name: str, config: Mapping[str, Any], dtype: str, dims: int, layer_norm: bool, select: bool
 ) -> CompileCase:
-    """One kernel; sizes and strides divisible by 16, as those of a launch are with such D, d and V."""
+    """One kernel; sizes and strides divisible by 16, as those of a launch are with such D and V."""
     flags = {"layer_norm": layer_norm, "select": select}
     constants = {name: value for name, value in config.items() if name not in LAUNCH_OPTIONS}
     if not select:
         constants |= {"selected_ptr": None, "count_ptr": None}
     pointers = {"x_ptr": f"*{dtype}", "projection_ptr": "*fp32", "high_ptr": "*fp16", "low_ptr": "*fp16"}
     pointers |= {"codebook_ptr": "*fp32", "reach_ptr": "*fp32"}
-    integers = {"x_row_stride": "i32", **dict.fromkeys(("rows", "D", "d", "V", "number_bits"), "i32")}
+    integers = {"x_row_stride": "i32", **dict.fromkeys(("rows", "D", "V", "number_bits"), "i32")}
     rows = {"selected_ptr": "*i64", "count_ptr": "*i64"} if select else {}
     return CompileCase(
         "-".join([name, dtype, *(flag for flag, value in flags.items() if value)]),
@@ -394,6 +398,6 @@ def compile_case(
         {"x_feature_stride": 1, "LAYER_NORM": layer_norm, "BD": dims, **constants},
         config["num_warps"],
         config["num_stages"],
-        (*pointers, "x_row_stride", "D", "d", "V"),
+        (*pointers, "x_row_stride", "D", "V"),
         config.get("maxnreg"),
     )

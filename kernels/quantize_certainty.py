@@ -53,7 +53,7 @@ def is_zero(doubtful, x_ptrs, x_feature_stride, D, LAYER_NORM: tl.constexpr):
 
 @triton.jit
 def exact_code(
-    x_ptr, x_feature_stride, projection_ptr, codebook_ptr, D, d, V,
+    x_ptr, x_feature_stride, projection_ptr, codebook_ptr, D, V,
     LAYER_NORM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Code of one row as the definition gives it, all in float64; -1 for a row that is not finite."""
@@ -77,8 +77,9 @@ def exact_code(
         inside = k + o_k < D
         x = tl.load(x_ptr + (k + o_k).to(tl.int64) * x_feature_stride, mask=inside, other=0.0).to(tl.float64)
         x = tl.where(inside, (x - first) * times - sum_first, 0.0)
-        columns = inside[:, None] & (o_d < d)[None, :]
-        p = tl.load(projection_ptr + (k + o_k)[:, None] * d + o_d[None, :], mask=columns, other=0.0)  # [BK, BD]
+        p = tl.load(
+            projection_ptr + (k + o_k)[:, None] * BD + o_d[None, :], mask=inside[:, None], other=0.0
+        )  # [BK, BD]
         y += tl.sum(x[:, None] * p.to(tl.float64), axis=0)
     best = tl.full((BN,), float("-inf"), tl.float64)
     code = tl.zeros((BN,), tl.int32)
@@ -86,8 +87,7 @@ def exact_code(
     if size > 0:  # of the scores of zero the lowest code is taken
         for start in tl.range(0, V, BN, num_stages=1):
             exists = start + o_n < V
-            columns = exists[:, None] & (o_d < d)[None, :]
-            c = tl.load(codebook_ptr + (start + o_n)[:, None] * d + o_d[None, :], mask=columns, other=0.0)  # [BN, BD]
+            c = tl.load(codebook_ptr + (start + o_n)[:, None] * BD + o_d[None, :], mask=exists[:, None], other=0.0)
             score = tl.where(exists, tl.sum(y[None, :] * c.to(tl.float64), axis=1), float("-inf"))
             code = tl.where(score > best, start + o_n, code)
             best = tl.maximum(best, score)

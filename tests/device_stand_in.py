@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from bestrq2 import hardware
-from bestrq2.ops._impl import devices
+from bestrq2.ops.common import devices
 
 NAME = "standin"
 

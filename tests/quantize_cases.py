@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize as unit
 
 from bestrq2 import ops
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 
 BAND = 2.0**-21  # the contract: another code is allowed only if its cosine is this close to the best
 

@@ -1,6 +1,7 @@
 """Dependencies point one way, files stay short, and importing the package pulls in nothing heavy."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,12 @@ def test_imports_point_one_way(path):
     if own.startswith("kernels"):
         outside = {name.split(".")[0] for name in imports(path)} - {"torch", "triton", "kernels"}
         assert outside <= set(sys.stdlib_module_names), f"{own} imports {outside}"
+
+
+def test_every_module_has_a_public_name():
+    """A part that one layer takes from another is not private; an underscore would say that it is."""
+    private = [f for f in FILES if any(re.match("_[^_]", part) for part in f.relative_to(ROOT).parts)]
+    assert not private
 
 
 def strongly_connected(graph: dict[str, set[str]]) -> list[list[str]]:

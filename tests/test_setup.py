@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bestrq2.ops._impl import library
+from bestrq2.ops.common import library
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """

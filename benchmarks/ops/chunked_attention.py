@@ -91,8 +91,8 @@ def make_case(shape: str, dtype: torch.dtype, device: torch.device) -> Case:
         inputs[name] = make(heads, dim, seed=4 + i).requires_grad_()
     inputs |= {"chunk_size": chunk, "left_context": left, "right_context": right}
     from bestrq2.ops import ChunkLayout
-    from bestrq2.ops._impl import native
     from bestrq2.ops.chunked_attention.cpu import multiplies_bf16
+    from bestrq2.ops.common import native
 
     pairs = float(ChunkLayout(chunk, left, right).mask(frames).sum()) * batch * heads
     # Each visible pair: content, position and value forward; backward eight, position and content scores among them.

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bestrq2 import ops
-from bestrq2.ops._impl import native
-from bestrq2.ops._impl.compiler import constant_when_compiled
-from bestrq2.ops._impl.dispatch import forced_backend
+from bestrq2.ops.common import native
+from bestrq2.ops.common.compiler import constant_when_compiled
+from bestrq2.ops.common.dispatch import forced_backend
 
 from .block_rows import add_bias
 from .short_attention import short_attention, short_self_attention

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from bestrq2.ops._impl.compiler import constant_when_compiled
+from bestrq2.ops.common.compiler import constant_when_compiled
 
 from .positions import turn
 from .row_functions import Bf16Product, Bias, Gated, Gelu, ResidualNorm, ResidualSum, SplitHeads, is_fused

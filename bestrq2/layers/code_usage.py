@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bestrq2.ops._impl.devices import exact_device
+from bestrq2.ops.common.devices import exact_device
 
 LOW_PERPLEXITY_SHARE = 0.05
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bestrq2 import ops
-from bestrq2.ops._impl.arguments import integer
+from bestrq2.ops.common.arguments import integer
 
 
 class LinearMaskedCrossEntropy(nn.Module):

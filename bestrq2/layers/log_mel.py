@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.errors import BestRQError
-from bestrq2.ops._impl.devices import exact_device, has_float64
+from bestrq2.ops.common.devices import exact_device, has_float64
 
 from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
 from .log_mel_tables import exact_constants

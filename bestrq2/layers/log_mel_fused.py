@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bestrq2.ops._impl import native
-from bestrq2.ops._impl.compiler import constant_when_compiled
-from bestrq2.ops._impl.dispatch import forced_backend
-from bestrq2.ops._impl.library import fragment
+from bestrq2.ops.common import native
+from bestrq2.ops.common.compiler import constant_when_compiled
+from bestrq2.ops.common.dispatch import forced_backend
+from bestrq2.ops.common.library import fragment
 
 from .log_mel_tables import Tables, passes, tables
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.hashing import mix, uniform
-from bestrq2.ops._impl.devices import exact_device
+from bestrq2.ops.common.devices import exact_device
 
 from .counter_random import random_keys
 from .pytrees import tree_of_tensors

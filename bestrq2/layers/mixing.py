@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.hashing import mix, uniform
-from bestrq2.ops._impl.devices import exact_device
+from bestrq2.ops.common.devices import exact_device
 
 from .patches import Patches
 

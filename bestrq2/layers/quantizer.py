@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2 import ops
-from bestrq2.ops._impl.arguments import integer
-from bestrq2.ops._impl.devices import exact_device
+from bestrq2.ops.common.arguments import integer
+from bestrq2.ops.common.devices import exact_device
 
 from .precision import default_device, restore_float32
 from .target_fitting import fit_axes, move_to_centroids

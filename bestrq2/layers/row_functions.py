@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bestrq2.ops._impl import native
-from bestrq2.ops._impl.dispatch import forced_backend
+from bestrq2.ops.common import native
+from bestrq2.ops.common.dispatch import forced_backend
 
 
 def is_fused(x: Tensor, *weights: Tensor | None) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bestrq2.ops._impl.library import fragment
-from bestrq2.ops._impl.native import triton_obstacle
+from bestrq2.ops.common.library import fragment
+from bestrq2.ops.common.native import triton_obstacle
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:

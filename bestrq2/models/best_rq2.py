@@ -18,8 +18,8 @@ from bestrq2.layers.pytrees import tree_of_tensors
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.thinning import num_kept, thin
 from bestrq2.layers.transformer import TransformerSettings
-from bestrq2.ops._impl.arguments import integer
-from bestrq2.ops._impl.compiler import never_compiled
+from bestrq2.ops.common.arguments import integer
+from bestrq2.ops.common.compiler import never_compiled
 
 from .clip_head import ClipHead
 from .encoder import PretrainableEncoder, check_encoder, token_width

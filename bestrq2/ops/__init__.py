@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from . import interop, reference
-from ._impl.dispatch import BACKENDS, use_backend
-from ._impl.native import available_backends
 from .chunked_attention import ChunkLayout, chunked_attention
+from .common.dispatch import BACKENDS, use_backend
+from .common.native import available_backends
 from .masked_cross_entropy import masked_cross_entropy
 from .quantize import check_codes, quantize
 

@@ -8,7 +8,7 @@ from bestrq2 import ops
 from bestrq2.config import Config
 from bestrq2.hardware import describe_device
 from bestrq2.models import BestRQ, BestRQ2
-from bestrq2.ops._impl.native import extension_obstacle
+from bestrq2.ops.common.native import extension_obstacle
 from bestrq2.runs.folder import RunFolder
 
 from .distributed import Ranks

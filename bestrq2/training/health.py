@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bestrq2.config import Config
 from bestrq2.data import Batch, CropDataset
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_encoder
-from bestrq2.ops._impl.devices import exact_device
+from bestrq2.ops.common.devices import exact_device
 
 from .distributed import Ranks, is_sharded, whole
 from .snapshots import evaluating, fixed_batch

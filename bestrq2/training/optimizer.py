@@ -11,8 +11,8 @@ from bestrq2.config import Config, OptimizerConfig
 from bestrq2.errors import CheckpointError, ConfigError
 from bestrq2.layers.cross_attention import CrossBlock
 from bestrq2.layers.transformer import Block
-from bestrq2.ops._impl import native
-from bestrq2.ops._impl.dispatch import forced_backend
+from bestrq2.ops.common import native
+from bestrq2.ops.common.dispatch import forced_backend
 from bestrq2.training.distributed import placed_like, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ import torch
 
 from bestrq2.data import Batch
 from bestrq2.layers.log_mel import LogMel
-from bestrq2.ops._impl.devices import exact_device
+from bestrq2.ops.common.devices import exact_device
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,11 @@ def test_masked_cross_entropy(form, books, variants):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_quantize(masked, variants):
+    """Also for all sizes of codes that are padded to the same: the one that test_quantize_compile.py compiles."""
     from bestrq2.kernels.quantize import quantize
 
-    projection, codebook = torch.zeros(1, 32, 16), torch.zeros(1, 300, 16)
-    for rows in ROWS:
+    for rows, dims in [(rows, 16) for rows in ROWS] + [(300, 13), (300, 8), (300, 1)]:
+        projection, codebook = torch.zeros(1, 32, dims), torch.zeros(1, 300, dims)
         mask = torch.ones(rows, dtype=torch.bool) if masked else None
         quantize(torch.zeros(rows, 32), projection, codebook, mask, False)
     assert variants() == {"quantize_kernel": 1}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from bestrq2.layers import attention
 from bestrq2.layers.attention import attend, self_attend
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 
 
 def frames(*shape, seed, dtype):

@@ -26,7 +26,7 @@ from bestrq2.layers.frame_grid import FrameGrid
 from bestrq2.layers.positions import turn
 from bestrq2.layers.transformer import Transformer, TransformerSettings, make_norm
 from bestrq2.ops import ChunkLayout
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 
 pytestmark = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
 DTYPES = (torch.float32, torch.bfloat16)

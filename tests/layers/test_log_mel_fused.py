@@ -8,7 +8,7 @@ from bestrq2.data import load_audio, tiny_dataset
 from bestrq2.layers import LogMel, RandomProjectionQuantizer, extract_patches
 from bestrq2.layers.log_mel_fused import log_mel_obstacle
 from bestrq2.layers.log_mel_tables import passes, tables
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 
 needs_extension = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
 PUBLISHED = {"n_fft": 2048, "win_length": 2048, "hop_length": 625, "num_mels": 128}

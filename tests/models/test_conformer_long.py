@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 
 PROGRAM = """
 import resource, torch

@@ -125,7 +125,7 @@ def test_masked_keys_are_never_read(backend: str):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa: str):
-    from bestrq2.ops._impl.native import extension, extension_obstacle
+    from bestrq2.ops.common.native import extension, extension_obstacle
 
     if extension_obstacle() or not extension().force_isa(isa):
         pytest.skip(f"no {isa} here")

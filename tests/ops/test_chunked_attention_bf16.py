@@ -6,8 +6,8 @@ from accuracy import assert_no_worse_than_torch, eager_attention, relative_error
 from attention_cases import WINDOWS, make_inputs, make_key_mask, run
 
 from bestrq2 import ops
-from bestrq2.ops._impl import native
 from bestrq2.ops.chunked_attention import cpu as chunked_attention_cpu
+from bestrq2.ops.common import native
 
 BF16 = torch.bfloat16
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from untouched import spread, untouched
 
 from bestrq2 import ops
-from bestrq2.ops._impl.native import extension, extension_obstacle
+from bestrq2.ops.common.native import extension, extension_obstacle
 
 pytestmark = pytest.mark.skipif(bool(extension_obstacle()), reason="the C++ extension is not built")
 

@@ -10,7 +10,7 @@ from cross_entropy_cases import BACKENDS, FULL, grads_of, make, plain, usable
 
 from bestrq2 import ops
 from bestrq2.ops import reference
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 from bestrq2.ops.masked_cross_entropy import cpu as masked_cross_entropy_cpu
 
 

@@ -7,7 +7,7 @@ from accuracy import assert_no_worse_than_torch, relative_error
 from cross_entropy_cases import FULL, grads_of, make, plain
 
 from bestrq2 import ops
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 from bestrq2.ops.masked_cross_entropy import cpu, cpu_fused
 
 BF16 = torch.bfloat16

@@ -13,7 +13,7 @@ from cross_entropy_cases import BACKENDS, FULL, grads_of, make, usable
 from torch.library import opcheck
 
 from bestrq2 import ops
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 
 
 @pytest.fixture(params=BACKENDS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKOUT = (ROOT / "csrc" / "bindings.cpp").exists() and native.extension_obstacle() is None
@@ -20,7 +20,7 @@ def test_extension_of_other_sources_is_refused(tmp_path):
     for folder in ("bestrq2", "csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
     shutil.copy(native.extension().__file__, tmp_path / "bestrq2")
-    code = "from bestrq2.ops._impl import native; print(native.__file__); print(native.extension_obstacle())"
+    code = "from bestrq2.ops.common import native; print(native.__file__); print(native.extension_obstacle())"
 
     def obstacle():
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -68,7 +68,7 @@ print(e.isa(), e.bf16_dot())
 e.limit_bf16_dot("amx")  # "forbid nothing": not what the variable forbids
 print(e.bf16_dot(), *(isa for isa in ("portable", "avx2", "avx512", "avx512_vnni") if e.force_isa(isa)))
 """
-    through_the_package = "from bestrq2.ops._impl.native import extension as e; print(e().isa(), e().bf16_dot())"
+    through_the_package = "from bestrq2.ops.common.native import extension as e; print(e().isa(), e().bf16_dot())"
 
     def run(limit, code=code):
         environment = {name: value for name, value in os.environ.items() if name != "BESTRQ2_ISA"}

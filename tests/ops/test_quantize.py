@@ -6,7 +6,7 @@ from quantize_cases import backends, count_wrong, forced, near_ties, problem, ro
 from torch.nn.functional import normalize as unit
 
 from bestrq2 import ops
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 from bestrq2.ops.quantize.cuda import run_kernel
 
 DIMENSIONS = [80, 128, 256, 320, 512, 768, 1024, 1280, 1, 7, 250]

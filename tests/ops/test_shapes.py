@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bestrq2 import ops
-from bestrq2.ops._impl.shapes import check_devices, check_shapes
+from bestrq2.ops.common.shapes import check_devices, check_shapes
 
 
 def zeros(*shape):

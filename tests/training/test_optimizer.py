@@ -9,7 +9,7 @@ from torch import nn
 from bestrq2 import ops
 from bestrq2.config import OptimizerConfig, load_config
 from bestrq2.layers.transformer import Block, TransformerSettings
-from bestrq2.ops._impl import native
+from bestrq2.ops.common import native
 from bestrq2.training.optimizer import (
     accept_bf16_gradients,
     clip_gradients,

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._impl.arguments import integer, number, require_tensors
-from .._impl.dispatch import Backend, requested
-from .._impl.transforms import refuse_transforms
+from ..common.arguments import integer, number, require_tensors
+from ..common.dispatch import Backend, requested
+from ..common.transforms import refuse_transforms
 from .checks import OFFSET_BITS, autocast, in_dtype_of, validate
 from .layout import ChunkLayout
 from .operator import Options

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._impl.shapes import check_devices, check_shapes
+from ..common.shapes import check_devices, check_shapes
 from .layout import ChunkLayout
 
 OFFSET_BITS = 29

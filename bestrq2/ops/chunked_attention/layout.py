@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from .._impl.arguments import integer
+from ..common.arguments import integer
 
 __all__ = ["ChunkLayout"]
 

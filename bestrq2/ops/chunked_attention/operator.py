@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._impl.dispatch import choose_backend
-from .._impl.library import fragment
-from .._impl.native import triton_obstacle
+from ..common.dispatch import choose_backend
+from ..common.library import fragment
+from ..common.native import triton_obstacle
 from . import cpu, reference
 from .checks import check_table
 from .layout import ChunkLayout

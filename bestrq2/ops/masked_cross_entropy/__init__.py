@@ -5,9 +5,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .._impl.arguments import integer, number, require_tensors
-from .._impl.dispatch import Backend, requested
-from .._impl.transforms import refuse_transforms
+from ..common.arguments import integer, number, require_tensors
+from ..common.dispatch import Backend, requested
+from ..common.transforms import refuse_transforms
 from .checks import Reduction, compute_dtype, validate
 from .operator import MaskedCrossEntropy, Options
 

@@ -13,7 +13,7 @@ for each codebook, for each chunk of masked rows    (rows, V) is the only thing 
 import torch
 from torch import Tensor
 
-from .._impl import native
+from ..common import native
 from .cpu_fused import FP32_CHUNK_ROWS, bf16_chunk_rows, is_fused, run_fused
 
 CHUNK_BYTES = 16 * 2**20

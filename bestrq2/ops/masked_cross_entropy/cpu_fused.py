@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._impl import native
+from ..common import native
 
 BF16_CHUNK_ROWS = 640
 """Rows of one chunk in bf16 at most, if there are several. Every chunk reads and writes the weight gradient once more,

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._impl import native
-from .._impl.dispatch import choose_backend
-from .._impl.library import fragment
-from .._impl.transforms import is_batched
+from ..common import native
+from ..common.dispatch import choose_backend
+from ..common.library import fragment
+from ..common.transforms import is_batched
 from . import cpu, reference
 from .checks import check_rows
 

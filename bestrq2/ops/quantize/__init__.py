@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._impl.arguments import require_tensors
-from .._impl.dispatch import Backend, requested
+from ..common.arguments import require_tensors
+from ..common.dispatch import Backend, requested
 from . import operator  # noqa: F401  (registers torch.ops.bestrq2.quantize)
 from .checks import validate
 

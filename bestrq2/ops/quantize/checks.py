@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._impl.shapes import check_devices, check_shapes
+from ..common.shapes import check_devices, check_shapes
 
 NORMALIZE = ("none", "layer_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

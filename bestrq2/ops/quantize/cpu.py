@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._impl import native
+from ..common import native
 from .checks import num_codebooks
 from .reference import not_finite
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._impl import native
-from .._impl.devices import has_float64
-from .._impl.dispatch import choose_backend
-from .._impl.library import fragment
+from ..common import native
+from ..common.devices import has_float64
+from ..common.dispatch import choose_backend
+from ..common.library import fragment
 from . import cpu, cuda, reference
 from .checks import num_codebooks
 
