@@ -128,7 +128,7 @@ def test_probes_find_labels_groups_and_splits_in_what_was_packed(folder):
 
 
 def test_lists_as_labels(folder):
-    """What a probe reads in the CSV that was made of a source is what it reads in the source."""
+    """A probe reads in the CSV that was made of a source what it reads in the source."""
     labels = [["dog", 'it\'s; "wind"'], ["rain"]]
     rows = [{"path": f"{name}.wav", "label": label} for name, label in zip("ab", labels)]
     (folder / "m.jsonl").write_text(lines(rows))
