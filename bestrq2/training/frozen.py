@@ -83,7 +83,7 @@ class HeadTrainer(Trainer):
         # Neither pictures nor health of an encoder: a head has none.
         self.measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
         super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint)
-        self.health = HealthCheck(self.measured, self.model, dataset.source, ranks, self.device)
+        self.log.health = HealthCheck(self.measured, self.model, dataset.source, ranks, self.device)
 
     def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
         return self.dataset.batches(self.settings.batch_size, start_step, num_steps, self.ranks.rank, self.ranks.size)

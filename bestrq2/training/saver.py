@@ -27,15 +27,20 @@ class Saver:
     """
 
     def __init__(self, run: RunFolder, config: Config, step: int, writes: bool = True) -> None:
-        self.parent, self.config, self.settings = run.checkpoints, config, config.train
+        self.parent, self.config, self.settings, self.writes = run.checkpoints, config, config.train, writes
         self.problem: CheckpointError | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._last = time.monotonic()
         self.saved_step = step
-        scores = read_best(self.parent, config.validation.source is not None)
-        self._best = [entry for entry in scores if entry[1] <= step][: self.settings.keep_best]
-        if writes and self._best:  # after a kill between a checkpoint and this note
+        self._best: list[tuple[float, int]] = []
+
+    def begin(self) -> None:
+        """Go on from the checkpoints that the run has; the time until the next one is due begins."""
+        self._last = time.monotonic()
+        scores = read_best(self.parent, self.config.validation.source is not None)
+        self._best = [entry for entry in scores if entry[1] <= self.saved_step][: self.settings.keep_best]
+        if self.writes and self._best:  # after a kill between a checkpoint and this note
             self._note_best()
 
     def overdue(self) -> bool:

@@ -1,7 +1,6 @@
 """The pretraining loop, on one process or many."""
 
 import logging
-import time
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any
@@ -9,17 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestrq2.config import Config, config_to_dict
-from bestrq2.console import progress_bar
+from bestrq2.config import Config
 from bestrq2.data import Batch, DataError, batches
 from bestrq2.data.fingerprint import data_identity
-from bestrq2.errors import REASONS, CheckpointError, TrainingError
+from bestrq2.errors import CheckpointError, TrainingError
 from bestrq2.hardware import (
     choose_device,
     choose_precision,
     is_out_of_memory,
     keep_freed_memory,
-    memory_metrics,
     out_of_memory,
     peak_flops,
 )
@@ -30,11 +27,10 @@ from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.bad_batches import save_bad_batch
 from bestrq2.runs.checkpoint import Checkpoint
 from bestrq2.runs.folder import RunFolder
-from bestrq2.runs.metrics import MetricsLog, skip_metrics
 from bestrq2.runs.report import save_report
 
 from .compilation import compile_blocks, compiles
-from .describe import about_model, describe_run, is_finite, postfix
+from .describe import about_model, describe_run, is_finite
 from .distributed import Ranks, only_accumulate, shared
 from .evaluation import Evaluation
 from .feeder import Feeder, Preparation, preparation
@@ -46,6 +42,7 @@ from .optimizer import accept_bf16_gradients, clip_gradients, set_schedule, step
 from .saver import Saver
 from .state import TrainingState
 from .step import StepTotals, check_batch, micro_batches
+from .training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +83,15 @@ class Trainer:
         self.first_step = self.state.progress.step
         self.bad_in_a_row = 0
         self.late: Reading | None = None
-        self.health = HealthCheck(config, self.model, dataset, ranks, self.device)
+        self.rate = self.grad_norm = 0.0  # of the last step
         self.evaluation = self._make_evaluation()  # what it cannot use is refused before anything is written
         if checkpoint is None:
             ranks.from_first(self.evaluation.check_probe)
+        self.peak = peak_flops(self.device, self.autocast)
+        health = HealthCheck(config, self.model, dataset, ranks, self.device)
+        self.log = TrainingLog(config, run, self.state, health, ranks, self.device, self.peak[0])
+        self.saver = Saver(run, config, self.first_step, ranks.is_first)
+        self.since_save = StepTotals()
 
     def train(self) -> int:
         """Returns the exit code: 0, or 128 + signal number after a requested stop.
@@ -100,28 +102,19 @@ class Trainer:
             DataError: if too many files cannot be read, on any rank; what was trained is saved before.
         """
         settings, progress = self.settings, self.state.progress
-        self.peak, source = peak_flops(self.device, self.autocast)
-        peak = (self.peak, source)
-        describe_run(self.config, self._about(), self.run, self.ranks, self.device, self.autocast, peak)
-        self.log: MetricsLog | None = None
-        self.ranks.from_first(self._open_log)
+        describe_run(self.config, self._about(), self.run, self.ranks, self.device, self.autocast, self.peak)
+        # A run that was killed before its first checkpoint begins again, and so does its log.
+        self.log.open(progress.step if self.resumed else -1)
         if not self.resumed:
             self._first_look()
-        self.saver = Saver(self.run, self.config, progress.step, self.ranks.is_first)
-        self.since_log, self.since_save = StepTotals(), StepTotals()
-        self.interval_start = time.perf_counter()
+        self.saver.begin()
+        self.log.begin()
         if progress.evaluated_step != progress.step:
             self._evaluate()  # before the first step, or left out when the run was asked to stop
         stream = self._stream(progress.step, settings.steps - progress.step)
-        self.bar = progress_bar(
-            total=settings.steps,
-            initial=progress.step,
-            unit="step",
-            disable=not self.ranks.is_first,
-        )
         stopping = False
         feeder = Feeder(stream, self.device, self._preparation(), progress.step)
-        with closing(self.saver), self.bar, StopSignal() as stop, closing(feeder):
+        with closing(self.saver), self.log.showing(progress.step), StopSignal() as stop, closing(feeder):
             feeder.prefetch()
             self._agree_on_data(self.ranks.sum([feeder.error is not None])[0] > 0, feeder)
             for fed in feeder:
@@ -133,8 +126,7 @@ class Trainer:
                 if stopping:
                     break
                 self._agree_on_data(totals.failures > 0, feeder)
-        if self.log is not None:
-            self.log.close()
+        self.log.close()
         # The others wait: torchrun ends all processes as soon as one of them has stopped.
         return self.ranks.from_first(lambda: self._finish(stop if stopping else None))
 
@@ -165,11 +157,6 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """Data identity in a checkpoint, so that a run continues with the same data."""
         return data_identity(self.dataset)
-
-    def _open_log(self) -> None:
-        # A run that was killed before its first checkpoint begins again, and so does its log.
-        last = self.state.progress.step if self.resumed else -1
-        self.log = MetricsLog(self.run.path, last, self.settings.wandb, config_to_dict(self.config))
 
     def _agree_on_data(self, failed: bool, feeder: Feeder) -> None:
         """Stop every rank, with the same message, where one of them cannot have its next batch."""
@@ -245,7 +232,7 @@ class Trainer:
         if self.late is not None:
             found, self.late = self._read(self.late), None
             sums = StepTotals(found.loss, found.accuracy, clip_loss=found.clip_loss, touching=found.touching)
-            self.since_log.add(sums)
+            self.log.add(sums)
 
     def _read(self, reading: Reading) -> StepTotals:
         """Wait for a step and act on its values. Returns its totals over all ranks."""
@@ -309,10 +296,10 @@ class Trainer:
         """Log, evaluate and save where it is time to; all ranks agree on it."""
         progress, settings = self.state.progress, self.settings
         done, last = progress.step, progress.step == settings.steps
-        self.since_log.add(totals)
-        self.bar.update()
+        self.log.add(totals)
+        self.log.advance()
         if self._is_logged(done):
-            self._log(totals)
+            self.log.write_step(totals, self.rate, self.grad_norm)
         if not stopping:
             self._evaluate()
         failing = totals.failures > 0
@@ -327,22 +314,21 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress = self.state.progress
-        began, last = time.perf_counter(), progress.step == self.settings.steps
+        last = progress.step == self.settings.steps
         if not self.evaluation.due(progress.step, last):
             return
-        results = self.evaluation.run(progress.step, last, self.log)
-        progress.evaluated_step = progress.step
-        if self.evaluation.validation_loss is not None:
-            progress.validation_loss = self.evaluation.validation_loss
-        repeated = progress.step == self.first_step and self.log is not None and self.log.has(progress.step, results)
-        if self.log is not None and results and not repeated:
-            self.log.write({"step": progress.step, **results})
-        self.interval_start += time.perf_counter() - began  # throughput is that of training
+        with self.log.paused():
+            results = self.evaluation.run(progress.step, last, self.log.rows)
+            progress.evaluated_step = progress.step
+            if self.evaluation.validation_loss is not None:
+                progress.validation_loss = self.evaluation.validation_loss
+            repeated = progress.step == self.first_step and self.log.has(progress.step, results)
+            if results and not repeated:
+                self.log.write({"step": progress.step, **results})
 
     def _save(self, wait: bool) -> None:
         """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""
-        if self.log is not None:
-            self.log.flush()
+        self.log.flush()
         snapshot = self.state.snapshot(**self.identity)
         value: float | None = self.since_save.mean_loss if self.since_save.targets else None
         if self.evaluation.validates:
@@ -351,49 +337,10 @@ class Trainer:
             self.saver.save(snapshot, value, wait)
         self.since_save = StepTotals()
 
-    def _log(self, totals: StepTotals) -> None:
-        usage = self.state.total_usage()
-        skips = self.ranks.sum([self.state.skips.get(reason, 0) for reason in REASONS])
-        memory = memory_metrics(self.device)
-        memory = {name: max(self.ranks.gathered(value)) for name, value in memory.items()}
-        began = time.perf_counter()
-        health = self.health.measure(self.state.progress.step)
-        self.interval_start += time.perf_counter() - began  # throughput is that of training
-        if self.log is None:
-            return
-        progress, interval = self.state.progress, self.since_log
-        now = time.perf_counter()
-        seconds = now - self.interval_start
-        row = {
-            "step": progress.step,
-            "loss": totals.mean_loss,
-            "accuracy": totals.mean_accuracy,
-            **usage.metrics(),
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.rate,
-            "mask_ratio": totals.realised_ratio,
-            "padding_share": interval.padding_share,
-            "audio_seconds": progress.audio_seconds,
-            "audio_seconds_per_second": interval.audio_seconds / seconds,
-            "data_wait": interval.waited / seconds / self.ranks.size,
-            "mfu": interval.flops / seconds / (self.peak * self.ranks.size),
-            **memory,
-            "skipped_files": progress.skipped_files,
-            "skipped_steps": progress.skipped_steps,
-            "elapsed_seconds": self.state.elapsed,
-            "touching_share": totals.touching_share,
-            **({"clip_loss": totals.mean_clip_loss} if self.model.clip_weight else {}),
-            **health,
-            **skip_metrics({reason: round(count) for reason, count in zip(REASONS, skips)}),
-        }
-        self.log.write(row)
-        self.bar.set_postfix_str(postfix(row), refresh=False)
-        self.interval_start, self.since_log = now, StepTotals()
-
     def _first_look(self) -> None:
         """Code usage of the targets and health of the encoder before any training."""
-        health = self.health.measure(0)
-        if self.log is None:
+        health = self.log.health.measure(0)
+        if not self.ranks.is_first:
             return
         look = first_look(self.model, self.dataset, self.config, self.device)
         found = look.metrics()

@@ -66,6 +66,7 @@ def train(folder):
     start = 0 if newest is None else newest.step
     calls.clear()
     saver = Saver(run, config, start)
+    saver.begin()
     for step, value in {values}.items():
         if step > start:
             tensors = {{"t": torch.full((1000,), float(step))}}
@@ -170,6 +171,7 @@ def test_losses_of_training_and_held_out_ones_are_not_compared(tmp_path):
     run = RunFolder(tmp_path)
     for config, steps in ((training, {1: 2.0, 2: 2.5}), (held_out, {3: 3.0, 4: 3.5})):
         saver = Saver(run, config, min(steps) - 1)
+        saver.begin()
         for step, value in steps.items():
             tensors = {"t": torch.zeros(3)}
             saver.save(Snapshot(step, tensors, tensors, None, {}), value, wait=True)
