@@ -24,8 +24,6 @@ from bestrq2.runs.folder import RunFolder
 from .distributed import Ranks
 from .embedding_cache import EmbeddingCache, build_cache, module_digest
 from .embedding_data import EmbeddingDataset
-from .evaluation import Evaluation
-from .health import HealthCheck
 from .interrupt import StopSignal
 from .trainer import Trainer
 
@@ -81,17 +79,11 @@ class HeadTrainer(Trainer):
                 "the versions of its libraries, have changed: its embeddings may be others"
             )
         # Neither pictures nor health of an encoder: a head has none.
-        self.measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
-        super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint)
-        self.log.health = HealthCheck(self.measured, self.model, dataset.source, ranks, self.device)
+        measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
+        super().__init__(config, build_head(config, dataset.cache.width), dataset, run, ranks, checkpoint, measured)
 
     def _stream(self, start_step: int, num_steps: int) -> Generator[Batch, None, None]:
         return self.dataset.batches(self.settings.batch_size, start_step, num_steps, self.ranks.rank, self.ranks.size)
-
-    def _make_evaluation(self) -> Evaluation:
-        return Evaluation(
-            self.measured, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path
-        )
 
     def _identity(self) -> dict[str, Any]:
         encoder = {"encoder_sha256": self.digest, "encoder_settings": self.dataset.cache.settings}

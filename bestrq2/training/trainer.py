@@ -50,7 +50,8 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Trains ``model`` on ``dataset`` into the folder ``run``, from ``checkpoint`` on if there is one.
 
-    The data set is a ``CropDataset``, or the ``EmbeddingDataset`` of a head on a frozen encoder.
+    The data set is a ``CropDataset``, or the ``EmbeddingDataset`` of a head on a frozen encoder. ``measured`` is the
+    configuration of what is measured beside training, where it is not ``config``.
 
     A step of all ranks together is the same for any number of them and any ``train.accumulate``: the audio of a step,
     its masks and the weight of every target depend on the step alone (sums are rounded in another order; dropout draws
@@ -65,8 +66,9 @@ class Trainer:
         run: RunFolder,
         ranks: Ranks,
         checkpoint: Checkpoint | None = None,
+        measured: Config | None = None,
     ) -> None:
-        settings = config.train
+        settings, measured = config.train, measured or config
         self.config, self.settings, self.dataset, self.run, self.ranks = config, settings, dataset, run, ranks
         check_batch(config, dataset, ranks.size)
         self.device = ranks.all_agree(lambda: choose_device(settings.device, ranks.local_rank))
@@ -84,11 +86,12 @@ class Trainer:
         self.bad_in_a_row = 0
         self.late: Reading | None = None
         self.rate = self.grad_norm = 0.0  # of the last step
-        self.evaluation = self._make_evaluation()  # what it cannot use is refused before anything is written
+        # What it cannot use is refused before anything is written.
+        self.evaluation = Evaluation(measured, self.model, ranks, self.device, self.autocast, dataset, run.path)
         if checkpoint is None:
             ranks.from_first(self.evaluation.check_probe)
         self.peak = peak_flops(self.device, self.autocast)
-        health = HealthCheck(config, self.model, dataset, ranks, self.device)
+        health = HealthCheck(measured, self.model, dataset, ranks, self.device)
         self.log = TrainingLog(config, run, self.state, health, ranks, self.device, self.peak[0])
         self.saver = Saver(run, config, self.first_step, ranks.is_first)
         self.since_save = StepTotals()
@@ -147,9 +150,6 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             as_float=False,  # the feeder converts on the device
         )
-
-    def _make_evaluation(self) -> Evaluation:
-        return Evaluation(self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path)
 
     def _about(self) -> str:
         return about_model(self.config, self.model)
