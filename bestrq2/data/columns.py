@@ -6,16 +6,16 @@ place or the path of the clip says where it was cut out, and is called ``source_
 
 import json
 from collections.abc import Collection, Iterable
-from math import isnan
 from typing import Any
 
+from bestrq2.data.cells import as_json
 from bestrq2.data.fields import CUTS, is_a_channel, is_a_word, is_held, is_known
-from bestrq2.data.files import label_of, to_text
+from bestrq2.data.files import to_text
 from bestrq2.data.places import check_places, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS
 from bestrq2.errors import ManifestError
 
-__all__ = ["LARGEST", "WRITTEN", "as_cell", "of_archive", "of_manifest", "with_place"]
+__all__ = ["LARGEST", "WRITTEN", "of_archive", "of_manifest", "with_place"]
 
 WRITTEN = ("path", "duration", "sampling_rate", "domain", "label")  # in every manifest of ours
 LARGEST = 60_000  # bytes of a clip's columns as JSON: a .json of over 64 KB is not read in a shard
@@ -42,11 +42,6 @@ def with_place(columns: dict[str, Any] | None, path: str, start: float, end: flo
     return columns | {prefix + name: value for name, value in place.items()}
 
 
-def as_cell(value: Any) -> str:
-    """A value in CSV: text as it is, lists and objects as JSON, nothing for null and NaN."""
-    return "" if isinstance(value, float) and isnan(value) else label_of(value)
-
-
 def _kept(columns: dict[str, Any], row: dict[str, Any], lost: list[str]) -> dict[str, Any]:
     alone = {name for name in columns if may_hold_a_place(name) and _is_a_place({name: columns[name]})}
     pairs = _is_a_place({name: value for name, value in columns.items() if name not in alone})
@@ -58,7 +53,7 @@ def _kept(columns: dict[str, Any], row: dict[str, Any], lost: list[str]) -> dict
             name, taken = f"source_{name}", False
         found[name] = value
     # As text they are in the AudioFile.
-    found |= {name: row[name] for name in ("domain", "label") if not isinstance(row.get(name), str | None)}
+    found |= {name: row[name] for name in ("domain", "label") if not isinstance(as_json(row.get(name)), str | None)}
     for name in _too_much(found):
         del found[name]
         lost += [name] if name not in lost else []

@@ -11,7 +11,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from bestrq2.data.files import AudioFile, from_text, label_of
+from bestrq2.data.cells import as_cell
+from bestrq2.data.files import AudioFile, from_text
 from bestrq2.data.places import check_places, is_a_length, length_of_part, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS
 from bestrq2.errors import ManifestError
@@ -196,7 +197,7 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _text(row: dict[str, Any], name: str) -> str:
-    return label_of(row.get(name)).strip()  # 0 is a label
+    return as_cell(row.get(name)).strip()  # 0 is a label
 
 
 def _located(source: Path, row: dict[str, Any], path: str) -> str:
