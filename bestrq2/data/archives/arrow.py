@@ -23,9 +23,10 @@ from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bestrq2.data.cells import as_cell
 from bestrq2.data.columns import of_archive, of_manifest
 from bestrq2.data.fields import PATH_NAMES, audio_file, is_read, known_columns
-from bestrq2.data.files import AudioFile, Listing, address, label_of
+from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.places import may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS, split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, system_reason
@@ -321,7 +322,7 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
             files.append(replace(file, columns=of_manifest(known_columns(every), lost)) if columns else file)
             continue
         rate = positive(row, "sampling_rate")
-        domain, label = (label_of(row.get(name)) for name in ("domain", "label"))
+        domain, label = (as_cell(row.get(name)) for name in ("domain", "label"))
         duration = positive(row, "duration")
         file = AudioFile(where, duration, None if rate is None else int(rate), domain, label)
         files.append(replace(file, columns=of_archive(every, _USED, lost)) if columns else file)
