@@ -154,6 +154,14 @@ def test_learning_rate_schedules(schedule):
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[10:]))
 
 
+def test_steps_of_a_share_are_those_that_it_says():
+    """0.29 * 100 is 28.999999999999996."""
+    config = OptimizerConfig(learning_rate=1.0, schedule="stable", final_ratio=0.0, warmup=0.29, cooldown=0.57)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[27] == 28 / 29
+    assert [step for step, rate in enumerate(rates) if rate == 1.0] == list(range(28, 44))
+
+
 def test_weight_decay_schedule_reaches_only_decayed_groups():
     config = OptimizerConfig(weight_decay=0.04, final_weight_decay=0.4, decay_all=False)
     assert weight_decay(0, 11, config) == pytest.approx(0.04)
