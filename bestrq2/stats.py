@@ -23,7 +23,7 @@ import torch
 from bestrq2.config import ConfigError, load_config, recipe_names, write_yaml
 from bestrq2.data import Batch, batches
 from bestrq2.durability import whole_file
-from bestrq2.errors import printable
+from bestrq2.errors import counted, printable
 from bestrq2.models import build_encoder
 from bestrq2.outputs import add_overwrite, check_new
 from bestrq2.train import default_recipe
@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", help="folder, manifest, tar shards, .h5 or saved dataset (default: the packaged clips)"
     )
     parser.add_argument(
-        "--clips", type=int, default=1000, help="random clips to measure, at most one epoch (default: 1000)"
+        "--clips",
+        type=int,
+        default=1000,
+        help="random clips to measure, or crops of data.crop_seconds where training takes these; at most one epoch "
+        "(default: 1000)",
     )
     parser.add_argument("--out", type=Path, help="YAML file to write (default: print)")
     add_overwrite(parser)
@@ -80,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
                 found = measure_statistics(build_encoder(config.model).front_end, first, torch.device("cpu"))
         section = {"normalize": "global", "mean": round(found.mean, 4), "std": round(found.std, 4)}
         origin = printable(str(config.data.source or "the packaged clips"))
-        text = f"# over {found.frames} frames of {found.clips} clips of {origin}\n"
+        what = "clip" if config.data.batching == "buckets" else "crop"  # of one clip may come several
+        text = f"# over {found.frames} frames of {counted(found.clips, what)} of {origin}\n"
         text += write_yaml({"model": {"front_end": section}})
         if options.out is None:
             print(text, end="")

@@ -11,6 +11,9 @@ from collections import Counter
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # numpy's and scipy's BLAS has no such choice: one thread waits for no other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Processes beside each other have the cores busy: more threads each would cost a tenth more processor time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # cuBLAS refuses torch.use_deterministic_algorithms without it; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -27,6 +30,7 @@ import torch
 from other_libraries import needs_other_library
 from plain_training import plain_training  # noqa: F401  (a fixture)
 
+THREADED = ("layers", "ops")  # folders whose tests of C++ loops always have at least two threads
 PROCESSES = 3  # on two cores: a fifth of the time a test waits, for a signal, a clock or a process that it started
 
 
@@ -120,6 +124,15 @@ with torch.device("cpu"):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads(request):
+    before = torch.get_num_threads()
+    if request.path.parent.name in THREADED:
+        torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

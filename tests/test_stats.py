@@ -31,6 +31,12 @@ def test_no_more_clips_than_asked_for_are_measured(capsys):
         assert f" of {measured} clips of the packaged clips" in capsys.readouterr().out
 
 
+def test_crops_are_not_called_clips(capsys):
+    """Each of the 24 clips of 2 s has four crops of half a second."""
+    assert main(["--clips", "48", "data.crop_seconds=0.5"]) == 0
+    assert " of 48 crops of the packaged clips" in capsys.readouterr().out
+
+
 def test_as_many_clips_as_asked_for_are_measured(capsys):
     """Of buckets whose steps have a single clip, one was measured for every eight that were asked for."""
     assert main(["--clips", "20", "data.batching=buckets", "data.crop_seconds=2", "data.batch_seconds=2"]) == 0

@@ -6,16 +6,17 @@ place or the path of the clip says where it was cut out, and is called ``source_
 
 import json
 from collections.abc import Collection, Iterable
-from math import isnan
+from dataclasses import replace
 from typing import Any
 
-from bestrq2.data.fields import CUTS, is_a_channel, is_a_word, is_held, is_known
-from bestrq2.data.files import label_of, to_text
+from bestrq2.data.cells import as_json
+from bestrq2.data.fields import CUTS, is_a_channel, is_held, is_known, is_neutral, is_other_audio
+from bestrq2.data.files import AudioFile, to_text
 from bestrq2.data.places import check_places, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS
 from bestrq2.errors import ManifestError
 
-__all__ = ["LARGEST", "WRITTEN", "as_cell", "of_archive", "of_manifest", "with_place"]
+__all__ = ["LARGEST", "WRITTEN", "of_archive", "of_manifest", "together", "with_place"]
 
 WRITTEN = ("path", "duration", "sampling_rate", "domain", "label")  # in every manifest of ours
 LARGEST = 60_000  # bytes of a clip's columns as JSON: a .json of over 64 KB is not read in a shard
@@ -31,6 +32,24 @@ def of_archive(row: dict[str, Any], used: Collection[str], lost: list[str]) -> d
     return _kept({name: row[name] for name in row if name not in used}, row, lost)
 
 
+def together(files: list[AudioFile]) -> list[AudioFile]:
+    """The files, where some clips have a gain or such as ``source_NAME``, with the neutral ones of the others under
+    this name, too: numbers of one column stay one column."""
+    prefix = "source_"
+    renamed = {name for item in files for name in item.columns or () if name.startswith(prefix)}
+    found = []
+    for item in files:
+        columns = item.columns or {}
+        moved = {
+            name: prefix + name
+            for name, value in columns.items()
+            if prefix + name in renamed and prefix + name not in columns and is_neutral(name, value)
+        }
+        new = {moved.get(name, name): value for name, value in columns.items()}
+        found.append(replace(item, columns=new) if moved else item)
+    return found
+
+
 def with_place(columns: dict[str, Any] | None, path: str, start: float, end: float | None) -> dict[str, Any]:
     """The columns of a part that becomes a file of its own, with its place in seconds."""
     columns = columns or {}
@@ -40,11 +59,6 @@ def with_place(columns: dict[str, Any] | None, path: str, start: float, end: flo
     while any(prefix + name in columns for name in place):  # cut out of what was cut out
         prefix += "source_"
     return columns | {prefix + name: value for name, value in place.items()}
-
-
-def as_cell(value: Any) -> str:
-    """A value in CSV: text as it is, lists and objects as JSON, nothing for null and NaN."""
-    return "" if isinstance(value, float) and isnan(value) else label_of(value)
 
 
 def _kept(columns: dict[str, Any], row: dict[str, Any], lost: list[str]) -> dict[str, Any]:
@@ -58,7 +72,7 @@ def _kept(columns: dict[str, Any], row: dict[str, Any], lost: list[str]) -> dict
             name, taken = f"source_{name}", False
         found[name] = value
     # As text they are in the AudioFile.
-    found |= {name: row[name] for name in ("domain", "label") if not isinstance(row.get(name), str | None)}
+    found |= {name: row[name] for name in ("domain", "label") if not isinstance(as_json(row.get(name)), str | None)}
     for name in _too_much(found):
         del found[name]
         lost += [name] if name not in lost else []
@@ -77,9 +91,10 @@ def _is_read(name: str, value: Any) -> bool:
     """Return True if the reader of our manifests would look at this column of a clip."""
     known = name.lower()
     # A label, or beside a column that is read.
-    if known in SPLIT_COLUMNS or is_a_word(name, value) or (known in WRITTEN and known != name):
+    if known in SPLIT_COLUMNS or (known in WRITTEN and known != name):
         return False
-    return is_known(name) or is_a_channel(name, value) or (known == "type" and value in CUTS)
+    other_audio = is_a_channel(name, value) or is_other_audio(name, value)
+    return is_known(name) or other_audio or (known == "type" and value in CUTS)
 
 
 def _too_much(columns: dict[str, Any]) -> Iterable[str]:

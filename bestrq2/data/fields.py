@@ -11,7 +11,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from bestrq2.data.files import AudioFile, from_text, label_of
+from bestrq2.data.cells import as_cell
+from bestrq2.data.files import AudioFile, from_text
 from bestrq2.data.places import check_places, is_a_length, length_of_part, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS
 from bestrq2.errors import ManifestError
@@ -41,8 +42,8 @@ _KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECO
     ("onset", "domain", "label", "audio", *SPLIT_COLUMNS)
 )
 
-# What an AudioFile holds, and what says nothing beside it (neutral values; in fairseq's lists).
-_HELD = _KNOWN.difference((*_CHANNELS, *SPLIT_COLUMNS)).union(("num_samples",))
+# What an AudioFile holds, and what says nothing beside it (in fairseq's lists).
+_HELD = _KNOWN.difference((*_REFUSED, *_CHANNELS, *SPLIT_COLUMNS)).union(("num_samples",))
 CUTS = ("MonoCut", "MixedCut", "PaddingCut", "MultiCut")  # types of Lhotse
 
 
@@ -53,9 +54,10 @@ def is_read(column: str) -> bool:
 
 
 def is_known(column: str) -> bool:
-    """Return True for a name that :func:`audio_file` knows, of a path, a place, a number or a label."""
+    """Return True for a name that :func:`audio_file` knows, of a path, a place, a number or a label, whatever its
+    value."""
     known = column.strip().lower()
-    return known in _KNOWN and known not in _CHANNELS
+    return known in _KNOWN and known not in (*_REFUSED, *_CHANNELS)
 
 
 def is_held(column: str, row: dict[str, Any]) -> bool:
@@ -65,9 +67,9 @@ def is_held(column: str, row: dict[str, Any]) -> bool:
         return False
     if known in ("recording", "sources"):
         return isinstance(row[column], dict | list)
-    if known == "type" and row[column] in CUTS:
+    if (known == "type" and row[column] in CUTS) or (known == "channel" and row.get("type") in CUTS):
         return True
-    if known not in _HELD or is_a_word(known, row[column]):
+    if known not in _HELD:
         copy = known == column and known in _KNOWN and any(known == n.strip().lower() for n in row if n != known)
         of_wav = known == "length" and "wav" in row
         of_part = is_a_length(column) and _first(row, _PLACED) is not None
@@ -92,17 +94,24 @@ def _check_channels(where: str, row: dict[str, Any]) -> None:
         if name not in row:
             continue
         value = row[name]
-        if is_a_channel(name, value) or (name in _REFUSED and _means(name, value) == "other audio"):
+        if is_a_channel(name, value) or is_other_audio(name, value):
             raise ManifestError(
                 f"{where}: {name} = {value!r} cannot be applied, channels are averaged and played as they are: "
                 "write such clips to files of their own, or rename the column if it says something else, or remove it"
             )
 
 
-def is_a_word(column: str, value: Any) -> bool:
-    """Return True for a label under a name such as ``channel`` or ``tempo``: "BBC", "fast", 120 beats per minute."""
+def is_other_audio(column: str, value: Any) -> bool:
+    """Return True for what cannot be applied under a name such as ``channel`` or ``tempo``. Labels ("BBC", 120 beats
+    per minute) and neutral numbers (a gain of 1) are none, and kept as any other column."""
     known = column.strip().lower()
-    return known in _REFUSED and _means(known, value) == "label"
+    return known in _REFUSED and _means(known, value) == "other audio"
+
+
+def is_neutral(column: str, value: Any) -> bool:
+    """Return True for a number under such a name that leaves the audio as it is."""
+    known = column.strip().lower()
+    return known in _REFUSED and not (value is None or value == "") and _means(known, value) == "nothing"
 
 
 def _means(name: str, value: Any) -> Literal["nothing", "label", "other audio"]:
@@ -196,7 +205,7 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _text(row: dict[str, Any], name: str) -> str:
-    return label_of(row.get(name)).strip()  # 0 is a label
+    return as_cell(row.get(name)).strip()  # 0 is a label
 
 
 def _located(source: Path, row: dict[str, Any], path: str) -> str:

@@ -4,7 +4,6 @@ A clip inside of a larger file is named ``shard.tar::speech/a.flac``, ``clips.h5
 address is accepted wherever the path of an audio file is: in :class:`AudioFile`, manifests, reports and ``load_audio``.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -24,7 +23,6 @@ __all__ = [
     "group_of",
     "is_archive",
     "is_audio",
-    "label_of",
     "split_address",
     "to_text",
 ]
@@ -77,13 +75,6 @@ def group_of(path: str) -> str:
     if parts is None:
         return os.path.dirname(path)
     return address(os.path.dirname(parts[0]), os.path.dirname(parts[1]))
-
-
-def label_of(value: Any) -> str:
-    """A label as text; lists and objects as JSON, which probes read as the list that it was."""
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False)
-    return "" if value is None else str(value)
 
 
 @dataclass(frozen=True)

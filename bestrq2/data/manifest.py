@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bestrq2.data.columns import WRITTEN, as_cell
+from bestrq2.data.cells import as_cell
+from bestrq2.data.columns import WRITTEN
 from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, to_text
 from bestrq2.data.kaldi import kaldi_rows

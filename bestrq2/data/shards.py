@@ -30,6 +30,7 @@ from bestrq2.data.archives.opening import open_member
 from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.archives.tar import list_tar, open_tar_member
 from bestrq2.data.audio import audio_info, load_audio
+from bestrq2.data.cells import as_json
 from bestrq2.data.columns import with_place
 from bestrq2.data.files import AudioFile, address, is_audio, split_address
 from bestrq2.data.manifest import write_manifest
@@ -174,7 +175,8 @@ def _clips(files: Sequence[AudioFile], skips: list[Skip], bar: tqdm) -> Iterator
             item = replace(item, columns=with_place(item.columns, places[number], item.start, item.end))
         row = {"duration": item.duration, "sampling_rate": item.sampling_rate, "domain": item.domain}
         row["label"] = item.label
-        text = json.dumps({key: value for key, value in row.items() if value is not None} | (item.columns or {}))
+        row = {key: value for key, value in row.items() if value is not None} | (item.columns or {})
+        text = json.dumps(as_json(row), allow_nan=False)
         yield _Clip(stem + extension, content, text.encode(), item)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bestrq2.data.archives.opening import list_archives as read_archives
 from bestrq2.data.audio import audio_info
-from bestrq2.data.columns import of_manifest
+from bestrq2.data.columns import of_manifest, together
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import clip_duration, is_whole
@@ -122,6 +122,8 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         else:
             raise DataError(f"{part} is of no kind that is known; expected {_EXPECTED}")
     list_archives()
+    if columns:
+        found.files = together(found.files)
     if len(sources) > 1:
         places = {(os.path.abspath(item.path), item.start, item.end) for item in found.files}
         if (again := len(found.files) - len(places) - found.again) > 0:

@@ -10,11 +10,11 @@ import io
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bestrq2.data.cells import TwiceError, read_json
 from bestrq2.data.fields import PATH_NAMES
 from bestrq2.data.files import is_audio
 from bestrq2.encodings import TextEncodingError, decode_text, foreign_letter
@@ -244,33 +244,21 @@ def _fairseq_rows(source: Path, lines: list[str]) -> list[Row] | None:
     return rows
 
 
-class _TwiceError(Exception):
-    """A name is there twice in one JSON object: json would keep the last value without a word."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise _TwiceError(f"{name!r} is there twice in one object")
-    return found
-
-
 def _json_rows(source: Path, lines: list[str]) -> Iterator[Row]:
     content = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     try:
         whole = _document(content, lines) if content else None
-    except _TwiceError as error:
+    except TwiceError as error:
         raise ManifestError(f"{source}: {error}") from error
     if whole is not None:
         yield from whole
         return
     for number, text in content:
         try:
-            row = json.loads(text, object_pairs_hook=_object)
-        except _TwiceError as error:
+            row = read_json(text)
+        except TwiceError as error:
             raise ManifestError(f"{source}:{number}: {error}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ManifestError(f"{source}:{number}: not JSON ({error}); expected one object a line") from error
         if not isinstance(row, dict):
             raise ManifestError(f"{source}:{number}: expected a JSON object, got {type(row).__name__}")
@@ -282,12 +270,12 @@ def _document(content: list[tuple[int, str]], lines: list[str]) -> list[Row] | N
     try:
         json.loads(content[0][1])
         if len(content) > 1:
-            return None  # JSON lines
+            return None  # JSON lines, each read with its number
     except (ValueError, RecursionError):
         pass
     try:
-        document = json.loads("".join(lines), object_pairs_hook=_object)
-    except (ValueError, RecursionError):
+        document = read_json("".join(lines))
+    except ValueError:
         return None
     if isinstance(document, list) and document and all(isinstance(row, dict) for row in document):
         return list(enumerate(document, 1))

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bestrq2 import ops
 from bestrq2.ops.common import native
 from bestrq2.ops.common.compiler import constant_when_compiled
 from bestrq2.ops.common.dispatch import forced_backend
+from bestrq2.ops.common.transforms import refuse_second_derivative
 
 from .block_rows import add_bias
 from .short_attention import short_attention, short_self_attention
@@ -180,8 +180,8 @@ class _ShortAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("short attention")
         lengths, logsumexp, bias, *frames = ctx.saved_tensors
         if len(frames) == 1:
             grads = [torch.empty(frames[0].shape, dtype=frames[0].dtype, device="cpu")]

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bestrq2.ops.common import native
 from bestrq2.ops.common.dispatch import forced_backend
+from bestrq2.ops.common.transforms import refuse_second_derivative
 
 
 def is_fused(x: Tensor, *weights: Tensor | None) -> bool:
@@ -66,8 +66,8 @@ class ResidualNorm(torch.autograd.Function):
         return x if branch is None else total, out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a fused layer")
         total, weight, scale, *places = ctx.saved_tensors
         if grad_total is None and grad_out is None:
             return (None,) * 12
@@ -114,8 +114,8 @@ class ResidualSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a fused layer")
         scale, place = ctx.saved_tensors
         of_bias = grad.new_empty(grad.shape[-1], dtype=torch.float32) if ctx.needs_input_grad[2] else None
         if ctx.same and of_bias is None:
@@ -144,8 +144,8 @@ class Bf16Product(torch.autograd.Function):
         return torch.mm(x, rounded.t())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a fused layer")
         x, weight = ctx.saved_tensors
         grad = grad.to(torch.bfloat16)
         grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
@@ -164,8 +164,8 @@ class Bias(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a fused layer")
         if not ctx.needs_input_grad[1]:
             return grad, None
         grad = grad.contiguous()
@@ -187,8 +187,8 @@ class Gelu(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a fused layer")
         x, bias = ctx.saved_tensors
         grad, grad_x = grad.to(x.dtype).contiguous(), torch.empty_like(x)
         of_bias = torch.empty_like(bias) if ctx.needs_input_grad[1] else None
@@ -211,8 +211,8 @@ class Gated(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        refuse_second_derivative("a fused layer")
         (x,) = ctx.saved_tensors
         grad, grad_x = grad.to(x.dtype).contiguous(), torch.empty_like(x)
         native.extension().gated_rows_backward(
@@ -247,8 +247,8 @@ class SplitHeads(torch.autograd.Function):
         return q, k, qkv.select(2, 2).transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a fused layer")
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
         upstream = []
         for grad in grads:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bestrq2.ops.common.library import fragment
 from bestrq2.ops.common.native import triton_obstacle
+from bestrq2.ops.common.transforms import refuse_second_derivative
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -179,8 +179,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1], *tensors)
 
 
-@once_differentiable
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("short attention")
     logsumexp, query, key, value, lengths = ctx.saved_tensors
     gradients = torch.ops.bestrq2.short_attention_backward.default(
         grad, logsumexp, query, key, value, lengths, ctx.first

@@ -47,8 +47,8 @@ WITHOUT_POSITIONS = {80: BARE, 90: replace(BARE, lengths=True), 100: replace(BAR
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every shipped configuration with all inputs and with a key mask as well, and a part of them without positions and
-    in segments. docs/kernels/chunked_attention.md says what else was compiled once."""
+    """Every shipped configuration with all inputs, and a part of them with a key mask as well, without positions and in
+    segments. docs/kernels/chunked_attention.md says what else was compiled once."""
     return [case for file in shipped(OP) for entry in file.keys for case in _cases_of(file, entry)]
 
 
@@ -58,8 +58,11 @@ def _cases_of(file: Shipped, entry: str) -> Iterator[CompileCase]:
     inputs: list[tuple[Inputs, tuple[int, ...]]] = [(ALL, ARCHITECTURES)]
     own = entry.endswith("/no_positions")
     if kernel not in OF_POSITIONS:
-        chosen = ARCHITECTURES if own else _without_positions(kernel, head_dim, fp32)
-        inputs += [(replace(ALL, key_mask=True), ARCHITECTURES), *((WITHOUT_POSITIONS[sm], (sm,)) for sm in chosen)]
+        chosen = ARCHITECTURES if own else _some(ARCHITECTURES, kernel, head_dim, fp32)
+        # A tile that a mask does not share, and one of a single architecture, are compiled with it wherever they serve.
+        shared = file.name == "default.json" and not entry.endswith("/key_mask")
+        masked = _some(file.serves(entry), kernel, head_dim, fp32) if shared else ARCHITECTURES
+        inputs += [(replace(ALL, key_mask=True), masked), *((WITHOUT_POSITIONS[sm], (sm,)) for sm in chosen)]
     if own:
         inputs += [(replace(ALL, positions=False, key_mask=True), file.serves(entry)[-1:])]
     if entry == "forward/64":
@@ -80,11 +83,11 @@ def _cases_of(file: Shipped, entry: str) -> Iterator[CompileCase]:
             yield replace(case, architectures=served)
 
 
-def _without_positions(kernel: str, head_dim: int, fp32: bool) -> tuple[int, ...]:
-    """Architectures: all for the common heads, else one, another for every kernel, size and dtype."""
+def _some(architectures: tuple[int, ...], kernel: str, head_dim: int, fp32: bool) -> tuple[int, ...]:
+    """All of them for the common heads, else one, another for every kernel, size and dtype."""
     if not fp32 and head_dim < 128:
-        return ARCHITECTURES
-    return (ARCHITECTURES[(list(KERNELS).index(kernel) + head_dim // 64 + fp32) % 3],)
+        return architectures
+    return (architectures[(list(KERNELS).index(kernel) + head_dim // 64 + fp32) % len(architectures)],)
 
 
 def parts_of(entry: str) -> tuple[str, int, bool]:

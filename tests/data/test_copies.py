@@ -59,6 +59,17 @@ def test_files_alike_at_their_beginning_middle_and_end_are_told_apart(tmp_path):
     assert copied_files([one], [other]) == {}
 
 
+def test_long_files_that_differ_in_one_place_alone_are_told_apart(tmp_path):
+    """Behind the first megabyte, and in none of the pieces."""
+    samples = np.zeros(180 * RATE, np.int16)
+    for name, value in (("a", 1000), ("b", 1001), ("c", 1001)):
+        samples[800_000] = value
+        soundfile.write(tmp_path / f"{name}.wav", samples, RATE)
+    one, two, three = collect(tmp_path)[0]
+    assert copied_files([one], [two]) == {}
+    assert copied_files([two], [one, three]) == {item.path: two.path for item in (two, three)}
+
+
 def test_cost_is_bounded(sides, monkeypatch):
     held, used = sides
     opened = []

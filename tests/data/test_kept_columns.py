@@ -196,8 +196,34 @@ def test_parts_are_cut_once(folder):
 
 def test_lists_of_whole_files_say_nothing_of_places(folder):
     (folder / "m.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1.0, "channel": 0, "Label": "x"}\n')
-    assert packed(folder / "m.jsonl", folder / "of_list") == [{"label": "x"}]
+    assert packed(folder / "m.jsonl", folder / "of_list") == [{"label": "x", "channel": 0}]
     assert packed(folder, folder / "sh") == [{"label": ""}, {"label": ""}]
+
+
+def test_neutral_numbers_keep_their_names(folder):
+    """In archives a gain of 1 was called source_gain, and in manifests it was left out."""
+
+    def both(gains):
+        rows = [{"tempo": 1.0, "gain": gain} for gain in gains]
+        names = ("a.wav", "b.wav")
+        (folder / "m.jsonl").write_text(lines([{"path": name} | row for name, row in zip(names, rows)]))
+        with tarfile.open(folder / "s.tar", "w") as tar:
+            for name, row in zip(names, rows):
+                for member, content in ((name, (folder / name).read_bytes()), (name[:2] + "json", json.dumps(row))):
+                    content = content.encode() if isinstance(content, str) else content
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+        return [{"label": ""} | row for row in rows]
+
+    rows = both([1.0, 0.0])
+    for source, out in (("m.jsonl", "of_list"), ("s.tar", "of_shard"), ("of_shard", "again")):
+        assert packed(folder / source, folder / out) == rows
+        assert listed(folder / source, folder / "out.csv") == listed(None, folder / out)
+        assert listed(None, folder / out) == [{k: str(v) for k, v in row.items()} for row in rows]
+    both([1.0, 0.5])  # one column stays one, under a name that is not followed
+    kept = [{"label": "", "tempo": 1.0, "source_gain": gain} for gain in (1.0, 0.5)]
+    assert packed(folder / "s.tar", folder / "mixed") == packed(folder / "mixed", folder / "mixed again") == kept
 
 
 def test_what_is_beside_clips_of_shards(folder):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bestrq2.data.columns import of_manifest
+from bestrq2.data.columns import of_archive, of_manifest
 from bestrq2.data.fields import known_columns
 from bestrq2.data.manifest import read_manifest
 from bestrq2.errors import ManifestError
@@ -143,7 +143,7 @@ def test_numbers_of_channels(read, name):
 
 def test_channels_in_words_are_labels(tmp_path):
     row = known_columns({"path": "a.wav", "Channel_ID": "UCx7Q", "ch": "", "channel": "0"})
-    assert of_manifest(row, []) == {"Channel_ID": "UCx7Q", "ch": ""}
+    assert of_manifest(row, []) == {"Channel_ID": "UCx7Q", "ch": "", "channel": "0"}
 
 
 WORDS = [("tempo", 120.5), ("speed", 55), ("tempo", "4/4"), ("channel", "BBC News"), ("speed", "fast"), ("gain", "low")]
@@ -165,7 +165,7 @@ def test_neutral_numbers_are_told_by_their_value(read, name, value):
     for written in (value, float(value), f"{value}.0", f" {value:.2f} ", ""):
         row = {"path": "a.wav", name: written}
         assert read(row).path.endswith("a.wav")
-        assert of_manifest(row, []) == {}
+        assert of_manifest(row, []) == of_archive(row, ("path",), []) == {name: written}  # kept, as any label
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,20 @@ from bestrq2.kernels.aot import SHARED_LIMIT, compile_for, spill_limit  # noqa: 
 from bestrq2.kernels.masked_cross_entropy.compile_cases import candidate_cases, compile_cases  # noqa: E402
 
 
+def repeats_bf16(case):
+    """fp16 has the tiles and registers of bf16: with all inputs alone."""
+    inputs = ("HAS_INDEX", "HAS_WEIGHTS", "HAS_BIAS", "SMOOTH")
+    return "-fp16" in case.name and not all(case.constexprs.get(name, True) for name in inputs)
+
+
 @pytest.mark.parametrize(
     ("case", "architecture"),
-    [pytest.param(case, sm, id=f"{case.name}-sm_{sm}") for case in compile_cases() for sm in case.architectures],
+    [
+        pytest.param(case, sm, id=f"{case.name}-sm_{sm}")
+        for case in compile_cases()
+        for sm in case.architectures
+        if not repeats_bf16(case)
+    ],
 )
 def test_compiles_without_spills(case, architecture):
     report = compile_for(case, architecture)

@@ -11,6 +11,7 @@ from model_kinds import features_of, model_of, ragged
 from torch.nn.parallel import DistributedDataParallel
 
 from bestrq2.interchange.exportable import exportable
+from bestrq2.ops.common.native import extension_obstacle
 
 
 @pytest.fixture(scope="module", params=["strips", "options"])
@@ -167,3 +168,21 @@ def test_a_frozen_encoder_stays_in_evaluation_mode(kind):
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     next(iter(encoder.parameters())).requires_grad_()
     assert all(module.training for module in whole.train().modules())
+
+
+@pytest.mark.parametrize("kind", ["strips", "one_stage", "conformer"])
+def test_penalties_of_gradients_are_refused(kind):
+    """They left out what passes through the operations, and trained one parameter of forty."""
+    model, (waveform, lengths) = model_of(kind).eval(), ragged()
+    loss = model(waveform.requires_grad_(), lengths, step=0).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, waveform, create_graph=True)
+
+
+@pytest.mark.skipif(bool(extension_obstacle()), reason="the C++ extension is not built")
+@pytest.mark.parametrize("kind", ["strips", "grid", "conformer"])
+def test_penalties_of_gradients_of_features_are_refused(kind):
+    encoder, (waveform, lengths) = model_of(kind).encoder.eval(), ragged()
+    features, _ = encoder.encode(waveform.requires_grad_(), lengths)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(features.sum(), waveform, create_graph=True)

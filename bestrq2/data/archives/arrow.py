@@ -2,7 +2,8 @@
 
 They are read with pyarrow, without the ``datasets`` package. The audio column is the one that the file's own metadata
 calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one; else one
-of text that is called ``audio`` or as a path in a manifest. Of several one must be called ``audio``. Columns
+of bytes called ``audio``; else one of text that is called ``audio`` or as a path in a manifest. Of several one must be
+called ``audio``. Columns
 ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there, and ``split`` chooses rows as in a
 manifest. Where rows name files, ``start``, ``end`` and all other columns mean what they mean in a manifest
 (:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there such columns say what it was cut out of.
@@ -14,6 +15,7 @@ import bisect
 import io
 import json
 import os
+import textwrap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,9 +25,10 @@ from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bestrq2.data.cells import as_cell
 from bestrq2.data.columns import of_archive, of_manifest
 from bestrq2.data.fields import PATH_NAMES, audio_file, is_read, known_columns
-from bestrq2.data.files import AudioFile, Listing, address, label_of
+from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.places import may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS, split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, system_reason
@@ -239,9 +242,11 @@ def _audio_columns(schema: Any) -> tuple[str, list[str]]:
         for field in schema
         if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
     ]
+    binary = pyarrow.types.is_binary, pyarrow.types.is_large_binary
+    stored = [field.name for field in schema if field.name == "audio" and any(of(field.type) for of in binary)]
     # As pandas writes a manifest.
     paths = [field.name for field in schema if _path_name(field.name) and _is_text(field.type)]
-    found = marked or shaped or paths
+    found = marked or shaped or stored or paths
     if "audio" in found:
         return "audio", []
     return (found[0] if len(found) == 1 else ""), found[1:] and found
@@ -321,7 +326,7 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
             files.append(replace(file, columns=of_manifest(known_columns(every), lost)) if columns else file)
             continue
         rate = positive(row, "sampling_rate")
-        domain, label = (label_of(row.get(name)) for name in ("domain", "label"))
+        domain, label = (as_cell(row.get(name)) for name in ("domain", "label"))
         duration = positive(row, "duration")
         file = AudioFile(where, duration, None if rate is None else int(rate), domain, label)
         files.append(replace(file, columns=of_archive(every, _USED, lost)) if columns else file)
@@ -332,8 +337,11 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
 def _no_audio(table: _Table) -> str:
     if table.rivals:
         return f"several columns with audio, {', '.join(table.rivals)}: call the one that is meant audio"
-    names = ", ".join(table.schema.names)
-    return f"no audio column, and none of text called path, file and so on; the columns are {names}"
+    columns = ", ".join(f"{field.name} ({textwrap.shorten(str(field.type), 60)})" for field in table.schema)
+    return (
+        "no audio column: neither one with the fields bytes and path, nor audio files as binary in a column called "
+        f"audio, nor text called path, file and so on; the columns are {columns}"
+    )
 
 
 def _columns_to_read(table: _Table, of_paths: bool) -> list[str]:

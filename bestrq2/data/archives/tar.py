@@ -24,9 +24,10 @@ import numpy as np
 
 from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar_walk import Entry, walk
+from bestrq2.data.cells import TwiceError, as_cell, as_json, read_json
 from bestrq2.data.columns import of_archive
 from bestrq2.data.fields import known_columns
-from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, label_of, to_text
+from bestrq2.data.files import AudioFile, Listing, address, from_text, is_audio, to_text
 from bestrq2.data.splits import split_of_row
 from bestrq2.encodings import TextEncodingError, decode_text
 from bestrq2.errors import AudioError, Skip, printable
@@ -34,8 +35,8 @@ from bestrq2.errors import AudioError, Skip, printable
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 9"  # 1 replaced letters, 2 to 5 mixed labels up, 6 had no splits, 7 lost lone sidecars
-# 8 had lists as Python's text
+_FORMAT = "bestrq2 tar index 10"  # 1 replaced letters, 2 to 5 mixed labels up, 6 had no splits, 7 lost lone sidecars
+# 8 had lists as Python's text, 9 took the last of a name that is there twice
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _USED = ("duration", "seconds", "sampling_rate", "sample_rate", "sr", "domain", "label")
 
@@ -235,9 +236,10 @@ def _in_pairs(clips: list[int], texts: list[int]) -> bool:
 def _row(name: str, texts: dict[str, str], index: TarIndex) -> dict[str, Any]:
     """The .json beside a clip, empty if there is none or it is no object."""
     try:
-        row = json.loads(texts.get("json", "{}"))
-    except ValueError as error:
-        index.damage.append(f"the .json beside {name} is not JSON ({error}); it is not used")
+        row = read_json(texts.get("json", "{}"))
+    except (ValueError, TwiceError) as error:
+        what = f"is not JSON ({error})" if isinstance(error, ValueError) else f"is open: {error}"
+        index.damage.append(f"the .json beside {name} {what}; it is not used")
         row = {}
     if not isinstance(row, dict):
         index.others[".json (no object)"] += 1
@@ -254,15 +256,14 @@ def _stated(row: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
         return value if fine else None
 
     rate = number("sampling_rate", "sample_rate", "sr")
-    domain = row.get("domain")
-    label = row.get("label")
+    domain, label = as_json(row.get("domain")), as_json(row.get("label"))
     if label is None:
         label = texts.get("cls", texts.get("txt", "")).strip()
     return {
         "duration": number("duration", "seconds"),
         "sampling_rate": None if rate is None else int(rate),
-        "domain": None if domain is None else str(domain),
-        "label": label_of(label),
+        "domain": None if domain is None else as_cell(domain),
+        "label": as_cell(label),
         "split": split_of_row(known_columns(row)),
     }
 

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common.dispatch import choose_backend
 from ..common.library import fragment
 from ..common.native import triton_obstacle
+from ..common.transforms import refuse_second_derivative
 from . import cpu, reference
 from .checks import check_table
 from .layout import ChunkLayout
@@ -153,8 +153,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(out, logsumexp, *tensors)
 
 
-@once_differentiable
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("chunked_attention")
     out, logsumexp, *tensors = ctx.saved_tensors
     gradients = torch.ops.bestrq2.chunked_attention_backward.default(grad, out, logsumexp, *tensors, *ctx.settings)
     wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad)]

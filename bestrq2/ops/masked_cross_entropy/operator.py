@@ -4,12 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common import native
 from ..common.dispatch import choose_backend
 from ..common.library import fragment
-from ..common.transforms import is_batched
+from ..common.transforms import is_batched, refuse_second_derivative
 from . import cpu, reference
 from .checks import check_rows
 
@@ -52,8 +51,8 @@ class MaskedCrossEntropy(torch.autograd.Function):
         return losses.T.reshape(targets.shape) if reduction == "none" else losses.sum(), accuracy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, _grad_accuracy):  # type: ignore[override]
+        refuse_second_derivative("masked_cross_entropy")
         if ctx.keep:
             factor, *grads = ctx.saved_tensors
         else:
