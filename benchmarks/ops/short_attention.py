@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import Case, Provider, Skip, Work, compiled, gold_of, seeded
+from bestrq2.layers.padding import length_mask
 
 OP = "short_attention"
 BASELINE = "stored scores"
@@ -74,7 +75,7 @@ def _valid(qkv: Tensor, lengths: Tensor | None) -> Tensor | None:
     """Valid tokens ``(B, 1, 1, N)``."""
     if lengths is None:
         return None
-    return (torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None])[:, None, None]
+    return length_mask(lengths, qkv.shape[1], qkv.device)[:, None, None]
 
 
 def _frames(qkv: Tensor) -> tuple[Tensor, ...]:

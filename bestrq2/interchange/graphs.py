@@ -20,6 +20,7 @@ from torch import Tensor
 from bestrq2.config import Config, ConfigError, config_to_dict
 from bestrq2.durability import named_in_errors
 from bestrq2.errors import printable
+from bestrq2.layers.padding import length_mask
 from bestrq2.models import ConformerEncoder, ViTEncoder
 from bestrq2.version import __version__
 
@@ -84,14 +85,14 @@ def largest_error(encoder: ViTEncoder | ConformerEncoder, run: Run) -> float:
         waveform = 0.1 * torch.randn(
             len(case), int(lengths.max()) + 3, generator=generator, dtype=torch.float32, device="cpu"
         )
-        waveform[torch.arange(waveform.shape[1], device="cpu") >= lengths[:, None]] = torch.nan  # any padding is none
+        waveform[~length_mask(lengths, waveform.shape[1], waveform.device)] = torch.nan  # any padding is none
         with torch.no_grad():
             expected, counts = encoder.encode(waveform, lengths)
             features, found = run(waveform, lengths)
         frames = expected.shape[1]
         if not torch.equal(found, counts) or features.shape[1] != frames:
             raise ConfigError(f"frames {found.tolist()} of {features.shape[1]}, expected {counts.tolist()} of {frames}")
-        behind = torch.arange(features.shape[1], device="cpu") >= counts[:, None]
+        behind = ~length_mask(counts, features.shape[1], counts.device)
         if not features.isfinite().all() or features[behind].any():
             raise ConfigError("features are not finite, or not zero behind a clip's end")
         scale = expected[~behind[:, :frames]].square().mean().sqrt()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.durability import whole_file
+from bestrq2.layers.padding import length_mask
 
 from .opening import open_own
 from .staging import Check, staged
@@ -104,7 +105,7 @@ class Upstream(nn.Module):
         time = torch.arange(int(wanted.max()), device="cpu")
         place = torch.minimum(time, counts[:, None] - 1).to(features.device)
         features = features.gather(2, place[None, :, :, None].expand(len(features), -1, -1, features.shape[3]))
-        inside = (time < wanted[:, None]).to(features.device)
+        inside = length_mask(wanted, len(time), features.device)
         states = list((features * inside[None, ..., None]).unbind(0))
         return {"hidden_states": states, "last_hidden_state": states[-1]}
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bestrq2.config import Config, ConfigError
 from bestrq2.durability import whole_file
 from bestrq2.errors import printable
+from bestrq2.layers.padding import length_mask
 
 from .opening import open_own
 from .tensors import encoder_weights, write_encoder_file
@@ -104,11 +105,11 @@ class XaresLlmModule(FrozenModule):
             if mask.shape != (audio if audio.dim() == 2 else audio[None]).shape:
                 raise ValueError(f"expected a mask of shape {tuple(audio.shape)}, got {tuple(mask.shape)}")
             counts = (mask != 0).sum(1)
-            if not ((torch.arange(mask.shape[1], device=mask.device) < counts[:, None]) == (mask != 0)).all():
+            if not (length_mask(counts, mask.shape[1], mask.device) == (mask != 0)).all():
                 raise ValueError("expected padding at the end of each clip, got a mask with audio behind padding")
             lengths = counts.clamp(min=1)
         features, frames = self._features(audio, lengths)
-        kept = torch.arange(features.shape[1], device="cpu") < frames[:, None]
+        kept = length_mask(frames, features.shape[1], frames.device)
         if mask is not None:
             kept &= (counts > 0).cpu()[:, None]
         return features, kept.to(features.device, torch.int64 if mask is None else mask.dtype)
@@ -201,7 +202,7 @@ def check_encoder_module(path: Path, *, spawn: bool = True) -> list[str]:
             return module(audio)
         mask = None
         if lengths is not None:
-            mask = (torch.arange(audio.shape[1], device="cpu") < torch.tensor(lengths, device="cpu")[:, None]).long()
+            mask = length_mask(torch.tensor(lengths, device="cpu"), audio.shape[1], audio.device).long()
         values, kept = module(audio, mask)
         if kept.shape != values.shape[:2]:
             problems.append(f"mask of shape {tuple(kept.shape)} for features {tuple(values.shape)}")

@@ -36,6 +36,7 @@ from bestrq2.ops.common.dispatch import forced_backend
 from bestrq2.ops.common.transforms import refuse_second_derivative
 
 from .block_rows import add_bias
+from .padding import length_mask
 from .short_attention import short_attention, short_self_attention
 
 MOST_KEYS = 384
@@ -69,7 +70,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
     chunks = _is_eager(query) and _prefers_chunks(query, lengths)
     if chunks and cuts_queries and not cross:
         return ops.chunked_attention(query, key, value, right_context=None, lengths=lengths)
-    valid = None if lengths is None else torch.arange(key.shape[2], device=key.device) < lengths[:, None]
+    valid = None if lengths is None else length_mask(lengths, key.shape[2], key.device)
     if chunks:
         return ops.chunked_attention(query, key, value, right_context=None, key_mask=valid)
     mask = None if valid is None else valid[:, None, None]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masking import MaskPlan, valid_mask
+from .masking import MaskPlan
+from .padding import valid_mask
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from bestrq2.ops.common.devices import exact_device, has_float64
 
 from .log_mel_fused import Settings, fused_log_mel, log_mel_obstacle
 from .log_mel_tables import exact_constants
+from .padding import length_mask
 from .precision import default_device, restore_float32, warn_of_half, warn_of_integers
 
 AMPLITUDE_FLOOR = 1e-10  # -100 dB
@@ -154,10 +155,7 @@ class LogMel(nn.Module):
         decibels = torch.cat(parts) if parts else waveform.new_zeros(0, num_frames, self.num_mels, dtype=torch.float32)
         frames = self._standardised(decibels)
         if num_clips and int(frame_lengths.min()) < num_frames:
-            inside = (
-                torch.arange(num_frames, device=frames.device)
-                < frame_lengths.to(frames.device, non_blocking=True)[:, None]
-            )
+            inside = length_mask(frame_lengths, num_frames, frames.device)
             frames = frames * inside[..., None]
         return frames, frame_lengths
 
@@ -186,7 +184,7 @@ class LogMel(nn.Module):
         )
         if self.floor_db == FLOOR_DB:
             return frames
-        inside = torch.arange(num_frames, device=frames.device) < counts.to(frames.device, non_blocking=True)[:, None]
+        inside = length_mask(counts, num_frames, frames.device)
         lowest = (self.floor_db - mean) / std
         return torch.where(inside[..., None], torch.maximum(frames, lowest), 0.0)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .log_mel import LogMel, reflect_edges
+from .padding import length_mask
 from .precision import warn_of_half
 
 GOES_ON = -1
@@ -68,10 +69,7 @@ def stream_frames(
     waveform = waveform.to(place)
     state.signal, state.reflection = state.signal.to(place), state.reflection.to(place)
     before = state.received
-    inside = (
-        torch.arange(waveform.shape[1], device=waveform.device)
-        < lengths.to(waveform.device, non_blocking=True)[:, None]
-    )
+    inside = length_mask(lengths, waveform.shape[1], waveform.device)
     state.signal = torch.cat((state.signal, torch.where(inside, waveform, 0).to(state.signal.dtype)), dim=1)
     state.received += waveform.shape[1]
     fresh = ends & (state.totals == GOES_ON)

@@ -14,6 +14,7 @@ from bestrq2.hashing import mix, uniform
 from bestrq2.ops.common.devices import exact_device
 
 from .counter_random import random_keys
+from .padding import valid_mask
 from .pytrees import tree_of_tensors
 
 SMALLEST_WEIGHT = 1e-6  # of a patch without any variation: it is taken last, but may be taken
@@ -52,13 +53,6 @@ class MaskPlan:
     def predicted_valid(self) -> Tensor | None:
         """``(B, Np)`` bool on the device, or None when every entry is valid."""
         return valid_mask(self.predicted_lengths, self.predicted.shape[1], self.predicted.device)
-
-
-def valid_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | None:
-    """``(B, size)`` bool marking the first ``lengths[b]`` entries, or None when that is all of them."""
-    if bool((lengths == size).all()):
-        return None
-    return torch.arange(size, device=device) < lengths.to(device, non_blocking=True)[:, None]
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:

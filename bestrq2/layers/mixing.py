@@ -9,6 +9,7 @@ from torch import Tensor
 from bestrq2.hashing import mix, uniform
 from bestrq2.ops.common.devices import exact_device
 
+from .padding import length_mask
 from .patches import Patches
 
 FLOOR = 1e-10  # mel power, -100 dB: the least that is divided by
@@ -136,8 +137,7 @@ class PairMixing:
         # float64 sums, rounded to float32: the same whatever padding the batch has.
         device = power.device
         power, partner = power.to(exact_device(device)), partner.to(exact_device(device))
-        token = torch.arange(power.shape[1], device=power.device)
-        inside = token < patches.lengths.to(power.device, non_blocking=True)[:, None]
+        inside = length_mask(patches.lengths, power.shape[1], power.device)
         sums = torch.where(inside, power.sum(-1, dtype=torch.float64), 0.0).sum(1)
         means = sums / (patches.lengths.to(power.device, non_blocking=True) * power.shape[2])
         level = 10 ** (levels.to(power.device, torch.float64, non_blocking=True) / 10)

@@ -10,6 +10,7 @@ from bestrq2 import ops
 from bestrq2.ops.common.arguments import integer
 from bestrq2.ops.common.devices import exact_device
 
+from .padding import length_mask
 from .precision import default_device, restore_float32
 from .target_fitting import fit_axes, move_to_centroids
 
@@ -224,7 +225,7 @@ class RandomProjectionQuantizer(nn.Module):
         if lengths is None:
             lengths = torch.full((num_clips,), num_patches, device="cpu")
         lengths = lengths.to(patches.device, non_blocking=True)
-        inside = torch.arange(num_patches, device=patches.device) < lengths[:, None]
+        inside = length_mask(lengths, num_patches, patches.device)
         counts = (lengths * dim).clamp(min=1).double()[:, None, None]
         out = torch.empty(patches.shape, dtype=torch.float32, device=patches.device)
         # On a CPU a few clips at a time: their float64 values stay in the cache.

@@ -9,6 +9,7 @@ from bestrq2.hashing import mix
 
 from .counter_random import random_keys
 from .masking import MaskPlan
+from .padding import length_mask
 from .pytrees import tree_of_tensors
 
 
@@ -54,6 +55,6 @@ def thin(plan: MaskPlan, share: float, seed: int, step: int, index: Tensor) -> M
     if valid is not None:
         keys = torch.where(valid, keys, torch.iinfo(torch.int64).max)
     place = keys.argsort(dim=1, stable=True)[:, :most]
-    counted = torch.arange(most, device=device) < kept.to(device, non_blocking=True)[:, None]
+    counted = length_mask(kept, most, device)
     place = torch.where(counted, place, size).sort(dim=1).values.clamp(max=size - 1)  # fillers last, legal indices
     return ThinnedPlan(plan.seen, predicted.gather(1, place), plan.seen_lengths, kept, plan.predicted_lengths)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bestrq2.layers.masking import valid_mask
+from bestrq2.layers.padding import valid_mask
 from bestrq2.layers.precision import wide
 
 

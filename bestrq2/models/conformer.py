@@ -12,7 +12,8 @@ from bestrq2.layers.conformer_subsampling import ConvSubsampling
 from bestrq2.layers.frame_grid import FrameGrid
 from bestrq2.layers.log_mel import LogMel, check_lengths, check_waveform, integer_lengths
 from bestrq2.layers.log_mel_stream import GOES_ON, LogMelState, stream_frames
-from bestrq2.layers.masking import MaskPlan, valid_mask
+from bestrq2.layers.masking import MaskPlan
+from bestrq2.layers.padding import length_mask, valid_mask
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.positions import PositionKind
 from bestrq2.ops import ChunkLayout
@@ -188,10 +189,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         chunk = self.factor * self.front_end.hop_length * ((layout.chunk_size if streams else None) or 1)
         piece = chunk * max(1, round(PIECE_SECONDS * self.sampling_rate / chunk))
         if waveform.shape[1] <= piece or torch.is_grad_enabled():  # nothing is cut where gradients flow
-            audio = (
-                torch.arange(waveform.shape[1], device=waveform.device)
-                < lengths.to(waveform.device, non_blocking=True)[:, None]
-            )
+            audio = length_mask(lengths, waveform.shape[1], waveform.device)
             waveform = nn.functional.pad(
                 torch.where(audio, waveform, 0), (0, max(0, self.min_samples - waveform.shape[1]))
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
 from bestrq2.errors import BestRQError
+from bestrq2.layers.padding import length_mask
 
 from .layer_choice import Layer, check_layers
 
@@ -98,7 +99,7 @@ def pool_frames(features: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     """
     check_choice("pooling", pooling, POOLINGS)
     lengths = lengths.to(features.device)
-    inside = (torch.arange(features.shape[-2], device=features.device) < lengths[:, None])[..., None]
+    inside = length_mask(lengths, features.shape[-2], features.device)[..., None]
     if pooling == "max":
         return features.masked_fill(~inside, -torch.inf).amax(-2)
     count = lengths.clamp(min=1)[:, None].to(features.dtype)
@@ -186,7 +187,7 @@ class ReadoutMixin:
         features, counts = self.encode_layers(waveform, lengths, wanted, rows=rows, **options)  # type: ignore[attr-defined]
         features = combine_layers(features, combine)
         if len(wanted) > 1 and combine == "average":  # normalising the zeros behind a clip's end keeps them zeros
-            inside = torch.arange(features.shape[-2], device=features.device) < counts.to(features.device)[:, None]
+            inside = length_mask(counts, features.shape[-2], features.device)
             features = features * inside[..., None]
         if pooling is not None:
             features = pool_frames(features, counts, pooling)

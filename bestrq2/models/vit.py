@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bestrq2.layers.block_rows import linear
 from bestrq2.layers.log_mel import LogMel, check_lengths
 from bestrq2.layers.masking import MaskPlan, take
+from bestrq2.layers.padding import length_mask
 from bestrq2.layers.patches import Patches, extract_patches
 from bestrq2.layers.positions import (
     PositionKind,
@@ -220,9 +221,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
         if waveform.shape[1] < least:
             waveform = nn.functional.pad(waveform, (0, least - waveform.shape[1]))
         if bool((lengths < least).any()):  # of no other clip is anything read behind its end
-            inside = (
-                torch.arange(least, device=waveform.device) < lengths.to(waveform.device, non_blocking=True)[:, None]
-            )
+            inside = length_mask(lengths, least, waveform.device)
             waveform = torch.cat((torch.where(inside, waveform[:, :least], 0), waveform[:, least:]), 1)
         lengths = lengths.clamp(min=self.min_samples)
         totals = [self.output_length(int(samples)) for samples in lengths]

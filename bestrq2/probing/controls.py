@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.layers.log_mel import check_lengths
+from bestrq2.layers.padding import length_mask
 from bestrq2.models.layer_choice import check_layers
 from bestrq2.models.readout import ROW_JOINS, ReadoutMixin, check_choice
 
@@ -60,7 +61,7 @@ class LogMelEncoder(ReadoutMixin, nn.Module):
         wanted = check_layers(layers, self.depth)
         with torch.no_grad():
             frames, counts = self.log_mel(waveform, check_lengths(waveform, lengths))
-        inside = torch.arange(frames.shape[1], device=frames.device) < counts.to(frames.device)[:, None]
+        inside = length_mask(counts, frames.shape[1], frames.device)
         frames = torch.where(inside[..., None], frames, 0).float()
         return frames.expand(len(wanted), *frames.shape), counts.cpu()
 

@@ -7,6 +7,7 @@ import torch
 from bestrq2.config import Config
 from bestrq2.data import CropDataset, batches
 from bestrq2.layers.code_usage import CodeUsage
+from bestrq2.layers.padding import length_mask
 from bestrq2.models import BestRQ, BestRQ2
 
 from .open_data import FIRST_LOOK_CLIPS
@@ -23,8 +24,7 @@ def first_look(model: BestRQ2 | BestRQ, dataset: CropDataset, config: Config, de
         waveform = batch.waveform.to(device)
         patches = model.encoder.patches(waveform, batch.lengths)
         codes = model.target_codes(waveform, batch.lengths, patches)
-        inside = torch.arange(codes.shape[1]) < patches.lengths[:, None]
-        usage.update(codes, inside.to(device))
+        usage.update(codes, length_mask(patches.lengths, codes.shape[1], device))
     return usage
 
 

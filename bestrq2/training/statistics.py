@@ -7,6 +7,7 @@ import torch
 
 from bestrq2.data import Batch
 from bestrq2.layers.log_mel import LogMel
+from bestrq2.layers.padding import length_mask
 from bestrq2.ops.common.devices import exact_device
 
 
@@ -30,8 +31,8 @@ def measure_statistics(log_mel: LogMel, batches: Iterable[Batch], device: torch.
     count, total, squares, frames_seen, clips = 0, 0.0, 0.0, 0, 0
     for batch in batches:
         frames, lengths = log_mel(batch.waveform.to(device), batch.lengths)
-        inside = torch.arange(frames.shape[1], device="cpu") < lengths[:, None]
-        values = frames[inside.to(device)].to(exact_device(device)).double()
+        inside = length_mask(lengths, frames.shape[1], frames.device)
+        values = frames[inside].to(exact_device(device)).double()
         count += values.numel()
         total += values.sum().item()
         squares += values.square().sum().item()

@@ -10,6 +10,7 @@ from bestrq2.data import CropDataset, batches
 from bestrq2.errors import TrainingError
 from bestrq2.hashing import mix
 from bestrq2.interchange.opening import open_teacher
+from bestrq2.layers.padding import length_mask
 from bestrq2.layers.quantizer import RandomProjectionQuantizer
 from bestrq2.layers.target_fitting import code_entropy
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_encoder
@@ -104,7 +105,7 @@ def sample_values(
         patches = encoder.patches(waveform, batch.lengths)
         values = patches.values if teacher is None else teacher.features(waveform, batch.lengths, patches)
         normalised = quantizer.normalise(values.to(quantizer.mean.device), patches.lengths).cpu()
-        inside = torch.arange(normalised.shape[1]) < patches.lengths[:, None]
+        inside = length_mask(patches.lengths, normalised.shape[1], normalised.device)
         parts.append(normalised[inside])
     return torch.cat(parts)
 

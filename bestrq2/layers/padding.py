@@ -1,0 +1,14 @@
+"""Which entries of a padded batch belong to its clips."""
+
+import torch
+from torch import Tensor
+
+
+def length_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor:
+    """``(B, size)`` bool on ``device``: the first ``lengths[b]`` entries. ``lengths`` is there too, or on the CPU."""
+    return torch.arange(size, device=device) < lengths.to(device, non_blocking=True)[:, None]
+
+
+def valid_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | None:
+    """:func:`length_mask`, or None when it marks all entries."""
+    return None if bool((lengths == size).all()) else length_mask(lengths, size, device)
