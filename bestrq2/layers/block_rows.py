@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from bestrq2.ops.common.compiler import constant_when_compiled
 
 from .positions import turn
-from .row_functions import Bf16Product, Bias, Gated, Gelu, ResidualNorm, ResidualSum, SplitHeads, is_fused
+from .row_functions import Bf16Product, Bias, Gated, Gelu, NormSettings, ResidualNorm, ResidualSum, SplitHeads, is_fused
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -102,10 +102,9 @@ def _residual_norm(
         values, branch_bias, scale, factor, of_branch = pending or Branch(x)
         places = (None if of_branch is None else of_branch.place, None if kept is None else kept.place)
         num_out = len(x) if kept is None else len(kept.clips)
-        return ResidualNorm.apply(
-            x, None if pending is None else values, scale, norm.weight, bias, branch_bias,
-            isinstance(norm, nn.LayerNorm), factor, eps, *places, num_out,
-        )  # fmt: skip
+        settings = NormSettings(isinstance(norm, nn.LayerNorm), factor, eps, *places, num_out)
+        branch = None if pending is None else values
+        return ResidualNorm.apply(x, branch, scale, norm.weight, bias, branch_bias, settings)
     total = x if pending is None else x + pending.summand()
     return total, plain_norm(total if kept is None else total[kept.clips], norm)
 

@@ -1,6 +1,6 @@
 """Autograd functions around the passes of csrc/block_rows; the formulas are those of block_rows.py."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,25 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+class NormSettings(NamedTuple):
+    """What :class:`ResidualNorm` needs besides what has a gradient.
+
+    Attributes:
+        layer_norm: RMSNorm if not.
+        factor: of the branch.
+        branch_place, out_place: ``Kept.place`` of the clips that the branch has, and of those that are normalised; None
+            for all.
+        num_out: how many clips are normalised.
+    """
+
+    layer_norm: bool
+    factor: float
+    eps: float
+    branch_place: Tensor | None
+    out_place: Tensor | None
+    num_out: int
+
+
 class ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -39,21 +58,16 @@ class ResidualNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         branch_bias: Tensor | None,
-        layer_norm: bool,
-        factor: float,
-        eps: float,
-        branch_place: Tensor | None,
-        out_place: Tensor | None,
-        num_out: int,
+        settings: NormSettings,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         rows = x.contiguous()
         branch = None if branch is None else branch.contiguous()
         total = rows if branch is None else torch.empty_like(rows)
+        layer_norm, factor, eps, *places, num_out = settings
         out = rows.new_empty(num_out, *x.shape[1:])
         width = x.shape[-1]
         sizes = (x.dtype == torch.bfloat16, layer_norm, x.numel() // width, width, x.numel() // (len(x) * width))
-        places = (branch_place, out_place)
         native.extension().norm_rows_forward(
             *sizes, rows.data_ptr(), address(branch), address(branch_bias), *map(address, places), address(scale),
             factor, eps, weight.data_ptr(), address(bias), total.data_ptr(), out.data_ptr(), torch.get_num_threads(),
@@ -62,7 +76,7 @@ class ResidualNorm(torch.autograd.Function):
         ctx.sizes, ctx.factor, ctx.eps = sizes, factor, eps
         ctx.branch_shape = None if branch is None else branch.shape
         # A branch that is added as it is has the gradient of x.
-        ctx.same = scale is None and factor == 1.0 and branch_place is None
+        ctx.same = scale is None and factor == 1.0 and settings.branch_place is None
         return x if branch is None else total, out
 
     @staticmethod
@@ -70,9 +84,9 @@ class ResidualNorm(torch.autograd.Function):
         refuse_second_derivative("a fused layer")
         total, weight, scale, *places = ctx.saved_tensors
         if grad_total is None and grad_out is None:
-            return (None,) * 12
+            return (None,) * 7
         if grad_out is None and ctx.branch_shape is None:
-            return grad_total, *(None,) * 11
+            return grad_total, *(None,) * 6
         grad_total = None if grad_total is None else grad_total.to(total.dtype).contiguous()
         grad_out = None if grad_out is None else grad_out.to(total.dtype).contiguous()
         grad_x = torch.empty_like(total)
@@ -88,7 +102,7 @@ class ResidualNorm(torch.autograd.Function):
         )  # fmt: skip
         if ctx.branch_shape is not None and ctx.same:
             grad_branch = grad_x
-        return grad_x, grad_branch, None, *of_weights, *(None,) * 6
+        return grad_x, grad_branch, None, *of_weights, None
 
 
 class ResidualSum(torch.autograd.Function):
