@@ -22,9 +22,6 @@ On GPUs, in this order, eager and under torch.compile:
 so do transforms of ``torch.func``.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,11 +30,10 @@ from bestrq2 import ops
 from bestrq2.ops.common import native
 from bestrq2.ops.common.compiler import constant_when_compiled
 from bestrq2.ops.common.dispatch import forced_backend
-from bestrq2.ops.common.transforms import refuse_second_derivative
 
 from .block_rows import add_bias
 from .padding import length_mask
-from .short_attention import short_attention, short_self_attention
+from .short_attention import CachedAttention, short_attention, short_self_attention
 
 MOST_KEYS = 384
 """Keys of the cached kernel. Its scratch memory, 20 bytes a score, leaves the second cache level not far above."""
@@ -66,7 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
         if _is_short_on_gpu(query, key, value):
             return short_attention(query, key, value, lengths)
         if _is_eager(query) and _is_short(query, key):
-            return _ShortAttention.apply(lengths, 0, None, query, key, value)
+            return CachedAttention.apply(lengths, 0, None, query, key, value)
     chunks = _is_eager(query) and _prefers_chunks(query, lengths)
     if chunks and cuts_queries and not cross:
         return ops.chunked_attention(query, key, value, right_context=None, lengths=lengths)
@@ -85,7 +81,7 @@ def self_attend(qkv: Tensor, lengths: Tensor | None = None, first: int = 0, bias
     """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     if _is_eager(qkv) and _is_short(query, key):
-        return _ShortAttention.apply(lengths, first, bias, qkv)
+        return CachedAttention.apply(lengths, first, bias, qkv, None, None)
     if bias is not None:
         qkv = add_bias(qkv.flatten(2), bias).view(qkv.shape)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -145,74 +141,3 @@ def _prefers_chunks(query: Tensor, lengths: Tensor | None) -> bool:
         wanted = lengths is not None or query.dtype == torch.bfloat16
         return wanted and native.extension_obstacle() is None
     return lengths is not None and query.device.type == "cuda" and native.triton_obstacle(query.device) is None
-
-
-def _place(x: Tensor) -> tuple[int, ...]:
-    """Address and strides of batch, head and token."""
-    return (x.data_ptr(), *x.stride()[:3])
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class _ShortAttention(torch.autograd.Function):
-    """Of query, key and value ``(B, H, N, d)``, or of qkv ``(B, N, 3, H, d)`` with the queries from ``first`` on, plus
-    ``bias (3 H d,)`` or None.
-
-    The bias of the keys adds the same number to all scores of a row, so it has no effect and its gradient is 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, lengths: Tensor | None, first: int, bias: Tensor | None, *frames: Tensor) -> Tensor:
-        frames = tuple(map(_rows, frames))
-        lengths = None if lengths is None else lengths.to(torch.int64).contiguous()  # read by address
-        query, key, value = _split(frames, first)
-        batch, heads, num_queries, dim = query.shape
-        out = query.new_empty(batch, num_queries, heads, dim).transpose(1, 2)
-        logsumexp = torch.empty(batch, heads, num_queries, dtype=torch.float32, device="cpu")
-        ctx.sizes, ctx.scale, ctx.first = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5, first
-        rows = [*map(_place, (query, key, value, out))]
-        native.extension().short_attention_forward(
-            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
-            _biases(bias, heads * dim), logsumexp.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        ctx.save_for_backward(lengths, logsumexp, bias, *frames)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("short attention")
-        lengths, logsumexp, bias, *frames = ctx.saved_tensors
-        if len(frames) == 1:
-            grads = [torch.empty(frames[0].shape, dtype=frames[0].dtype, device="cpu")]
-            grads[0][:, : ctx.first, 0] = 0
-        else:
-            grads = [torch.empty(x.transpose(1, 2).shape, dtype=x.dtype, device="cpu").transpose(1, 2) for x in frames]
-        query, key, value = _split(frames, ctx.first)
-        grad = _rows(grad.to(query.dtype))
-        rows = [
-            *map(_place, (query, key, value, grad, grad, *_split(grads, ctx.first)))
-        ]  # the fourth, the output, is not read
-        batch, heads, _, _, dim = ctx.sizes
-        sums = None  # of each clip
-        if ctx.needs_input_grad[2]:
-            sums = torch.empty(batch, 3 * heads * dim, dtype=torch.float32, device="cpu")
-        native.extension().short_attention_backward(
-            query.dtype == torch.bfloat16, ctx.sizes, 0 if lengths is None else lengths.data_ptr(), ctx.scale, rows,
-            _biases(bias, heads * dim), logsumexp.data_ptr(), 0 if sums is None else sums.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return None, None, None if sums is None else sums.sum(0), *grads
-
-
-def _biases(bias: Tensor | None, width: int) -> tuple[int, int]:
-    """Addresses of the biases of queries and values."""
-    return (0, 0) if bias is None else (bias.data_ptr(), bias.data_ptr() + 2 * width * bias.element_size())
-
-
-def _split(frames: Sequence[Tensor], first: int) -> Sequence[Tensor]:
-    if len(frames) == 3:
-        return frames
-    query, key, value = frames[0].permute(2, 0, 3, 1, 4).unbind()
-    return query[:, :, first:], key, value

@@ -1,8 +1,11 @@
-"""Attention over few keys as a registered operator: Triton kernels on NVIDIA GPUs, the formula in PyTorch elsewhere.
+"""Attention over few keys: a registered operator for GPUs, and a function of autograd for CPUs.
 
-Other than ``scaled_dot_product_attention`` it takes queries, keys and values as the views that a linear layer gives,
-writes their gradients side by side, and prepares nothing for a new number of tokens. torch.compile takes it as one
-operator. ``layers/attention.py`` has the rule for when it runs.
+The operator runs Triton kernels on NVIDIA GPUs, and the formula in PyTorch elsewhere. Other than
+``scaled_dot_product_attention`` it takes queries, keys and values as the views that a linear layer gives, writes their
+gradients side by side, and prepares nothing for a new number of tokens. torch.compile takes it as one operator.
+
+:class:`CachedAttention` runs csrc/short_attention, in eager mode alone. ``layers/attention.py`` has the rule for when
+each of them runs.
 """
 
 from collections.abc import Sequence
@@ -11,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bestrq2.ops.common import native
 from bestrq2.ops.common.library import fragment
-from bestrq2.ops.common.native import triton_obstacle
 from bestrq2.ops.common.transforms import refuse_second_derivative
+
+from .padding import length_mask
+from .row_functions import address
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -38,7 +44,7 @@ def short_self_attention(qkv: Tensor, lengths: Tensor | None = None, first: int 
 
 def runs_kernels(query: Tensor) -> bool:
     """Return True if the Triton kernels take tensors of this dtype on this device."""
-    return query.dtype in (torch.bfloat16, torch.float16) and triton_obstacle(query.device) is None
+    return query.dtype in (torch.bfloat16, torch.float16) and native.triton_obstacle(query.device) is None
 
 
 # query: (B, H, Nq, d) with key and value, or all three packed (B, N, 3, H, d). Output (B, Nq, H, d).
@@ -148,10 +154,9 @@ def _scores(frames: Frames, lengths: Tensor | None, of_self: bool) -> tuple[Tens
     """Query, key and value with zeros in padding, valid queries ``(B, 1, Nq, 1)`` and scores ``(B, H, Nq, Nk)``, in
     fp32 or float64."""
     query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in frames)
-    tokens = torch.arange(key.shape[2], device=key.device)
     if lengths is None:
-        lengths = tokens.new_full((len(key),), key.shape[2])
-    valid = (tokens < lengths[:, None])[:, None, :, None]
+        lengths = torch.full((len(key),), key.shape[2], device=key.device)
+    valid = length_mask(lengths, key.shape[2], key.device)[:, None, :, None]
     key, value = key.masked_fill(~valid, 0.0), value.masked_fill(~valid, 0.0)
     of_queries = valid[:, :, key.shape[2] - query.shape[2] :] if of_self else valid.new_ones(len(key), 1, 1, 1)
     query = query.masked_fill(~of_queries, 0.0)
@@ -190,3 +195,72 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bestrq2::short_attention", _autograd, setup_context=_setup_context, lib=_library)
+
+
+class CachedAttention(torch.autograd.Function):
+    """Of query, key and value ``(B, H, N, d)`` on the CPU; or all three packed in query, ``(B, N, 3, H, d)``, of which
+    the queries from ``first`` on count, plus ``bias (3 H d,)`` or None.
+
+    The bias of the keys adds the same number to all scores of a row, so it has no effect and its gradient is 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lengths: Tensor | None,
+        first: int,
+        bias: Tensor | None,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+    ) -> Tensor:
+        inputs = [None if x is None else _rows(x) for x in (query, key, value)]
+        lengths = None if lengths is None else lengths.to(torch.int64).contiguous()  # read by address
+        out, logsumexp = _results(query, key is None, first)
+        out = out.transpose(1, 2)
+        query, key, value = _split(inputs, first)
+        batch, heads, num_queries, dim = query.shape
+        ctx.sizes, ctx.scale, ctx.first = (batch, heads, num_queries, key.shape[2], dim), dim**-0.5, first
+        native.extension().short_attention_forward(
+            query.dtype == torch.bfloat16, ctx.sizes, address(lengths), ctx.scale,
+            [*map(_place, (query, key, value, out))], _biases(bias, heads * dim), logsumexp.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(lengths, logsumexp, bias, *inputs)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("short attention")
+        lengths, logsumexp, bias, *inputs = ctx.saved_tensors
+        packed, results = inputs[1] is None, _gradients(*inputs)
+        if packed:
+            results[0][:, : ctx.first, 0] = 0
+        query, key, value = _split(inputs, ctx.first)
+        targets = _split((results[0], None, None), ctx.first) if packed else results
+        grad = _rows(grad.to(query.dtype))
+        batch, heads, _, _, dim = ctx.sizes
+        sums = None  # of each clip
+        if ctx.needs_input_grad[2]:
+            sums = torch.empty(batch, 3 * heads * dim, dtype=torch.float32, device="cpu")
+        native.extension().short_attention_backward(
+            query.dtype == torch.bfloat16, ctx.sizes, address(lengths), ctx.scale,
+            [*map(_place, (query, key, value, grad, grad, *targets))],  # the fourth, the output, is not read
+            _biases(bias, heads * dim), logsumexp.data_ptr(), address(sums), torch.get_num_threads(),
+        )  # fmt: skip
+        of_bias = None if sums is None else sums.sum(0)
+        return None, None, of_bias, *((results[0], None, None) if packed else results)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _place(x: Tensor) -> tuple[int, ...]:
+    """Address and strides of batch, head and token."""
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _biases(bias: Tensor | None, width: int) -> tuple[int, int]:
+    """Addresses of the biases of queries and values."""
+    return (0, 0) if bias is None else (bias.data_ptr(), bias.data_ptr() + 2 * width * bias.element_size())
