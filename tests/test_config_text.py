@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bestrq2.config import Config, config_from_yaml, config_to_yaml, load_config
+from bestrq2.config import Config, ConfigError, config_from_yaml, config_to_yaml, load_config
 from bestrq2.config.text import PATHS, read_override, read_yaml, write_yaml
 
 # Also half of a surrogate pair: a byte of a file name that is not UTF-8.
@@ -76,6 +76,23 @@ def test_yaml_gives_every_string_back(values, sources, domain):
     text = config_to_yaml(config)
     text.encode()  # it can be written
     assert config_from_yaml(text) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "got"),
+    [
+        ("train.steps=${x}", "expected a whole number, got '${x}'"),
+        ("train.steps=???", "expected a whole number, got '???'"),
+        ("train.device=['${x}']", "expected text, got ['${x}']"),
+        ("train=['${x}']", "(key: value lines), got ['${x}']"),
+        ("data.domain_weights=['${x}']", "got ['${x}']"),
+        ("data.domain_weights={a: '${x}'}", "got {'a': '${x}'}"),
+    ],
+)
+def test_refused_text_is_shown_as_it_was_written(override, got):
+    with pytest.raises(ConfigError) as error:
+        load_config("best_rq2_tiny", [override])
+    assert str(error.value).endswith(got)
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, Node, OmegaConf, StringNode
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import LiteralNode
 
@@ -25,7 +25,6 @@ from .text import (
     read_override,
     read_text,
     read_yaml,
-    readable,
     shield,
     unshielded,
     write_yaml,
@@ -132,9 +131,9 @@ def _mismatch(base: DictConfig, layer: DictConfig, error: OmegaConfBaseException
     else:
         kind = _KINDS.get(type(expected), "")
     if not kind or given is None:
-        return f"{key}: {readable(str(error).splitlines()[0])}"
-    plain = given._value() if isinstance(given, Node) else OmegaConf.to_container(given)
-    got = "nothing" if plain is None else readable(repr(plain))
+        return f"{key}: {unshielded(str(error)).splitlines()[0]}"
+    plain = OmegaConf.to_container(given) if isinstance(given, ListConfig | DictConfig) else given._value()
+    got = "nothing" if plain is None else repr(unshielded(plain))
     return f"{key}: expected {kind}, got {got}"
 
 
@@ -150,7 +149,8 @@ def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> 
         value = layer[key]
         if isinstance(own, DictConfig) and is_dataclass(own._metadata.object_type):
             if not isinstance(value, DictConfig):
-                got = "nothing" if value is None else readable(str(value))
+                plain = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+                got = "nothing" if value is None else str(unshielded(plain))
                 raise ConfigError(
                     f"{origin}: {prefix}{key!s}: expected a section of settings (key: value lines), got {got}"
                 )
@@ -164,7 +164,7 @@ def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> 
                 plain = OmegaConf.to_container(value) if isinstance(value, DictConfig | ListConfig) else value
                 raise ConfigError(
                     f"{origin}: {prefix}{key!s}: expected names with numbers, such as {{a: 1, b: 2}}, got "
-                    f"{readable(repr(plain))}"
+                    f"{unshielded(plain)!r}"
                 )
         elif isinstance(own, IntegerNode) and isinstance(value, float) and value.is_integer():
             layer[key] = int(value)
@@ -182,7 +182,7 @@ def _layer(values: Mapping[str, Any], origin: str) -> DictConfig:
     try:
         layer = OmegaConf.create(shield(values))
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin}: {readable(str(error).splitlines()[0])}") from error
+        raise ConfigError(f"{origin}: {unshielded(str(error)).splitlines()[0]}") from error
     assert isinstance(layer, DictConfig)
     return layer
 
@@ -315,7 +315,7 @@ def _checked(merged: DictConfig) -> Config:
     try:
         config: Config = unshielded(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', '')}: {readable(str(error).splitlines()[0])}") from error
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {unshielded(str(error)).splitlines()[0]}") from error
     except ValueError as error:  # of the settings of a layer
         raise ConfigError(f"model: {error}") from error
     check_values(config)

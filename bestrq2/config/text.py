@@ -32,9 +32,6 @@ _ENCODERS = ("frozen.source", "model.targets.encoder")  # these may also be PACK
 _NAMES = (*PATHS, "recipe", "train.wandb", "probe.label", "probe.group", "probe.split")
 FREE_MAPPINGS = ("data.domain_weights",)  # their keys are the user's own names
 
-_SHIELD = "\0text:"
-
-
 _MOST_ALIASES = 16  # more can stand for billions of values
 
 # YAML 1.2 for numbers (1e-4 is one, 010 is ten) and none of YAML 1.1's dates and sums of minutes (1:30), the same in
@@ -177,9 +174,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def shield(values: Any) -> Any:
     """Plain containers whose strings OmegaConf takes for strings."""
     if isinstance(values, str):
-        if "${" in values or values == "???" or values.startswith(_SHIELD):
-            return _SHIELD + values.encode("utf-16-le", "surrogatepass").hex()
-        return values
+        return re.sub(r"\0|(?<=\$)\{|^\?(?=\?\?\Z)", r"\0\g<0>", values)  # NUL: the next character is itself
     if isinstance(values, Mapping):
         return {key: shield(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -187,14 +182,10 @@ def shield(values: Any) -> Any:
     return values
 
 
-def _unshield(text: str) -> str:
-    return bytes.fromhex(text[len(_SHIELD) :]).decode("utf-16-le", "surrogatepass")
-
-
 def unshielded(value: Any) -> Any:
-    """Undo :func:`shield` in containers and dataclasses."""
+    """Undo :func:`shield` in containers, dataclasses and messages."""
     if isinstance(value, str):
-        return _unshield(value) if value.startswith(_SHIELD) else value
+        return re.sub(r"\0(.)", r"\1", value, flags=re.S)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{entry.name: unshielded(getattr(value, entry.name)) for entry in fields(value)})
     if isinstance(value, dict):
@@ -202,11 +193,6 @@ def unshielded(value: Any) -> Any:
     if isinstance(value, list):
         return [unshielded(item) for item in value]
     return value
-
-
-def readable(message: str) -> str:
-    """An error message with shielded strings as they were written."""
-    return re.sub(re.escape(_SHIELD) + r"(?:[0-9a-f]{4})*", lambda found: _unshield(found[0]), message)
 
 
 def located(values: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
