@@ -236,7 +236,7 @@ def test_copies_of_clips_that_are_trained_on_are_told(tmp_path, caplog):
 
 
 def test_validation_disturbs_nothing(tmp_path, plain_training):
-    drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
+    drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2", "train.steps=4"]
     assert main(["--runs", str(tmp_path), "--name", "without", *QUICK, *drops]) == 0
     data = str(Path(__file__).parents[2] / "bestrq2" / "data" / "tiny")
     seen = [f"validation.source={data}", "validation.every=2", "train.pictures_every=2", "train.async_save=false"]
@@ -314,6 +314,7 @@ def test_questions_about_a_new_run_start_no_old_one(tmp_path, option, capsys):
 
 def test_batch_finder_prints_a_table_and_the_settings(capsys, monkeypatch):
     monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.05)
+    monkeypatch.setattr("bestrq2.training.batch_finder.LARGEST", 8)
     assert main(["--find-batch", *QUICK, "train.batch_size=64"]) == 0
     output = capsys.readouterr().out
     assert "clips/s" in output
