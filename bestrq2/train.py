@@ -205,6 +205,11 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     saved = None if checkpoint is None else checkpoint.config
     own = ranks.from_first(lambda: run.read_config(saved))
     config = ranks.from_first(lambda: with_overrides(own, overrides, values))
+    chosen = ranks.from_first(lambda: chosen_keys("", overrides))
+    for text in unused_values(config, chosen):
+        # The one seed that was kept of several candidates, for which clips were fitted, is all that a run records.
+        if "model.targets.fit_clips" in chosen or not text.startswith("model.targets.fit_clips "):
+            ranks.say(f"note: {text}")
     if checkpoint is None:
         ranks.from_first(lambda: check_never_saved(run, own))
         ranks.say(f"{run.path} ended before its first checkpoint: it begins again")

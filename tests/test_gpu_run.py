@@ -3,11 +3,13 @@
 import csv
 import errno
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import time
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,14 @@ def test_what_triton_needs_at_run_time_is_among_the_facts(tmp_path, monkeypatch)
     assert facts.missing_for_triton() == ["gcc or clang", "the headers of Python"]
     (tmp_path / "Python.h").touch()
     assert facts.missing_for_triton() == ["gcc or clang"]
+
+
+def test_every_peer_is_among_the_facts():
+    files = (Path(common.__file__).parent).rglob("*.py")
+    needed = {name for path in files for name in re.findall(r'\bneeds="(\w+)"', path.read_text(encoding="utf-8"))}
+    assert needed - {"some_peer"} == set(facts.PEERS)  # the example in the documentation of a benchmark
+    assert facts._version("_pytest") == metadata.version("pytest")
+    assert facts._version("no_such_module") == "absent"
 
 
 def test_requests_survive_the_way_to_a_stage(tmp_path):

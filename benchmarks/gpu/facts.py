@@ -17,13 +17,16 @@ import torch
 from benchmarks.gpu.plan import Request, cores, read_request
 from benchmarks.machine import Machine, describe_machine, environment
 
-PACKAGES = ("torch", "triton", "numpy", "omegaconf", "soundfile", "pytest", "liger_kernel", "cut_cross_entropy")
+PACKAGES = ("torch", "triton", "numpy", "omegaconf", "soundfile", "pytest")
+PEERS = ("cut_cross_entropy", "faiss", "flash_kmeans", "liger_kernel", "quack", "vector_quantize_pytorch")
+"""Import names of the peers of all benchmarks: without the package, its rows are empty."""
 
 
 def main(request: Request) -> int:
     commit = environment("", request.commit)["commit"]
     lines = [f"commit {commit}, {platform.platform()}, Python {platform.python_version()}, {cores()} cores"]
     lines.append(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    lines.append("peers: " + ", ".join(f"{name} {_version(name)}" for name in PEERS))
     if missing := missing_for_triton():
         lines.append(f"**Triton cannot launch a kernel without {' and '.join(missing)}**")
     device = torch.device(request.device)
@@ -58,11 +61,10 @@ def _machine(request: Request, device: torch.device) -> Machine:
     return describe_machine(device)
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
+def _version(module: str) -> str:
+    """Version of the package that provides a module, which may have another name: faiss is in faiss-cpu."""
+    packages = metadata.packages_distributions().get(module)
+    return metadata.version(packages[0]) if packages else "absent"
 
 
 def _smi() -> list[str]:

@@ -1,14 +1,18 @@
 """Files of audio that are missing or not what they seem: reasons that a user can act on."""
 
 import logging
+import math
 import os
 import unicodedata
 
 import numpy as np
+import soundfile
 
+from bestrq2.data.archives.opening import open_member
+from bestrq2.data.archives.readers import SampleReader
 from bestrq2.data.files import to_text
 from bestrq2.encodings import name_in_another_encoding
-from bestrq2.errors import printable
+from bestrq2.errors import BestRQError, printable
 
 __all__ = ["elsewhere", "warn_of_levels"]
 
@@ -17,17 +21,19 @@ logger = logging.getLogger(__name__)
 _LOUD = 64.0  # 36 dB above full scale
 _AUDIBLE = 1e-6  # mean square of channels, -60 dB
 _CANCELLED = 1e-4  # of their power is left in the mix, -40 dB
-_16_BITS = 2.0**-16  # full scale of 16 bits within 32: -96 dB
+_16_IN_32 = 2.0**-16  # full scale of 16 bits within 32: -96 dB
+_8_LESS = 2.0**-8  # of 24 bits within 32, or 16 within 24: -48 dB
+_LOUD_WITHIN = 2.0**-10  # least peak of 16 bits within 24, which quiet recordings of 24 bits may have, too
 _MANY_VALUES = 512  # 24 bits within 32 have 257 values up to there
 _MOST_WARNINGS = 20
-_faint: set[str] = set()  # files that were spoken of, in this process
+_faint: set[str] = set()  # files that were spoken of, or looked at as a whole, in this process
 _loud: set[str] = set()
 _cancelled: set[str] = set()
 
 
 def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str, subtype: str) -> None:
-    """Warn, once a file, of integers that were not divided, of 16-bit integers that were written as 32-bit ones, and of
-    channels that cancel each other in the mono mix.
+    """Warn, once a file, of integers that were not divided, of integers that were written with more bits and not
+    multiplied, and of channels that cancel each other in the mono mix.
 
     Args:
         block: (N, channels) finite samples.
@@ -36,13 +42,8 @@ def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str, 
         path: of the file, for the message.
         subtype: soundfile's name of how samples are stored.
     """
-    faint = 0 < peak <= _16_BITS and subtype == "PCM_32" and path not in _faint and len(_faint) < _MOST_WARNINGS
-    if faint and len(np.unique(block)) > _MANY_VALUES:  # so faint and yet so fine: no recorder does that
-        _faint.add(path)
-        logger.warning(
-            f"{printable(path)}: 32-bit samples up to {peak * 2**31:.0f}, where full scale is 2147483648: 16-bit "
-            "integers that were not multiplied by 65536? It is used as it is, next to silence"
-        )
+    if 0 < peak <= _8_LESS and path not in _faint and len(_faint) < _MOST_WARNINGS:
+        _warn_of_fewer_bits(block, peak, path, subtype)
     if peak > _LOUD and path not in _loud and len(_loud) < _MOST_WARNINGS:
         _loud.add(path)
         logger.warning(
@@ -58,6 +59,46 @@ def warn_of_levels(block: np.ndarray, mono: np.ndarray, peak: float, path: str, 
             f"{printable(path)}: the channels cancel each other, of which the mean is used: invert one of them, or "
             "keep one (ffmpeg -i IN -af 'pan=mono|c0=c0' OUT)"
         )
+
+
+def _warn_of_fewer_bits(block: np.ndarray, peak: float, path: str, subtype: str) -> None:
+    """Warn of integers that fill only the low bits of those that are stored: so faint, and yet so fine."""
+    if subtype not in ("PCM_32", "PCM_24") or len(np.unique(block)) <= _MANY_VALUES:
+        return
+    stored, bits = int(subtype[-2:]), 16
+    if not (subtype == "PCM_32" and peak <= _16_IN_32):
+        # 24 bits within 32 as recorders write them end in zeros.
+        if subtype == "PCM_32" and not np.any(np.mod(block * np.float32(2.0**31), 256)):
+            return
+        if subtype == "PCM_24" and peak <= _LOUD_WITHIN:
+            return
+        _faint.add(path)
+        if (peak := _peak_up_to(path, _8_LESS)) > _8_LESS:  # a quiet passage
+            return
+        bits = stored - 8
+    _faint.add(path)
+    logger.warning(
+        f"{printable(path)}: {stored}-bit samples up to {peak * 2 ** (stored - 1):.0f}, where full scale is "
+        f"{2 ** (stored - 1)}: {bits}-bit integers that were not multiplied by {2 ** (stored - bits)}? It is used as "
+        f"it is, {'next to silence' if stored - bits == 16 else f'{6 * (stored - bits)} dB too quiet if they are'}"
+    )
+
+
+def _peak_up_to(path: str, limit: float) -> float:
+    """The largest magnitude of a whole file, or one above ``limit``; infinity if it cannot be read."""
+    try:
+        file = open_member(path) or path
+        if isinstance(file, SampleReader):
+            return float(np.abs(file.stored.astype(np.float64)).max()) * 2.0**-31
+        peak = 0.0
+        with open(file, "rb") if isinstance(file, str) else file as content, soundfile.SoundFile(content) as opened:
+            for block in opened.blocks(1 << 18, dtype="float32"):
+                peak = max(peak, float(np.abs(block).max(initial=0)))
+                if peak > limit:
+                    break
+        return peak
+    except (BestRQError, OSError, soundfile.SoundFileError, RuntimeError, ValueError):
+        return math.inf
 
 
 def elsewhere(name: str) -> str:

@@ -28,7 +28,7 @@ def iterate_clips(
     def decode(item: AudioFile) -> Clip | Skip:
         try:
             waveform = load_clip(item, sampling_rate)
-            if len(waveform) < min_seconds * sampling_rate:
+            if len(waveform) / sampling_rate < min_seconds:  # 0.07 * 44100 is more than 3087
                 seconds = f"{len(waveform) / sampling_rate:.3f} s, at least {min_seconds:g} s are needed"
                 raise AudioError(item.path, "too short", seconds)
             return item, waveform

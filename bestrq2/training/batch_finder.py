@@ -3,12 +3,15 @@
 import gc
 import logging
 import time
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bestrq2.config import Config
+from bestrq2.data import Batch
 from bestrq2.errors import TrainingError
 from bestrq2.hardware import (
     choose_device,
@@ -23,6 +26,7 @@ from bestrq2.models import BestRQ, BestRQ2
 
 from .compilation import compile_blocks, compiles
 from .distributed import Ranks
+from .feeder import Feeder, preparation
 from .optimizer import accept_bf16_gradients, clip_gradients, make_optimizer, set_schedule
 
 logger = logging.getLogger(__name__)
@@ -102,7 +106,7 @@ def find_batch(config: Config, model: BestRQ2 | BestRQ, ranks: Ranks) -> int:
             f"not one clip of {config.data.crop_seconds:g} s fits ({why}): set "
             "model.encoder.activation_checkpointing=true, a smaller data.crop_seconds or a smaller model"
         )
-    _advise(config, trials, why)
+    _advise(config, model, trials, why)
     return 0
 
 
@@ -126,26 +130,43 @@ def measure(
 def _time_steps(
     config: Config, model: BestRQ2 | BestRQ, clips: int, device: torch.device, autocast: torch.dtype | None
 ) -> Trial:
-    samples = round(config.data.crop_seconds * config.model.front_end.sampling_rate)
     optimizer = make_optimizer(model, config.optimizer)
     set_schedule(optimizer, 0, config.train.steps, config.optimizer)
-    generator = torch.Generator().manual_seed(0)
-    waveform = 0.1 * torch.randn(clips, samples, generator=generator)
-    if device.type == "cuda":
-        waveform = waveform.pin_memory()  # as the loader's batches are: else the copy is the longest part of a step
-    lengths, index = torch.full((clips,), samples), torch.arange(clips)
+    # As in training: the copy and, on a GPU, the preparation of the next batch run beside the step, and take memory.
+    prepare = preparation(model, device, autocast) if device.type == "cuda" else None
     times: list[float] = []
-    while len(times) < 2 or (sum(times[1:]) < TIMED_SECONDS and len(times) < 10):
-        start = time.perf_counter()
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            output = model(waveform.to(device, non_blocking=True), lengths, step=len(times), index=index)
-        output.objective.backward()
-        clip_gradients(model, config.optimizer.max_grad_norm, optimizer=optimizer)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        output.loss.item()
-        times.append(time.perf_counter() - start)
+    with closing(Feeder(_noise(clips, _samples(config), device), device, prepare)) as feeder:
+        batches = iter(feeder)
+        while len(times) < 2 or (sum(times[1:]) < TIMED_SECONDS and len(times) < 10):
+            start = time.perf_counter()
+            batch = next(batches).batch
+            ahead = {} if batch.prepared is None else {"prepared": batch.prepared}
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                output = model(*batch.inputs, step=len(times), index=batch.index, **ahead)
+            output.objective.backward()
+            clip_gradients(model, config.optimizer.max_grad_norm, optimizer=optimizer)
+            optimizer.step()
+            feeder.prefetch()
+            optimizer.zero_grad(set_to_none=True)
+            output.loss.item()
+            times.append(time.perf_counter() - start)
+        if feeder.error is not None:  # the memory of the next batch
+            raise feeder.error
     return Trial(clips, min(times[1:]), peak_memory(device), model.flops(output.plan))
+
+
+def _samples(config: Config) -> int:
+    return round(config.data.crop_seconds * config.model.front_end.sampling_rate)
+
+
+def _noise(clips: int, samples: int, device: torch.device) -> Generator[Batch, None, None]:
+    """The same batch of noise for every step, in memory such as the data workers deliver."""
+    waveform = 0.1 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(0))
+    batch = Batch(waveform, torch.full((clips,), samples), torch.arange(clips))
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    while True:
+        yield batch
 
 
 def _release_memory(device: torch.device) -> None:
@@ -176,7 +197,7 @@ def available_memory() -> float | None:
         return None
 
 
-def _advise(config: Config, trials: list[Trial], why: str) -> None:
+def _advise(config: Config, model: BestRQ2 | BestRQ, trials: list[Trial], why: str) -> None:
     fastest = max(trial.clips_per_second for trial in trials)
     enough = min((t for t in trials if t.clips_per_second >= 0.97 * fastest), key=lambda t: t.clips)
     logger.info(
@@ -189,3 +210,8 @@ def _advise(config: Config, trials: list[Trial], why: str) -> None:
         f"For train.batch_size={batch_size} on one rank: train.accumulate={accumulate} "
         f"({-(-batch_size // accumulate)} clips in one pass, about {seconds:.2f} s per step)"
     )
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    room = f"{gradients / 2**20:.0f} MiB for the gradients, which DDP keeps (several ranks)"
+    if accumulate > 1:
+        room += f"; {2 * batch_size * _samples(config) * 4 / 2**20:.0f} MiB for the waveforms of this step and the next"
+    logger.info(f"Not in the table: {room}.")

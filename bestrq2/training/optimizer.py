@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,16 +19,21 @@ from bestrq2.training.distributed import placed_like, whole
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def _steps(share: float, steps: int) -> int:
+    """Whole steps of a share as it is written: of 100 and 0.29 they are 29, where floats give 28.999999999999996."""
+    return math.floor(Fraction(str(share)) * steps)
+
+
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """Rate of update ``step`` (0-based): linear warm-up to the peak, then by ``config.schedule`` to ``final_ratio`` of
     it: "cosine", "linear", "constant" (stays at the peak), or "stable" (at the peak until the last ``cooldown`` share
     of all steps, then linear: warm-up, stable, decay)."""
-    warmup = math.floor(steps * config.warmup)
+    warmup = _steps(config.warmup, steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     start = warmup
     if config.schedule == "stable":
-        start = max(warmup, steps - math.floor(steps * config.cooldown))
+        start = max(warmup, steps - _steps(config.cooldown, steps))
     progress = min(1.0, max(0, step - start) / max(1, steps - 1 - start))
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}.get(config.schedule, 1 - progress)
     return config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * left)

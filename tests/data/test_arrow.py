@@ -143,7 +143,7 @@ def test_faults_are_named(tmp_path):
         with pytest.raises(DataError, match=reason):
             collect(tmp_path / name)
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match=r"no audio column, .*; the columns are text"):
+    with pytest.raises(DataError, match=r"no audio column: .*; the columns are text \(string\)"):
         collect(tmp_path / "other.parquet")
     empty = _table(items[:2]).set_column(0, "audio", pyarrow.array([{"bytes": b"", "path": None}] * 2))
     parquet.write_table(empty, tmp_path / "empty.parquet")
@@ -334,3 +334,26 @@ def test_columns_that_decide_what_is_trained_on(tmp_path, suffix):
     with pytest.raises(DataError, match="several columns with audio, noisy, clean: call the one that is meant audio"):
         collect(_write(tmp_path / f"two{suffix}", two))
     assert len(collect(_write(tmp_path / f"three{suffix}", two | {"audio": [inside]}))[0]) == 1
+
+
+def test_columns_of_bytes(tmp_path):
+    """Audio files as plain binary under the name audio are read; of others it is told what they are."""
+    items = tiny_dataset()[:3]
+    contents = [Path(item.path).read_bytes() for item in items]
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        audio = pyarrow.array([*contents, None], kind)
+        table = pyarrow.table({"path": [item.path for item in items] + ["x"], "audio": audio, "label": [0, 1, 2, 3]})
+        parquet.write_table(table, tmp_path / "x.parquet")
+        with pyarrow.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as out:
+            out.write_table(table)
+        for name in ("x.parquet", "x.arrow"):
+            found, report = collect(tmp_path / name)
+            assert [item.label for item in found] == ["0", "1", "2"]
+            assert [skip.reason for skip in report.skips] == ["empty file"]
+            for item, source in zip(found, items):
+                assert np.array_equal(load_audio(item.path), load_audio(source.path))
+    parquet.write_table(pyarrow.table({"wav": contents, "n": [1, 2, 3]}), tmp_path / "y.parquet")
+    with pytest.raises(
+        DataError, match=r"as binary in a column called audio, .*the columns are wav \(binary\), n \(int"
+    ):
+        collect(tmp_path / "y.parquet")

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 
 from bestrq2.data import AudioFile, CropDataset, DataError, collect, iterate_clips, load_audio, tiny_dataset
 from bestrq2.errors import Skip
@@ -185,5 +186,8 @@ def test_iterate_clips(tmp_path, threads):
             assert result[0] is item
             np.testing.assert_array_equal(result[1], load_audio(item.path, 8000))
     (short,) = iterate_clips(files[:1], min_seconds=3.0)
+    soundfile.write(tmp_path / "exact.wav", np.full(3087, 0.1), 44100)
+    (exact,) = iterate_clips([AudioFile(str(tmp_path / "exact.wav"))], 44100, min_seconds=0.07)  # 3087.0000000000005
+    assert len(exact[1]) == 3087
     assert isinstance(short, Skip)
     assert short.reason == "too short"

@@ -118,3 +118,39 @@ def test_16_bit_integers_in_32_bits(tmp_path, caplog):
     assert np.array_equal(load_audio(f"{tmp_path}/x.h5::0"), faint)
     assert [record.message.split(": ")[0].rsplit("/")[-1] for record in caplog.records] == ["mistaken.wav", "x.h5::0"]
     assert "32-bit samples up to 11999, where full scale is 2147483648: 16-bit integers" in caplog.text
+
+
+def test_integers_with_eight_bits_less_than_their_file(tmp_path, caplog):
+    """24 bits within 32, and 16 within 24; a quiet passage, or a recorder's zeros behind its 24 bits, are none."""
+    wave = 2.0**23 * 0.7 * np.sin(np.arange(32000) ** 1.2)
+    of_24, of_16 = wave.astype(np.int32), (wave / 256).astype(np.int32)
+    passage = np.concatenate([of_24, 100 * of_24])
+    for name, samples, subtype in (
+        ("right 24", of_24 << 8, "PCM_24"),  # soundfile takes the upper bits
+        ("right 32", of_24 << 8, "PCM_32"),
+        ("quiet 32", (of_24 >> 8) << 8, "PCM_32"),
+        ("passage 32", passage, "PCM_32"),
+        ("passage 24", passage, "PCM_24"),
+        ("quiet 24", of_24 >> 4, "PCM_24"),
+        ("a 24 in 32", of_24, "PCM_32"),
+        ("b 16 in 24", of_16 << 8, "PCM_24"),
+    ):
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000, subtype=subtype)
+        soundfile.write(tmp_path / f"{name}.flac", samples, 16000, subtype="PCM_24") if subtype == "PCM_24" else None
+    for path in sorted(tmp_path.iterdir()):
+        for _ in range(2):
+            load_audio(path, start=0.1, duration=0.5)
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["waveform"] = np.stack([np.pad(of_24, (0, 32000)), passage])
+        file.attrs["sample_rate"] = 16000
+    found = [load_audio(f"{tmp_path}/x.h5::{row}", duration=0.5) for row in range(2)]
+    assert np.array_equal(found[0], load_audio(tmp_path / "a 24 in 32.wav", duration=0.5))
+    told = [record.message.split(": ")[0].rsplit("/")[-1] for record in caplog.records]
+    assert told == ["a 24 in 32.wav", "b 16 in 24.flac", "b 16 in 24.wav", "x.h5::0"]
+    first, second = (record.message.split(": ", 1)[1] for record in caplog.records[:2])
+    assert first.startswith(
+        "32-bit samples up to 5872025, where full scale is 2147483648: 24-bit integers that were not"
+    )
+    assert second.startswith("24-bit samples up to 22937, where full scale is 8388608: 16-bit integers that were not")
+    assert second.endswith("multiplied by 256? It is used as it is, 48 dB too quiet if they are")

@@ -80,6 +80,21 @@ def test_what_changes_is_listed(run, capsys):
     assert "learning_rate: 0.005" in (run / "config.yaml").read_text()
 
 
+def test_what_is_not_used_is_told_again(tmp_path, capsys):
+    """A start told it, a resume did not, be it of the run or of what is new."""
+
+    def notes():
+        return [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+
+    started = ["train.steps=1", "optimizer.cooldown=0.3", "model.targets.seed_candidates=2"]
+    started += ["model.targets.fit_clips=9", "model.front_end.mean=-47", "model.front_end.std=31"]
+    assert main(["--runs", str(tmp_path), "--name", "run", *started, *QUICK]) == 0
+    assert notes() == ["optimizer.cooldown"]
+    resumed = ["--resume", str(tmp_path / "run"), "train.steps=2", "probe.rows=mean"]
+    assert main(resumed) == 0
+    assert notes() == ["probe.rows", "optimizer.cooldown"]
+
+
 def test_a_replaced_file_is_named(tmp_path, capsys):
     folder = tmp_path / "audio"
     folder.mkdir()

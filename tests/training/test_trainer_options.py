@@ -154,6 +154,14 @@ def test_learning_rate_schedules(schedule):
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[10:]))
 
 
+def test_steps_of_a_share_are_those_that_it_says():
+    """0.29 * 100 is 28.999999999999996."""
+    config = OptimizerConfig(learning_rate=1.0, schedule="stable", final_ratio=0.0, warmup=0.29, cooldown=0.57)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[27] == 28 / 29
+    assert [step for step, rate in enumerate(rates) if rate == 1.0] == list(range(28, 44))
+
+
 def test_weight_decay_schedule_reaches_only_decayed_groups():
     config = OptimizerConfig(weight_decay=0.04, final_weight_decay=0.4, decay_all=False)
     assert weight_decay(0, 11, config) == pytest.approx(0.04)
@@ -322,6 +330,7 @@ def test_batch_finder_prints_a_table_and_the_settings(capsys, monkeypatch):
     assert len(shares) >= 3
     assert "TFLOP/s (measured" in output
     assert "For train.batch_size=64 on one rank: train.accumulate=" in output
+    assert "MiB for the gradients, which DDP keeps" in output
 
 
 def test_batch_finder_times_what_will_run(capsys, monkeypatch):
@@ -361,6 +370,23 @@ def test_batch_finder_stops_where_memory_ends(capsys, monkeypatch):
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     assert main(["--find-batch", *QUICK]) == 2
     assert "not one clip of 1.8 s fits" in capsys.readouterr().err
+
+
+def test_batch_finder_has_the_next_batch_in_hand_as_training_has(capsys, monkeypatch):
+    class Crowded(batch_finder.Feeder):
+        def prefetch(self):
+            super().prefetch()
+            if len(self._next.batch) > 2:
+                self._next = torch.OutOfMemoryError("simulated: out of memory")
+
+    monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.01)
+    monkeypatch.setattr("bestrq2.training.batch_finder.Feeder", Crowded)
+    assert main(["--find-batch", *QUICK, "train.batch_size=8"]) == 0
+    output = capsys.readouterr().out
+    assert "Largest tried: 2 clips (4 clips do not fit)" in output
+    assert "train.accumulate=" in output
+    samples = round(1.8 * 16000)
+    assert f"; {2 * 8 * samples * 4 / 2**20:.0f} MiB for the waveforms of this step and the next" in output
 
 
 @pytest.mark.parametrize("message", ["simulated: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])

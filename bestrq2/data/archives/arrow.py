@@ -2,7 +2,8 @@
 
 They are read with pyarrow, without the ``datasets`` package. The audio column is the one that the file's own metadata
 calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one; else one
-of text that is called ``audio`` or as a path in a manifest. Of several one must be called ``audio``. Columns
+of bytes called ``audio``; else one of text that is called ``audio`` or as a path in a manifest. Of several one must be
+called ``audio``. Columns
 ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there, and ``split`` chooses rows as in a
 manifest. Where rows name files, ``start``, ``end`` and all other columns mean what they mean in a manifest
 (:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there such columns say what it was cut out of.
@@ -14,6 +15,7 @@ import bisect
 import io
 import json
 import os
+import textwrap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -240,9 +242,11 @@ def _audio_columns(schema: Any) -> tuple[str, list[str]]:
         for field in schema
         if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
     ]
+    binary = pyarrow.types.is_binary, pyarrow.types.is_large_binary
+    stored = [field.name for field in schema if field.name == "audio" and any(of(field.type) for of in binary)]
     # As pandas writes a manifest.
     paths = [field.name for field in schema if _path_name(field.name) and _is_text(field.type)]
-    found = marked or shaped or paths
+    found = marked or shaped or stored or paths
     if "audio" in found:
         return "audio", []
     return (found[0] if len(found) == 1 else ""), found[1:] and found
@@ -333,8 +337,11 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
 def _no_audio(table: _Table) -> str:
     if table.rivals:
         return f"several columns with audio, {', '.join(table.rivals)}: call the one that is meant audio"
-    names = ", ".join(table.schema.names)
-    return f"no audio column, and none of text called path, file and so on; the columns are {names}"
+    columns = ", ".join(f"{field.name} ({textwrap.shorten(str(field.type), 60)})" for field in table.schema)
+    return (
+        "no audio column: neither one with the fields bytes and path, nor audio files as binary in a column called "
+        f"audio, nor text called path, file and so on; the columns are {columns}"
+    )
 
 
 def _columns_to_read(table: _Table, of_paths: bool) -> list[str]:
