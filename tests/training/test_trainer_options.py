@@ -258,11 +258,10 @@ def test_validation_disturbs_nothing(tmp_path, plain_training):
 def test_saves_by_time(tmp_path, monkeypatch):
     clock = time.monotonic
     monkeypatch.setattr("bestrq2.training.saver.time.monotonic", lambda: clock() * 1e6)
-    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, "train.save_every=1000", "train.keep_last=9"]) == 0
+    command = ["--runs", str(tmp_path), *QUICK, "train.save_every=1000", "--name"]
+    assert main([*command, "run", "train.keep_last=9"]) == 0
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 1
-    assert (
-        main(["--runs", str(tmp_path), "--name", "off", *QUICK, "train.save_every=1000", "train.save_minutes=0"]) == 0
-    )
+    assert main([*command, "off", "train.save_minutes=0"]) == 0
     assert len(list_checkpoints(tmp_path / "off" / "checkpoints")) == 1
 
 
