@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 CONTRACT = sorted((Path(__file__).parents[1] / "ops").glob("test_masked_cross_entropy*.py"))
 # One program a row makes many rows slow; what does not depend on the kernel is tested on the other backends.
 LEFT_OUT = (
-    *("many_rows", "601", "127", "deterministic", "recompil", "only_wanted", "opcheck", "compiles", "second_backward"),
-    *("autocast", "recomputing", "every_term", "every_codebook"),
+    *("many_rows", "601", "(127 and not 64-17-127)", "deterministic", "recompil", "only_wanted", "opcheck", "compiles"),
+    *("second_backward", "autocast", "recomputing", "every_term", "every_codebook"),
 )
 # Of three parameters every two meet in every combination; the other backends meet all combinations of three.
 TYPES, MASKS, REDUCTIONS = ("fp32", "bf16", "fp16"), ("none", "bool", "float"), ("mean", "sum", "none")
