@@ -90,7 +90,7 @@ torch.empty = lambda *sizes, **options: poison(empty(*sizes, **options))
 torch.empty_like = lambda *x, **options: poison(empty_like(*x, **options))
 with tuning.override("masked_cross_entropy", configs):
     for rows, features, classes in ((49, 20, 50), (32, 16, 16), (33, 1, 300), (70, 33, 17), (5, 3, 1)):
-        for count in sorted({0, min(rows, 33), rows}):
+        for count in (0, 33, rows) if rows > 33 else (rows,):
             check(rows, features, classes, count)
             check(rows, features, classes, count, max_rows=count)
         check(rows, features, classes, rows // 2, max_rows=rows)  # none is gathered
