@@ -20,7 +20,7 @@ FOLDERS = (
 
 
 def main(request: Request) -> int:
-    chosen = ["tests/test_benchmark_groups.py", "-k", "told"] if request.rehearse else ["-m", "gpu", *FOLDERS]
+    chosen = ["tests/test_gpu_run.py", "-k", "left_over"] if request.rehearse else ["-m", "gpu", *FOLDERS]
     parallel = ["-n", str(min(8, max(1, cores() // 2)))]
     if request.rehearse or importlib.util.find_spec("xdist") is None:
         parallel = []

@@ -26,7 +26,9 @@ _8_LESS = 2.0**-8  # of 24 bits within 32, or 16 within 24: -48 dB
 _LOUD_WITHIN = 2.0**-10  # least peak of 16 bits within 24, which quiet recordings of 24 bits may have, too
 _MANY_VALUES = 512  # 24 bits within 32 have 257 values up to there
 _MOST_WARNINGS = 20
-_faint: set[str] = set()  # files that were spoken of, or looked at as a whole, in this process
+_MOST_LOOKS = 200  # at whole files, most of which end at their first loud block
+_faint: set[str] = set()  # files that were spoken of, in this process
+_looked_at: set[str] = set()
 _loud: set[str] = set()
 _cancelled: set[str] = set()
 
@@ -72,7 +74,9 @@ def _warn_of_fewer_bits(block: np.ndarray, peak: float, path: str, subtype: str)
             return
         if subtype == "PCM_24" and peak <= _LOUD_WITHIN:
             return
-        _faint.add(path)
+        if path in _looked_at or len(_looked_at) >= _MOST_LOOKS:
+            return
+        _looked_at.add(path)
         if (peak := _peak_up_to(path, _8_LESS)) > _8_LESS:  # a quiet passage
             return
         bits = stored - 8

@@ -224,6 +224,7 @@ HEAD = ["model.predictor.depth=1", "model.predictor.width=64", "model.predictor.
 QUICK = [*HEAD, "train.steps=2", "train.log_every=2", "train.save_every=2", "model.targets.codebook_size=32"]
 
 
+@pytest.mark.usefixtures("plain_training")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_head_changes_nothing(family, folders, tmp_path):
     folder = folders / family

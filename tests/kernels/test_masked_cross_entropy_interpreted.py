@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 CONTRACT = sorted((Path(__file__).parents[1] / "ops").glob("test_masked_cross_entropy*.py"))
 # One program a row makes many rows slow; what does not depend on the kernel is tested on the other backends.
 LEFT_OUT = (
-    *("many_rows", "601", "127", "deterministic", "recompil", "only_wanted", "opcheck", "compiles", "second_backward"),
-    *("autocast", "recomputing", "every_term", "every_codebook"),
+    *("many_rows", "601", "(127 and not 64-17-127)", "deterministic", "recompil", "only_wanted", "opcheck", "compiles"),
+    *("second_backward", "autocast", "recomputing", "every_term", "every_codebook"),
 )
 # Of three parameters every two meet in every combination; the other backends meet all combinations of three.
 TYPES, MASKS, REDUCTIONS = ("fp32", "bf16", "fp16"), ("none", "bool", "float"), ("mean", "sum", "none")
@@ -90,7 +90,7 @@ torch.empty = lambda *sizes, **options: poison(empty(*sizes, **options))
 torch.empty_like = lambda *x, **options: poison(empty_like(*x, **options))
 with tuning.override("masked_cross_entropy", configs):
     for rows, features, classes in ((49, 20, 50), (32, 16, 16), (33, 1, 300), (70, 33, 17), (5, 3, 1)):
-        for count in sorted({0, min(rows, 33), rows}):
+        for count in (0, 33, rows) if rows > 33 else (rows,):
             check(rows, features, classes, count)
             check(rows, features, classes, count, max_rows=count)
         check(rows, features, classes, rows // 2, max_rows=rows)  # none is gathered

@@ -18,9 +18,9 @@ def backend(request, device):
 
 def test_fp16_weight_gradient_of_many_equal_rows(backend, device):
     """The sum over rows exceeds the range of fp16, the mean does not."""
-    rows = 1024
+    rows = 256
     hidden, weight, targets, bias, *_ = make((rows,), 40, 64, torch.float16, device)
-    hidden[:, 0] += 160
+    hidden[:, 0] += 640
     weight[:, 0] = 0  # whatever its size, this feature moves no logit
     targets[: rows // 2] = 7
     leaves = [x.requires_grad_() for x in (weight, bias)]

@@ -14,10 +14,10 @@ SIZES += ["model.encoder.depth=5", "model.predictor.depth=2", "model.encoder.dro
 
 
 @pytest.fixture
-def model():
+def model(request):
     torch.compiler.reset()
     torch.manual_seed(0)
-    yield build_model(load_config("best_rq2_tiny", SIZES))
+    yield build_model(load_config("best_rq2_tiny", [*SIZES, *getattr(request, "param", [])]))
     torch.compiler.reset()
 
 
@@ -41,6 +41,7 @@ def test_blocks_are_compiled_once_for_all_layers_and_lengths(model):
     assert counter.frame_count <= 2  # blocks with and without stochastic depth: encoder and predictor
 
 
+@pytest.mark.parametrize("model", [["model.encoder.depth=1", "model.predictor.depth=1"]], indirect=True)
 def test_whole_model_is_not_compiled_in_every_step(model):
     plain = losses(model, 6)
     counter = CompileCounter()

@@ -244,7 +244,7 @@ def test_copies_of_clips_that_are_trained_on_are_told(tmp_path, caplog):
 
 
 def test_validation_disturbs_nothing(tmp_path, plain_training):
-    drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2"]
+    drops = ["model.encoder.dropout=0.1", "model.encoder.drop_path=0.2", "train.steps=4"]
     assert main(["--runs", str(tmp_path), "--name", "without", *QUICK, *drops]) == 0
     data = str(Path(__file__).parents[2] / "bestrq2" / "data" / "tiny")
     seen = [f"validation.source={data}", "validation.every=2", "train.pictures_every=2", "train.async_save=false"]
@@ -258,11 +258,10 @@ def test_validation_disturbs_nothing(tmp_path, plain_training):
 def test_saves_by_time(tmp_path, monkeypatch):
     clock = time.monotonic
     monkeypatch.setattr("bestrq2.training.saver.time.monotonic", lambda: clock() * 1e6)
-    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, "train.save_every=1000", "train.keep_last=9"]) == 0
+    command = ["--runs", str(tmp_path), *QUICK, "train.save_every=1000", "--name"]
+    assert main([*command, "run", "train.keep_last=9"]) == 0
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 1
-    assert (
-        main(["--runs", str(tmp_path), "--name", "off", *QUICK, "train.save_every=1000", "train.save_minutes=0"]) == 0
-    )
+    assert main([*command, "off", "train.save_minutes=0"]) == 0
     assert len(list_checkpoints(tmp_path / "off" / "checkpoints")) == 1
 
 
@@ -322,6 +321,7 @@ def test_questions_about_a_new_run_start_no_old_one(tmp_path, option, capsys):
 
 def test_batch_finder_prints_a_table_and_the_settings(capsys, monkeypatch):
     monkeypatch.setattr("bestrq2.training.batch_finder.TIMED_SECONDS", 0.05)
+    monkeypatch.setattr("bestrq2.training.batch_finder.LARGEST", 8)
     assert main(["--find-batch", *QUICK, "train.batch_size=64"]) == 0
     output = capsys.readouterr().out
     assert "clips/s" in output

@@ -18,6 +18,8 @@ from benchmarks.transfer.plan import Candidate, Plan, quick_plan, read_plan, ste
 from bestrq2.config import ConfigError, load_config
 from bestrq2.models import build_encoder
 
+pytestmark = pytest.mark.usefixtures("plain_training")
+
 
 def values(out):
     with (out / "scores.csv").open() as file:
