@@ -1,4 +1,4 @@
-"""Which entries of a padded batch belong to its clips."""
+"""Masks of padded batches: the entries that belong to a clip."""
 
 import torch
 from torch import Tensor

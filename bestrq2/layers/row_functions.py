@@ -30,7 +30,7 @@ def address(x: Tensor | None) -> int:
 
 
 class NormSettings(NamedTuple):
-    """What :class:`ResidualNorm` needs besides what has a gradient.
+    """Arguments of :class:`ResidualNorm` without a gradient.
 
     Attributes:
         layer_norm: RMSNorm if not.

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: rows of numbers and a progress bar."""
+"""The log of training: rows of numbers and a progress bar."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
