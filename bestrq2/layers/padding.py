@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 def length_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor:
-    """``(B, size)`` bool on ``device``: the first ``lengths[b]`` entries. ``lengths`` is there too, or on the CPU."""
-    return torch.arange(size, device=device) < lengths.to(device, non_blocking=True)[:, None]
+    """``(B, size)`` bool on ``device``: the first ``lengths[b]`` entries."""
+    queued = lengths.device.type == "cpu"  # from a GPU the copy would be read before it has arrived
+    return torch.arange(size, device=device) < lengths.to(device, non_blocking=queued)[:, None]
 
 
 def valid_mask(lengths: Tensor, size: int, device: torch.device) -> Tensor | None:
