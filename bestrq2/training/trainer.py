@@ -45,7 +45,7 @@ from .late import Reading, measures
 from .optimizer import accept_bf16_gradients, clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
-from .step import StepTotals, check_batch, micro_batches
+from .step import StepTotals, check_batch, check_targets, micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +157,7 @@ class Trainer:
         )
 
     def _make_evaluation(self) -> Evaluation:
+        check_targets(self.model, self.dataset)
         return Evaluation(self.config, self.model, self.ranks, self.device, self.autocast, self.dataset, self.run.path)
 
     def _about(self) -> str:
@@ -402,8 +403,7 @@ class Trainer:
 
     def _finish(self, stop: StopSignal | None) -> int:
         done = self.state.progress.step
-        title = f"{self.config.recipe}, {done} steps"
-        report = save_report(self.run.path, title)
+        report = save_report(self.run.path, f"{self.config.recipe}, {done} steps")
         if self.saver.problem is not None:
             raise CheckpointError(  # what was wrong has been said when it happened
                 f"the checkpoint of step {done} could not be written, see above; once there is room, continue with: "
