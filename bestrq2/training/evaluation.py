@@ -25,6 +25,7 @@ from .distributed import Ranks, shared
 from .health import whole_encoder
 from .open_data import open_dataset
 from .snapshots import evaluating, fixed_batch, fixed_pictures
+from .step import check_targets
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Evaluation:
             )
             held_out = replace(config, data=crops)
             self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
+            check_targets(model, self.dataset, "validation.source")
             self.clips = min(settings.clips, len(self.dataset))
             held, used = self.dataset.files, dataset.files
             if known := ranks.from_first(

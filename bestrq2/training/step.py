@@ -1,12 +1,16 @@
 """Totals of a step or of several steps, as sums that add up over micro-batches, ranks and steps."""
 
+import math
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+import torch
+
 from bestrq2.config import Config
-from bestrq2.data import Batch
+from bestrq2.data import Batch, CropDataset
 from bestrq2.errors import TrainingError
 from bestrq2.layers.masking import MaskPlan
+from bestrq2.models import BestRQ, BestRQ2
 
 from .distributed import Ranks, shared
 
@@ -137,5 +141,25 @@ def check_batch(config: Config, dataset: Any, size: int) -> None:
             TrainingError(
                 f"data.batch_seconds: expected room for {share} clips of full length ({size} ranks times "
                 f"train.accumulate={settings.accumulate}), got room for {rows}"
+            )
+        )
+
+
+def check_targets(model: BestRQ2 | BestRQ, dataset: CropDataset, name: str = "data") -> None:
+    """
+    Raises:
+        TrainingError: if nothing is masked even in the longest clip, since a clip keeps at least one patch: every loss
+            would be 0.
+    """
+    longest = dataset.crop_samples
+    if not dataset.join_short:
+        seconds = max(math.inf if item.duration is None else item.duration for item in dataset.files)
+        longest = min(longest, math.ceil(seconds * dataset.sampling_rate)) if seconds < math.inf else longest
+    if model.num_predicted(torch.tensor([longest]), 0) == 0:
+        raise shared(
+            TrainingError(
+                f"{name}: no clip is longer than {longest / dataset.sampling_rate:g} s, which is a single patch, and a "
+                "clip of one patch has nothing to predict: use longer clips (data.crop_seconds, data.join_short=true) "
+                "or smaller patches"
             )
         )

@@ -41,7 +41,7 @@ from .late import Reading, measures
 from .optimizer import accept_bf16_gradients, clip_gradients, set_schedule, step_if_finite
 from .saver import Saver
 from .state import TrainingState
-from .step import StepTotals, check_batch, micro_batches
+from .step import StepTotals, check_batch, check_targets, micro_batches
 from .training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class Trainer:
         self.bad_in_a_row = 0
         self.late: Reading | None = None
         self.rate = self.grad_norm = 0.0  # of the last step
-        # What it cannot use is refused before anything is written.
+        # What cannot be used is refused before anything is written.
+        if not isinstance(self.model, FrozenHead):
+            check_targets(self.model, dataset)
         self.evaluation = Evaluation(measured, self.model, ranks, self.device, self.autocast, dataset, run.path)
         if checkpoint is None:
             ranks.from_first(self.evaluation.check_probe)
@@ -349,8 +351,7 @@ class Trainer:
 
     def _finish(self, stop: StopSignal | None) -> int:
         done = self.state.progress.step
-        title = f"{self.config.recipe}, {done} steps"
-        report = save_report(self.run.path, title)
+        report = save_report(self.run.path, f"{self.config.recipe}, {done} steps")
         if self.saver.problem is not None:
             raise CheckpointError(  # what was wrong has been said when it happened
                 f"the checkpoint of step {done} could not be written, see above; once there is room, continue with: "

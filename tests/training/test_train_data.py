@@ -151,3 +151,44 @@ def test_own_audio_has_a_recipe_of_its_own(sources, tmp_path, capsys):
     few = ["train.steps=2", "train.batch_size=4", "model.targets.fit_clips=16", "train.pictures_every=0"]
     assert main(["--runs", str(tmp_path), "--name", "own", "--data", str(sources / "audio"), *few]) == 0
     assert "bits of code entropy" in capsys.readouterr().out
+
+
+@pytest.fixture
+def short_clips(tmp_path):
+    """Six clips of one patch each, at 16 kHz and patches of 4 frames of 160 samples."""
+    import soundfile
+    import torch
+
+    (tmp_path / "short").mkdir()
+    for number in range(6):
+        noise = 0.1 * torch.randn(900, generator=torch.Generator().manual_seed(number))
+        soundfile.write(tmp_path / "short" / f"{number}.wav", noise.numpy(), 16000)
+    return tmp_path / "short"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.encoder.patch_width=128"], "data: no clip is longer than 1.5 s, which is a single patch"),
+        (["data.source=short", "data.join_short=false"], "data: no clip is longer than 0.05625 s, which is a single"),
+        (["validation.source=short"], "validation.source: no clip is longer than 0.05625 s, which is a single patch"),
+    ],
+)
+def test_clips_of_one_patch_are_refused(short_clips, tmp_path, monkeypatch, capsys, options, message):
+    """Nothing is masked in them, so that every loss would be 0."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["--name", "run", "--config", "best_rq2_tiny", *QUICK, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "run" / "metrics.csv").exists()
+
+
+def test_some_clips_of_one_patch_are_said(short_clips, tmp_path, caplog):
+    import soundfile
+
+    samples, rate = soundfile.read(tiny_dataset()[0].path, dtype="int16")
+    for number in range(6):
+        soundfile.write(short_clips / f"long-{number}.wav", samples[:16000], rate)
+    _train(tmp_path, "some", short_clips, "data.join_short=false")
+    found = re.search(r"(\d+) of the first 64 clips are a single patch", caplog.text)
+    assert found
+    assert 0 < int(found[1]) < 64
