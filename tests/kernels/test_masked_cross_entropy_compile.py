@@ -11,7 +11,6 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from bestrq2.kernels.aot import SHARED_LIMIT, compile_for, spill_limit  # noqa: E402
 from bestrq2.kernels.masked_cross_entropy.compile_cases import candidate_cases, compile_cases  # noqa: E402
 
-
 INPUTS = ("HAS_INDEX", "HAS_WEIGHTS", "HAS_BIAS", "SMOOTH")
 
 
