@@ -47,7 +47,7 @@ def test_objects_with_a_name_twice_are_told_and_not_used(tmp_path):
     found = find_audio(write_tar(tmp_path / "s.tar", members))
     assert [item.label for item in found.files] == ["", "cat"]
     assert [skip.detail for skip in found.skips] == [
-        "the .json beside a.ogg is open: 'label' is there twice in one object; it is not used",
+        "the .json beside a.ogg is ambiguous: 'label' is there twice in one object; it is not used",
         "the .json beside b.ogg is not JSON (it is nested too deeply); it is not used",
     ]
 

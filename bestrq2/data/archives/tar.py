@@ -238,7 +238,7 @@ def _row(name: str, texts: dict[str, str], index: TarIndex) -> dict[str, Any]:
     try:
         row = read_json(texts.get("json", "{}"))
     except (ValueError, TwiceError) as error:
-        what = f"is not JSON ({error})" if isinstance(error, ValueError) else f"is open: {error}"
+        what = f"is not JSON ({error})" if isinstance(error, ValueError) else f"is ambiguous: {error}"
         index.damage.append(f"the .json beside {name} {what}; it is not used")
         row = {}
     if not isinstance(row, dict):
