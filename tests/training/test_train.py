@@ -328,8 +328,8 @@ def test_existing_name_is_refused(tmp_path, uninterrupted, capsys):
 
 
 def test_bf16_autocast_and_compile(tmp_path):
-    # Encoder and predictor once each: a second length or dropped paths would compile them again, as test_compilation.py
-    # does without inductor.
+    # Encoder and predictor are compiled once each. A second length or dropped paths, which would compile them again,
+    # are in test_compilation.py, without inductor.
     options = ["train.precision=bf16", "train.compile=true", "train.steps=1", "model.encoder.drop_path=0"]
     assert main(["--runs", str(tmp_path), "--name", "bf16", *QUICK, *options]) == 0
     assert all(np.isfinite(float(row["loss"])) for row in read_metrics(tmp_path / "bf16")[1:])
