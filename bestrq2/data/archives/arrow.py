@@ -4,10 +4,10 @@ They are read with pyarrow, without the ``datasets`` package. The audio column i
 calls Audio, else one with the fields ``bytes`` and ``path``: the bytes of an audio file, or the path of one; else one
 of bytes called ``audio``; else one of text that is called ``audio`` or as a path in a manifest. Of several one must be
 called ``audio``. Columns ``duration``, ``sampling_rate``, ``domain`` and ``label`` are used if they are there, and
-``split`` chooses rows as in a manifest. Where rows name files, ``start``, ``end`` and all other columns mean what they mean in a manifest
-(:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there such columns say what it was cut out of.
-The address of row i is ``file.arrow::i``. A row of an .arrow file is found in constant time; of a .parquet file a whole
-row group is read, so for training many rows pack it into tar shards first (``bestrq2 shards``).
+``split`` chooses rows as in a manifest. Where rows name files, ``start``, ``end`` and all other columns mean what they
+mean in a manifest (:mod:`bestrq2.data.fields`). Audio in the table itself is taken whole: there such columns say what
+it was cut out of. The address of row i is ``file.arrow::i``. A row of an .arrow file is found in constant time; of a
+.parquet file a whole row group is read, so for training many rows pack it into tar shards first (``bestrq2 shards``).
 """
 
 import bisect
