@@ -265,7 +265,7 @@ def _wandb_id(folder: Path, project: str) -> str:
 
 
 def _wandb_note(folder: Path) -> dict[str, str]:
-    """What ``wandb.json`` says; empty if it is not there or damaged."""
+    """Content of ``wandb.json``; empty if it is not there or damaged."""
     try:
         found = json.loads((folder / WANDB_FILE).read_bytes())
         return {name: str(value) for name, value in found.items()} if "id" in found else {}
