@@ -31,7 +31,6 @@ WEIGHTS, TRAINING, AVERAGED, STATE = "model.safetensors", "training.safetensors"
 GRAPHS = {".onnx", ".pt2"}  # what `bestrq2 export --onnx` and `--torch-export` write
 FORMAT = "bestrq2-checkpoint-1"
 PREFIX = "step-"
-BEST = "best.json"
 # Hidden folders that a kill may leave behind: a checkpoint half written, one half deleted.
 WRITING, DISCARDED = ".writing-", ".discarded-"
 
@@ -298,41 +297,3 @@ def _digest(state: dict[str, Any]) -> str:
 
 def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
-
-
-def read_best(parent: Path, validates: bool | None = None) -> list[tuple[float, int]]:
-    """(value, step) of every intact checkpoint that has a value, best first, from the checkpoints themselves.
-
-    Args:
-        validates: take held-out losses alone (True) or training losses alone, which do not compare; None: what the
-            newest one has.
-
-    Raises:
-        CheckpointError: if one may not be read.
-    """
-    found: list[tuple[bool, float, int]] = []
-    for folder in list_checkpoints(parent):
-        try:
-            state = read_state(folder)
-        except CheckpointError as error:
-            if isinstance(error.__cause__, PermissionError):
-                raise
-            continue
-        value = state["extra"].get("score")
-        if isinstance(value, (int, float)) and value == value:
-            held_out = (state["config"].get("validation") or {}).get("source") is not None
-            found.append((held_out, float(value), state["step"]))
-    if validates is None and found:
-        validates = found[-1][0]
-    return sorted((value, step) for held_out, value, step in found if held_out == validates)
-
-
-def write_best(parent: Path, best: list[tuple[float, int]]) -> None:
-    """Record the best checkpoints, and let the link ``best`` point to the first."""
-    partial = parent / f"{BEST}.partial"
-    partial.write_text(json.dumps([{"value": value, "step": step} for value, step in best]) + "\n")
-    partial.replace(parent / BEST)
-    link = parent / ".best.partial"
-    link.unlink(missing_ok=True)
-    os.symlink(folder_name(best[0][1]), link)
-    link.replace(parent / "best")

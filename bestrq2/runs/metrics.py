@@ -57,8 +57,8 @@ class MetricsLog:
         folder: of the run.
         last_step: rows after it, the lost stretch of a resumed run, are dropped.
         wandb: name of a W&B project, or None. The id of the W&B run is kept in ``wandb.json`` of the folder, so that a
-            resumed run continues the same one (W&B keeps the rows it has of the lost stretch). ``WANDB_MODE=offline``
-            and W&B's other variables work as usual.
+            resumed run continues the same one (W&B keeps the rows it has of the lost stretch); a copy of the folder
+            gets an id of its own. ``WANDB_MODE=offline`` and W&B's other variables work as usual.
         config: resolved configuration, for W&B.
 
     Raises:
@@ -229,16 +229,10 @@ def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -
             f"train.wandb={project}: the package wandb cannot be imported ({error}); pip install wandb, or leave "
             "train.wandb out (metrics.csv and TensorBoard are always written)"
         ) from error
-    path = folder / WANDB_FILE
     try:
-        try:
-            identifier = str(json.loads(path.read_bytes())["id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            identifier = uuid.uuid4().hex[:12]
-            path.write_text(json.dumps({"id": identifier, "project": project}) + "\n")
         return init(
             project=project,
-            id=identifier,
+            id=_wandb_id(folder, project),
             resume="allow",
             name=folder.name,
             dir=str(folder),
@@ -249,6 +243,34 @@ def _start_wandb(folder: Path, project: str, config: Mapping[str, Any] | None) -
         raise ConfigError(
             f"train.wandb={project}: W&B did not start: {reason}. WANDB_MODE=offline logs without a network."
         ) from error
+
+
+def _wandb_id(folder: Path, project: str) -> str:
+    """The id in ``wandb.json``, or a new one where there is none, or where it belongs to the folder that this one was
+    copied from. A folder that was moved keeps its id."""
+    here, found = str(folder.resolve()), _wandb_note(folder)
+    identifier, home = found.get("id"), found.get("folder", here)
+    if identifier is not None and home != here:
+        original = Path(home)
+        if _wandb_note(original).get("id") == identifier and not original.samefile(folder):
+            logger.info(
+                f"note: {folder} is a copy of {home}, which W&B knows as {identifier}: the copy gets its own run"
+            )
+            identifier = None
+    if identifier is None or found.get("folder") != here:
+        identifier = identifier or uuid.uuid4().hex[:12]
+        text = json.dumps({"id": identifier, "project": project, "folder": here})
+        (folder / WANDB_FILE).write_text(text + "\n")
+    return identifier
+
+
+def _wandb_note(folder: Path) -> dict[str, str]:
+    """Content of ``wandb.json``; empty if it is not there or damaged."""
+    try:
+        found = json.loads((folder / WANDB_FILE).read_bytes())
+        return {name: str(value) for name, value in found.items()} if "id" in found else {}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def _as_csv(rows: Iterable[Mapping[str, str]], columns: list[str]) -> str:

@@ -14,7 +14,7 @@ from bestrq2.errors import REASONS
 from bestrq2.runs.checkpoint import list_checkpoints
 
 from . import bad_batches, pictures
-from .checkpoint import read_best
+from .best import read_best
 from .folder import RunFolder
 from .metrics import read_metrics, series
 

@@ -13,6 +13,7 @@ from torch import nn
 from bestrq2.config import Config, ConfigError, ProbeConfig
 from bestrq2.data import Batch, CropDataset, DataError, batches
 from bestrq2.data.copies import copied_files
+from bestrq2.data.fingerprint import file_list_digest
 from bestrq2.data.splits import shared_clips
 from bestrq2.errors import counted, printable, system_reason
 from bestrq2.hashing import mix
@@ -38,6 +39,7 @@ class Evaluation:
 
     Attributes:
         validates: whether there is validation audio.
+        held_out: digest of its clips, None without any.
         validation_loss: of the last validation, None before the first.
         validated_step: when that was.
     """
@@ -56,6 +58,7 @@ class Evaluation:
         self.config, self.model, self.ranks, self.device, self.autocast = config, model, ranks, device, autocast
         settings = config.validation
         self.validates = settings.source is not None
+        self.held_out: str | None = None
         self.validation_loss: float | None = None
         self.validated_step = -1
         self.unread = 0.0  # files that the last validation could not read
@@ -69,6 +72,7 @@ class Evaluation:
             check_targets(model, self.dataset, "validation.source")
             self.clips = min(settings.clips, len(self.dataset))
             held, used = self.dataset.files, dataset.files
+            self.held_out = f"{file_list_digest(held)[:16]}-{self.clips}"
             if known := ranks.from_first(
                 lambda: [item.path for item in shared_clips(held, used, copied_files(held, used))]
             ):

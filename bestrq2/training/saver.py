@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from bestrq2.config import Config, config_to_dict
 from bestrq2.errors import CheckpointError, system_reason
-from bestrq2.runs.checkpoint import BEST, folder_name, read_best, save_checkpoint, write_best
+from bestrq2.runs.best import BEST, Measure, measure_of, ranked, read_scores, write_best
+from bestrq2.runs.checkpoint import folder_name, save_checkpoint
 from bestrq2.runs.folder import RunFolder
 
 from .state import Snapshot
@@ -19,27 +20,40 @@ class Saver:
 
     A checkpoint appears under its name only when it is whole and on the disk, however the process ends. A failure (a
     full disk) is reported at once; training continues, because a later save may succeed. The scores for
-    ``keep_best`` are in every checkpoint, so a kill between a checkpoint and the note about it loses nothing.
+    ``keep_best`` are in every checkpoint, so a kill between a checkpoint and the note about it loses nothing. Where a
+    resumed run measures another loss, its best is found anew, and the best of the loss before stays.
+
+    Args:
+        step: that the run starts from.
+        writes: only the first rank does.
+        held_out: digest of the held-out clips, None without any.
 
     Attributes:
         saved_step: of the last checkpoint that was begun, at first the step the run started from.
         problem: why the last checkpoint could not be written, or None.
     """
 
-    def __init__(self, run: RunFolder, config: Config, step: int, writes: bool = True) -> None:
+    def __init__(
+        self, run: RunFolder, config: Config, step: int, writes: bool = True, held_out: str | None = None
+    ) -> None:
         self.parent, self.config, self.settings, self.writes = run.checkpoints, config, config.train, writes
         self.problem: CheckpointError | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._last = time.monotonic()
         self.saved_step = step
+        self.measure = measure_of(config_to_dict(config), held_out)
         self._best: list[tuple[float, int]] = []
+        self._earlier: list[int] = []  # steps of the best by other measures
 
     def begin(self) -> None:
         """Go on from the checkpoints that the run has; the time until the next one is due begins."""
         self._last = time.monotonic()
-        scores = read_best(self.parent, self.config.validation.source is not None)
-        self._best = [entry for entry in scores if entry[1] <= self.saved_step][: self.settings.keep_best]
+        scores = [score for score in read_scores(self.parent) if score.step <= self.saved_step]
+        self._best, *earlier = [group[: self.settings.keep_best] for group in ranked(scores, self.measure)]
+        self._earlier = [step for group in earlier for _, step in group]
+        if self.writes and self.settings.keep_best and scores:
+            self._tell_changes(scores[-1].measure)
         if self.writes and self._best:  # after a kill between a checkpoint and this note
             self._note_best()
 
@@ -69,7 +83,7 @@ class Saver:
         best = [entry for entry in self._best if entry[1] != snapshot.step]
         if value is not None and value == value:
             best = sorted([*best, (value, snapshot.step)])[: self.settings.keep_best]
-        extra = snapshot.extra | {"score": value}
+        extra = snapshot.extra | {"score": value, "held_out": self.measure.clips}
         try:
             save_checkpoint(
                 self.parent,
@@ -80,7 +94,7 @@ class Saver:
                 extra,
                 self.settings.keep_last,
                 snapshot.averaged,
-                [folder_name(step) for _, step in best],
+                [folder_name(step) for step in (*self._earlier, *(step for _, step in best))],
             )
             self._best, self.problem = best, None
             if best:
@@ -93,6 +107,15 @@ class Saver:
                 f"could not save the checkpoint of step {snapshot.step}: {type(error).__name__}: {error}"
             )
             logger.error("%s", self.problem)
+
+    def _tell_changes(self, before: Measure) -> None:
+        if changes := before.changes(self.measure):
+            kept = ", ".join(folder_name(step) for step in self._earlier)
+            begins = f"goes on from {folder_name(self._best[0][1])}" if self._best else "begins anew"
+            logger.info(
+                f"note: losses do not compare with those before ({', '.join(changes)}): train.keep_best {begins}, and "
+                f"the best before stays ({kept})"
+            )
 
     def _note_best(self) -> None:
         try:

@@ -95,7 +95,7 @@ class Trainer:
         self.peak = peak_flops(self.device, self.autocast)
         health = HealthCheck(measured, self.model, dataset, ranks, self.device)
         self.log = TrainingLog(config, run, self.state, health, ranks, self.device, self.peak[0])
-        self.saver = Saver(run, config, self.first_step, ranks.is_first)
+        self.saver = Saver(run, config, self.first_step, ranks.is_first, self.evaluation.held_out)
         self.since_save = StepTotals()
 
     def train(self) -> int:

@@ -1,15 +1,18 @@
 """The exported transformers model does what models of that library do. Parts need peft and accelerate."""
 
 import copy
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bestrq2
 from bestrq2 import BestRQError, export
+from bestrq2.config import ConfigError
 
 transformers = pytest.importorskip("transformers", reason="the extra transformers is not installed")
 RATE = 16000
@@ -301,3 +304,48 @@ def test_accelerate(exported):
         empty = transformers.AutoModel.from_config(model.config, trust_remote_code=True)
     filled = accelerate.load_checkpoint_and_dispatch(empty, exported.folder, device_map={"": "cpu"})
     assert torch.equal(filled.eval()(**exported.inputs)[0], expected)
+
+
+def damaged(folder, place, change):
+    """A copy of the folder whose tensors are changed."""
+    shutil.copytree(folder, place)
+    save_file(change(load_file(place / "model.safetensors")), place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"ignore_mismatched_sizes": True}])
+def test_a_damaged_file_is_refused(exported, tmp_path, options):
+    def without(tensors, *names):
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(names)}
+
+    def with_one(tensors, name, value):
+        tensors[name].view(-1)[-1:] = value
+        return tensors
+
+    lost = ("front_end.mean", "front_end.std")
+    place = damaged(exported.folder, tmp_path / "lost", lambda tensors: without(tensors, *lost))
+    with pytest.raises(ConfigError, match=r"without 2 of them: encoder\.front_end\.mean, encoder\.front_end\.std"):
+        open_model(place, **options)
+    place = damaged(exported.folder, tmp_path / "empty", lambda tensors: {"encoder.front_end.mean": torch.zeros(())})
+    with pytest.raises(ConfigError, match=r"expected all tensors of the encoder.*, \.\.\.$"):
+        open_model(place, **(options | {"ignore_mismatched_sizes": True}))
+    names = list(load_file(exported.folder / "model.safetensors"))
+    for number, (name, value) in enumerate(((names[0], torch.nan), ("encoder.front_end.std", torch.inf))):
+        place = damaged(exported.folder, tmp_path / str(number), lambda t, n=name, v=value: with_one(t, n, v))
+        with pytest.raises(ConfigError, match=f"{name}' holds NaN or infinity in 1 of"):
+            open_model(place, **options)
+
+
+def test_tensors_of_other_shapes_are_initialised_where_they_can_be(exported, tmp_path):
+    def changed(tensors):
+        return {n: torch.zeros(3) if n.endswith(("running_var", "norm.weight")) else t for n, t in tensors.items()}
+
+    place = damaged(exported.folder, tmp_path / "other", changed)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        open_model(place)
+    model, info = open_model(place, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert info["mismatched_keys"]
+    assert all((v == 1).all() for n, v in model.state_dict().items() if n.endswith("running_var"))
+    place = damaged(exported.folder, tmp_path / "mean", lambda t: t | {"encoder.front_end.mean": torch.zeros(3)})
+    with pytest.raises(ConfigError, match=r"without 1 of them: encoder\.front_end\.mean"):
+        open_model(place, ignore_mismatched_sizes=True)

@@ -1,5 +1,6 @@
 """The log: columns that appear later, kills, full disks, TensorBoard events, W&B."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,7 +190,9 @@ class FakeRun:
         self.finished = True
 
 
-def test_wandb_gets_the_rows_and_a_resumed_run_the_same_id(tmp_path, monkeypatch):
+@pytest.fixture
+def starts(monkeypatch):
+    """Options and run of every start of W&B, which a stand-in replaces."""
     starts = []
 
     def init(**options):
@@ -198,6 +201,10 @@ def test_wandb_gets_the_rows_and_a_resumed_run_the_same_id(tmp_path, monkeypatch
 
     fake = types.SimpleNamespace(init=init, Image=lambda pixels: ("image", pixels.shape))
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return starts
+
+
+def test_wandb_gets_the_rows_and_a_resumed_run_the_same_id(tmp_path, starts):
     for last in (0, 1):
         log = MetricsLog(tmp_path, last, wandb="sounds", config={"recipe": "x"})
         log.write({"step": last + 1, "loss": 0.5})
@@ -208,6 +215,36 @@ def test_wandb_gets_the_rows_and_a_resumed_run_the_same_id(tmp_path, monkeypatch
     assert (first["project"], first["resume"], first["config"]) == ("sounds", "allow", {"recipe": "x"})
     assert run.rows == [(1, {"loss": 0.5}), (1, {"pictures/codes": ("image", (4, 6, 3))})]
     assert run.finished
+
+
+def test_a_copied_run_folder_has_its_own_wandb_run(tmp_path, starts, caplog):
+    caplog.set_level("INFO", "bestrq2")
+
+    def identifier(name):
+        MetricsLog(tmp_path / name, 0, wandb="sounds").close()
+        return starts[-1][0]["id"]
+
+    (tmp_path / "run").mkdir()
+    first = identifier("run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copied = identifier("copy")
+    assert copied != first
+    assert caplog.text.count(f"is a copy of {tmp_path / 'run'}, which W&B knows as {first}: the copy gets its own") == 1
+    assert (identifier("copy"), identifier("run")) == (copied, first)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert (identifier("moved"), identifier("moved")) == (first, first)
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    assert identifier("link") == first
+    for name in ("run", "other"):  # what has taken the place of a moved folder is another run
+        (tmp_path / "moved").rename(tmp_path / "kept")
+        (tmp_path / "moved").mkdir()
+        (tmp_path / "moved" / "wandb.json").write_text({"run": '{"id": "x"}', "other": "[]"}[name])
+        assert identifier("kept") == first
+        shutil.rmtree(tmp_path / "moved")
+        (tmp_path / "kept").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "wandb.json").write_text(f'{{"id": "{first}", "project": "sounds"}}\n')  # of version 0.1
+    assert identifier("moved") == first
+    assert caplog.text.count("copy of") == 1
 
 
 @pytest.mark.parametrize("found", [None, types.ModuleType("wandb")], ids=["nothing", "a folder wandb"])

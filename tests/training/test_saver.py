@@ -11,21 +11,18 @@ import pytest
 import torch
 
 import bestrq2
-from bestrq2.config import load_config
 from bestrq2.errors import CheckpointError
+from bestrq2.runs.best import read_best
 from bestrq2.runs.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     newest_intact,
-    read_best,
     read_checkpoint,
     read_state,
     save_checkpoint,
 )
 from bestrq2.runs.folder import RunFolder
 from bestrq2.train import folder_to_resume, main
-from bestrq2.training.saver import Saver
-from bestrq2.training.state import Snapshot
 
 pytestmark = pytest.mark.fault
 
@@ -162,23 +159,6 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_new_one(tmp_path):
     save(tmp_path, 12)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000012"]
     assert newest_intact(tmp_path)[1] == []
-
-
-def test_losses_of_training_and_held_out_ones_are_not_compared(tmp_path):
-    """A run that is given validation audio on resume: its training loss was lower than any held-out loss will be."""
-    training = load_config("best_rq2_tiny", ["train.keep_best=1", "train.keep_last=1"])
-    held_out = load_config("best_rq2_tiny", ["train.keep_best=1", "train.keep_last=1", "validation.source=clips"])
-    run = RunFolder(tmp_path)
-    for config, steps in ((training, {1: 2.0, 2: 2.5}), (held_out, {3: 3.0, 4: 3.5})):
-        saver = Saver(run, config, min(steps) - 1)
-        saver.begin()
-        for step, value in steps.items():
-            tensors = {"t": torch.zeros(3)}
-            saver.save(Snapshot(step, tensors, tensors, None, {}), value, wait=True)
-        saver.close()
-    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000003", "step-00000004"]
-    assert read_best(run.checkpoints) == [(3.0, 3), (3.5, 4)]
-    assert (run.checkpoints / "best").resolve().name == "step-00000003"
 
 
 def test_copies_of_the_user_are_left_alone(tmp_path):

@@ -1,7 +1,6 @@
 """Options of the training loop: precision, averaging, schedules, saves by time and by score, validation, probes."""
 
 import itertools
-import json
 import math
 import re
 import time
@@ -197,41 +196,6 @@ def test_no_bias_norm_or_token_is_decayed(recipe, overrides):
 def test_impossible_options_name_the_key(override):
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         load_config("best_rq2_tiny", [override])
-
-
-def test_best_checkpoints_are_kept(tmp_path):
-    options = ["validation.source=DATA", "validation.every=2", "validation.clips=6", "train.keep_best=1"]
-    data = tmp_path / "held_out"
-    data.mkdir()
-    for file in tiny_dataset()[:4]:
-        (data / Path(file.path).name).write_bytes(Path(file.path).read_bytes())
-    options = [option.replace("DATA", str(data)) for option in options]
-    # A rate that ruins the model after some good steps: the best checkpoint is then not among the last.
-    spoil = ["train.steps=10", "train.keep_last=1", "optimizer.schedule=constant", "optimizer.learning_rate=0.05"]
-    assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, *options, *spoil, "optimizer.warmup=0"]) == 0
-    checkpoints = tmp_path / "run" / "checkpoints"
-    rows = [row for row in read_metrics(tmp_path / "run") if row.get("validation/loss")]
-    found = {int(row["step"]): float(row["validation/loss"]) for row in rows}
-    assert list(found) == [0, 2, 4, 6, 8, 10]
-    best = min((step for step in found if step), key=found.__getitem__)
-    assert json.loads((checkpoints / "best.json").read_text()) == [
-        {"value": pytest.approx(found[best], rel=1e-6), "step": best}
-    ]
-    assert (checkpoints / "best").resolve().name == f"step-{best:08d}"
-    assert load(checkpoints / "best").output_dim == 32
-    assert {path.name for path in list_checkpoints(checkpoints)} == {f"step-{best:08d}", "step-00000010"}
-
-
-def test_best_checkpoints_are_compared_where_the_held_out_loss_was_measured(tmp_path, caplog):
-    data = str(Path(tiny_dataset()[0].path).parent)  # what is trained on
-    options = [f"validation.source={data}", "validation.every=4", "validation.clips=2", "train.keep_best=9"]
-    saves = ["train.steps=12", "train.save_every=3", "train.keep_last=1"]
-    with caplog.at_level("INFO"):
-        assert main(["--runs", str(tmp_path), "--name", "run", *QUICK, *options, *saves]) == 0
-    best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
-    assert [entry["step"] for entry in best] == [12], "3, 6 and 9 have the loss of an earlier step"
-    assert "train.keep_best compares the checkpoints of every 12 steps" in caplog.text
-    assert "24 of 24 clips of validation.source are also trained on" in caplog.text
 
 
 def test_copies_of_clips_that_are_trained_on_are_told(tmp_path, caplog):

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from bestrq2.config import config_from_dict
+from bestrq2.config import ConfigError, config_from_dict
 from bestrq2.layers.conformer_attention import RelativeAttention
 from bestrq2.layers.conformer_convolution import MaskedBatchNorm
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.models import build_encoder
+from bestrq2.models.build import check_finite
 
 from .configuration_bestrq2 import BestRQ2Config
+
+MOST_NAMES = 8  # of missing tensors in a message
 
 
 @dataclass
@@ -54,6 +57,24 @@ class BestRQ2Model(PreTrainedModel):
         self.encoder = build_encoder(own.model, own.data.crop_seconds, seed=own.train.seed)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers, but for a damaged file.
+
+        Raises:
+            ConfigError: if tensors of the encoder are missing, or any tensor holds NaN or infinity.
+        """
+        source = pretrained_model_name_or_path
+        opened: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        model, info = opened
+        _check_missing(info, source)
+        # Those elsewhere (meta, subclasses of tensors, quantised to one byte) have no values that could be looked at.
+        found = {n: t for n, t in model.state_dict().items() if type(t) is Tensor and not t.is_meta and t.itemsize > 1}
+        check_finite(found, source)
+        return (model, info) if output_loading_info else model
+
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what a file lacks, and the constants of the spectrogram, which are in no file."""
         if isinstance(module, LogMel):
@@ -64,6 +85,8 @@ class BestRQ2Model(PreTrainedModel):
         elif isinstance(module, MaskedBatchNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.running_mean)
+            nn.init.ones_(module.running_var)
         else:
             super()._init_weights(module)
 
@@ -108,6 +131,20 @@ class BestRQ2Model(PreTrainedModel):
             hidden_states=tuple(states[:-1].to(self.dtype)) if wanted else None,
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _check_missing(info: dict[str, Any], source: Any) -> None:
+    """Raise ConfigError if the encoder, which nothing but the file can give, lacks tensors.
+
+    With ``ignore_mismatched_sizes`` those of another shape are initialised, which statistics of the data cannot be.
+    """
+    reshaped = {entry[0] for entry in info["mismatched_keys"] if ".front_end." in entry[0]}
+    missing = sorted(name for name in {*info["missing_keys"], *reshaped} if name.startswith("encoder."))
+    if missing:
+        names = ", ".join(missing[:MOST_NAMES]) + (", ..." if len(missing) > MOST_NAMES else "")
+        raise ConfigError(
+            f"{source}: expected all tensors of the encoder, got a file without {len(missing)} of them: {names}"
+        )
 
 
 def mask_lengths(mask: Tensor, input_values: Tensor) -> Tensor:
