@@ -124,12 +124,14 @@ class CropDataset(Dataset):
         self.cache = cache
         self._durations = np.array([_duration(item) for item in self.files])
         self.seconds = float(self._durations.sum())
+        # 80,160 samples at 16 kHz are 5.01 s, and 5.01 times 16,000 is 80,159.99999999999.
+        self._num_samples = np.floor(self._durations * sampling_rate + 0.01).astype(np.int64)
 
         slots = np.maximum(1, np.rint(self._durations / crop_seconds)).astype(np.int64)
         self._groups: list[np.ndarray] = []  # the short files of each group, as indices into files
         group_slots: list[int] = []
         if join_short:
-            short = np.floor(self._durations * sampling_rate) < self.crop_samples
+            short = self._num_samples < self.crop_samples
             members: dict[str, list[int]] = {}
             for index in np.flatnonzero(short):
                 members.setdefault(self.files[index].group, []).append(int(index))
@@ -255,7 +257,7 @@ class CropDataset(Dataset):
         """The sample of slot ``place`` of a file's ``slots``: a random crop, or all of a file that is not longer."""
         item = self.files[index]
         rate = self.sampling_rate
-        spare = int(self._durations[index] * rate) - longest
+        spare = int(self._num_samples[index]) - longest
         if spare <= 0:
             waveform = self._load(item, rate, duration=longest / rate)
         else:

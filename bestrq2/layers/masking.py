@@ -4,6 +4,7 @@ It does not depend on the audio, with one exception: weights of the tokens, whic
 change nothing but the odds of a draw.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,14 @@ class MaskPlan:
     def predicted_valid(self) -> Tensor | None:
         """``(B, Np)`` bool on the device, or None when every entry is valid."""
         return valid_mask(self.predicted_lengths, self.predicted.shape[1], self.predicted.device)
+
+
+def whole_share(counts: Tensor, share: float) -> Tensor:
+    """``floor(share n)`` of ``counts`` n, int64, for the share as it is written: 53 of 100 at 0.53.
+
+    In float32 the product is 52.99999; in float64 it is off by a few units in the last place, which the factor covers.
+    """
+    return (counts.double() * (share * (1 + 2.0**-50))).long()
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -158,7 +167,7 @@ class RandomMasking:
         """``(B,)`` how many of ``lengths (B,)`` valid tokens each clip has to predict at this step."""
         low, high = self.ratio
         ratio = low + (high - low) * uniform(self.seed, step, 0)
-        return (lengths.float() * ratio).long().clamp(min=1).minimum(lengths - 1)
+        return whole_share(lengths, ratio).clamp(min=1).minimum(lengths - 1)
 
     def plan(
         self,
@@ -211,6 +220,11 @@ class RandomMasking:
         order = torch.where(inside, keys, last).argsort(dim=1, stable=True)
         # order = [taken | rest | padding]; sort each part so that tokens stay in time order.
         num_taken, num_rest = (num_seen, num_predicted) if self.kept else (num_predicted, num_seen)
+        if not bool(num_predicted.any()):
+            warnings.warn(
+                "nothing to predict: every clip of this batch is a single patch, which is only seen. Its loss is 0.",
+                stacklevel=2,
+            )
         max_taken, max_rest = int(num_taken.max()), int(num_rest.max())
         cut = num_taken.to(index.device, non_blocking=True)[:, None]
         taken = self._ascending(order[:, :max_taken], column[:max_taken] < cut, size)

@@ -8,7 +8,7 @@ from torch import Tensor
 from bestrq2.hashing import mix
 
 from .counter_random import random_keys
-from .masking import MaskPlan
+from .masking import MaskPlan, whole_share
 from .padding import length_mask
 from .pytrees import tree_of_tensors
 
@@ -33,7 +33,7 @@ def num_kept(masked: Tensor, share: float) -> Tensor:
     """``(B,)`` tokens to predict of ``masked (B,)`` ones: floor(share n), at least 1 of any."""
     if share == 1.0:
         return masked
-    return (masked.float() * share).long().clamp(min=1).minimum(masked)
+    return whole_share(masked, share).clamp(min=1).minimum(masked)
 
 
 def thin(plan: MaskPlan, share: float, seed: int, step: int, index: Tensor) -> MaskPlan:

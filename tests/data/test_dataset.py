@@ -46,6 +46,12 @@ def test_crops_of_one_file(tmp_path):
     assert abs(inside.mean() - 0.5) < 5 * (1 / 12 / 200) ** 0.5
 
 
+def test_crops_reach_the_last_sample(tmp_path):
+    """1001 samples are 1001 / 16000 s, and that times 16000 is 1000.9999999999999."""
+    dataset = CropDataset([_ramp(tmp_path, "x.wav", 1001 / 16000)], crop_seconds=1000 / 16000)
+    assert {int(_positions(dataset[index].waveform)[-1]) for index in range(30)} == {999, 1000}
+
+
 def test_long_files_are_not_under_sampled(tmp_path):
     files = [_ramp(tmp_path, "long.wav", 12.0), _ramp(tmp_path, "mid.wav", 3.4), _ramp(tmp_path, "short.wav", 0.5)]
     dataset = CropDataset(files, crop_seconds=2.0)

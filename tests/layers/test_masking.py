@@ -1,6 +1,7 @@
 """Masks: counts, padding, independence of batch composition, and the published shared form."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -66,9 +67,28 @@ def test_counts_do_not_follow_the_default_dtype(dtype):
         torch.set_default_dtype(dtype)
         assert torch.equal(masking.num_predicted(lengths, 0), counts)
         assert num_kept(counts, 0.3).tolist() == [9870, 705, 176]
+        assert num_kept(torch.tensor([100, 1000]), 0.29).tolist() == [29, 290]  # 0.29 x 100 is 28.999999999999996
     finally:
         torch.set_default_dtype(before)
     assert counts.tolist() == [32900, 2350, 587]
+
+
+def test_counts_are_those_of_the_written_share():
+    counts = torch.arange(2, 3001)
+    for percent in range(1, 100):
+        exact = (counts * percent // 100).clamp(min=1).minimum(counts - 1)
+        share = percent / 100
+        assert torch.equal(RandomMasking((share, share)).num_predicted(counts, 0), exact)
+
+
+def test_a_batch_without_anything_to_predict_is_told():
+    masking, index = RandomMasking((0.4, 0.6)), torch.arange(2)
+    with pytest.warns(UserWarning, match="every clip of this batch is a single patch"):
+        plan = masking.plan(torch.tensor([1, 1]), 0, index, "cpu")
+    assert plan.predicted_lengths.tolist() == [0, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masking.plan(torch.tensor([1, 2]), 0, index, "cpu")
 
 
 def test_steps_and_seeds_differ():
