@@ -138,7 +138,9 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         return find_batch(config, seeded_model(config), ranks)
     if not config.frozen.source:
         config = ranks.from_first(lambda: settle_targets(config, dataset, device_of(config, ranks)))
-    new = ranks.from_first(lambda: RunFolder.create(options.runs, options.name, config, options.resume is not None))
+    new = ranks.from_first(
+        lambda: RunFolder.create(options.runs, options.name, config, options.resume is not None, chosen)
+    )
     with alone_in(new, ranks):
         if ranks.is_first:
             new.note_skips(dataset.left_out)
@@ -205,10 +207,11 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
     saved = None if checkpoint is None else checkpoint.config
     own = ranks.from_first(lambda: run.read_config(saved))
     config = ranks.from_first(lambda: with_overrides(own, overrides, values))
-    chosen = ranks.from_first(lambda: chosen_keys("", overrides))
+    given = ranks.from_first(lambda: chosen_keys("", overrides))
+    chosen = dict.fromkeys((*ranks.from_first(run.read_chosen), *given))
     for text in unused_values(config, chosen):
         # The one seed that was kept of several candidates, for which clips were fitted, is all that a run records.
-        if "model.targets.fit_clips" in chosen or not text.startswith("model.targets.fit_clips "):
+        if "model.targets.fit_clips" in given or not text.startswith("model.targets.fit_clips "):
             ranks.say(f"note: {text}")
     if checkpoint is None:
         ranks.from_first(lambda: check_never_saved(run, own))

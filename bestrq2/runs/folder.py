@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["MetricsLog", "RunFolder", "git_revision", "installed_version", "read_metrics"]
 
+CHOSEN = "chosen.json"  # keys that the user set when the run was made; config.yaml has all
 LIBRARIES = ("torch", "triton", "numpy", "soundfile", "soxr", "safetensors", "omegaconf")
 
 
@@ -56,10 +57,13 @@ class RunFolder:
         self._listed: dict[int, set[str]] = {}  # lines of the lists of skipped files, by rank
 
     @classmethod
-    def create(cls, runs: Path, name: str | None, config: Config, reuse: bool = False) -> "RunFolder":
+    def create(
+        cls, runs: Path, name: str | None, config: Config, reuse: bool = False, chosen: Sequence[str] = ()
+    ) -> "RunFolder":
         """Make a new folder ``runs/name``, or ``runs/<recipe>-NNN`` with the first free number.
 
-        ``reuse`` allows ``runs/name`` to exist: a run that ended before its first checkpoint begins again.
+        ``reuse`` allows ``runs/name`` to exist: a run that ended before its first checkpoint begins again. ``chosen``
+        are the keys that the user set.
 
         Raises:
             ConfigError: if ``name`` exists already or the folder cannot be made.
@@ -85,6 +89,7 @@ class RunFolder:
             run = cls(folder)
             try:
                 run.write_config(config)
+                _write(run.path / CHOSEN, json.dumps(list(chosen)) + "\n")
                 run.checkpoints.mkdir(exist_ok=reuse)
             except BaseException:
                 run.remove_unused()  # its name must not be taken by what is no run
@@ -113,7 +118,8 @@ class RunFolder:
         try:
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 return False
-            kept = {path.name for path in self.path.iterdir()} - {".lock", "checkpoints", "config.yaml", "skipped.txt"}
+            unused = {".lock", "checkpoints", "config.yaml", CHOSEN, "skipped.txt"}
+            kept = {path.name for path in self.path.iterdir()} - unused
             if not kept:
                 shutil.rmtree(self.path)
             return not kept
@@ -187,6 +193,14 @@ class RunFolder:
             raise ConfigError(f"{path}: damaged or cut short ({problem})")
         logger.warning(f"{path} is damaged or cut short ({problem}); the configuration of the checkpoint is used")
         return config_from_dict(dict(saved))
+
+    def read_chosen(self) -> list[str]:
+        """Keys that the user set when the run was made; empty where an earlier version wrote none."""
+        try:
+            found = json.loads((self.path / CHOSEN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return [key for key in found if isinstance(key, str)] if isinstance(found, list) else []
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from training into this folder; ``with`` raises TrainingError if one does."""

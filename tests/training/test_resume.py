@@ -95,6 +95,25 @@ def test_what_is_not_used_is_told_again(tmp_path, capsys):
     assert notes() == ["probe.rows", "optimizer.cooldown"]
 
 
+def test_keys_of_the_users_recipe_that_are_not_used_are_told_again(tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("based_on: best_rq_conformer_tiny\nmodel: {predictor: {depth: 3}}\n")
+    options = ["--runs", str(tmp_path), "--config", str(recipe), "--name", "run", *QUICK, "model.encoder.depth=1"]
+    assert main([*options, "train.steps=1"]) == 0
+    note = "note: model.predictor.depth is not used with model.name=best_rq, which has no predictor"
+    assert capsys.readouterr().out.splitlines().count(note) == 1
+    for step in (2, 3):
+        assert main(["--resume", str(tmp_path / "run"), f"train.steps={step}"]) == 0
+        assert capsys.readouterr().out.splitlines().count(note) == 1
+        (tmp_path / "run" / "chosen.json").write_text(
+            '["train.steps", "model.predictor.depth", "model.predictor.depth"]'
+        )
+    for text in ("", "{}", "[1]"):
+        (tmp_path / "run" / "chosen.json").write_text(text)
+        assert main(["--resume", str(tmp_path / "run")]) == 0
+        assert note not in capsys.readouterr().out
+
+
 def test_a_replaced_file_is_named(tmp_path, capsys):
     folder = tmp_path / "audio"
     folder.mkdir()
@@ -154,7 +173,12 @@ def test_a_full_disk_at_the_start_leaves_the_name_free(tmp_path, monkeypatch, ca
         patch.setattr(Path, "write_text", full)
         with pytest.raises(ConfigError, match="No space left on device"):
             RunFolder.create(tmp_path, "run", config, reuse=True)
-    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "checkpoints",
+        "chosen.json",
+        "config.yaml",
+        "metrics.csv",
+    ]
     assert (run.path / "config.yaml").read_bytes() == before
 
 
