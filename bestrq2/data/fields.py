@@ -234,7 +234,7 @@ def _number(where: str, row: dict[str, Any], names: tuple[str, ...], low: float)
         return None
     try:
         result = float(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         result = float("nan")
     if isinstance(text, bool) or not (isfinite(result) and result >= low):
         name = next(name for name in names if row.get(name) not in (None, ""))
@@ -258,6 +258,8 @@ def _span(where: str, row: dict[str, Any]) -> tuple[float, float | None, float |
         given = [name for name in (*_START, *_END) if name != "offset" and row.get(name) not in (None, "")]
         if given:
             raise ManifestError(f"{where}: onset and {given[0]}: expected onset with offset, or start with end")
+        for name in ("onset", "offset"):
+            _number(where, row, (name,), 0)
         row = {**row, "start": row["onset"], "end": row.get("offset"), "offset": None}
     duration = seconds(_DURATION, ("ms", "duration", "dur"))
     start = seconds(_START, ("start", "offset"))
@@ -331,10 +333,10 @@ def _lhotse(where: str, row: dict[str, Any]) -> dict[str, Any]:
     if recording is not row and len(channels) > 1:
         raise ManifestError(f"{where}: one channel of {len(channels)} is asked for: save the audio first")
     flat: dict[str, Any] = {"path": sources[0].get("source"), "sampling_rate": recording.get("sampling_rate")}
-    total = recording.get("duration")
+    total = _number(where, recording, ("duration",), 0)
     if recording is row:
         return {**flat, "duration": total, "id": row.get("id")}
-    start, duration = row.get("start", 0.0), row.get("duration")
+    start, duration = _number(where, row, ("start",), 0) or 0.0, _number(where, row, ("duration",), 0)
     if start or (duration is not None and total is not None and abs(duration - total) > 1e-6):
         flat |= {"start": start, "end": None if duration is None else start + duration}
     else:

@@ -147,15 +147,17 @@ def length_of_part(where: str, row: dict[str, Any], known: Iterable[str]) -> flo
     """The length of the part of a row, in seconds, for a row with a start that has neither end nor duration.
 
     Raises:
-        ManifestError: for a length whose unit its name leaves open, for two that differ, and for one that is negative.
+        ManifestError: for a length whose unit its name leaves open, for two that differ, and for one that is negative,
+            NaN or infinite.
     """
     lengths = {name: _finite(row[name]) for name in row if is_a_length(name) and name.strip().lower() not in known}
     found: dict[str, float] = {}
     for name, number in lengths.items():
-        if number is not None and not _SECONDS.fullmatch(_words(name)):
-            number = number / 1000 if _MILLISECONDS.fullmatch(_words(name)) else None
-        if number is not None:
-            found[name] = number
+        unit = 1 if _SECONDS.fullmatch(_words(name)) else 1000 if _MILLISECONDS.fullmatch(_words(name)) else None
+        if unit and number is not None:
+            found[name] = number / unit
+        elif unit and _number(row[name]) is not None:
+            raise ManifestError(f"{where}: {name} must be a number > 0, got {row[name]!r}")
     for name, length in found.items():
         if length <= 0:
             raise ManifestError(f"{where}: {name} must be a number > 0, got {row[name]!r}")

@@ -170,21 +170,6 @@ def test_what_is_open_is_refused(tmp_path, text, message):
         read_manifest(tmp_path / "m.csv")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"type": "MixedCut", "tracks": []}, "a MixedCut of Lhotse without one recording"),
-        ({"recording": {"sources": [{"type": "url", "source": "http"}]}}, "expected a Lhotse recording in one file"),
-        ({"audio_filepath": "a.wav", "channel_selector": 1}, "channel_selector = 1 cannot be applied"),
-        ({"path": "a.wav", "offset": "soon"}, "offset must be a number"),
-    ],
-)
-def test_json_that_is_refused(tmp_path, row, message):
-    (tmp_path / "m.jsonl").write_text(rows(row))
-    with pytest.raises(ManifestError, match=message):
-        read_manifest(tmp_path / "m.jsonl")
-
-
 @pytest.mark.parametrize("name", ["recording", "sources"])
 def test_a_label_may_be_called_as_a_key_of_lhotse(tmp_path, name):
     (tmp_path / "m.csv").write_text(f"path,{name}\na.wav,r1\n")

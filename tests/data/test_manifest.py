@@ -1,6 +1,7 @@
 """Folders and manifests: deterministic lists, and errors that name the line."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -115,6 +116,34 @@ def test_jsonl_manifest(tmp_path):
         AudioFile(str(tmp_path / "b.wav")),
         AudioFile(str(tmp_path / "c.wav"), domain="0", label="0"),
     ]
+
+
+NAN = math.nan
+RECORDING = {"sources": [{"type": "file", "source": "a.wav"}], "sampling_rate": 16000, "duration": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"type": "MixedCut", "tracks": []}, "a MixedCut of Lhotse without one recording"),
+        ({"recording": {"sources": [{"type": "url", "source": "http"}]}}, "expected a Lhotse recording in one file"),
+        ({"audio_filepath": "a.wav", "channel_selector": 1}, "channel_selector = 1 cannot be applied"),
+        ({"path": "a.wav", "offset": "soon"}, "offset must be a number"),
+        ({"path": "a.wav", "duration": 10**400}, "m.jsonl:1: duration must be a number >= 0, got 1000"),
+        ({"path": "a.wav", "onset": NAN, "offset": 2.0}, "m.jsonl:1: onset must be a number >= 0, got nan"),
+        ({"path": "a.wav", "onset": 1.0, "offset": NAN}, "m.jsonl:1: offset must be a number >= 0, got nan"),
+        ({"path": "a.wav", "start": 1.0, "length_sec": NAN}, "m.jsonl:1: length_sec must be a number > 0, got nan"),
+        ({"path": "a.wav", "start": 1.0, "len_ms": -math.inf}, "m.jsonl:1: len_ms must be a number > 0, got -inf"),
+        ({"id": "c", "duration": NAN, "recording": RECORDING}, "m.jsonl:1: duration must be a number >= 0, got nan"),
+        ({"id": "c", "recording": RECORDING | {"duration": math.inf}}, "m.jsonl:1: duration .* got inf"),
+        ({"id": "c", "start": "soon", "recording": RECORDING}, "m.jsonl:1: start must be a number >= 0, got 'soon'"),
+        ({"id": "c", "duration": "long", "recording": RECORDING}, "m.jsonl:1: duration must be a number >= 0, got 'l"),
+    ],
+)
+def test_json_that_is_refused(tmp_path, row, message):
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / "m.jsonl")
 
 
 @pytest.mark.parametrize(

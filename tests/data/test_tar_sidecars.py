@@ -75,3 +75,16 @@ def test_numbers_that_no_json_has(tmp_path):
     (again,) = collect(tmp_path / "out")[0]
     assert (again.label, again.domain) == ("", "x")
     assert (tmp_path / "out" / "manifest.csv").read_text().splitlines()[1].endswith(',inf,,"[null, 1, ""-inf""]"')
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1" + "0" * 400])
+def test_numbers_that_are_not_finite_are_told(tmp_path, value):
+    row = f'{{"duration": {value}, "sampling_rate": NaN, "label": "dog", "f0": NaN}}'.encode()
+    source = write_tar(tmp_path / "s.tar", [("a.ogg", clip_bytes(0)), ("a.json", row)])
+    found = find_audio(source)
+    assert [(item.duration, item.sampling_rate, item.label) for item in found.files] == [(None, None, "dog")]
+    shown = {"NaN": "nan", "-Infinity": "-inf"}.get(value, "a larger one than a float holds")
+    assert [skip.detail for skip in found.skips] == [
+        "the .json beside a.ogg: sampling_rate must be a finite number, got nan; it is not used",
+        f"the .json beside a.ogg: duration must be a finite number, got {shown}; it is not used",
+    ]

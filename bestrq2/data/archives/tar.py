@@ -12,11 +12,11 @@ import io
 import json
 import os
 import posixpath
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,8 +35,8 @@ from bestrq2.errors import AudioError, Skip, printable
 __all__ = ["INDEX_SUFFIX", "TarIndex", "TarMember", "list_tar", "open_tar_member", "tar_index"]
 
 INDEX_SUFFIX = ".tar.index.json"
-_FORMAT = "bestrq2 tar index 10"  # 1 replaced letters, 2 to 5 mixed labels up, 6 had no splits, 7 lost lone sidecars
-# 8 had lists as Python's text, 9 took the last of a name that is there twice
+_FORMAT = "bestrq2 tar index 11"  # 1 replaced letters, 2 to 5 mixed labels up, 6 had no splits, 7 lost lone sidecars
+# 8 had lists as Python's text, 9 took the last of a name that is there twice, 10 did not tell of an infinite duration
 _SIDECARS = {"json": 1 << 16, "txt": 1 << 12, "cls": 1 << 12}  # largest size that is read, in bytes
 _USED = ("duration", "seconds", "sampling_rate", "sample_rate", "sr", "domain", "label")
 
@@ -184,7 +184,7 @@ def _build(file: BinaryIO, index: TarIndex, rows: list[dict[str, Any]] | None) -
                     texts[kind] = text
                     shared = shared or (len(clips[key]) > times[name] and not _in_pairs(clips[key], places))
         row = _row(entry.name, texts, index)
-        stated = _stated(row, texts)
+        stated = _stated(entry.name, row, texts, index)
         if rows is not None:
             others = {kind: text for kind, text in texts.items() if text.strip() != stated["label"] and kind != "json"}
             rows.append(others | row)
@@ -247,13 +247,20 @@ def _row(name: str, texts: dict[str, str], index: TarIndex) -> dict[str, Any]:
     return row
 
 
-def _stated(row: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
-    """Fields of a clip from its sidecar files; values of a wrong kind are ignored."""
+def _stated(name: str, row: dict[str, Any], texts: dict[str, str], index: TarIndex) -> dict[str, Any]:
+    """Fields of a clip from its sidecar files; values of a wrong kind are ignored, NaN and infinity are told."""
 
     def number(*columns: str) -> float | None:
-        value = next((row[column] for column in columns if row.get(column) is not None), None)
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0
-        return value if fine else None
+        column = next((column for column in columns if row.get(column) is not None), columns[0])
+        value = row.get(column)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        if not abs(value) <= sys.float_info.max:
+            shown = value if isinstance(value, float) else "a larger one than a float holds"
+            what = f"{column} must be a finite number, got {shown}"
+            index.damage.append(f"the .json beside {name}: {what}; it is not used")
+            return None
+        return value if value > 0 else None
 
     rate = number("sampling_rate", "sample_rate", "sr")
     domain, label = as_json(row.get("domain")), as_json(row.get("label"))
