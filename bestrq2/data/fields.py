@@ -143,6 +143,11 @@ def is_a_channel(column: str, value: Any) -> bool:
         return False
 
 
+def asks_for_first_channel(row: dict[str, Any]) -> bool:
+    """Return True for channel 0, which is all there is of mono audio, and another signal than the mean of more."""
+    return any(name in row and str(row[name]).strip() in ("0", "0.0") for name in ("channel", *_CHANNELS))
+
+
 def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     """The clip of a row.
 

@@ -40,7 +40,8 @@ def kaldi_rows(scp: str | os.PathLike[str]) -> tuple[Path, list[tuple[int, dict[
                 raise ManifestError(f"{segments}:{number}: channel {parts[3]} cannot be chosen, channels are averaged")
             if parts[0] not in places:
                 raise ManifestError(f"{segments}:{number}: {source.name} has no recording {parts[0]!r}")
-            rows.append((number, {"ID": name, "path": places[parts[0]][1], "start": parts[1], "end": parts[2]}))
+            row = {"ID": name, "path": places[parts[0]][1], "start": parts[1], "end": parts[2]}
+            rows.append((number, row | {"channel": "0"} if len(parts) == 4 else row))
     else:
         rows = [(number, {"ID": name, "path": path}) for name, (number, path) in places.items()]
     for _, row in rows:

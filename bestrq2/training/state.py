@@ -45,6 +45,11 @@ class Snapshot:
     averaged: dict[str, Tensor] | None
     extra: dict[str, Any]
 
+    def not_finite(self) -> list[str]:
+        """Names of weights, averaged or not, that hold NaN or infinity."""
+        weights = {**self.weights, **{f"average of {name}": tensor for name, tensor in (self.averaged or {}).items()}}
+        return [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
+
 
 class TrainingState:
     """Model, optimizer, weight average, code usage, loss scale and counters.

@@ -46,6 +46,8 @@ from .training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "Lower optimizer.learning_rate, set optimizer.max_grad_norm=1, or use train.precision=fp32"
+
 
 class Trainer:
     """Trains ``model`` on ``dataset`` into the folder ``run``, from ``checkpoint`` on if there is one.
@@ -309,8 +311,8 @@ class Trainer:
             self._save(wait=last or stopping or failing)
         if self.bad_in_a_row >= settings.max_bad_steps:
             problem = TrainingError(
-                f"{self.bad_in_a_row} steps in a row were not finite: lower optimizer.learning_rate, set "
-                f"optimizer.max_grad_norm=1, or use train.precision=fp32. Checkpoints are in {self.run.checkpoints}."
+                f"{self.bad_in_a_row} steps in a row were not finite. {_REMEDY}. Checkpoints are in "
+                f"{self.run.checkpoints}."
             )
             raise shared(problem)
 
@@ -329,9 +331,22 @@ class Trainer:
                 self.log.write({"step": progress.step, **results})
 
     def _save(self, wait: bool) -> None:
-        """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it."""
+        """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it.
+
+        Raises:
+            TrainingError: weights are not finite. Such checkpoints would push out those that can be used.
+        """
         self.log.flush()
         snapshot = self.state.snapshot(**self.identity)
+        broken = self.ranks.texts("" if snapshot is None else ", ".join(snapshot.not_finite()))[0]
+        if broken:
+            shown = broken if len(broken) < 100 else f"{broken[:100]} ..."
+            raise shared(
+                TrainingError(
+                    f"step {self.state.progress.step}: weights are not finite any more ({shown}): no checkpoint is "
+                    f"written. {_REMEDY}, and continue from an earlier one: {self.run.resume_command()}"
+                )
+            )
         value: float | None = self.since_save.mean_loss if self.since_save.targets else None
         if self.evaluation.validates:
             value = self.evaluation.loss_at(self.state.progress.step)

@@ -98,6 +98,9 @@ def test_parquet(tmp_path):
     files, _ = collect(tmp_path / "*.parquet")
     _check(files, items)
     assert collect(tmp_path)[0] == files  # a folder without audio files
+    unknown = _table(items).set_column(1, "label", pyarrow.array([-1, None, 0, 1, *[-1] * 6]))
+    parquet.write_table(unknown, tmp_path / "unknown.parquet")
+    assert [item.label for item in collect(tmp_path / "unknown.parquet")[0]] == ["", "", "low", "high", *[""] * 6]
     plain = _table(items).replace_schema_metadata(None).rename_columns(["sound", "n", "domain"])
     parquet.write_table(plain, tmp_path / "plain.parquet")
     np.testing.assert_array_equal(load_audio(f"{tmp_path}/plain.parquet::7"), load_audio(items[7].path))

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 
 from bestrq2.data import AudioFile, ManifestError, discover_folder, find_audio, read_manifest, write_manifest
 
@@ -239,3 +241,23 @@ def test_failed_write_leaves_the_old_manifest(tmp_path):
         write_manifest(tmp_path / "m.csv", interrupted())
     assert (tmp_path / "m.csv").read_text() == before
     assert os.listdir(tmp_path) == ["m.csv"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "kaldi"])
+def test_channel_0_of_several_is_refused(tmp_path, form):
+    """A mean of two channels in its place would be another signal, without a word."""
+
+    def written(channels):
+        soundfile.write(tmp_path / "a.wav", np.zeros((16000, channels)), 16000)
+        if form == "kaldi":
+            (tmp_path / "wav.scp").write_text("a a.wav\n")
+            (tmp_path / "segments").write_text("a-1 a 0 0.5 A\n")
+            return tmp_path / "wav.scp", "segments:1"
+        (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "channel": 0}\n')
+        return tmp_path / "m.jsonl", "m.jsonl:1"
+
+    path, _ = written(1)
+    assert [item.path for item in read_manifest(path)] == [str(tmp_path / "a.wav")]
+    path, where = written(2)
+    with pytest.raises(ManifestError, match=f"{where}: channel 0 of 2 cannot be applied, channels are averaged"):
+        read_manifest(path)

@@ -319,7 +319,21 @@ def test_changed_data_is_refused(tmp_path, capsys):
 def test_non_finite_steps_stop_with_advice(tmp_path, capsys):
     blow_up = ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=null", "train.max_bad_steps=2"]
     assert main(["--runs", str(tmp_path), "--name", "bad", *QUICK, *blow_up, "optimizer.warmup=0"]) == 2
-    assert "lower optimizer.learning_rate" in capsys.readouterr().err
+    assert "Lower optimizer.learning_rate" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_push_out_no_checkpoint(tmp_path, capsys):
+    run = tmp_path / "bad"
+    often = ["train.save_every=1", "train.keep_last=2", "train.keep_best=0", "optimizer.max_grad_norm=null"]
+    assert main(["--runs", str(tmp_path), "--name", "bad", *QUICK, *often, "train.steps=2"]) == 0
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    huge = ["optimizer.learning_rate=1e38", "optimizer.warmup=0", "optimizer.schedule=constant", "train.steps=20"]
+    assert main(["--resume", str(run), *huge]) == 2
+    told = capsys.readouterr().err
+    assert "weights are not finite any more (" in told
+    assert f"--resume {run}" in told
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert main(["--resume", str(run), "optimizer.learning_rate=1e-3", "train.steps=3"]) == 0
 
 
 def test_existing_name_is_refused(tmp_path, uninterrupted, capsys):

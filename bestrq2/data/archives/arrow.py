@@ -302,8 +302,8 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
     def cell(value: Any, known: Sequence[str] | None) -> Any:
         if known and isinstance(value, list):
             return [cell(one, known) for one in value]
-        if known and isinstance(value, int) and 0 <= value < len(known):
-            return known[value]
+        if known and isinstance(value, int) and -1 <= value < len(known):
+            return None if value == -1 else known[value]  # -1: no label, for Hugging Face datasets
         return None if isinstance(value, float) and isnan(value) else value
 
     def positive(row: dict[str, Any], column: str) -> float | None:
