@@ -164,10 +164,10 @@ class RandomMasking:
         self.block_rows, self.block_columns, self.kept, self.dispersion = block_rows, block_columns, kept, dispersion
 
     def num_predicted(self, lengths: Tensor, step: int) -> Tensor:
-        """``(B,)`` how many of ``lengths (B,)`` valid tokens each clip has to predict at this step."""
+        """``(B,)`` how many of ``lengths (B,)`` valid tokens each clip has to predict at this step; 0 of 0 or 1."""
         low, high = self.ratio
         ratio = low + (high - low) * uniform(self.seed, step, 0)
-        return whole_share(lengths, ratio).clamp(min=1).minimum(lengths - 1)
+        return whole_share(lengths, ratio).clamp(min=1).minimum((lengths - 1).clamp(min=0))
 
     def plan(
         self,
@@ -190,10 +190,13 @@ class RandomMasking:
                 ``dispersion``, unused without it.
 
         Raises:
-            ValueError: without clips, for lengths that are no whole columns, or missing or wrongly shaped weights.
+            ValueError: without clips, for clips without tokens, for lengths that are no whole columns, or missing or
+                wrongly shaped weights.
         """
         if not len(lengths):
             raise ValueError("expected at least one clip to mask, got none")
+        if bool((lengths < 1).any()):
+            raise ValueError(f"expected at least one token in every clip, got lengths {lengths.tolist()}")
         num_predicted = self.num_predicted(lengths, step)
         num_seen = lengths - num_predicted
         size = int(lengths.max())

@@ -195,3 +195,16 @@ def test_no_clips():
     none = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(ValueError, match="at least one clip"):
         RandomMasking().plan(none, 0, none, "cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"shared_per_batch": True}, {"span_length": 4}, {"block_columns": 2, "kept": True}, {"dispersion": 1}],
+)
+@pytest.mark.parametrize("lengths", [[0], [8, 0, 4], [1, 0], [-3, 4]])
+def test_clips_without_tokens(options, lengths):
+    """Plans had lengths of -1, or an index was out of bounds."""
+    masking, count = RandomMasking(**options), len(lengths)
+    with pytest.raises(ValueError, match=rf"at least one token in every clip, got lengths \{lengths}"):
+        masking.plan(torch.tensor(lengths), 0, torch.arange(count), "cpu", weights=torch.ones(count, 8))
+    assert masking.num_predicted(torch.tensor([0, 1, 2]), 0).tolist() == [0, 0, 1]
