@@ -61,6 +61,10 @@ def depthwise_convolution(
 class MaskedBatchNorm(nn.Module):
     """Batch norm over ``(B, N, D)`` whose statistics leave out padding. Evaluation uses the running statistics.
 
+    It is none of PyTorch's classes: ``torch.optim.swa_utils.update_bn`` passes it by, as its passes without lengths
+    would count padding, and so does ``SyncBatchNorm.convert_sync_batchnorm``. For averaged weights use
+    ``AveragedModel(..., use_buffers=True)``, or let the statistics settle in passes of training mode.
+
     Attributes:
         repeated: of all of them, True while the backward pass repeats a forward pass that they have counted.
     """

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.optim import swa_utils
 
 from bestrq2.config import ConfigError, load_config
+from bestrq2.layers.conformer_convolution import MaskedBatchNorm
 from bestrq2.models import ConformerEncoder, build_encoder, build_model
 
 TINY = [
@@ -233,3 +235,28 @@ def test_bad_settings_name_the_key(override, message):
 def test_impossible_kernel_is_a_config_error():
     with pytest.raises(ConfigError, match="kernel_size must be odd"):
         build_model(load_config("best_rq_conformer_tiny", [*TINY, "model.encoder.conformer.kernel_size=4"]))
+
+
+def test_running_statistics_of_averaged_weights():
+    """Promises of docs/fine_tuning.md: update_bn and the conversion for several ranks pass our batch norm by."""
+    norm = "conv.conv_norm.running_mean"
+    encoder = tiny("best_rq_conformer_tiny", "model.encoder.conformer.conv_norm=batch_norm").encoder.train()
+    waveform, lengths = 0.1 * torch.randn(3, 16000), torch.tensor([16000, 12000, 7000])
+
+    def means(module):
+        return torch.cat([buffer for name, buffer in module.named_buffers() if name.endswith(norm)])
+
+    swa_utils.update_bn([waveform], encoder)
+    assert not means(encoder).any()
+    averaged = swa_utils.AveragedModel(encoder, use_buffers=True)
+    averaged.update_parameters(encoder)
+    with torch.no_grad():
+        encoder.encode(waveform, lengths)
+    averaged.update_parameters(encoder)
+    torch.testing.assert_close(means(averaged), means(encoder) / 2)
+    with torch.no_grad():
+        for _ in range(100):
+            averaged.module.train().encode(waveform, lengths)
+    torch.testing.assert_close(means(averaged), means(encoder) * 10, rtol=1e-3, atol=1e-4)
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    assert sum(isinstance(module, MaskedBatchNorm) for module in converted.modules()) == 2
