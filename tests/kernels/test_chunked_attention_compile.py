@@ -19,8 +19,8 @@ def quick(case):
 
 
 def chosen_cases():
-    """Every configuration on every chip, with all inputs that it is for; with fewer or a key mask as well those of heads
-    of up to 72 channels, and of larger heads every third."""
+    """Every configuration on every chip, with all inputs that it is for; with fewer, or a key mask as well, those of
+    heads of up to 72 channels, and of larger heads every third."""
     turn = 0
     for case in compile_cases():
         entry, *others = case.name.split("-")[1:]
