@@ -22,7 +22,7 @@ def chosen():
                 yield pytest.param(case, sm, id=f"{case.name}-sm_{sm}")
 
 
-@pytest.mark.parametrize(("case", "architecture"), chosen())
+@pytest.mark.parametrize(("case", "architecture"), list(chosen()))
 def test_compiles_without_spills(case, architecture):
     report = compile_for(case, architecture)
     print(
