@@ -1,4 +1,4 @@
-"""What a run takes for the rate of this machine, and what it says of products without hardware."""
+"""The rate of this machine that a run takes, and its notice of products without hardware."""
 
 import logging
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("in_hardware", "measured"), [(False, "float32"), (True, "bfloat16")])
 def test_utilisation_is_never_measured_against_imitated_products(in_hardware, measured, monkeypatch):
-    """One rate of bf16 in software is a hundredth of that of fp32: utilisation of 442 % was seen."""
+    """Products of bf16 in software run at a hundredth of the rate of fp32: utilisation of 442 % was seen."""
     monkeypatch.setattr(hardware, "has_fast_bf16", lambda device: in_hardware)
     monkeypatch.setattr(hardware, "_peak_flops", lambda device, dtype, threads: (1.0, str(dtype or torch.float32)))
     assert hardware.peak_flops(CPU, torch.bfloat16)[1] == f"torch.{measured}"
