@@ -5,7 +5,8 @@ import torch
 
 from bestrq2.data import Batch
 from bestrq2.runs.bad_batches import load_bad_batch
-from bestrq2.runs.checkpoint import BEST, list_checkpoints, read_checkpoint
+from bestrq2.runs.best import BEST
+from bestrq2.runs.checkpoint import list_checkpoints, read_checkpoint
 from bestrq2.train import main
 from bestrq2.training import trainer
 from bestrq2.training.late import Reading
