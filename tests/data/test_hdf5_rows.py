@@ -83,7 +83,7 @@ def test_rows_in_a_certain_order_are_used(tmp_path, name, track_order):
 
 
 def test_orders_that_make_no_difference(tmp_path):
-    """Rows that are all the same, no rows, columns that nobody asked for, and names of hashes."""
+    """Rows that are all the same, no rows, columns that were not asked for, and names of hashes."""
     files, _ = collect(_grouped(tmp_path / "same.h5", COUNTED, domain=["speech"] * 12, other=LABELS))
     assert [item.path.partition("::")[2] for item in files] == sorted(COUNTED)
     assert {item.domain for item in files} == {"speech"}

@@ -183,13 +183,13 @@ def _listed(opened: _Opened, domain: str, columns: bool) -> Listing:
     for number, name in enumerate(rows.names):
         where = address(path, name)
         rate = rates[number] if isinstance(rates, list) else rates
-        said = {column: "" if (found := texts[column]) is None else found[number] for column in LABELS}
+        own = {column: "" if (found := texts[column]) is None else found[number] for column in LABELS}
         count = waveform.shape[1] if not rows.grouped and waveform.ndim == 2 else None
         if rows.grouped:
             clip = waveform[name]
             count = int(clip.shape[0]) if getattr(clip, "ndim", 0) == 1 else 0
             rate = clip_rate(where, clip.attrs, rate)
-            said = {column: label_of_clip(where, clip.attrs, column, text) for column, text in said.items()}
+            own = {column: label_of_clip(where, clip.attrs, column, text) for column, text in own.items()}
         if rate is None and path not in listing.unrated:
             listing.unrated.append(path)
         rate = DEFAULT_SAMPLE_RATE if rate is None else rate
@@ -198,18 +198,18 @@ def _listed(opened: _Opened, domain: str, columns: bool) -> Listing:
             where,
             count / int(rate) if known and count is not None else None,
             int(rate) if known else None,
-            said["domain"] or domain,
-            said["label"],
+            own["domain"] or domain,
+            own["label"],
         )
         if columns:
             row = {column: values[number] for column, values in others.items()}
             if rows.grouped:
                 lose_attributes(waveform[name].attrs, listing.lost)
-            if texts["split"] is None and said["split"]:
-                row["split"] = said["split"]
+            if texts["split"] is None and own["split"]:
+                row["split"] = own["split"]
             item = replace(item, columns=of_archive(row, (), listing.lost))
         listing.files.append(item)
-        listing.splits.append(split_of_row({"split": said["split"]}))
+        listing.splits.append(split_of_row({"split": own["split"]}))
     return listing
 
 

@@ -1,4 +1,4 @@
-"""What an HDF5 file says of its clips beside their samples: sampling rates, labels, further columns.
+"""Sampling rates, labels and further columns of an HDF5 file with clips.
 
 Row arrays have one entry for each clip. The clips of a group have names in place of numbers, and HDF5 gives them in the
 order of text, in which 10 comes before 2, whatever the order in which they were written. A dataset of text with the
