@@ -65,6 +65,13 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
+def multiplies_in_hardware(device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Return True unless matrix products in this dtype (None: fp32) are imitated in fp32, as on older processors."""
+    if dtype == torch.float16 and device.type == "cpu":
+        return getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)()
+    return dtype != torch.bfloat16 or device.type == "mps" or has_fast_bf16(device)
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype, or None for plain fp32.
 
@@ -106,9 +113,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> tuple[float, 
     """FLOP/s that 100 % utilisation (MFU) means here, and where the number comes from.
 
     A known GPU's data sheet, else the best of several matrix products of this process, which takes about half a second
-    the first time.
+    the first time. They are fp32 products where those of ``dtype`` are imitated.
     """
-    return _peak_flops(device, dtype, torch.get_num_threads())
+    return _peak_flops(device, dtype if multiplies_in_hardware(device, dtype) else None, torch.get_num_threads())
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 
 from bestrq2 import ops
 from bestrq2.config import Config
-from bestrq2.hardware import describe_device
+from bestrq2.hardware import describe_device, multiplies_in_hardware
 from bestrq2.models import BestRQ, BestRQ2
 from bestrq2.ops.common.native import extension_obstacle
 from bestrq2.runs.folder import RunFolder
@@ -41,6 +41,8 @@ def describe_run(
     precision = "fp32" if autocast is None else f"{str(autocast).removeprefix('torch.')} autocast"
     say(about)
     say(f"Device: {describe_device(device)}, {precision}; operations: {', '.join(ops.available_backends())}")
+    if not multiplies_in_hardware(device, autocast):
+        say(f"note: matrix products in {str(autocast).removeprefix('torch.')} have no hardware here: fp32 is faster")
     if ranks.size > 1:
         kind = "sharded over (FSDP2)" if config.train.strategy == "fsdp" else "replicated on (DDP)"
         share = config.train.batch_size // ranks.size
