@@ -16,7 +16,7 @@ import soundfile
 import soxr
 
 from bestrq2.data.archives.opening import open_member
-from bestrq2.data.archives.readers import SampleReader, Section
+from bestrq2.data.archives.readers import SAMPLING_RATES, SampleReader, Section
 from bestrq2.data.containers import (
     begins_as_mp3,
     caf_frames,
@@ -43,7 +43,6 @@ __all__ = [
 SILENCE = 1e-4  # -80 dB of full scale, three steps of a 16-bit file
 TRUNCATED_ABOVE = 0.01  # encoders pad and trim the end by some milliseconds; a real cut is larger
 LARGEST_SAMPLE = 2.0**31
-SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 _LOSSY = ("VORBIS", "OPUS", "MPEG")
 _SYSTEM_ERROR = 2  # libsndfile's numbers
 _UNKNOWN_FORMAT = (1, 7)  # the second is what it says of a regular file named .mp3: that there is none

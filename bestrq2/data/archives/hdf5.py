@@ -4,20 +4,31 @@
 (also ``sampling_rate``, ``sampling_frequency``, ``sr``, ``fs``, ``framerate`` or ``rate``, in any spelling such as
 ``Sample Rate``) is an attribute of the file or of ``waveform``, or a dataset of one number or of one for each clip;
 without it 32000 Hz, with a note. Lengths of clips that were padded with zeros are refused. A dataset ``domain``,
-``label`` or ``split`` with one text for each clip is used. Others with a value or a short row for each, such as the
-published ``target`` and ``audio_name``, are further columns. The address of clip i is ``file.h5::i``, in a group its
-name.
+``label`` or ``split`` with one text for each clip is used, or such an attribute of a clip in a group. Other datasets
+with a value or a short row for each, such as the published ``target`` and ``audio_name``, are further columns
+(:mod:`bestrq2.data.archives.hdf5_rows`). The address of clip i is ``file.h5::i``, in a group its name.
 """
 
 import os
 import threading
 from collections import OrderedDict
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from bestrq2.data.archives.readers import SampleReader
+from bestrq2.data.archives.hdf5_rows import (
+    LABELS,
+    Rows,
+    clip_rate,
+    further_columns,
+    label_of_clip,
+    labels,
+    lose_attributes,
+    rates_of_clips,
+)
+from bestrq2.data.archives.readers import SAMPLING_RATES, SampleReader
 from bestrq2.data.columns import of_archive
 from bestrq2.data.files import AudioFile, Listing, address
 from bestrq2.data.splits import split_of_row
@@ -27,15 +38,39 @@ __all__ = ["DEFAULT_SAMPLE_RATE", "list_hdf5", "open_hdf5_clip"]
 
 DEFAULT_SAMPLE_RATE = 32000  # what the published data loader assumes of files that do not state it
 _OPEN_FILES = 16
-_RATES = ("samplerate", "samplingrate", "samplingfrequency", "sr", "fs", "framerate", "rate")  # the first one counts
 _LENGTHS = ("length", "lengths", "num_samples", "n_samples", "waveform_length", "waveform_lengths", "audio_length")
-_LONGEST = 4096  # numbers of a clip that are kept as a column
 
-_files: OrderedDict[tuple[int, str], tuple[tuple[int, int], Any]] = OrderedDict()  # by process: a handle is not forked
+_files: OrderedDict[tuple[int, str], tuple[tuple[int, int], "_Opened"]] = (
+    OrderedDict()
+)  # by process: a handle is not forked
 _lock = threading.RLock()  # HDF5 is not safe in threads
 
 
-def _open(path: str) -> Any:
+class _Opened:
+    """An open file and what its clips share, which is read once."""
+
+    def __init__(self, path: str, file: Any) -> None:
+        self.path, self.file = path, file
+
+    @cached_property
+    def waveform(self) -> Any:
+        return _waveforms(self.file, self.path)
+
+    @cached_property
+    def rows(self) -> Rows:
+        return Rows(self.path, self.file, self.waveform)
+
+    @cached_property
+    def rates(self) -> int | list[Any] | None:
+        return rates_of_clips(self.rows, self.file, self.waveform)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The numbers of the clips of a group by name."""
+        return {name: number for number, name in enumerate(self.rows.names)}
+
+
+def _open(path: str) -> _Opened:
     """The open file, from the few that are kept; opened again if it changed on disk. Call it under the lock."""
     try:
         import h5py
@@ -49,13 +84,13 @@ def _open(path: str) -> Any:
         return _files[key][1]
     if key in _files:
         # Closed first, with all clips: libhdf5 knows an open file by its inode, and would give the old one again.
-        _files.pop(key)[1].close()
+        _files.pop(key)[1].file.close()
     # Without HDF5's file locks, which fail on many network file systems: nothing is written.
-    file = h5py.File(path, "r", locking=False)
-    _files[key] = (stamp, file)
+    opened = _Opened(path, h5py.File(path, "r", locking=False))
+    _files[key] = (stamp, opened)
     while len(_files) > _OPEN_FILES:
         _files.popitem(last=False)  # closed when the last clip of it is gone
-    return file
+    return opened
 
 
 class _Clip:
@@ -98,41 +133,6 @@ def _waveforms(file: Any, path: str) -> Any:
     return waveform
 
 
-def _rates(file: Any, waveform: Any) -> Any:
-    """Sampling rate of all clips, or a dataset of one for each, or None."""
-    for holder in (waveform, file):
-        if (stated := _stated_rate(holder.attrs)) is not None:
-            return int(stated)
-    rates = _stated_rate(file)
-    if rates is None:
-        return None
-    return int(rates[()] if rates.ndim == 0 else rates[0]) if rates.size == 1 else rates
-
-
-def _stated_rate(holder: Any) -> Any:
-    """A sampling rate among attributes or datasets by one of its names, or None."""
-    found = [name for name in holder if _is_rate(holder, name)]
-    return holder[min(found, key=lambda name: _RATES.index(_plain(name)))] if found else None
-
-
-def _is_rate(holder: Any, name: str) -> bool:
-    """Return True for a sampling rate by its name; ``rate`` may be another one, which begins below 1000."""
-    if _plain(name) not in _RATES:
-        return False
-    value = holder[name]
-    if _plain(name) != "rate" or hasattr(value, "keys"):  # a group
-        return not hasattr(value, "keys")
-    try:
-        return float(np.ravel(value[:1] if getattr(value, "ndim", 0) else value)[0]) >= 1000
-    except (TypeError, ValueError, IndexError):
-        return False
-
-
-def _plain(name: str) -> str:
-    """``samplerate`` for ``Sample_Rate``, ``sample-rate`` and so on."""
-    return name.lower().translate({ord(letter): None for letter in " _-"})
-
-
 def _check_padding(file: Any, waveform: Any, path: str) -> None:
     """Refuse clips that were padded to the longest of them: the zeros would be audio.
 
@@ -158,45 +158,9 @@ def list_hdf5(path: str, domain: str = "", *, columns: bool = False) -> Listing:
     """
     with _lock:
         try:
-            file = _open(path)
-            waveform = _waveforms(file, path)
-            grouped = not hasattr(waveform, "shape")
-            if not grouped and waveform.ndim == 2:
-                _check_padding(file, waveform, path)
-            names = sorted(waveform) if grouped else list(range(len(waveform)))
-            rates = _rates(file, waveform)
-            every = rates[()] if hasattr(rates, "shape") else [rates] * len(names)
-            domains, labels, splits = (_texts(file, name, len(names)) for name in ("domain", "label", "split"))
-            if len(every) != len(names):
-                raise AudioError(path, "not decodable", f"{len(every)} sample rates of {len(names)} clips")
-            files, unrated = [], False
-            for number, name in enumerate(names):
-                rate = every[number]
-                count = waveform.shape[1] if not grouped and waveform.ndim == 2 else None
-                if grouped:
-                    count = int(waveform[name].shape[0]) if waveform[name].ndim == 1 else 0
-                    rate = _stated_rate(waveform[name].attrs) or rate
-                unrated = unrated or rate is None
-                rate = DEFAULT_SAMPLE_RATE if rate is None else int(rate)
-                known = count is not None and count > 0 and rate > 0
-                files.append(
-                    AudioFile(
-                        address(path, name),
-                        count / rate if known and count is not None else None,
-                        rate if known else None,
-                        domains[number] or domain,
-                        labels[number],
-                    )
-                )
-            listing = Listing(files, splits=[split_of_row({"split": text}) for text in splits])
-            listing.unrated.extend([path] if unrated else [])
-            if columns:
-                others = _others(file, len(names), listing.lost)
-                for number, item in enumerate(files):
-                    row = {name: values[number] for name, values in others.items()}
-                    files[number] = replace(item, columns=of_archive(row, (), listing.lost))
-            return listing
+            return _listed(_open(path), domain, columns)
         except AudioError as error:
+            _files.pop((os.getpid(), path), None)  # closed, so that it can be mended
             return Listing([], skips=[error.skip])
         except DataError:  # a RuntimeError
             raise
@@ -205,49 +169,48 @@ def list_hdf5(path: str, domain: str = "", *, columns: bool = False) -> Listing:
             return Listing([], skips=[Skip(path, "damaged archive", str(error))])
 
 
-def _texts(file: Any, column: str, count: int) -> list[str]:
-    """One text for each clip, or empty ones if the file has no such dataset.
-
-    Raises:
-        ValueError: for bytes that are not UTF-8.
-    """
-    found = file.get(column)
-    if found is None or getattr(found, "shape", None) != (count,):
-        return [""] * count
-    values = found[()]
-    for number, value in enumerate(values):
-        if isinstance(value, bytes) and not _is_utf8(value):
-            raise ValueError(f"{column} of clip {number} is not UTF-8: {value[:40]!r}; write it as UTF-8")
-    return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values]
-
-
-def _others(file: Any, count: int, lost: list[str]) -> dict[str, list[Any]]:
-    """The datasets that are not used, with a text, a number or a short row of numbers for each clip; names of others
-    are added to ``lost``."""
-    import h5py
-
-    found = {}
-    for name in file:
-        if name in ("waveform", "domain", "label") or _is_rate(file, name):
-            continue
-        values = file[name]
-        fits = isinstance(values, h5py.Dataset) and values.shape[:1] == (count,) and values.size <= _LONGEST * count
-        text = fits and values.ndim == 1 and (h5py.check_string_dtype(values.dtype) or values.dtype.kind == "S")
-        if text:
-            found[name] = _texts(file, name, count)
-        elif fits and values.dtype.kind in "biuf":
-            found[name] = values[()].tolist()
-        else:
-            lost.append(name)
-    return found
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+def _listed(opened: _Opened, domain: str, columns: bool) -> Listing:
+    path, file, waveform, rows, rates = opened.path, opened.file, opened.waveform, opened.rows, opened.rates
+    listing = Listing([])
+    if not rows.grouped and waveform.ndim == 2:
+        _check_padding(file, waveform, path)
+    texts = {column: labels(rows, file, column, listing.notes) for column in LABELS}
+    others = {}
+    if columns:
+        used = [column for column in LABELS if column != "split" and texts[column] is not None]
+        others = further_columns(rows, file, used, listing.lost)
+    low, high = SAMPLING_RATES
+    for number, name in enumerate(rows.names):
+        where = address(path, name)
+        rate = rates[number] if isinstance(rates, list) else rates
+        own = {column: "" if (found := texts[column]) is None else found[number] for column in LABELS}
+        count = waveform.shape[1] if not rows.grouped and waveform.ndim == 2 else None
+        if rows.grouped:
+            clip = waveform[name]
+            count = int(clip.shape[0]) if getattr(clip, "ndim", 0) == 1 else 0
+            rate = clip_rate(where, clip.attrs, rate)
+            own = {column: label_of_clip(where, clip.attrs, column, text) for column, text in own.items()}
+        if rate is None and path not in listing.unrated:
+            listing.unrated.append(path)
+        rate = DEFAULT_SAMPLE_RATE if rate is None else rate
+        known = count is not None and count > 0 and low <= rate <= high  # else a look at the clip tells the fault
+        item = AudioFile(
+            where,
+            count / int(rate) if known and count is not None else None,
+            int(rate) if known else None,
+            own["domain"] or domain,
+            own["label"],
+        )
+        if columns:
+            row = {column: values[number] for column, values in others.items()}
+            if rows.grouped:
+                lose_attributes(waveform[name].attrs, listing.lost)
+            if texts["split"] is None and own["split"]:
+                row["split"] = own["split"]
+            item = replace(item, columns=of_archive(row, (), listing.lost))
+        listing.files.append(item)
+        listing.splits.append(split_of_row({"split": own["split"]}))
+    return listing
 
 
 def open_hdf5_clip(path: str, name: str) -> SampleReader:
@@ -260,23 +223,22 @@ def open_hdf5_clip(path: str, name: str) -> SampleReader:
     where = address(path, name)
     with _lock:
         try:
-            file = _open(path)
-            waveform = _waveforms(file, path)
-            rates = DEFAULT_SAMPLE_RATE if (rates := _rates(file, waveform)) is None else rates
-            if not hasattr(waveform, "shape"):
+            opened = _open(path)
+            file, waveform = opened.file, opened.waveform
+            rates = DEFAULT_SAMPLE_RATE if opened.rates is None else opened.rates
+            if opened.rows.grouped:
                 if name not in waveform:
                     raise AudioError(where, "missing", "no such clip in the file")
                 clip = waveform[name]
                 if getattr(clip, "ndim", 0) != 1 or clip.dtype.kind not in "if" or clip.dtype == np.int64:
                     raise AudioError(where, "not decodable", "not one-dimensional samples")
-                if not isinstance(rates, int):
-                    rates = rates[sorted(waveform).index(name)]
-                return SampleReader(_Clip(file, clip, None), int(_stated_rate(clip.attrs) or rates))
+                rate = rates[opened.places[name]] if isinstance(rates, list) else rates
+                return SampleReader(_Clip(file, clip, None), int(clip_rate(where, clip.attrs, rate)))
             if not (name.isascii() and name.isdigit() and int(name) < len(waveform)):
                 raise AudioError(where, "missing", f"the file has clips 0 to {len(waveform) - 1}")
             number = int(name)
             samples = _Clip(file, waveform, number) if waveform.ndim == 2 else np.asarray(waveform[number])
-            return SampleReader(samples, rates if isinstance(rates, int) else int(rates[number]))
+            return SampleReader(samples, int(rates[number] if isinstance(rates, list) else rates))
         except AudioError as error:
             raise error if error.path == where else AudioError(where, error.reason, error.detail) from error
         except OSError as error:

@@ -6,7 +6,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["SampleReader", "Section"]
+__all__ = ["SAMPLING_RATES", "SampleReader", "Section"]
+
+SAMPLING_RATES = (1000, 1_000_000)  # Hz; outside, a header is damaged and resampling could ask for terabytes
 
 
 class SampleReader:
