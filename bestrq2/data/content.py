@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from bestrq2.data.archives.opening import open_member
@@ -16,7 +16,15 @@ from bestrq2.data.files import AudioFile, split_address
 from bestrq2.errors import BestRQError, counted, printable
 from bestrq2.hashing import mix
 
-__all__ = ["changed_files", "content_digest", "replaced_files", "same_content", "sample_contents"]
+__all__ = [
+    "changed_files",
+    "content_digest",
+    "file_stamp",
+    "replaced_files",
+    "same_content",
+    "sample_contents",
+    "whole_digest",
+]
 
 SAMPLED_FILES = 256
 _PIECE = 4096  # bytes, or samples, at the beginning, in the middle and at the end
@@ -29,6 +37,26 @@ def content_digest(item: AudioFile) -> str:
 
     Rows of Parquet are not looked at ("-"): one row costs the reading of its whole group.
     """
+    return _digest_of(item, lambda size: sorted({0, max(0, size // 2 - _PIECE // 2), max(0, size - _PIECE)}))[:8]
+
+
+def whole_digest(item: AudioFile) -> str:
+    """SHA-256 of all of a file or clip; "-" as for :func:`content_digest`."""
+    return _digest_of(item, lambda size: range(0, size, _PIECE))
+
+
+def file_stamp(item: AudioFile) -> str:
+    """Size and time of the last change of a file, or of the archive with a clip; "-" if it is not there."""
+    parts = None if os.path.lexists(item.path) else split_address(item.path)
+    try:
+        status = os.stat(item.path if parts is None else parts[0])
+        return f"{status.st_size} {status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else _UNKNOWN
+    except (OSError, ValueError):
+        return _UNKNOWN
+
+
+def _digest_of(item: AudioFile, places: Callable[[int], Iterable[int]]) -> str:
+    """Of the size, and of the pieces that begin at ``places(size)``."""
     parts = split_address(item.path)
     if parts is not None and parts[0].lower().endswith(".parquet"):
         return _UNKNOWN
@@ -37,20 +65,20 @@ def content_digest(item: AudioFile) -> str:
             return _UNKNOWN
         file = open_member(item.path) or open(item.path, "rb")  # noqa: SIM115 (closed below)
         if isinstance(file, SampleReader):
-            return _digest(file, file.frames)
+            return _digest(file, file.frames, places)
         with file:
-            return _digest(file, file.seek(0, os.SEEK_END))
+            return _digest(file, file.seek(0, os.SEEK_END), places)
     except (BestRQError, OSError, ValueError):
         return _UNKNOWN
 
 
-def _digest(file: object, size: int) -> str:
+def _digest(file: object, size: int, places: Callable[[int], Iterable[int]]) -> str:
     digest = hashlib.sha256(str(size).encode())
-    for start in sorted({0, max(0, size // 2 - _PIECE // 2), max(0, size - _PIECE)}):
+    for start in places(size):
         file.seek(start)  # type: ignore[attr-defined]
         piece = file.read(_PIECE)  # type: ignore[attr-defined]
         digest.update(piece if isinstance(piece, bytes) else piece.tobytes())
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()
 
 
 def same_content(before: str, after: str) -> bool:

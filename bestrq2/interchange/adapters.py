@@ -211,13 +211,15 @@ class ModuleAdapter(ForeignEncoder):
     Args:
         encoder: the module; its ``sampling_rate``, ``output_dim`` and ``hop_size_in_ms`` are taken over.
         origin: named in errors.
+        code: digest of the file that defines it, where known: other code gives other features of the same weights.
 
     Raises:
         ConfigError: if part of the interface is missing, or features have another shape or rate than it says.
     """
 
-    def __init__(self, encoder: Any, origin: str) -> None:
+    def __init__(self, encoder: Any, origin: str, code: str = "") -> None:
         super().__init__()
+        self.code = code
         if not isinstance(encoder, nn.Module):
             raise ConfigError(f"{origin}: expected a torch.nn.Module, got {type(encoder).__name__}")
         self.xares = not hasattr(encoder, "encode")

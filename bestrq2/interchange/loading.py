@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -66,16 +67,16 @@ def load(
     file, _, name = text.rpartition(".py:")
     encoder: Any
     if file:
-        encoder = ModuleAdapter(_make(_run_file(Path(f"{file}.py")), name, text), text)
+        encoder = _adapted(_run_file(Path(f"{file}.py")), name, text)
     elif text.endswith(".py"):
-        encoder = ModuleAdapter(_make(_run_file(Path(text)), None, text), text)
+        encoder = _adapted(_run_file(Path(text)), None, text)
     elif ":" in text and not Path(text).exists():
         package, name = text.split(":", 1)
         try:
             module = importlib.import_module(package)
         except ImportError as error:
             raise ConfigError(f"{text}: {error}") from error
-        encoder = ModuleAdapter(_make(module, name, text), text)
+        encoder = _adapted(module, name, text)
     elif is_transformers_folder(Path(text)):
         encoder = TransformersEncoder(text, trust_remote_code)
     else:
@@ -107,6 +108,12 @@ def _run_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _adapted(module: ModuleType, name: str | None, source: str) -> ModuleAdapter:
+    file = getattr(module, "__file__", None)
+    code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and os.path.isfile(file) else ""
+    return ModuleAdapter(_make(module, name, source), source, code)
 
 
 def _make(module: ModuleType, name: str | None, source: str) -> Any:

@@ -4,6 +4,7 @@ An encoder file holds the tensors of the encoder under ``encoder.`` and, in its 
 rebuilds it: nothing else is needed to open it, and nothing in it is executable.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from bestrq2.config import Config, ConfigError, config_from_dict, config_to_dict
 from bestrq2.durability import save_file
@@ -22,6 +23,16 @@ from bestrq2.real_content import real_content
 
 CONFIG_ENTRY = "bestrq2_config"  # metadata name under which an encoder file keeps its configuration
 ENCODER = "encoder."
+
+
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of every parameter and buffer."""
+    digest = hashlib.sha256()
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,6 +19,8 @@ from torch import nn
 
 from bestrq2.config import ConfigError
 from bestrq2.data import Skip, iterate_clips
+from bestrq2.data.content import file_stamp
+from bestrq2.interchange.tensors import module_digest
 
 from .experiment import assemble
 from .features import ENCODER, LOG_MEL, RANDOM, Clip, FeatureError, extract, readings, untrained_copy
@@ -56,6 +58,7 @@ class PreparedProbe:
     task: ProbeTask
     labels: LabelledClips
     sampling_rate: int
+    stamps: list[str]  # of the audio files, before they are read
     audio: list[Clip | Skip] | None = None
     baselines: dict[Any, dict[str, float]] = field(default_factory=dict)
 
@@ -69,7 +72,7 @@ class PreparedProbe:
         require_sklearn()
         labels = read_clips(task)
         check_testable(labels, task)
-        return cls(task, labels, sampling_rate)
+        return cls(task, labels, sampling_rate, _stamps(labels))
 
     def source(self) -> Iterator[Clip | Skip]:
         """The decoded clips, from memory after the first time unless they are too many."""
@@ -128,13 +131,14 @@ def run_probe(
 
     The encoder keeps its mode, gradients and buffers, and torch's generators their state; it is encoded in evaluation
     mode, without gradients and without autocast, on the device it is on. Heads are fitted on the CPU. Decoded audio and
-    the baselines of a task are computed once per process and kept until its files of labels change.
+    the baselines of a task are computed once per process and kept until its files of labels or audio change.
 
     Args:
         encoder: with ``encode``, ``sampling_rate`` and ``hop_size_in_ms``, as ours.
         task: None: the 24 clips of the package.
-        untrained: the encoder before training, or a function that builds it, used at the first call alone; None: a copy
-            with weights drawn anew (see :func:`~bestrq2.probing.features.untrained_copy`).
+        untrained: the encoder before training, of which another has baselines of its own; or a function that builds it,
+            called at the first call alone; None: a copy with weights drawn anew (see
+            :func:`~bestrq2.probing.features.untrained_copy`).
         batch_size: clips encoded together.
 
         detailed: return everything below; else only the main metric, its interval and baselines, and chance.
@@ -153,7 +157,8 @@ def run_probe(
     prepared = _prepare(task, int(encoder.sampling_rate))  # type: ignore[arg-type]
     hop = float(encoder.hop_size_in_ms) / 1000  # type: ignore[arg-type]
     with undisturbed(encoder):
-        kind = (hop, repr(encoder))  # another encoder has baselines of its own
+        given = module_digest(untrained) if isinstance(untrained, nn.Module) else callable(untrained)
+        kind = (hop, repr(encoder), given)  # another encoder has baselines of its own
         known = prepared.baselines.get(kind)
         if known is None:
             fresh = untrained() if callable(untrained) and not isinstance(untrained, nn.Module) else untrained
@@ -177,6 +182,10 @@ def _prepare(task: ProbeTask, sampling_rate: int) -> PreparedProbe:
         (os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in (task.path, task.events) if file is not None
     )
     key = (task, sampling_rate, stamps)
-    if key not in _prepared:
+    if key not in _prepared or _prepared[key].stamps != _stamps(_prepared[key].labels):
         _prepared[key] = PreparedProbe.open(task, sampling_rate)
     return _prepared[key]
+
+
+def _stamps(labels: LabelledClips) -> list[str]:
+    return [file_stamp(item) for item in labels.files]

@@ -2,8 +2,9 @@
 
 Every file is cut into consecutive windows of the crop length. A shard holds the windows of 32 files as plain tensors,
 with its SHA-256 in a JSON file beside it that is written last: an interrupted cache goes on where it stopped, and a
-shard that is damaged, incomplete or of files that were replaced is made again. The folder's name depends on the
-encoder's weights and settings, the targets and the list of files.
+shard that is damaged, incomplete or of files that were replaced is made again. Files that have another time are read
+as a whole to tell. The folder's name depends on the encoder's weights and settings, the file with its code where that
+is the user's, the targets and the list of files.
 """
 
 import bisect
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from bestrq2.config import Config, ConfigError
 from bestrq2.console import progress_bar
 from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
-from bestrq2.data.content import content_digest, same_content
+from bestrq2.data.content import content_digest, file_stamp, same_content, whole_digest
 from bestrq2.data.fingerprint import file_list_digest
 from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.adapters import ModuleAdapter
-from bestrq2.interchange.tensors import write_tensors
+from bestrq2.interchange.tensors import module_digest, write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.models import build_encoder
 from bestrq2.models.build import build_quantizer
@@ -36,16 +37,6 @@ logger = logging.getLogger(__name__)
 
 FILES_PER_SHARD = 32
 WINDOWS_AT_ONCE = 8
-
-
-def module_digest(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of every parameter and buffer."""
-    digest = hashlib.sha256()
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for name, tensor in sorted(tensors):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def settings_digest(module: nn.Module) -> str:
@@ -138,7 +129,8 @@ class EmbeddingCache:
 
     Attributes:
         digest: of the weights of the encoder that made it.
-        settings: digest of its settings; "" of a module of others, which may keep anything in its attributes.
+        settings: digest of its settings; of a module of others, which may keep anything in its attributes, that of the
+            file with its code.
         width: D.
         skips: files that could not be read.
     """
@@ -199,16 +191,15 @@ def build_cache(
     groups = [files[start : start + FILES_PER_SHARD] for start in range(0, len(files), FILES_PER_SHARD)]
     for number, group in enumerate(progress_bar(groups, desc="embeddings", unit="shard", disable=quiet)):
         path = folder / f"shard-{number:05d}.safetensors"
-        contents = [content_digest(item) for item in group]
-        record = _verified(path, contents)
+        record = _verified(path, group)
         if record is None:
-            record = _write_shard(path, group, source, targets, crop, device, contents)
+            record = _write_shard(path, group, source, targets, crop, device)
             made += 1
         shards.append(path)
         records.append(record)
     if not quiet:
         logger.info(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
-    settings = "" if isinstance(encoder, ModuleAdapter) else settings
+    settings = encoder.code if isinstance(encoder, ModuleAdapter) else settings
     return EmbeddingCache(shards, records, digest, settings, source.output_dim)
 
 
@@ -220,15 +211,32 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verified(path: Path, contents: list[str]) -> dict[str, Any] | None:
+def _verified(path: Path, files: Sequence[AudioFile]) -> dict[str, Any] | None:
     """The record of a complete shard, or None if it must be made (again): also if its files have other content."""
     try:
         record = json.loads(path.with_suffix(".json").read_bytes())
-        if not all(map(same_content, record.get("contents", contents), contents)):  # not kept by earlier versions
+        if record["sha256"] != _sha256(path):
             return None
-        return record if record["sha256"] == _sha256(path) else None
+        if "stamps" not in record:  # of an earlier version, which kept digests of three pieces of each file, or none
+            before = record.get("contents")
+            return record if before is None or all(map(same_content, before, map(content_digest, files))) else None
+        stamps = [file_stamp(item) for item in files]
+        for item, stamp, known, whole in zip(files, stamps, record["stamps"], record["whole"], strict=True):
+            # What cannot be read now may have been archived; what is only newer may have been copied.
+            if stamp not in ("-", known) and (whole == "-" or whole_digest(item) != whole):
+                return None
+        if stamps != record["stamps"]:
+            record["stamps"] = stamps
+            _write_record(path, record)
+        return record
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(record))
+    partial.replace(path.with_suffix(".json"))
 
 
 def _write_shard(
@@ -238,8 +246,8 @@ def _write_shard(
     targets: Targets,
     crop: int,
     device: torch.device,
-    contents: list[str],
 ) -> dict[str, Any]:
+    stamps, whole = [file_stamp(item) for item in files], [whole_digest(item) for item in files]
     contexts, codes, skips = [], [], []
     shortest = round(2 * targets.seconds * encoder.sampling_rate)
     for item in iterate_clips(files, encoder.sampling_rate, min_seconds=2 * targets.seconds):
@@ -263,8 +271,7 @@ def _write_shard(
     }
     path.with_suffix(".json").unlink(missing_ok=True)
     write_tensors(path, tensors, {})
-    record = {"sha256": _sha256(path), "lengths": [len(rows) for rows in codes], "skips": skips, "contents": contents}
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(record))
-    partial.replace(path.with_suffix(".json"))
+    lengths = [len(rows) for rows in codes]
+    record = {"sha256": _sha256(path), "lengths": lengths, "skips": skips, "stamps": stamps, "whole": whole}
+    _write_record(path, record)
     return record

@@ -16,13 +16,14 @@ from bestrq2.data.fingerprint import data_identity
 from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
 from bestrq2.interchange import load
+from bestrq2.interchange.tensors import module_digest
 from bestrq2.models.build import build_masking
 from bestrq2.models.frozen import FrozenHead
 from bestrq2.runs.checkpoint import Checkpoint
 from bestrq2.runs.folder import RunFolder
 
 from .distributed import Ranks
-from .embedding_cache import EmbeddingCache, build_cache, module_digest
+from .embedding_cache import EmbeddingCache, build_cache
 from .embedding_data import EmbeddingDataset
 from .interrupt import StopSignal
 from .trainer import Trainer
@@ -73,10 +74,11 @@ class HeadTrainer(Trainer):
             )
         # Settings as another version of a library has them may differ in name alone: no reason to refuse.
         settings = dataset.cache.settings
-        if ranks.is_first and checkpoint is not None and checkpoint.extra.get("encoder_settings", settings) != settings:
+        before = "" if checkpoint is None else checkpoint.extra.get("encoder_settings", "")
+        if ranks.is_first and before not in ("", settings):
             logger.warning(
-                f"frozen.source: {config.frozen.source} has the weights that this run began with, but its settings, or "
-                "the versions of its libraries, have changed: its embeddings may be others"
+                f"frozen.source: {config.frozen.source} has the weights that this run began with, but its settings or "
+                "code, or the versions of its libraries, have changed: its embeddings may be others"
             )
         # Neither pictures nor health of an encoder: a head has none.
         measured = replace(config, train=replace(config.train, pictures_every=0, health_every=0))
@@ -109,7 +111,7 @@ class HeadTrainer(Trainer):
             raise ConfigError(f"frozen.source: {source} changed on disk during the run (sha256 {after[:16]})")
         proof = {"source": source, "sha256_before": self.digest, "sha256_after": after}
         (self.run.path / "frozen.json").write_text(json.dumps(proof, indent=1) + "\n")
-        logger.info(f"The encoder is unchanged (sha256 {after[:16]})")
+        logger.info(f"The weights of the encoder are unchanged (sha256 {after[:16]})")
         return code
 
 

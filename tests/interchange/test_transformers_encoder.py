@@ -14,8 +14,8 @@ from bestrq2.config import ConfigError
 from bestrq2.data import tiny_dataset
 from bestrq2.errors import CheckpointError
 from bestrq2.interchange import open_encoder
+from bestrq2.interchange.tensors import module_digest
 from bestrq2.models.readout import averaged_rows, parse_layers
-from bestrq2.training.embedding_cache import module_digest
 
 transformers = pytest.importorskip("transformers")
 

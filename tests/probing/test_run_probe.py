@@ -1,6 +1,7 @@
 """run_probe on an encoder in memory: what it returns, and that it leaves no trace."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -65,12 +66,13 @@ def test_modes_return_after_an_error(encoder):
 
 
 def test_is_a_function_of_weights_and_task(encoder):
-    first = run_probe(encoder, untrained=lambda: untrained_copy(encoder, 3), detailed=True)
+    untrained = untrained_copy(encoder, 3)
+    first = run_probe(encoder, untrained=untrained, detailed=True)
     torch.manual_seed(99)
     np.random.seed(99)
-    second = run_probe(encoder.train(), batch_size=5, detailed=True)
+    second = run_probe(encoder.train(), untrained=untrained, batch_size=5, detailed=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        third = run_probe(encoder, detailed=True)
+        third = run_probe(encoder, untrained=untrained, detailed=True)
     for other in (second, third):
         assert {k: v for k, v in first.items() if k != "seconds"} == pytest.approx(
             {k: v for k, v in other.items() if k != "seconds"}
@@ -83,7 +85,7 @@ def test_is_a_function_of_weights_and_task(encoder):
     assert first["chance"] == pytest.approx(1 / 3)
     main = "balanced_accuracy"
     short = [main, f"{main}_low", f"{main}_high", f"log_mel/{main}", f"random/{main}", "chance"]
-    assert run_probe(encoder) == {name: first[name] for name in short}
+    assert run_probe(encoder, untrained=untrained) == {name: first[name] for name in short}
 
 
 def test_baselines_are_computed_once(encoder, monkeypatch):
@@ -138,6 +140,36 @@ def test_changed_labels_are_read_again(encoder, tmp_path):
     assert run_probe(encoder, task, detailed=True)["clips"] == 16
     manifest.write_text("path,kind\n" + "".join(f"{f.path},{r['domain']}\n" for f, r in rows))
     assert run_probe(encoder, task, detailed=True)["clips"] == 24
+
+
+def test_replaced_audio_is_read_again(encoder, tmp_path):
+    from bestrq2.data.manifest import read_rows
+
+    rows = read_rows(packaged_task().path)
+    files = [shutil.copyfile(file.path, tmp_path / f"{number}.ogg") for number, (file, _) in enumerate(rows)]
+    lines = (f"{file},{row['domain']}\n" for file, (_, row) in zip(files, rows))
+    (tmp_path / "clips.csv").write_text("path,kind\n" + "".join(lines))
+    task = ProbeTask(manifest=str(tmp_path / "clips.csv"), label="kind", head="knn")
+    first = run_probe(encoder, task)
+    for file in files:
+        shutil.copyfile(rows[0][0].path, file)
+    same = run_probe(encoder, task)
+    _prepared.clear()
+    again = run_probe(encoder, task)
+    for values in (first, same, again):
+        values.pop("seconds", None)
+    assert same == again != first
+
+
+def test_another_untrained_encoder_has_other_baselines(encoder):
+    task, zeros = packaged_task(head="knn"), untrained_copy(encoder)
+    with torch.no_grad():
+        for parameter in zeros.parameters():
+            parameter.zero_()
+    first = run_probe(encoder, task, untrained=untrained_copy(encoder))
+    second = run_probe(encoder, task, untrained=zeros)
+    assert first["random/balanced_accuracy"] != second["random/balanced_accuracy"]
+    assert run_probe(encoder, task, untrained=untrained_copy(encoder)) == first
 
 
 def test_choices_without_a_manifest():

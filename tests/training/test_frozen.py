@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from plain_training import leave_out
 
@@ -14,12 +17,12 @@ from bestrq2 import train
 from bestrq2.config import ConfigError, load_config
 from bestrq2.data import tiny_dataset
 from bestrq2.interchange import open_encoder, open_source
-from bestrq2.interchange.tensors import write_encoder_file
+from bestrq2.interchange.tensors import module_digest, write_encoder_file
 from bestrq2.interchange.xares import write_encoder_module
 from bestrq2.models import build_model
 from bestrq2.runs.checkpoint import newest_intact
 from bestrq2.runs.folder import read_metrics
-from bestrq2.training.embedding_cache import align, module_digest
+from bestrq2.training.embedding_cache import align
 
 TARGETS = ["model.front_end.mean=-47", "model.front_end.std=31", "model.targets.codebook_size=32"]
 HEAD = ["model.predictor.depth=1", "model.predictor.width=64", "model.predictor.hidden=96", "train.batch_size=8"]
@@ -163,6 +166,48 @@ def test_embeddings_of_a_replaced_file_are_made_again(encoder_file, tmp_path, ca
     run(tmp_path, "b", encoder_file, "--data", str(tmp_path / "other/audio"), *QUICK, "train.steps=1", cache)
     assert "1 of 1 shards computed" in capsys.readouterr().out
     assert next((tmp_path / "cache").rglob("shard-00000.safetensors")).read_bytes() != first
+
+
+def test_an_edit_in_the_middle_of_a_file_is_noticed(encoder_file, tmp_path, capsys):
+    """Of the same size, and between the pieces that short digests take; a newer file of equal content is no edit."""
+    folder, cache = tmp_path / "audio", f"frozen.cache={tmp_path / 'cache'}"
+    folder.mkdir()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(48000)
+    soundfile.write(folder / "a.wav", noise, 16000)
+    arguments = [encoder_file, "--data", str(folder), *QUICK, "train.steps=1", cache]
+    run(tmp_path, "a", *arguments)
+    capsys.readouterr()
+    os.utime(folder / "a.wav", (1, 1))
+    for name in ("b", "c"):
+        run(tmp_path, name, *arguments)
+        assert "0 of 1 shards computed" in capsys.readouterr().out
+    noise[8000:12000] = 0
+    soundfile.write(folder / "a.wav", noise, 16000)
+    run(tmp_path, "d", *arguments)
+    assert "1 of 1 shards computed" in capsys.readouterr().out
+
+
+CODE = """
+import torch
+class Mine(torch.nn.Module):
+    sampling_rate, output_dim, hop_size_in_ms = 16000, 1, 20.0
+    def encode(self, waveform, lengths):
+        counts = (lengths + 319) // 320
+        padded = torch.nn.functional.pad(waveform, (0, -waveform.shape[1] % 320))
+        return FACTOR * padded.unflatten(1, (-1, 320)).mean(-1, keepdim=True), counts
+"""
+
+
+def test_embeddings_of_other_code_are_made_again(tmp_path, capsys, caplog):
+    source, cache = tmp_path / "mine.py", f"frozen.cache={tmp_path / 'cache'}"
+    source.write_text(CODE.replace("FACTOR", "1.0"))
+    folder = run(tmp_path, "a", f"{source}:Mine", *QUICK, "train.steps=1", cache)
+    capsys.readouterr()
+    source.write_text(CODE.replace("FACTOR", "2.0"))
+    run(tmp_path, "b", f"{source}:Mine", *QUICK, "train.steps=1", cache)
+    assert "1 of 1 shards computed" in capsys.readouterr().out
+    assert train.main(["--resume", str(folder), "train.steps=2"]) == 0
+    assert "its settings or code" in caplog.text
 
 
 @pytest.mark.slow
