@@ -13,15 +13,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bestrq2.data.audio import audio_info
 from bestrq2.data.cells import as_cell
+from bestrq2.data.channels import check_first_channel
 from bestrq2.data.columns import WRITTEN
-from bestrq2.data.fields import asks_for_first_channel, audio_file, known_columns
+from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, to_text
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
 from bestrq2.durability import flush_file, named_in_errors
-from bestrq2.errors import AudioError, ManifestError, check_open_files
+from bestrq2.errors import ManifestError, check_open_files
 
 __all__ = [
     "discover_folder",
@@ -130,20 +130,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, A
     files = [(audio_file(source, line, row), row) for line, row in named]
     if not files:
         raise ManifestError(f"{source}: no rows")
-    asking = ((line, file) for (line, row), (file, _) in zip(named, files) if asks_for_first_channel(row))
-    if (first := next(asking, None)) is not None:
-        _check_mono(f"{source}:{first[0]}", first[1])
+    check_first_channel((f"{source}:{line}", row, file) for (line, row), (file, _) in zip(named, files))
     return files
-
-
-def _check_mono(where: str, file: AudioFile) -> None:
-    """Refuse channel 0 of several, which cannot be chosen. One header tells, for rows of a manifest are alike."""
-    with suppress(AudioError):  # a missing or damaged file is told when it is read
-        if (channels := audio_info(file.path).channels) > 1:
-            raise ManifestError(
-                f"{where}: channel 0 of {channels} cannot be applied, channels are averaged: write such clips to files "
-                "of their own, or remove the column if all channels are meant"
-            )
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[AudioFile]:

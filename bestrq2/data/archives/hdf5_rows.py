@@ -117,7 +117,7 @@ def _by_numbers(names: Sequence[str]) -> list[str] | None:
 
 def _remedy(column: str) -> str:
     if column in LABELS or _plain(column) in _RATES:
-        return f"give each clip's dataset an attribute {column!r}, or write numbers in names with leading zeros"
+        return f"write it as an attribute {column!r} of each clip instead, or write numbers in names with leading zeros"
     return "write numbers in names with leading zeros"
 
 
