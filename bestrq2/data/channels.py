@@ -4,22 +4,18 @@ They cannot be applied, so that such rows are refused. Words under these names, 
 """
 
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from math import isfinite
 from typing import Any, Literal
 
-from bestrq2.data.audio import audio_info
 from bestrq2.data.cells import TwiceError, read_json
-from bestrq2.data.files import AudioFile
-from bestrq2.errors import AudioError, ManifestError
+from bestrq2.errors import ManifestError
 
 __all__ = [
     "CHANNELS",
     "REFUSED",
     "asks_for_first_channel",
     "check_channels",
-    "check_first_channel",
     "is_a_channel",
     "is_neutral",
     "is_of_channels",
@@ -136,24 +132,3 @@ def asks_for_first_channel(row: dict[str, Any]) -> bool:
     if any(name in row and str(row[name]).strip() in _FIRST for name in ("channel", *CHANNELS)):
         return True
     return _is_first(_listed(row.get("channels")) or [])
-
-
-def check_first_channel(rows: Iterable[tuple[str, dict[str, Any], AudioFile]]) -> None:
-    """Refuse channel 0 of several, which cannot be chosen. One header tells, for rows of a list are alike.
-
-    Args:
-        rows: the place of each for a message, its columns and its clip.
-
-    Raises:
-        ManifestError: it names the first row that asks for the channel.
-    """
-    first = next(((where, file) for where, row, file in rows if asks_for_first_channel(row)), None)
-    if first is None:
-        return
-    where, file = first
-    with suppress(AudioError):  # a missing or damaged file is told when it is read
-        if (channels := audio_info(file.path).channels) > 1:
-            raise ManifestError(
-                f"{where}: channel 0 of {channels} cannot be applied, channels are averaged: write such clips to files "
-                "of their own, or remove the column if all channels are meant"
-            )

@@ -13,17 +13,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bestrq2.data.audio import audio_info
 from bestrq2.data.cells import as_cell
-from bestrq2.data.channels import check_first_channel
+from bestrq2.data.channels import asks_for_first_channel
 from bestrq2.data.columns import WRITTEN
 from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, to_text
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
 from bestrq2.durability import flush_file, named_in_errors
-from bestrq2.errors import ManifestError, check_open_files
+from bestrq2.errors import AudioError, ManifestError, check_open_files
 
 __all__ = [
+    "check_first_channel",
     "discover_folder",
     "is_manifest",
     "read_manifest",
@@ -130,8 +132,29 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, A
     files = [(audio_file(source, line, row), row) for line, row in named]
     if not files:
         raise ManifestError(f"{source}: no rows")
-    check_first_channel((f"{source}:{line}", row, file) for (line, row), (file, _) in zip(named, files))
+    places = ((f"{source}:{line}", file) for (line, row), (file, _) in zip(named, files) if asks_for_first_channel(row))
+    check_first_channel(next(places, None))
     return files
+
+
+def check_first_channel(asking: tuple[str, AudioFile] | None) -> None:
+    """Refuse channel 0 of several, which cannot be chosen.
+
+    Args:
+        asking: place and clip of the first row that asks for it. Its header tells for all, for rows are alike.
+
+    Raises:
+        ManifestError: it names the row.
+    """
+    if asking is None:
+        return
+    where, file = asking
+    with suppress(AudioError):  # a missing or damaged file is told when it is read
+        if (channels := audio_info(file.path).channels) > 1:
+            raise ManifestError(
+                f"{where}: channel 0 of {channels} cannot be applied, channels are averaged: write such clips to files "
+                "of their own, or remove the column if all channels are meant"
+            )
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[AudioFile]:

@@ -35,7 +35,7 @@ from bestrq2.data.archives.arrow_columns import (
     path_name,
 )
 from bestrq2.data.cells import as_cell
-from bestrq2.data.channels import asks_for_first_channel, check_first_channel
+from bestrq2.data.channels import asks_for_first_channel
 from bestrq2.data.columns import of_archive, of_manifest
 from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, address
@@ -246,7 +246,7 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         return value if isinstance(value, int | float) and value > 0 else None
 
     files, splits = [], []
-    asking: list[tuple[str, dict[str, Any], AudioFile]] = []
+    asking: tuple[str, AudioFile] | None = None
     # The name matters: audio_filepath with a duration is a part of its file.
     place = table.column.strip().lower() if path_name(table.column) not in ("", "audio") else "path"
     for number in range(table.num_rows):
@@ -258,8 +258,8 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         if outside is not None and outside[number]:
             file = audio_file(Path(path), number, known | {place: outside[number]})
             file = file if table.names_files else replace(file, path=where)
-            if not asking and asks_for_first_channel(known):
-                asking.append((where, known, file))
+            if asking is None and asks_for_first_channel(known):
+                asking = where, file
             files.append(replace(file, columns=of_manifest(known_columns(every), lost)) if columns else file)
             continue
         rate = positive(row, "sampling_rate")
@@ -267,9 +267,8 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         duration = positive(row, "duration")
         file = AudioFile(where, duration, None if rate is None else int(rate), domain, label)
         files.append(replace(file, columns=of_archive(every, USED, lost)) if columns else file)
-    check_first_channel(asking)
     skips = [Skip(path, "damaged archive", table.damage)] if table.damage else []
-    return Listing(files, skips=skips, splits=splits, lost=lost)
+    return Listing(files, skips=skips, splits=splits, lost=lost, asking=asking)
 
 
 def open_arrow_clip(path: str, name: str) -> BinaryIO:
