@@ -155,15 +155,23 @@ class Bf16Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         rounded = weight.to(torch.bfloat16)
         ctx.save_for_backward(x, rounded)
-        return torch.mm(x, rounded.t())
+        return _bf16_product(x, rounded.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("a fused layer")
         x, weight = ctx.saved_tensors
         grad = grad.to(torch.bfloat16)
-        grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
-        return grad_x, torch.mm(grad.t(), x) if ctx.needs_input_grad[1] else None
+        grad_x = _bf16_product(grad, weight) if ctx.needs_input_grad[0] else None
+        return grad_x, _bf16_product(grad.t(), x) if ctx.needs_input_grad[1] else None
+
+
+def _bf16_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` of bf16 matrices, rounded once. A processor without bf16 instructions multiplies in fp32: the library
+    would imitate them a hundred times slower."""
+    if native.extension().bf16_dot() != "none":
+        return torch.mm(a, b)
+    return torch.mm(a.float(), b.float()).to(torch.bfloat16)
 
 
 class Bias(torch.autograd.Function):

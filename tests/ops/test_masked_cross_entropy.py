@@ -187,8 +187,7 @@ def test_fp16_gradients_survive_many_rows(backend, device):
 
 
 @pytest.fixture
-def library_products():
-    """No bf16 instructions, so that the CPU backend uses library products."""
+def no_bf16_instructions():
     if native.extension_obstacle() is not None:
         pytest.skip("needs the C++ extension")
     native.extension().limit_bf16_dot("none")
@@ -196,35 +195,35 @@ def library_products():
     native.extension().limit_bf16_dot("amx")
 
 
-def test_bf16_weight_gradient_is_summed_in_fp32_over_chunks(library_products, monkeypatch):
-    """The fp32 gradient of 64 chunks: rounding the product of each to bf16 would show a hundredfold."""
+@pytest.mark.parametrize("products", ["library", "own"])
+def test_without_bf16_instructions_products_are_those_of_fp32(products, no_bf16_instructions, monkeypatch):
+    """Gradients of 64 chunks under autocast and of bf16 leaves: rounding one product would show a hundredfold."""
     hidden, weight, targets, bias, *_ = make((1024,), 40, 203)
     monkeypatch.setattr(masked_cross_entropy_cpu, "CHUNK_BYTES", 1)
     monkeypatch.setattr(masked_cross_entropy_cpu, "MIN_CHUNK_ROWS", 16)
+    if products == "library":
+        monkeypatch.setattr(masked_cross_entropy_cpu, "is_fused", lambda dtype, features: False)
 
-    def weight_gradient():
-        leaf = weight.detach().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = ops.masked_cross_entropy(hidden, leaf, targets, bias=bias, backend="cpu")
-        return torch.autograd.grad(loss, leaf)[0]
+    def gradients(*leaves, dtype=torch.float32):
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+        loss = ops.masked_cross_entropy(leaves[0], leaves[1], targets, bias=leaves[2], backend="cpu")
+        return torch.autograd.grad(loss, leaves)
 
-    # The same rounded logit gradients, multiplied in float64.
-    pieces = []
-    add = masked_cross_entropy_cpu._WeightGradient.add
+    def errors(found, gold):
+        return [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, gold)]
 
-    def recorded(self, logits, h, **where):
-        pieces.append(logits.double().T @ h.double())
-        add(self, logits, h, **where)
+    def exact(*leaves):
+        leaves = [leaf.double().requires_grad_() for leaf in leaves]
+        loss = F.cross_entropy(leaves[0] @ leaves[1].T + leaves[2], targets)
+        return torch.autograd.grad(loss, leaves)
 
-    monkeypatch.setattr(masked_cross_entropy_cpu._WeightGradient, "add", recorded)
-    grad = weight_gradient()
-    gold = sum(pieces)
-    error, rounded = (
-        (x.double() - gold).norm() / gold.norm() for x in (grad, sum(p.bfloat16().float() for p in pieces))
-    )
-    print(f"{len(pieces)} chunks: error {error:.1e}, with every product rounded to bf16 {rounded:.1e}")
-    assert len(pieces) == 64
-    assert error < 1e-6 < rounded / 100
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(hidden, weight, bias)
+    assert max(errors(found, exact(hidden, weight, bias))) < 2e-6
+    rounded = [leaf.bfloat16() for leaf in (hidden, weight, bias)]
+    found, gold = gradients(*rounded, dtype=torch.bfloat16), exact(*rounded)
+    assert all(x.dtype == torch.bfloat16 for x in found)
+    assert max(errors(found, [x.bfloat16().double() for x in gold])) < 1e-3  # now and then rounded to the other side
 
 
 def test_gradcheck_reference():

@@ -2,7 +2,7 @@
 else library matrix products over chunks of logits that stay in the cache.
 
 for each codebook, for each chunk of masked rows    (rows, V) is the only thing of its size
-    h      = hidden[rows]                           gathered here, in the compute dtype
+    h      = hidden[rows]                           gathered here, in fp32
     logits = h @ weight.T
     logits = softmax gradient, losses, accuracy     in place, one C++ pass that adds the bias
     grad_hidden[rows] += logits @ weight            fp32; with one codebook written, once
@@ -24,9 +24,6 @@ LOSS_CHUNK_LOGITS = 2**21
 
 MIN_CHUNK_ROWS = 128
 """Fewer rows would make the accumulation of the weight gradient a visible cost."""
-
-CLASSES_PER_PRODUCT = 2048
-"""Classes whose bf16 logit gradients are converted to fp32 at a time, on a processor without bf16 dot products."""
 
 
 def chunk_rows(rows: int, num_classes: int, item_bytes: int, most: int = 2**63, *, gradients: bool) -> int:
@@ -62,6 +59,8 @@ def run(
     half = dtype == torch.float16
     if half:
         dtype = torch.float32  # products in fp16 are slower on a CPU than converting to fp32, and less exact
+    if dtype == torch.bfloat16 and native.extension().bf16_dot() == "none":
+        dtype = torch.float32  # likewise where bf16 has no instructions
     rows, codebooks = hidden.shape[0], weight.shape[0]
     losses, correct = torch.zeros(2, codebooks, rows, dtype=torch.float32, device="cpu").unbind()
     row_weights = None if row_weights is None else row_weights.to(torch.float32).contiguous()
@@ -94,19 +93,19 @@ def run(
         )
     else:
         grad_hidden = _RowsGradient(hidden, index, count, codebooks) if wanted[0] else None
-        grad_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=dtypes[1])
+        grad_weight = torch.empty(weight.shape if wanted[1] else 0, dtype=torch.float32, device="cpu")
         grad_bias = torch.zeros(weight.shape[:2] if wanted[2] else 0, dtype=torch.float32, device="cpu")
         for g, of_codebook in enumerate(targets):
             _run_library(
                 hidden,
-                weight[g].to(dtype),
-                None if bias is None else bias[g].to(dtype).float().contiguous(),
+                weight[g].float(),
+                None if bias is None else bias[g].float().contiguous(),
                 of_codebook,
                 index,
                 row_weights if row_weights is None or row_weights.dim() == 1 else row_weights[g],
                 (scale, label_smoothing, z_loss),
                 grad_hidden,
-                _WeightGradient(grad_weight[g], dtype) if wanted[1] else None,
+                grad_weight[g] if wanted[1] else None,
                 grad_bias[g] if wanted[2] else None,
                 losses[g],
                 correct[g],
@@ -126,36 +125,36 @@ def run(
 
 def _run_library(
     hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D) in the dtype of the products
+    weight: Tensor,  # (V, D) fp32
     bias: Tensor | None,  # (V,) fp32 contiguous
     targets: Tensor,  # (N,) contiguous
     index: Tensor | None,  # (M,)
     row_weights: Tensor | None,  # (N,) fp32 contiguous
     options: tuple[float, float, float],  # scale, label_smoothing, z_loss
     grad_hidden: "_RowsGradient | None",
-    grad_weight: "_WeightGradient | None",
+    grad_weight: Tensor | None,  # (V, D) fp32, written
     grad_bias: Tensor | None,  # (V,) fp32 zeros
     losses: Tensor,  # (N,) fp32, written where rows count
     correct: Tensor,  # (N,) fp32, the same
 ) -> None:
     """One codebook, by products of the library over chunks of rows."""
-    num_classes, dtype = weight.shape[0], weight.dtype
+    num_classes = weight.shape[0]
     scale, label_smoothing, z_loss = options
     gradient = any(grad is not None for grad in (grad_hidden, grad_weight, grad_bias))
     count = hidden.shape[0] if index is None else len(index)
-    step = chunk_rows(count, num_classes, dtype.itemsize, gradients=gradient)
-    buffer = torch.empty(min(step, count), num_classes, dtype=dtype, device="cpu")
+    step = chunk_rows(count, num_classes, weight.itemsize, gradients=gradient)
+    buffer = torch.empty(min(step, count), num_classes, dtype=torch.float32, device="cpu")
     for start in range(0, count, step):
         stop = min(start + step, count)
         logits = buffer[: stop - start]  # (rows of the chunk, V)
         chosen = None if index is None else index[start:stop]
-        h = (hidden[start:stop] if chosen is None else hidden.index_select(0, chosen)).to(dtype)
+        h = (hidden[start:stop] if chosen is None else hidden.index_select(0, chosen)).float()
         torch.mm(h, weight.T, out=logits)
         offset = start if chosen is None else 0
         native.extension().softmax_gradient(
             {
                 "logits": logits.data_ptr(),
-                "bf16": dtype == torch.bfloat16,
+                "bf16": False,
                 "rows": stop - start,
                 "classes": num_classes,
                 "index": 0 if chosen is None else chosen.data_ptr(),
@@ -174,9 +173,9 @@ def _run_library(
         if grad_hidden is not None:
             grad_hidden.add(start, stop, logits, weight)
         if grad_weight is not None:
-            grad_weight.add(logits, h, first=start == 0, last=stop == count)
+            torch.addmm(grad_weight, logits.T, h, beta=int(start > 0), out=grad_weight)  # what is new is not read
         if grad_bias is not None:
-            grad_bias += logits.sum(0, dtype=torch.float32)
+            grad_bias += logits.sum(0)
 
 
 class _RowsGradient:
@@ -195,9 +194,7 @@ class _RowsGradient:
         """Add rows ``[start, stop)`` of those that count; every codebook adds them in order."""
         if self.sum is not None:
             part = self.sum[start:stop]
-            if weight.dtype != torch.float32:
-                part.copy_(logits @ weight) if self.added == 0 else part.add_(logits @ weight)
-            elif self.added == 0:
+            if self.added == 0:
                 torch.mm(logits, weight, out=part)
             else:
                 part.addmm_(logits, weight)
@@ -216,35 +213,3 @@ class _RowsGradient:
         if self.index is None:
             return self.grad.copy_(self.sum)
         return self.grad.index_copy_(0, self.index, self.sum.to(self.grad.dtype))
-
-
-class _WeightGradient:
-    """Sum over chunks of ``logits.T @ h``, in fp32 whatever the dtype of the products.
-
-    No CPU product of PyTorch takes bf16 and returns fp32, and rounding the product of every chunk to bf16 would lose
-    what the fp32 sum is for. So bf16 operands are converted; a processor that gets here has no bf16 instructions.
-    """
-
-    def __init__(self, result: Tensor, dtype: torch.dtype) -> None:
-        self.result, self.dtype = result, dtype  # (V, D), fp32 if dtype is
-        self.total: Tensor | None = None
-
-    def add(self, logits: Tensor, h: Tensor, *, first: bool, last: bool) -> None:
-        """Add one chunk: ``logits`` (rows, V) holds its logit gradients, ``h`` (rows, D) its rows."""
-        if first and self.result.dtype == self.dtype and (last or self.dtype == torch.float32):
-            torch.mm(logits.T, h, out=self.result)  # also for the only chunk: one product, rounded once, at its end
-            return
-        if self.dtype == torch.float32:
-            self.result.addmm_(logits.T, h)
-            return
-        if self.total is None:
-            exact = self.result.dtype == torch.float32
-            self.total = (
-                self.result.zero_() if exact else torch.zeros(self.result.shape, dtype=torch.float32, device="cpu")
-            )
-        h = h.float()
-        for begin in range(0, len(self.total), CLASSES_PER_PRODUCT):
-            part = slice(begin, begin + CLASSES_PER_PRODUCT)
-            self.total[part].addmm_(logits[:, part].float().T, h)
-        if last and self.total is not self.result:
-            self.result.copy_(self.total)
