@@ -127,7 +127,9 @@ def _stem(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(_decoded(value) if isinstance(value, bytes) else as_cell(np.asarray(value).tolist()))
+    value = np.ravel(value)[0] if np.size(value) == 1 else value
+    shown = _decoded(value) if isinstance(value, bytes) else as_cell(np.asarray(value).tolist())
+    text = f"{value:g}" if isinstance(value, np.floating) else repr(shown)
     return text if len(text) < 60 else text[:60] + " ..."
 
 
