@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from bestrq2.data.cells import as_json
-from bestrq2.data.fields import CUTS, is_a_channel, is_held, is_known, is_neutral, is_other_audio
+from bestrq2.data.channels import is_a_channel, is_neutral, is_other_audio
+from bestrq2.data.fields import CUTS, is_held, is_known
 from bestrq2.data.files import AudioFile, to_text
 from bestrq2.data.places import check_places, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS

@@ -9,9 +9,10 @@ import re
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bestrq2.data.cells import as_cell
+from bestrq2.data.channels import CHANNELS, REFUSED, check_channels
 from bestrq2.data.files import AudioFile, from_text
 from bestrq2.data.places import check_places, is_a_length, length_of_part, may_hold_a_place
 from bestrq2.data.splits import SPLIT_COLUMNS
@@ -25,25 +26,12 @@ _END = ("end", "stop", "end_time", "stop_time", "end_seconds", "end_sec")
 _DURATION = ("duration", "seconds", "duration_seconds", "duration_sec", "dur")
 _MILLISECONDS = ("ms", "duration_ms", "dur_ms", "duration[ms]", "start_ms", "offset_ms", "end_ms", "stop_ms")
 _PLACED = (*_START, *_END, "onset", "start_ms", "offset_ms", "end_ms", "stop_ms")
-# Numbers under these ask for other audio than the whole mix at its own speed, but for those that are neutral.
-_REFUSED = {
-    "channel": (0, -1),
-    "speed": (1,),
-    "tempo": (1,),
-    "gain": (0, 1),
-    "channel_selector": (),
-    "channels_to_use": (),
-}
-_SELECTORS = ("channel_selector", "channels_to_use")  # of NeMo: words are refused, too
-_FASTEST = 8  # a larger tempo counts beats per minute, a larger speed kilometres an hour
-# Names of a channel that other columns may have, too (the channel of a video): there only a number is refused.
-_CHANNELS = ("ch", "channel_id", "channel_index", "channel_idx", "channel_number")
-_KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *_REFUSED, *_CHANNELS]).union(
+_KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *REFUSED, *CHANNELS]).union(
     ("onset", "domain", "label", "audio", *SPLIT_COLUMNS)
 )
 
 # What an AudioFile holds, and what says nothing beside it (in fairseq's lists).
-_HELD = _KNOWN.difference((*_REFUSED, *_CHANNELS, *SPLIT_COLUMNS)).union(("num_samples",))
+_HELD = _KNOWN.difference((*REFUSED, *CHANNELS, *SPLIT_COLUMNS)).union(("num_samples",))
 CUTS = ("MonoCut", "MixedCut", "PaddingCut", "MultiCut")  # types of Lhotse
 
 
@@ -57,7 +45,7 @@ def is_known(column: str) -> bool:
     """Return True for a name that :func:`audio_file` knows, of a path, a place, a number or a label, whatever its
     value."""
     known = column.strip().lower()
-    return known in _KNOWN and known not in (*_REFUSED, *_CHANNELS)
+    return known in _KNOWN and known not in (*REFUSED, *CHANNELS)
 
 
 def is_held(column: str, row: dict[str, Any]) -> bool:
@@ -89,65 +77,6 @@ def _renamed(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((known, name) for known, name in folded if known in _KNOWN and known not in names)
 
 
-def _check_channels(where: str, row: dict[str, Any]) -> None:
-    for name in (*_REFUSED, *_CHANNELS):
-        if name not in row:
-            continue
-        value = row[name]
-        if is_a_channel(name, value) or is_other_audio(name, value):
-            raise ManifestError(
-                f"{where}: {name} = {value!r} cannot be applied, channels are averaged and played as they are: "
-                "write such clips to files of their own, or rename the column if it says something else, or remove it"
-            )
-
-
-def is_other_audio(column: str, value: Any) -> bool:
-    """Return True for what cannot be applied under a name such as ``channel`` or ``tempo``. Labels ("BBC", 120 beats
-    per minute) and neutral numbers (a gain of 1) are none, and kept as any other column."""
-    known = column.strip().lower()
-    return known in _REFUSED and _means(known, value) == "other audio"
-
-
-def is_neutral(column: str, value: Any) -> bool:
-    """Return True for a number under such a name that leaves the audio as it is."""
-    known = column.strip().lower()
-    return known in _REFUSED and not (value is None or value == "") and _means(known, value) == "nothing"
-
-
-def _means(name: str, value: Any) -> Literal["nothing", "label", "other audio"]:
-    """Tell what a value under a name of ``_REFUSED`` says. Numbers are told by value: 1, 1.0 and "1,0" are one."""
-    text = str(value).strip().lower()
-    if value is None or text in ("", "nan") or (name == "channel_selector" and text == "average"):
-        return "nothing"
-    side = name == "channel" and text in ("left", "right", "l", "r")
-    if name in _SELECTORS or isinstance(value, list | dict) or side:
-        return "other audio"
-    try:
-        number = float(re.sub(r"\s*(?:x|db)$", "", text.replace(",", ".")))  # 0.9x, -3 dB
-    except ValueError:
-        if not isinstance(value, bool):  # "0/1" is no word
-            listed = re.search(r"\d", text) and not re.search(r"[^\W\d_]", text)
-            return "other audio" if listed and name != "tempo" else "label"
-        number = float(value)
-    if number in _REFUSED[name]:
-        return "nothing"
-    return "label" if name in ("tempo", "speed") and number > _FASTEST else "other audio"
-
-
-def is_a_channel(column: str, value: Any) -> bool:
-    """Return True for the number of another channel than the first; -1 is all of them, words are labels."""
-    try:
-        number = float(value) if column.strip().lower() in _CHANNELS and not isinstance(value, bool) else 0.0
-        return isfinite(number) and number not in (0, -1)
-    except (TypeError, ValueError):
-        return False
-
-
-def asks_for_first_channel(row: dict[str, Any]) -> bool:
-    """Return True for channel 0, which is all there is of mono audio, and another signal than the mean of more."""
-    return any(name in row and str(row[name]).strip() in ("0", "0.0") for name in ("channel", *_CHANNELS))
-
-
 def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     """The clip of a row.
 
@@ -162,7 +91,7 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     where = f"{source}:{line}"
     row = _flattened(where, row)
     check_places(where, row, _KNOWN, _first(row, _PLACED) is not None)
-    _check_channels(where, row)
+    check_channels(where, row)
     path = _first(row, PATH_NAMES)
     if path is None:
         what = "the path is empty" if any(name in row for name in PATH_NAMES) else f"no 'path' in {sorted(row)}"

@@ -120,7 +120,7 @@ class Listing:
     ``notes`` are sentences about what was found. ``repeated`` are archives in which clips have the name of an earlier
     one: the address of the first, and their number; ``shared`` those in which clips share several labels. ``splits``
     are those of the files by a column, or empty. ``lost`` are names of columns that were asked for and cannot be kept,
-    ``unrated`` HDF5 files without a sampling rate.
+    ``unrated`` HDF5 files without a sampling rate. ``asking`` is the first row that asks for channel 0, for messages.
     """
 
     files: list[AudioFile]
@@ -133,6 +133,7 @@ class Listing:
     lost: list[str] = field(default_factory=list)
     unrated: list[str] = field(default_factory=list)
     shared: list[tuple[str, int]] = field(default_factory=list)
+    asking: tuple[str, AudioFile] | None = None
 
 
 EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif"})

@@ -15,8 +15,9 @@ from typing import Any
 
 from bestrq2.data.audio import audio_info
 from bestrq2.data.cells import as_cell
+from bestrq2.data.channels import asks_for_first_channel
 from bestrq2.data.columns import WRITTEN
-from bestrq2.data.fields import asks_for_first_channel, audio_file, known_columns
+from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, to_text
 from bestrq2.data.kaldi import kaldi_rows
 from bestrq2.data.tables import is_manifest, rows_of
@@ -24,6 +25,7 @@ from bestrq2.durability import flush_file, named_in_errors
 from bestrq2.errors import AudioError, ManifestError, check_open_files
 
 __all__ = [
+    "check_first_channel",
     "discover_folder",
     "is_manifest",
     "read_manifest",
@@ -130,14 +132,23 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[AudioFile, dict[str, A
     files = [(audio_file(source, line, row), row) for line, row in named]
     if not files:
         raise ManifestError(f"{source}: no rows")
-    asking = ((line, file) for (line, row), (file, _) in zip(named, files) if asks_for_first_channel(row))
-    if (first := next(asking, None)) is not None:
-        _check_mono(f"{source}:{first[0]}", first[1])
+    places = ((f"{source}:{line}", file) for (line, row), (file, _) in zip(named, files) if asks_for_first_channel(row))
+    check_first_channel(next(places, None))
     return files
 
 
-def _check_mono(where: str, file: AudioFile) -> None:
-    """Refuse channel 0 of several, which cannot be chosen. One header tells, for rows of a manifest are alike."""
+def check_first_channel(asking: tuple[str, AudioFile] | None) -> None:
+    """Refuse channel 0 of several, which cannot be chosen.
+
+    Args:
+        asking: place and clip of the first row that asks for it. Its header tells for all, for rows are alike.
+
+    Raises:
+        ManifestError: it names the row.
+    """
+    if asking is None:
+        return
+    where, file = asking
     with suppress(AudioError):  # a missing or damaged file is told when it is read
         if (channels := audio_info(file.path).channels) > 1:
             raise ManifestError(

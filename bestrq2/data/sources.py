@@ -13,7 +13,7 @@ from bestrq2.data.archives.opening import list_archives as read_archives
 from bestrq2.data.audio import audio_info
 from bestrq2.data.columns import of_manifest, together
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
-from bestrq2.data.manifest import discover_folder, is_manifest, read_rows
+from bestrq2.data.manifest import check_first_channel, discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import clip_duration, is_whole
 from bestrq2.data.splits import choose_split, split_of, split_of_row, unknown_splits
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
@@ -88,6 +88,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
         files: list[AudioFile] = []
         splits: list[str | None] = []
         for (path, _), listing in zip(archives, read_archives(archives, progress, columns), strict=True):
+            check_first_channel(listing.asking)
             found.add(replace(listing, files=[]))
             own = listing.splits or [None] * len(listing.files)
             splits += own

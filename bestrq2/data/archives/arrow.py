@@ -14,7 +14,6 @@ import bisect
 import io
 import json
 import os
-import textwrap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,17 +23,27 @@ from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bestrq2.data.archives.arrow_columns import (
+    USED,
+    audio_columns,
+    class_names,
+    columns_to_read,
+    features,
+    is_plain,
+    is_text,
+    no_audio,
+    path_name,
+)
 from bestrq2.data.cells import as_cell
+from bestrq2.data.channels import asks_for_first_channel
 from bestrq2.data.columns import of_archive, of_manifest
-from bestrq2.data.fields import PATH_NAMES, audio_file, is_read, known_columns
+from bestrq2.data.fields import audio_file, known_columns
 from bestrq2.data.files import AudioFile, Listing, address
-from bestrq2.data.places import may_hold_a_place
-from bestrq2.data.splits import SPLIT_COLUMNS, split_of_row
+from bestrq2.data.splits import split_of_row
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, system_reason
 
 __all__ = ["list_arrow", "open_arrow_clip", "saved_dataset_files"]
 
-_USED = ("duration", "sampling_rate", "domain", "label")
 _OPEN_FILES = 64
 _ROW_GROUPS = 4  # kept for each .parquet file
 
@@ -64,7 +73,7 @@ class _Table:
             sizes = [len(batch) for batch in self._batches]
         self._ends = list(accumulate(sizes))
         self.num_rows = self._ends[-1] if self._ends else 0
-        self.column, self.rivals = _audio_columns(self.schema)
+        self.column, self.rivals = audio_columns(self.schema)
 
     def _read_stream(self, pyarrow: Any) -> list[Any]:
         """All record batches of an Arrow stream or file: they stay on disk, mapped into memory."""
@@ -107,7 +116,7 @@ class _Table:
             if entry.name == self.column or entry.name in known:
                 continue
             as_text = pyarrow.types.is_temporal(entry.type) or pyarrow.types.is_decimal(entry.type)
-            if not (as_text or _is_plain(entry.type)):
+            if not (as_text or is_plain(entry.type)):
                 lost.append(entry.name)
                 continue
             try:
@@ -134,14 +143,14 @@ class _Table:
     @property
     def names_files(self) -> bool:
         """Return True if clips go by the names of their files, where these are all there is, and not by row."""
-        return self._parquet is None or _is_text(self.schema.field(self.column).type)
+        return self._parquet is None or is_text(self.schema.field(self.column).type)
 
     def outside(self) -> list[str | None] | None:
         """The path of every row that names a file, None for those with bytes of their own; None if all have them."""
         import pyarrow
 
         kind = self.schema.field(self.column).type
-        if _is_text(kind):
+        if is_text(kind):
             return self.values([self.column])[self.column]
         if not pyarrow.types.is_struct(kind):
             return None
@@ -183,80 +192,6 @@ def _is_closed(source: Any) -> bool:
     return source.read(8) == b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def _is_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return types.is_string(kind) or types.is_large_string(kind)
-
-
-def _is_plain(kind: Any) -> bool:
-    """Return True for a type of truth values, numbers and text, also in lists and structs."""
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
-    if types.is_map(kind) or types.is_union(kind):
-        return False
-    if types.is_nested(kind):
-        return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
-    return (
-        _is_text(kind)
-        or types.is_null(kind)
-        or types.is_boolean(kind)
-        or types.is_integer(kind)
-        or types.is_floating(kind)
-    )
-
-
-def _class_names(feature: Any) -> list[str] | None:
-    """Names of the classes of a column, also of lists of them (``Sequence``, ``List``)."""
-    if isinstance(feature, list):
-        return _class_names(feature[0]) if feature else None
-    if not isinstance(feature, dict):
-        return None
-    return feature.get("names") or _class_names(feature.get("feature"))
-
-
-def _features(schema: Any) -> dict[str, Any]:
-    """Metadata that ``datasets`` wrote about the columns."""
-    try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        return {}
-
-
-def _audio_columns(schema: Any) -> tuple[str, list[str]]:
-    """The name of the column with audio, "" if there is none; and all, if there are several and none is "audio"."""
-    import pyarrow
-
-    marked = [
-        name
-        for name, feature in _features(schema).items()
-        if isinstance(feature, dict) and feature.get("_type") == "Audio" and name in schema.names
-    ]
-    shaped = [
-        field.name
-        for field in schema
-        if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}
-    ]
-    binary = pyarrow.types.is_binary, pyarrow.types.is_large_binary
-    stored = [field.name for field in schema if field.name == "audio" and any(of(field.type) for of in binary)]
-    # As pandas writes a manifest.
-    paths = [field.name for field in schema if _path_name(field.name) and _is_text(field.type)]
-    found = marked or shaped or stored or paths
-    if "audio" in found:
-        return "audio", []
-    return (found[0] if len(found) == 1 else ""), found[1:] and found
-
-
-def _path_name(column: str) -> str:
-    """The name of a manifest's path that a column has, "" if it has none."""
-    known = column.strip().lower()
-    return known if known in (*PATH_NAMES, "audio") else ""
-
-
 def _faults() -> tuple[type[Exception], ...]:
     """Exceptions of reading a damaged file; looked up when something was raised, so pyarrow may be missing."""
     try:
@@ -289,15 +224,15 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         with _lock:
             table = _open(path)
             if not table.column:
-                return Listing([], skips=[Skip(path, "not decodable", _no_audio(table))])
+                return Listing([], skips=[Skip(path, "not decodable", no_audio(table.schema, table.rivals))])
             outside = table.outside()
-            chosen = _columns_to_read(table, outside is not None)
+            chosen = columns_to_read(table.schema, table.column, outside is not None)
             values = table.values(chosen)
             others, lost = table.others(chosen) if columns else ({}, [])
     except _faults() as error:
         check_open_files(error)
         return Listing([], skips=[Skip(path, "damaged archive", str(error).splitlines()[0])])
-    names = {column: _class_names(_features(table.schema).get(column)) for column in (*values, *others)}
+    names = {column: class_names(features(table.schema).get(column)) for column in (*values, *others)}
 
     def cell(value: Any, known: Sequence[str] | None) -> Any:
         if known and isinstance(value, list):
@@ -311,8 +246,9 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         return value if isinstance(value, int | float) and value > 0 else None
 
     files, splits = [], []
+    asking: tuple[str, AudioFile] | None = None
     # The name matters: audio_filepath with a duration is a part of its file.
-    place = table.column.strip().lower() if _path_name(table.column) not in ("", "audio") else "path"
+    place = table.column.strip().lower() if path_name(table.column) not in ("", "audio") else "path"
     for number in range(table.num_rows):
         row = {column: cell(values[column][number], names[column]) for column in values}
         known = known_columns(row)
@@ -322,39 +258,17 @@ def list_arrow(path: str, *, columns: bool = False) -> Listing:
         if outside is not None and outside[number]:
             file = audio_file(Path(path), number, known | {place: outside[number]})
             file = file if table.names_files else replace(file, path=where)
+            if asking is None and asks_for_first_channel(known):
+                asking = where, file
             files.append(replace(file, columns=of_manifest(known_columns(every), lost)) if columns else file)
             continue
         rate = positive(row, "sampling_rate")
         domain, label = (as_cell(row.get(name)) for name in ("domain", "label"))
         duration = positive(row, "duration")
         file = AudioFile(where, duration, None if rate is None else int(rate), domain, label)
-        files.append(replace(file, columns=of_archive(every, _USED, lost)) if columns else file)
+        files.append(replace(file, columns=of_archive(every, USED, lost)) if columns else file)
     skips = [Skip(path, "damaged archive", table.damage)] if table.damage else []
-    return Listing(files, skips=skips, splits=splits, lost=lost)
-
-
-def _no_audio(table: _Table) -> str:
-    if table.rivals:
-        return f"several columns with audio, {', '.join(table.rivals)}: call the one that is meant audio"
-    columns = ", ".join(f"{field.name} ({textwrap.shorten(str(field.type), 60)})" for field in table.schema)
-    return (
-        "no audio column: neither one with the fields bytes and path, nor audio files as binary in a column called "
-        f"audio, nor text called path, file and so on; the columns are {columns}"
-    )
-
-
-def _columns_to_read(table: _Table, of_paths: bool) -> list[str]:
-    import pyarrow
-
-    wanted = is_read if of_paths else lambda name: name in _USED or name.strip().lower() in SPLIT_COLUMNS
-    plain = [
-        field.name
-        for field in table.schema
-        if not pyarrow.types.is_nested(field.type)
-        or (of_paths and may_hold_a_place(field.name))
-        or (field.name == "label" and _is_plain(field.type))
-    ]
-    return [name for name in plain if wanted(name) and name != table.column]
+    return Listing(files, skips=skips, splits=splits, lost=lost, asking=asking)
 
 
 def open_arrow_clip(path: str, name: str) -> BinaryIO:
@@ -369,7 +283,7 @@ def open_arrow_clip(path: str, name: str) -> BinaryIO:
         with _lock:
             table = _open(path)
             if not table.column:
-                raise AudioError(where, "not decodable", _no_audio(table))
+                raise AudioError(where, "not decodable", no_audio(table.schema, table.rivals))
             if not (name.isascii() and name.isdigit() and int(name) < table.num_rows):
                 raise AudioError(where, "missing", f"the file has rows 0 to {table.num_rows - 1}")
             value = table.row(int(name))

@@ -117,7 +117,7 @@ def _by_numbers(names: Sequence[str]) -> list[str] | None:
 
 def _remedy(column: str) -> str:
     if column in LABELS or _plain(column) in _RATES:
-        return f"give each clip's dataset an attribute {column!r}, or write numbers in names with leading zeros"
+        return f"write it as an attribute {column!r} of each clip instead, or write numbers in names with leading zeros"
     return "write numbers in names with leading zeros"
 
 
@@ -127,7 +127,9 @@ def _stem(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(_decoded(value) if isinstance(value, bytes) else as_cell(np.asarray(value).tolist()))
+    value = np.ravel(value)[0] if np.size(value) == 1 else value
+    shown = _decoded(value) if isinstance(value, bytes) else as_cell(np.asarray(value).tolist())
+    text = f"{value:g}" if isinstance(value, np.floating) else repr(shown)
     return text if len(text) < 60 else text[:60] + " ..."
 
 
