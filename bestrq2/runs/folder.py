@@ -55,6 +55,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._listed: dict[int, set[str]] = {}  # lines of the lists of skipped files, by rank
+        self._told: set[str] = set()  # skipped files that this process has warned of
 
     @classmethod
     def create(
@@ -208,10 +209,13 @@ class RunFolder:
         return alone_in(self.path, refusal, ".lock")
 
     def report_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
-        """Append the files that could not be read to ``skipped.txt`` (one per rank) and print a warning."""
+        """Append the files that could not be read to ``skipped.txt`` (one per rank) and print a warning of each, once:
+        a file is drawn again in every epoch. How often is in the log of the run."""
         self.note_skips(skips, rank)
-        for skip in skips:
-            logger.warning(f"skipped {skip}")
+        for text in dict.fromkeys(map(str, skips)):
+            if text not in self._told:
+                self._told.add(text)
+                logger.warning(f"skipped {text}")
 
     def note_skips(self, skips: Sequence[Skip], rank: int = 0) -> None:
         """Append to ``skipped.txt`` alone, for files that were spoken of already; each file and reason once."""

@@ -271,7 +271,7 @@ def _write_shard(
     }
     path.with_suffix(".json").unlink(missing_ok=True)
     write_tensors(path, tensors, {})
-    lengths = [len(rows) for rows in codes]
-    record = {"sha256": _sha256(path), "lengths": lengths, "skips": skips, "stamps": stamps, "whole": whole}
+    record = {"sha256": _sha256(path), "lengths": [len(rows) for rows in codes], "skips": skips}
+    record |= {"stamps": stamps, "whole": whole}
     _write_record(path, record)
     return record

@@ -187,6 +187,17 @@ def test_an_edit_in_the_middle_of_a_file_is_noticed(encoder_file, tmp_path, caps
     assert "1 of 1 shards computed" in capsys.readouterr().out
 
 
+def test_embeddings_of_a_replaced_parquet_are_made_again(encoder_file, tmp_path, capsys):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    arguments = [encoder_file, "--data", str(path), *QUICK, "train.steps=1", f"frozen.cache={tmp_path / 'cache'}"]
+    for number in range(2):  # two clips of equal length
+        parquet.write_table(pyarrow.table({"audio": [Path(tiny_dataset()[number].path).read_bytes()]}), path)
+        for made in (1, 0):
+            run(tmp_path, f"{number}{made}", *arguments)
+            assert f"{made} of 1 shards computed" in capsys.readouterr().out
+
+
 CODE = """
 import torch
 class Mine(torch.nn.Module):

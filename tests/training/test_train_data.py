@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bestrq2.config import load_config
+from bestrq2.config import Config, load_config
 from bestrq2.console import console_log
 from bestrq2.data import collect, tiny_dataset, write_manifest
 from bestrq2.data.shards import pack
-from bestrq2.runs.folder import read_metrics
+from bestrq2.errors import Skip
+from bestrq2.runs.folder import RunFolder, read_metrics
 from bestrq2.train import main
 from bestrq2.training.open_data import open_dataset
 
@@ -192,3 +193,12 @@ def test_some_clips_of_one_patch_are_said(short_clips, tmp_path, caplog):
     found = re.search(r"(\d+) of the first 64 clips are a single patch", caplog.text)
     assert found
     assert 0 < int(found[1]) < 64
+
+
+def test_a_file_that_cannot_be_read_is_told_once(tmp_path, caplog):
+    run, skip = RunFolder.create(tmp_path, "run", Config()), Skip("a.wav", "empty file")
+    for _ in range(3):
+        run.report_skips([skip, skip])
+    run.report_skips([Skip("b.wav", "empty file")])
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["skipped a.wav: empty file", "skipped b.wav: empty file"]
