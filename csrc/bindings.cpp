@@ -105,7 +105,6 @@ bestrq2::QuantizeCuda quantize_cuda_call(const py::dict& values) {
 bestrq2::SoftmaxGradient softmax_gradient_call(const Arguments& arguments) {
   bestrq2::SoftmaxGradient chunk{};
   arguments.read("logits", chunk.logits);
-  arguments.read("bf16", chunk.bf16);
   arguments.read("rows", chunk.rows);
   arguments.read("classes", chunk.classes);
   arguments.read("index", chunk.index);

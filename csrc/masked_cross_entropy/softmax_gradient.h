@@ -15,8 +15,7 @@ namespace bestrq2 {
 //
 // All arithmetic is fp32. Targets must lie in [0, classes).
 struct SoftmaxGradient {
-  void* logits;  // (rows, classes) contiguous, fp32 or bf16
-  bool bf16;
+  float* logits;  // (rows, classes) contiguous
   int64_t rows, classes;
   const int64_t* index;      // (rows) or null
   const int64_t* targets;    // by index

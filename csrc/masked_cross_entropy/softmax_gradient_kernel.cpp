@@ -1,7 +1,7 @@
 // Softmax gradient of rows of logits, in place. Compiled once per instruction set; the loops are written so that the
 // compiler vectorises them (-fopenmp-simd allows it to reorder the marked sums and maxima, and nothing else).
 //
-//   row of products (fp32 or bf16)    scratch (fp32)              row, now the gradient of z
+//   row of products                   scratch                     row, now the gradient of z
 //   +-----------------------+  pass 1 +-------------------+ pass 3 +-----------------------+
 //   | z_0 z_1 ...     z_V-1 | ------> | z + bias, then    | -----> | w (p f - s/V)         |
 //   +-----------------------+ maximum | e = exp(z - max)  |        +-----------------------+
@@ -12,7 +12,6 @@
 #include "masked_cross_entropy/softmax_gradient_kernel.h"
 
 #include "common/exp.h"
-#include "common/half.h"
 
 // No standard library templates here: their inline functions, compiled for AVX-512, could be the copies that the linker
 // keeps for every other file.
@@ -22,28 +21,23 @@ namespace bestrq2 {
 namespace BESTRQ2_ISA {
 namespace {
 
-float widen(float v) { return v; }
-float widen(uint16_t bf16) { return from_bf16(bf16); }
-void narrow(float v, float& out) { out = v; }
-void narrow(float v, uint16_t& out) { out = to_bf16(v); }
-
 // One row; `e` holds its logits, then their exponentials.
-template <class T>
-void row_gradient(const SoftmaxGradient& c, T* z, int64_t target, float weight, float* loss, float* correct, float* e) {
+void row_gradient(const SoftmaxGradient& c, float* z, int64_t target, float weight, float* loss, float* correct,
+                  float* e) {
   const int64_t classes = c.classes;
   const float* bias = c.bias;
   float largest = -__builtin_inff();
   if (bias != nullptr) {
 #pragma omp simd reduction(max : largest)
     for (int64_t v = 0; v < classes; ++v) {
-      const float value = widen(z[v]) + bias[v];
+      const float value = z[v] + bias[v];
       e[v] = value;
       largest = largest > value ? largest : value;
     }
   } else {
 #pragma omp simd reduction(max : largest)
     for (int64_t v = 0; v < classes; ++v) {
-      const float value = widen(z[v]);
+      const float value = z[v];
       e[v] = value;
       largest = largest > value ? largest : value;
     }
@@ -79,25 +73,16 @@ void row_gradient(const SoftmaxGradient& c, T* z, int64_t target, float weight, 
   const float uniform = weight * c.label_smoothing / static_cast<float>(classes);
   const float gradient_at_target = e[target] * factor - uniform - weight * kept;
 #pragma omp simd
-  for (int64_t v = 0; v < classes; ++v) narrow(e[v] * factor - uniform, z[v]);
-  narrow(gradient_at_target, z[target]);
-}
-
-template <class T>
-void rows_of(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch) {
-  for (int64_t r = first; r < last; ++r) {
-    const int64_t i = c.index != nullptr ? c.index[r] : r;
-    const float weight = c.scale * (c.row_weights != nullptr ? c.row_weights[i] : 1.0f);
-    row_gradient(c, static_cast<T*>(c.logits) + r * c.classes, c.targets[i], weight, c.losses + i, c.correct + i,
-                 scratch);
-  }
+  for (int64_t v = 0; v < classes; ++v) z[v] = e[v] * factor - uniform;
+  z[target] = gradient_at_target;
 }
 
 void softmax_gradient(const SoftmaxGradient& c, int64_t first, int64_t last, float* scratch) {
-  if (c.bf16)
-    rows_of<uint16_t>(c, first, last, scratch);
-  else
-    rows_of<float>(c, first, last, scratch);
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t i = c.index != nullptr ? c.index[r] : r;
+    const float weight = c.scale * (c.row_weights != nullptr ? c.row_weights[i] : 1.0f);
+    row_gradient(c, c.logits + r * c.classes, c.targets[i], weight, c.losses + i, c.correct + i, scratch);
+  }
 }
 
 }  // namespace

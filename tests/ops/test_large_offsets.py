@@ -86,7 +86,7 @@ def test_masked_cross_entropy_softmax():
 
     def run(index: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         gradient = logits.clone()
-        options = {"bf16": False, "rows": 3, "classes": 10, "scale": 0.5, "label_smoothing": 0.1, "z_loss": 0.01}
+        options = {"rows": 3, "classes": 10, "scale": 0.5, "label_smoothing": 0.1, "z_loss": 0.01}
         addresses = {"logits": gradient, "index": index, **tensors}
         addresses = {name: x.data_ptr() for name, x in addresses.items()}
         extension().softmax_gradient({**options, **addresses, "gradient": True, "threads": 1})

@@ -154,7 +154,6 @@ def _run_library(
         native.extension().softmax_gradient(
             {
                 "logits": logits.data_ptr(),
-                "bf16": False,
                 "rows": stop - start,
                 "classes": num_classes,
                 "index": 0 if chosen is None else chosen.data_ptr(),
