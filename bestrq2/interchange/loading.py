@@ -134,9 +134,9 @@ def _make(module: ModuleType, name: str | None, source: str) -> Any:
 
 
 def _offered(module: ModuleType, name: str) -> str:
-    """The classes and functions of a module, those of similar names alone where they are many."""
+    """The classes and functions that a module defines, unless they are many, and others of similar names."""
     every = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-    names = [key for key, value in every.items() if getattr(value, "__module__", "") == module.__name__] or [*every]
-    if len(names) > MOST_NAMES:
-        names = difflib.get_close_matches(name, names, MOST_NAMES)
+    own = [key for key, value in every.items() if getattr(value, "__module__", "") == module.__name__]
+    close = difflib.get_close_matches(name, every)
+    names = dict.fromkeys([*own, *close] if len(own) <= MOST_NAMES else close)
     return f"; it has {', '.join(names)}" if names else ""
