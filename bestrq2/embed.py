@@ -336,6 +336,13 @@ def check_results(options: argparse.Namespace) -> None:
         )
 
 
+def _is_constant(features: np.ndarray) -> bool:
+    """Return True if a layer ``(..., frames, width)`` gives every frame the same vector, or a single frame the same number."""
+    frames, width = features.shape[-2:]
+    first = features[..., :1, :] if frames > 1 else features[..., :1]
+    return frames * width > 1 and bool((features == first).all(axis=(-2, -1)).any())
+
+
 def run(
     encoder: AudioEncoder,
     named: list[tuple[str, AudioFile]],
@@ -351,7 +358,7 @@ def run(
     """
     layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
     files, rows = [file for _, file in named], getattr(encoder, "rows", 1)
-    written, skips = 0, []
+    written, constant, skips = 0, 0, []
     with progress_bar(total=len(files), desc="embedding", unit="file") as bar:
         results = embed(encoder, files, batch_size=batch_size, pooling=pooling, **reading)
         for result, (name, file) in zip(results, named):  # to the end of the results, where all may have been refused
@@ -380,11 +387,18 @@ def run(
                 skips.append(Skip(file.path, "not readable", f"no file of its name can be written: {error.strerror}"))
                 continue
             written += 1
+            constant += _is_constant(features)
     for skip in skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
     if not written:
         print(f"error: no file could be embedded ({counted(len(files), 'file')} tried)", file=sys.stderr)
         return 2
+    if constant:
+        print(
+            f"warning: {constant} of {counted(written, 'file')} embedded have constant features, the same in every "
+            "frame: digital silence, or an encoder that learned nothing or diverged",
+            file=sys.stderr,
+        )
     paths = ", ".join(str(path) for path in writer.close())
     print(f"{counted(written, 'file')} embedded, {unusable + len(skips)} skipped: {paths}")
     return 0

@@ -263,6 +263,29 @@ def test_averaged_rows_of_a_grid_are_told(folder, tmp_path, monkeypatch, capsys)
         assert row["rows"] == (rows or ["", joined])[1]
 
 
+@pytest.mark.parametrize("options", [[], ["--layers", "all"]])
+def test_constant_features_are_told(run, folder, tmp_path, monkeypatch, capsys, options):
+    """Those of an encoder that diverged are the same in every frame; one frame of another clip is not constant."""
+    encoder = load(run)
+    intact = encoder.encode_layers
+    monkeypatch.setattr(embed, "open_encoder", lambda *arguments, **options: encoder)
+    command = ["it", str(folder), "--out", str(tmp_path / "out"), "--overwrite", *options]
+
+    def encode_layers(waveform, lengths, *arguments, **options):
+        features, frames = intact(waveform, lengths, *arguments, **options)
+        features[-1, lengths < case["shorter"]] = case["value"]
+        return features, frames
+
+    monkeypatch.setattr(encoder, "encode_layers", encode_layers)
+    case = {}
+    for shorter, value, told in ((0, 0.0, ""), (100, 0.0, "1 of 5"), (10**9, 0.0, "5 of 5"), (10**9, 0.5, "5 of 5")):
+        case.update(shorter=shorter, value=value)
+        assert embed.main(command) == 0
+        error = capsys.readouterr().err
+        assert (f"warning: {told} files embedded have constant features" in error) is bool(told)
+        assert ("constant features" in error) is bool(told)
+
+
 def test_load_is_frozen(run):
     encoder = load(run)
     assert not encoder.training
