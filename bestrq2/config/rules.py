@@ -27,9 +27,13 @@ def check_values(c: Config) -> None:
             ("model.targets.projection", targets.projection != "random"),
             ("model.targets.centroid_steps", targets.centroid_steps > 0),
             ("model.targets.encoder", targets.encoder is not None),
+            ("model.targets.seed_candidates", targets.seed_candidates > 1),
             ("model.mixing.share", mixing.share > 0),
             ("model.clip_weight", c.model.clip_weight > 0),
             ("model.masking.dispersion", masking.dispersion > 0),
+            ("model.masking.shared_per_batch", masking.shared_per_batch),
+            ("model.predictor.attention", c.model.predictor.attention != "full"),
+            ("model.predictor.share", c.model.predictor.share != 1),
         )
         if used
     ]

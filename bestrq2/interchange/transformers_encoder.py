@@ -17,6 +17,7 @@ attention mask and, measured when the folder is opened, a clip has the same feat
 with group norm over time do not).
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -74,6 +75,9 @@ class TransformersEncoder(ForeignEncoder):
         super().__init__()
         self.folder = Path(folder)
         model, self.extractor = _open(self.folder, trust_remote_code)
+        if trust_remote_code and (sources := sorted(self.folder.glob("*.py"))):
+            # Kept with what is cached of this encoder: other code gives other features of the same weights.
+            self.code = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
         self.model = model.eval().requires_grad_(False)

@@ -38,13 +38,11 @@ def build_head(config: Config, input_dim: int) -> FrozenHead:
     masking = build_masking(config.model.masking, config.train.seed)
     if masking.dispersion and not config.frozen.every_frame:
         raise ConfigError("model.masking.dispersion: expected 0 with --frozen-encoder, which has no log-mel patches")
-    return FrozenHead(
-        input_dim,
-        config.model.predictor,
-        targets.codebook_size,
-        targets.num_codebooks,
-        None if config.frozen.every_frame else masking,
-    )
+    masked = None if config.frozen.every_frame else masking
+    try:
+        return FrozenHead(input_dim, config.model.predictor, targets.codebook_size, targets.num_codebooks, masked)
+    except ValueError as error:
+        raise ConfigError(f"model.predictor: {error}") from error
 
 
 def open_frozen(config: Config) -> nn.Module:

@@ -83,6 +83,8 @@ class Saver:
         best = [entry for entry in self._best if entry[1] != snapshot.step]
         if value is not None and value == value:
             best = sorted([*best, (value, snapshot.step)])[: self.settings.keep_best]
+        # While steps are not finite the newest weights may be ruined: nothing is deleted for them.
+        keep_last = 2**31 if snapshot.extra.get("bad_in_a_row") else self.settings.keep_last
         extra = snapshot.extra | {"score": value, "held_out": self.measure.clips}
         try:
             save_checkpoint(
@@ -92,7 +94,7 @@ class Saver:
                 snapshot.training,
                 config_to_dict(self.config),
                 extra,
-                self.settings.keep_last,
+                keep_last,
                 snapshot.averaged,
                 [folder_name(step) for step in (*self._earlier, *(step for _, step in best))],
             )

@@ -31,6 +31,7 @@ class Progress:
     audio_seconds: float = 0.0
     skipped_files: int = 0
     skipped_steps: int = 0
+    bad_in_a_row: int = 0  # steps up to now that were not finite; those that fp16 explains are not counted
     evaluated_step: int = -1  # of the last evaluation, and what it found
     validation_loss: float | None = None
 

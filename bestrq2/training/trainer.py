@@ -11,7 +11,7 @@ from torch import Tensor
 from bestrq2.config import Config
 from bestrq2.data import Batch, DataError, batches
 from bestrq2.data.fingerprint import data_identity
-from bestrq2.errors import CheckpointError, TrainingError
+from bestrq2.errors import CheckpointError, TrainingError, counted
 from bestrq2.hardware import (
     choose_device,
     choose_precision,
@@ -85,7 +85,7 @@ class Trainer:
             accept_bf16_gradients(self.model, config, self.autocast, ranks.size)
         self.identity = ranks.from_first(self._identity)
         self.first_step = self.state.progress.step
-        self.bad_in_a_row = 0
+        self.postponed = False  # a save that was due while steps were not finite
         self.late: Reading | None = None
         self.rate = self.grad_norm = 0.0  # of the last step
         # What cannot be used is refused before anything is written.
@@ -227,7 +227,7 @@ class Trainer:
     def _may_wait(self, reading: Reading) -> bool:
         """Return True if nothing depends on the values of a step before the next one has been queued."""
         number, totals, state = reading.number, reading.totals, self.state
-        steady = state.average is None and not state.scale.enabled and self.bad_in_a_row == 0
+        steady = state.average is None and not state.scale.enabled and state.progress.bad_in_a_row == 0
         due = self._is_logged(number) or number % self.settings.save_every == 0 or self.evaluation.due(number, False)
         return reading.queued and steady and not (due or totals.stops or totals.overdue or totals.failures)
 
@@ -274,13 +274,13 @@ class Trainer:
             if state.average is not None:
                 state.average.update()
             self.since_save.add(totals)
-            self.bad_in_a_row = 0
+            state.progress.bad_in_a_row = 0
             return
         state.progress.skipped_steps += 1
         if explained:
             self._warn(f"step {number}: fp16 overflow, update skipped, loss scale now {state.scale.value:g}")
             return
-        self.bad_in_a_row += 1
+        state.progress.bad_in_a_row += 1
         own = [is_finite(value) for value in self.ranks.gathered(own_loss)]
         if not own[self.ranks.rank] or all(own):  # the rank whose loss it was, or an unknown rank
             path = save_bad_batch(self.run.path, number, self.ranks.rank, reading.batch, own_loss, self.grad_norm)
@@ -307,12 +307,15 @@ class Trainer:
         if not stopping:
             self._evaluate()
         failing = totals.failures > 0
-        if done % settings.save_every == 0 or last or stopping or failing or totals.overdue > 0:
-            self._save(wait=last or stopping or failing)
-        if self.bad_in_a_row >= settings.max_bad_steps:
+        ends, bad = last or stopping or failing, progress.bad_in_a_row
+        due = self.postponed or done % settings.save_every == 0 or totals.overdue > 0
+        # Such steps change no weight, and what they would change may be ruined: they push out no checkpoint.
+        self.postponed = due and bad > 0 and not ends
+        if ends or (due and not bad):
+            self._save(wait=ends)
+        if bad >= settings.max_bad_steps:
             problem = TrainingError(
-                f"{self.bad_in_a_row} steps in a row were not finite. {_REMEDY}. Checkpoints are in "
-                f"{self.run.checkpoints}."
+                f"{bad} steps in a row were not finite. {_REMEDY}. Checkpoints are in {self.run.checkpoints}."
             )
             raise shared(problem)
 
@@ -375,6 +378,11 @@ class Trainer:
         if stop is not None:
             logger.info(f"Stopped by {stop.name} after step {done}; continue with: {self.run.resume_command()}")
             return stop.exit_code
+        if bad := self.state.progress.bad_in_a_row:
+            self._warn(
+                f"the last {counted(bad, 'step')} were not finite and changed nothing: the weights are those of step "
+                f"{done - bad}, and may be ruined. {_REMEDY}"
+            )
         self.run.summarise(report, self.config.frozen.source or self.run.path)
         return 0
 

@@ -115,7 +115,8 @@ class TrainingLog:
             "padding_share": interval.padding_share,
             "audio_seconds": progress.audio_seconds,
             "audio_seconds_per_second": interval.audio_seconds / seconds,
-            "data_wait": interval.waited / seconds / self.ranks.size,
+            # The first batch of an interval is waited for at the end of the one before.
+            "data_wait": min(1.0, interval.waited / seconds / self.ranks.size),
             "mfu": interval.flops / seconds / (self.peak * self.ranks.size),
             **memory,
             "skipped_files": progress.skipped_files,

@@ -34,6 +34,13 @@ class Layered(Coarse):
 class Fast(Coarse):
     hop_size_in_ms = 50.0
 
+class Drifting(Coarse):
+    hop_size_in_ms = 25.0
+    def encode(self, waveform, lengths):
+        count = waveform.shape[1] // 395
+        frames = waveform[:, : 395 * count].unflatten(1, (-1, 395)).square().mean(2)[:, :, None]
+        return frames.expand(-1, -1, self.output_dim), lengths // 395
+
 class Endless(Coarse):
     def encode(self, waveform, lengths):
         features, counts = super().encode(waveform, lengths)
@@ -116,7 +123,8 @@ def test_modules_by_file_and_by_name(module, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Fast", r"hop_size_in_ms is 50, but two more seconds of audio give 20 more frames, expected about 40"),
+        ("Fast", r"hop_size_in_ms is 50, but 2 more seconds of audio give 20 more frames, expected about 40"),
+        ("Drifting", "hop_size_in_ms is 25, but 8 more seconds of audio give 324 more frames, expected about 320"),
         ("Endless", "not finite"),
         ("Wide", "fails on 1 s of noise"),
         ("Silent", "has no encode"),

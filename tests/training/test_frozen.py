@@ -283,6 +283,10 @@ def test_other_sources(encoder_file, tmp_path, monkeypatch, capsys):
         ("torch.nn:Nothing", [], "Nothing"),
         ("missing.py", [], "no such file"),
         ("FILE", ["model.encoder.patch_height=16"], "strips over all bands"),
+        ("FILE", ["model.targets.seed_candidates=5"], "null with model.targets.seed_candidates, which needs"),
+        ("FILE", ["model.predictor.share=0.5"], "null with model.predictor.share, which needs pretraining"),
+        ("FILE", ["model.masking.shared_per_batch=true"], "null with model.masking.shared_per_batch, which needs"),
+        ("FILE", ["model.predictor.depth=0"], "model.predictor: "),
     ],
 )
 def test_refusals(source, overrides, message, encoder_file, tmp_path, capsys):

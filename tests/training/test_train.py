@@ -336,6 +336,24 @@ def test_weights_that_are_not_finite_push_out_no_checkpoint(tmp_path, capsys):
     assert main(["--resume", str(run), "optimizer.learning_rate=1e-3", "train.steps=3"]) == 0
 
 
+def test_steps_that_are_not_finite_push_out_no_checkpoint(tmp_path, capsys, monkeypatch):
+    """Weights of 1e30 are finite, and nothing that is computed with them is."""
+    run = tmp_path / "bad"
+    often = ["train.save_every=1", "train.keep_last=2", "optimizer.warmup=0", "optimizer.schedule=constant"]
+    assert main(["--runs", str(tmp_path), "--name", "bad", *QUICK, *often, "train.steps=2"]) == 0
+    assert main(["--resume", str(run), "optimizer.learning_rate=1e30", "train.steps=8"]) == 0
+    told = capsys.readouterr()
+    assert (
+        "the last 5 steps were not finite and changed nothing: the weights are those of step 3" in told.err + told.out
+    )
+    kept = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert kept == [2, 3, 8]
+    # The count goes on: 5 and 2 more.
+    assert main(["--resume", str(run), "optimizer.learning_rate=1e-3", "train.steps=20", "train.max_bad_steps=7"]) == 2
+    assert "7 steps in a row were not finite. Lower optimizer.learning_rate" in capsys.readouterr().err
+    assert all((run / "checkpoints" / f"step-{step:08d}").is_dir() for step in kept)
+
+
 def test_existing_name_is_refused(tmp_path, uninterrupted, capsys):
     assert main(["--runs", str(uninterrupted.parent), "--name", "whole", *QUICK]) == 2
     assert "use --resume" in capsys.readouterr().err
