@@ -163,7 +163,8 @@ def test_a_refused_encoder_leaves_no_embeddings(encoder_file, tmp_path, nursery)
     assert train.main(arguments) == 2
     assert sorted((folder / "embeddings").rglob("*")) == before
     code, output = nursery.run(tmp_path, arguments, PLAIN, ranks=2)
-    assert code != 0 and "is not the encoder that this run began with" in output, output
+    assert code != 0
+    assert "is not the encoder that this run began with" in output, output
     assert "Embeddings:" not in output
     assert sorted((folder / "embeddings").rglob("*")) == before
 
