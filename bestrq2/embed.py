@@ -26,6 +26,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +44,7 @@ from bestrq2.durability import named_in_errors, whole_file, write_array
 from bestrq2.errors import counted, printable, tabular
 from bestrq2.hardware import choose_device, device_of
 from bestrq2.interchange import AudioEncoder, open_encoder
+from bestrq2.interchange.refusals import Clip, check_some_taken, encode_or_skip
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
 from bestrq2.outputs import add_overwrite, alone_in, busy, check_new
 
@@ -213,32 +215,42 @@ def embed(
 
     Yields:
         (file, features (frames, width) float32, or (layers, frames, width) with ``layers`` and "each", the same pooled
-        over time, seconds), or a Skip for a file that cannot be read.
+        over time, seconds), or a Skip for a file that cannot be read or that an encoder of others refuses.
+
+    Raises:
+        ConfigError: at the end, if the encoder refused every file.
     """
     device = device_of(encoder)  # type: ignore[arg-type]
     wanted = [layer] if layers is None else layers
     joined = "average" if layers is None else combine
     limit = batch_size * _BATCH_SECONDS * encoder.sampling_rate
-    waiting: list[tuple[AudioFile, np.ndarray] | Skip] = []
+    waiting: list[Clip | Skip] = []
+    refused: list[Skip] = []
+    taken = 0
 
-    def encode(waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        rows_of = [torch.from_numpy(waveform) for waveform in waveforms]
+    def encode(clips_of: Sequence[Clip]) -> list[tuple[np.ndarray, np.ndarray]]:
+        lengths = torch.tensor([len(waveform) for _, waveform in clips_of])
+        rows_of = [torch.from_numpy(waveform) for _, waveform in clips_of]
         alone = len(rows_of) == 1  # then without a copy, which may be large
         padded = rows_of[0][None] if alone else torch.nn.utils.rnn.pad_sequence(rows_of, batch_first=True)
         features, frames = encoder.encode(padded.to(device), lengths, layers=wanted, combine=joined, rows=rows)
         clips = pool_frames(features, frames, pooling).cpu().numpy()
-        for row, count in enumerate(frames.tolist()):
-            yield features[..., row, :count, :].cpu().numpy(), clips[..., row, :]
+        counts = enumerate(frames.tolist())
+        return [(features[..., row, :count, :].cpu().numpy(), clips[..., row, :]) for row, count in counts]
 
     def flush() -> Iterator[tuple[AudioFile, np.ndarray, np.ndarray, float] | Skip]:
-        waveforms = [item[1] for item in waiting if not isinstance(item, Skip)]
-        encoded = encode(waveforms) if waveforms else iter(())
+        nonlocal taken
+        readable = [item for item in waiting if not isinstance(item, Skip)]
+        encoded = iter(encode_or_skip(encoder, readable, encode) if readable else ())
         for item in waiting:
             if isinstance(item, Skip):
                 yield item
+            elif isinstance(result := next(encoded), Skip):
+                refused.append(result)
+                yield result
             else:
-                yield item[0], *next(encoded), len(item[1]) / encoder.sampling_rate
+                taken += 1
+                yield item[0], *result, len(item[1]) / encoder.sampling_rate
         waiting.clear()
 
     for item in iterate_clips(files, encoder.sampling_rate):
@@ -250,6 +262,7 @@ def embed(
         if len(waiting) == batch_size:
             yield from flush()
     yield from flush()
+    check_some_taken(refused, taken)
 
 
 @command
@@ -296,6 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("note: --combine is not used: it is for several --layers", file=sys.stderr)
     if note := averaged_rows(encoder, options.rows):
         print(f"note: {note}", file=sys.stderr)
+    made = not options.out.exists()
     options.out.mkdir(parents=True, exist_ok=True)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine}
     reading["rows"] = options.rows
@@ -306,6 +320,9 @@ def main(arguments: list[str] | None = None) -> int:
             return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
         finally:
             writer.discard()
+            if made:
+                with suppress(OSError):  # it holds results
+                    options.out.rmdir()
 
 
 def check_results(options: argparse.Namespace) -> None:
@@ -337,7 +354,7 @@ def run(
     written, skips = 0, []
     with progress_bar(total=len(files), desc="embedding", unit="file") as bar:
         results = embed(encoder, files, batch_size=batch_size, pooling=pooling, **reading)
-        for (name, file), result in zip(named, results):
+        for result, (name, file) in zip(results, named):  # to the end of the results, where all may have been refused
             bar.update()
             if isinstance(result, Skip):
                 skips.append(result)
