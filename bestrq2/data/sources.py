@@ -28,8 +28,8 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _LARGEST_PATTERN = 1_000_000
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst"}
 _EXPECTED = (
-    "a folder, a .csv or .jsonl manifest, .tar shards (also as a pattern such as shards-{000000..000009}.tar), an .h5 "
-    "file, a saved dataset, a .parquet file, or an audio file"
+    "a folder, a .csv or .jsonl manifest, .tar shards, an .h5 file, a saved dataset, a .parquet file, an audio file, or "
+    "a pattern for any of them, such as 'audio/*/*.wav' or 'shards-{000000..000009}.tar'"
 )
 
 
@@ -286,7 +286,7 @@ def _columns_of(item: AudioFile, rows: Iterable[tuple[AudioFile, dict[str, Any]]
 
 
 def _unit_error(path: str, has: str, unit: str, item: AudioFile, columns: dict[str, str], rate: int) -> DataError:
-    """What is wrong with stated times, and what to do with the columns that state them."""
+    """The error on times in another unit, with what to do with the columns that state them."""
     names, verb, them = " and ".join(columns), "is", "the column"
     if len(columns) > 1:
         verb, them = "are", "the columns"

@@ -243,7 +243,7 @@ def test_a_check_makes_no_note_of_what_it_leaves_out_or_corrects(tmp_path, write
 
 
 def test_a_check_tells_of_clips_that_training_may_skip(tmp_path, write_wav, capsys):
-    """How short is too short depends on the model."""
+    """The least length depends on the model."""
     write_wav("a.wav", 1.0)
     arguments = [str(tmp_path), "--out", str(tmp_path / "m.csv"), "--check", "--overwrite"]
     assert main(arguments) == 0
