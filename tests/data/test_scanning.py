@@ -101,7 +101,9 @@ def test_nothing_usable(tmp_path, mixed_folder):
         (mixed_folder / name).unlink()
     with pytest.raises(DataError, match=r"no usable audio in .*audio: found 3 files, 3 skipped: 1 [\s\S]*zero.ogg"):
         collect(mixed_folder, min_seconds=0.5)
-    with pytest.raises(DataError, match="does not exist; expected a folder"):
+    with pytest.raises(
+        DataError, match=r"does not exist; expected a folder, .* a pattern for any of them, such as 'audio/\*/\*\.wav'"
+    ):
         collect(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no audio files in .*empty \(looked for .aif"):
