@@ -28,8 +28,8 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _LARGEST_PATTERN = 1_000_000
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst"}
 _EXPECTED = (
-    "a folder, a .csv or .jsonl manifest, .tar shards, an .h5 file, a saved dataset, a .parquet file, an audio file, or "
-    "a pattern for any of them, such as 'audio/*/*.wav' or 'shards-{000000..000009}.tar'"
+    "a folder, a .csv or .jsonl manifest, .tar shards, an .h5 file, a saved dataset, a .parquet file, an audio file, "
+    "or a pattern for any of them, such as 'audio/*/*.wav' or 'shards-{000000..000009}.tar'"
 )
 
 
