@@ -8,12 +8,13 @@ ENCODER is a run or anything else that ``bestrq2.load`` opens, a local folder of
 encoder file, or FILE.py:NAME or PACKAGE.MODULE:NAME of a module with our ``encode``.
 
 ``--format npy`` writes into OUT: ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width)
-with the frames of each file pooled over time, and ``index.csv``. ``--format parquet`` writes one ``features.parquet``
-with a row per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every block and then the final
-output) or ``middle`` (the two blocks in the middle). ``--combine each`` gives features (layers, frames, width) and
-clips (files, layers, width), in the order given; ``average`` and ``concatenate`` join the layers of a frame. ``--rows
-concatenate`` keeps the frequency axis of 2-D patches; the recipe decides what is done without it. Pooling: ``mean+std``
-(mean and deviation over time, twice as wide), ``mean`` or ``max``.
+with the frames of each file pooled over time, and ``index.csv`` with a row per file in the order of ``clips.npy``. Of a
+manifest with parts of files it has their ``start`` and ``end``, of one with labels the ``label``. ``--format parquet``
+writes one ``features.parquet`` with a row per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every
+block and then the final output) or ``middle`` (the two blocks in the middle). ``--combine each`` gives features
+(layers, frames, width) and clips (files, layers, width), in the order given; ``average`` and ``concatenate`` join the
+layers of a frame. ``--rows concatenate`` keeps the frequency axis of 2-D patches; the recipe decides what is done
+without it. Pooling: ``mean+std`` (mean and deviation over time, twice as wide), ``mean`` or ``max``.
 Files of any length are processed in windows; a file gives the same features alone and in any batch.
 """
 
@@ -337,7 +338,8 @@ def check_results(options: argparse.Namespace) -> None:
 
 
 def _is_constant(features: np.ndarray) -> bool:
-    """Return True if a layer ``(..., frames, width)`` gives every frame the same vector, or a single frame the same number."""
+    """Return True if a layer ``(..., frames, width)`` gives every frame the same vector, or its single frame one
+    number."""
     frames, width = features.shape[-2:]
     first = features[..., :1, :] if frames > 1 else features[..., :1]
     return frames * width > 1 and bool((features == first).all(axis=(-2, -1)).any())
@@ -358,6 +360,7 @@ def run(
     """
     layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
     files, rows = [file for _, file in named], getattr(encoder, "rows", 1)
+    parts, labelled = any(file.is_part for file in files), any(file.label for file in files)
     written, constant, skips = 0, 0, []
     with progress_bar(total=len(files), desc="embedding", unit="file") as bar:
         results = embed(encoder, files, batch_size=batch_size, pooling=pooling, **reading)
@@ -379,6 +382,10 @@ def run(
                 "rows": "" if rows == 1 else reading["rows"] or getattr(encoder, "join_rows", "average"),
                 "pooling": pooling,
             }
+            if parts:  # of the file, in seconds
+                record |= {"start": file.start, "end": file.start + seconds if file.end is None else file.end}
+            if labelled:
+                record["label"] = file.label
             try:
                 writer.add(record, features, clip)
             except OSError as error:

@@ -169,6 +169,21 @@ def test_parts_of_a_file_are_told_apart(run, tmp_path):
         assert [row["name"] for row in csv.DictReader(file)] == ["a.wav@0.000-1.000", "a.wav", "a.wav@0.000-2.000"]
 
 
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_places_and_labels_are_in_the_index(run, tmp_path, format):
+    pytest.importorskip("pyarrow")
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 48000), 16000)
+    (tmp_path / "m.csv").write_text("path,start,end,label\na.wav,0.5,1,dog\na.wav,2.5,,\na.wav,,,cat\n")
+    out = tmp_path / "out"
+    assert embed.main([str(run), str(tmp_path / "m.csv"), "--out", str(out), "--format", format]) == 0
+    if format == "npy":
+        rows = list(csv.DictReader((out / "index.csv").read_text().splitlines()))
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(out / "features.parquet").to_pylist()
+    found = [(float(row["start"]), float(row["end"]), row["label"]) for row in rows]
+    assert found == [(0.5, 1.0, "dog"), (2.5, 3.0, ""), (0.0, 3.0, "cat")]
+
+
 def test_layers_and_pooling(run, folder, tmp_path):
     for name, options in (
         ("all", ["--layers", "all", "--pool", "mean+std"]),
