@@ -8,12 +8,13 @@ ENCODER is a run or anything else that ``bestrq2.load`` opens, a local folder of
 encoder file, or FILE.py:NAME or PACKAGE.MODULE:NAME of a module with our ``encode``.
 
 ``--format npy`` writes into OUT: ``features/<name>.npy`` (frames, width) for every file, ``clips.npy`` (files, width)
-with the frames of each file pooled over time, and ``index.csv``. ``--format parquet`` writes one ``features.parquet``
-with a row per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every block and then the final
-output) or ``middle`` (the two blocks in the middle). ``--combine each`` gives features (layers, frames, width) and
-clips (files, layers, width), in the order given; ``average`` and ``concatenate`` join the layers of a frame. ``--rows
-concatenate`` keeps the frequency axis of 2-D patches; the recipe decides what is done without it. Pooling: ``mean+std``
-(mean and deviation over time, twice as wide), ``mean`` or ``max``.
+with the frames of each file pooled over time, and ``index.csv`` with a row per file in the order of ``clips.npy``. Of a
+manifest with parts of files it has their ``start`` and ``end``, of one with labels the ``label``. ``--format parquet``
+writes one ``features.parquet`` with a row per file. ``--layers`` takes block numbers and ``final``, or ``all`` (every
+block and then the final output) or ``middle`` (the two blocks in the middle). ``--combine each`` gives features
+(layers, frames, width) and clips (files, layers, width), in the order given; ``average`` and ``concatenate`` join the
+layers of a frame. ``--rows concatenate`` keeps the frequency axis of 2-D patches; the recipe decides what is done
+without it. Pooling: ``mean+std`` (mean and deviation over time, twice as wide), ``mean`` or ``max``.
 Files of any length are processed in windows; a file gives the same features alone and in any batch.
 """
 
@@ -26,6 +27,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +45,7 @@ from bestrq2.durability import named_in_errors, whole_file, write_array
 from bestrq2.errors import counted, printable, tabular
 from bestrq2.hardware import choose_device, device_of
 from bestrq2.interchange import AudioEncoder, open_encoder
+from bestrq2.interchange.refusals import Clip, check_some_taken, encode_or_skip
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
 from bestrq2.outputs import add_overwrite, alone_in, busy, check_new
 
@@ -213,32 +216,42 @@ def embed(
 
     Yields:
         (file, features (frames, width) float32, or (layers, frames, width) with ``layers`` and "each", the same pooled
-        over time, seconds), or a Skip for a file that cannot be read.
+        over time, seconds), or a Skip for a file that cannot be read or that an encoder of others refuses.
+
+    Raises:
+        ConfigError: at the end, if the encoder refused every file.
     """
     device = device_of(encoder)  # type: ignore[arg-type]
     wanted = [layer] if layers is None else layers
     joined = "average" if layers is None else combine
     limit = batch_size * _BATCH_SECONDS * encoder.sampling_rate
-    waiting: list[tuple[AudioFile, np.ndarray] | Skip] = []
+    waiting: list[Clip | Skip] = []
+    refused: list[Skip] = []
+    taken = 0
 
-    def encode(waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        rows_of = [torch.from_numpy(waveform) for waveform in waveforms]
+    def encode(clips_of: Sequence[Clip]) -> list[tuple[np.ndarray, np.ndarray]]:
+        lengths = torch.tensor([len(waveform) for _, waveform in clips_of])
+        rows_of = [torch.from_numpy(waveform) for _, waveform in clips_of]
         alone = len(rows_of) == 1  # then without a copy, which may be large
         padded = rows_of[0][None] if alone else torch.nn.utils.rnn.pad_sequence(rows_of, batch_first=True)
         features, frames = encoder.encode(padded.to(device), lengths, layers=wanted, combine=joined, rows=rows)
         clips = pool_frames(features, frames, pooling).cpu().numpy()
-        for row, count in enumerate(frames.tolist()):
-            yield features[..., row, :count, :].cpu().numpy(), clips[..., row, :]
+        counts = enumerate(frames.tolist())
+        return [(features[..., row, :count, :].cpu().numpy(), clips[..., row, :]) for row, count in counts]
 
     def flush() -> Iterator[tuple[AudioFile, np.ndarray, np.ndarray, float] | Skip]:
-        waveforms = [item[1] for item in waiting if not isinstance(item, Skip)]
-        encoded = encode(waveforms) if waveforms else iter(())
+        nonlocal taken
+        readable = [item for item in waiting if not isinstance(item, Skip)]
+        encoded = iter(encode_or_skip(encoder, readable, encode) if readable else ())
         for item in waiting:
             if isinstance(item, Skip):
                 yield item
+            elif isinstance(result := next(encoded), Skip):
+                refused.append(result)
+                yield result
             else:
-                yield item[0], *next(encoded), len(item[1]) / encoder.sampling_rate
+                taken += 1
+                yield item[0], *result, len(item[1]) / encoder.sampling_rate
         waiting.clear()
 
     for item in iterate_clips(files, encoder.sampling_rate):
@@ -250,6 +263,7 @@ def embed(
         if len(waiting) == batch_size:
             yield from flush()
     yield from flush()
+    check_some_taken(refused, taken)
 
 
 @command
@@ -296,6 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("note: --combine is not used: it is for several --layers", file=sys.stderr)
     if note := averaged_rows(encoder, options.rows):
         print(f"note: {note}", file=sys.stderr)
+    made = not options.out.exists()
     options.out.mkdir(parents=True, exist_ok=True)
     reading = {"layer": options.layer, "layers": layers, "combine": options.combine}
     reading["rows"] = options.rows
@@ -306,6 +321,9 @@ def main(arguments: list[str] | None = None) -> int:
             return run(encoder, named, writer, options.batch_size, reading, options.pooling, len(unusable))
         finally:
             writer.discard()
+            if made:
+                with suppress(OSError):  # it holds results
+                    options.out.rmdir()
 
 
 def check_results(options: argparse.Namespace) -> None:
@@ -317,6 +335,14 @@ def check_results(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--out: {printable(str(folder))} holds files; choose another name, or add to them with --overwrite"
         )
+
+
+def _is_constant(features: np.ndarray) -> bool:
+    """Return True if a layer ``(..., frames, width)`` gives every frame the same vector, or its single frame one
+    number."""
+    frames, width = features.shape[-2:]
+    first = features[..., :1, :] if frames > 1 else features[..., :1]
+    return frames * width > 1 and bool((features == first).all(axis=(-2, -1)).any())
 
 
 def run(
@@ -334,10 +360,11 @@ def run(
     """
     layers = [reading["layer"]] if reading["layers"] is None else reading["layers"]
     files, rows = [file for _, file in named], getattr(encoder, "rows", 1)
-    written, skips = 0, []
+    parts, labelled = any(file.is_part for file in files), any(file.label for file in files)
+    written, constant, skips = 0, 0, []
     with progress_bar(total=len(files), desc="embedding", unit="file") as bar:
         results = embed(encoder, files, batch_size=batch_size, pooling=pooling, **reading)
-        for (name, file), result in zip(named, results):
+        for result, (name, file) in zip(results, named):  # to the end of the results, where all may have been refused
             bar.update()
             if isinstance(result, Skip):
                 skips.append(result)
@@ -355,6 +382,10 @@ def run(
                 "rows": "" if rows == 1 else reading["rows"] or getattr(encoder, "join_rows", "average"),
                 "pooling": pooling,
             }
+            if parts:  # of the file, in seconds
+                record |= {"start": file.start, "end": file.start + seconds if file.end is None else file.end}
+            if labelled:
+                record["label"] = file.label
             try:
                 writer.add(record, features, clip)
             except OSError as error:
@@ -363,11 +394,18 @@ def run(
                 skips.append(Skip(file.path, "not readable", f"no file of its name can be written: {error.strerror}"))
                 continue
             written += 1
+            constant += _is_constant(features)
     for skip in skips:
         print(f"warning: skipped {skip}", file=sys.stderr)
     if not written:
         print(f"error: no file could be embedded ({counted(len(files), 'file')} tried)", file=sys.stderr)
         return 2
+    if constant:
+        print(
+            f"warning: {constant} of {counted(written, 'file')} embedded have constant features, the same in every "
+            "frame: digital silence, or an encoder that learned nothing or diverged",
+            file=sys.stderr,
+        )
     paths = ", ".join(str(path) for path in writer.close())
     print(f"{counted(written, 'file')} embedded, {unusable + len(skips)} skipped: {paths}")
     return 0

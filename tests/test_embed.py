@@ -169,6 +169,21 @@ def test_parts_of_a_file_are_told_apart(run, tmp_path):
         assert [row["name"] for row in csv.DictReader(file)] == ["a.wav@0.000-1.000", "a.wav", "a.wav@0.000-2.000"]
 
 
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+def test_places_and_labels_are_in_the_index(run, tmp_path, format):
+    pytest.importorskip("pyarrow")
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 48000), 16000)
+    (tmp_path / "m.csv").write_text("path,start,end,label\na.wav,0.5,1,dog\na.wav,2.5,,\na.wav,,,cat\n")
+    out = tmp_path / "out"
+    assert embed.main([str(run), str(tmp_path / "m.csv"), "--out", str(out), "--format", format]) == 0
+    if format == "npy":
+        rows = list(csv.DictReader((out / "index.csv").read_text().splitlines()))
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(out / "features.parquet").to_pylist()
+    found = [(float(row["start"]), float(row["end"]), row["label"]) for row in rows]
+    assert found == [(0.5, 1.0, "dog"), (2.5, 3.0, ""), (0.0, 3.0, "cat")]
+
+
 def test_layers_and_pooling(run, folder, tmp_path):
     for name, options in (
         ("all", ["--layers", "all", "--pool", "mean+std"]),
@@ -261,6 +276,29 @@ def test_averaged_rows_of_a_grid_are_told(folder, tmp_path, monkeypatch, capsys)
         assert np.load(tmp_path / "out" / "clips.npy").shape[1] == width
         (row, *_) = csv.DictReader((tmp_path / "out" / "index.csv").read_text().splitlines())
         assert row["rows"] == (rows or ["", joined])[1]
+
+
+@pytest.mark.parametrize("options", [[], ["--layers", "all"]])
+def test_constant_features_are_told(run, folder, tmp_path, monkeypatch, capsys, options):
+    """Those of an encoder that diverged are the same in every frame; one frame of another clip is not constant."""
+    encoder = load(run)
+    intact = encoder.encode_layers
+    monkeypatch.setattr(embed, "open_encoder", lambda *arguments, **options: encoder)
+    command = ["it", str(folder), "--out", str(tmp_path / "out"), "--overwrite", *options]
+
+    def encode_layers(waveform, lengths, *arguments, **options):
+        features, frames = intact(waveform, lengths, *arguments, **options)
+        features[-1, lengths < case["shorter"]] = case["value"]
+        return features, frames
+
+    monkeypatch.setattr(encoder, "encode_layers", encode_layers)
+    case = {}
+    for shorter, value, told in ((0, 0.0, ""), (100, 0.0, "1 of 5"), (10**9, 0.0, "5 of 5"), (10**9, 0.5, "5 of 5")):
+        case.update(shorter=shorter, value=value)
+        assert embed.main(command) == 0
+        error = capsys.readouterr().err
+        assert (f"warning: {told} files embedded have constant features" in error) is bool(told)
+        assert ("constant features" in error) is bool(told)
 
 
 def test_load_is_frozen(run):

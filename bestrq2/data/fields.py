@@ -77,6 +77,21 @@ def _renamed(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((known, name) for known, name in folded if known in _KNOWN and known not in names)
 
 
+def columns_in_seconds(row: dict[str, Any]) -> dict[str, str]:
+    """The columns of a row that state a place or a duration in seconds, as they are written there, each with the name
+    under which it would be in milliseconds."""
+    ends = (*_END, "offset") if "onset" in row else _END
+    starts = ("onset", *(name for name in _START if name not in ends))
+    families = ((starts, "start_ms"), (ends, "end_ms"), (_DURATION, "duration_ms"))
+    found: dict[str, tuple[str, str]] = {}
+    for name, value in row.items():
+        known = name.strip().lower()
+        for names, there in families:
+            if known in names and value not in (None, ""):
+                found.setdefault(known, (name, there))  # it may be there also under the name that is known
+    return dict(found.values())
+
+
 def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     """The clip of a row.
 
@@ -167,9 +182,12 @@ def _number(where: str, row: dict[str, Any], names: tuple[str, ...], low: float)
         result = float("nan")
     if isinstance(text, bool) or not (isfinite(result) and result >= low):
         name = next(name for name in names if row.get(name) not in (None, ""))
-        clock = name in _PLACED and ":" in str(text)
-        hint = f" (a place in the file, in seconds): rename the column, as to clock_{name}, if it is a time of day"
-        raise ManifestError(f"{where}: {name} must be a number >= {low:g}, got {text!r}{hint if clock else ''}")
+        hint = ""
+        if name in _PLACED and ":" in str(text):
+            hint = f" (a place in the file, in seconds): rename the column, as to clock_{name}, if it is a time of day"
+        elif isinstance(text, str) and re.fullmatch(r"\s*\d+,\d+\s*", text):
+            hint = f": write it with a decimal point, {text.strip().replace(',', '.')}"
+        raise ManifestError(f"{where}: {name} must be a number >= {low:g}, got {text!r}{hint}")
     return result
 
 

@@ -197,7 +197,7 @@ def collect(
     """
     if source is None:
         return scan(tiny_dataset(), min_seconds=min_seconds, source="the packaged clips")
-    found = find_audio(source, progress=progress, split=split, columns=columns)
+    found = find_audio(source, progress=progress, split=split, columns=columns, check=check)
     if not found.files:
         report = SkipReport(found.skips, found.ignored)
         beside = f"; it holds {_count_words(found.ignored)}" if found.ignored else ""

@@ -8,10 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bestrq2.data.archives.opening import list_archives as read_archives
 from bestrq2.data.audio import audio_info
 from bestrq2.data.columns import of_manifest, together
+from bestrq2.data.fields import columns_in_seconds
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import check_first_channel, discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import clip_duration, is_whole
@@ -26,8 +28,8 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _LARGEST_PATTERN = 1_000_000
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst"}
 _EXPECTED = (
-    "a folder, a .csv or .jsonl manifest, .tar shards (also as a pattern such as shards-{000000..000009}.tar), an .h5 "
-    "file, a saved dataset, a .parquet file, or an audio file"
+    "a folder, a .csv or .jsonl manifest, .tar shards, an .h5 file, a saved dataset, a .parquet file, an audio file, "
+    "or a pattern for any of them, such as 'audio/*/*.wav' or 'shards-{000000..000009}.tar'"
 )
 
 
@@ -59,7 +61,14 @@ class Found:
         self.lost += [name for name in listing.lost if name not in self.lost]
 
 
-def find_audio(source: Source, *, progress: bool = False, split: str | None = "train", columns: bool = False) -> Found:
+def find_audio(
+    source: Source,
+    *,
+    progress: bool = False,
+    split: str | None = "train",
+    columns: bool = False,
+    check: bool = False,
+) -> Found:
     """List the clips of a source in a stated order, without opening audio.
 
     A source is a folder, a manifest, an archive (a ``.tar`` shard in webdataset's naming, ``.h5`` in the published
@@ -74,6 +83,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             None: all, with a note in ``notes``.
         columns: keep the other columns of manifests and archives with the files; with all splits also the split that
             the names of folders and archives say, as a column ``split``.
+        check: every clip will be decoded, so that no note is needed on stated times that are not those of the files.
 
     Raises:
         DataError: a name that does not exist or cannot be listed, or a package that is needed and not installed.
@@ -98,7 +108,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             name = archives[0][0] + (f" and {len(archives) - 1} more" if len(archives) > 1 else "")
             files, note = choose_split(files, splits, split, name)
             found.notes += [note] if note else []
-            found.notes += _check_unit(name, files, opened=True)
+            found.notes += _check_unit(name, files, opened=True, check=check)
             found.files += files
         archives.clear()
 
@@ -108,14 +118,14 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
             continue
         list_archives()
         if os.path.isdir(part):
-            archives += _add_folder(part, found, split, columns, named)
+            archives += _add_folder(part, found, split, columns, check, named)
         elif not os.path.exists(part):
             inside = split_address(part)
             if inside is None or not os.path.isfile(inside[0]):
                 raise DataError(f"{part} does not exist; expected {_EXPECTED}")
             found.files.append(AudioFile(part))
         elif is_manifest(part):
-            _add_manifest(part, found, split, columns)
+            _add_manifest(part, found, split, columns, check)
         elif is_audio(part):
             found.files.append(AudioFile(part))
         elif Path(part).suffix.lower() in _COMPRESSED:
@@ -154,7 +164,7 @@ def find_audio(source: Source, *, progress: bool = False, split: str | None = "t
     return found
 
 
-def _add_manifest(path: str, found: Found, split: str | None, columns: bool) -> None:
+def _add_manifest(path: str, found: Found, split: str | None, columns: bool, check: bool) -> None:
     try:
         rows = read_rows(path)
     except OSError as error:
@@ -163,7 +173,7 @@ def _add_manifest(path: str, found: Found, split: str | None, columns: bool) -> 
     if columns:
         rows = [(replace(item, columns=of_manifest(row, found.lost)), row) for item, row in rows]
     files, note = choose_split([item for item, _ in rows], [split_of_row(row) for _, row in rows], split, path)
-    notes = _check_unit(path, files)
+    notes = _check_unit(path, files, rows, check=check)
     if split is not None and (unknown := unknown_splits([row for _, row in rows])):
         notes.append(f"{path}: {unknown}")
     parts = _count_parts(files)
@@ -204,13 +214,21 @@ def _count_parts(files: list[AudioFile]) -> int:
     return sum(map(is_less, files))
 
 
-def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list[str]:
+def _check_unit(
+    path: str,
+    files: list[AudioFile],
+    rows: Iterable[tuple[AudioFile, dict[str, Any]]] = (),
+    opened: bool = False,
+    check: bool = False,
+) -> list[str]:
     """Compare a few stated times with the files: milliseconds or samples would be taken for hours, and of files whose
     list says that they are shorter than they are, training uses the beginning alone. Returns notes on one of these and
     on one with a part that is not there.
 
     Args:
+        rows: those of a manifest, for messages.
         opened: clips in archives, too.
+        check: every clip will be decoded: no notes on what is corrected or left out then.
 
     Raises:
         DataError: if they are a hundred times too long or thirty times too short, or if all are minutes: the
@@ -228,16 +246,13 @@ def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list
         except AudioError:
             continue  # reported when it is read
         looked += 1
+        of_file = parts[item.path]
         seconds = item.end if item.end is not None else item.duration or 0.0
         has = f"{printable(item.path)} has {info.duration:.3f} s, the list says {seconds:g}"
         if seconds > 100 * info.duration and seconds > 10:
-            ratio = seconds / info.duration
+            ratio = max([seconds, *(part.end or 0.0 for part in of_file)]) / info.duration
             unit = "milliseconds" if 700 < ratio < 1400 else "samples" if ratio > 4000 else "another unit"
-            raise DataError(
-                f"{path}: durations are expected in seconds; {has}, which looks like {unit}: name the column "
-                "duration_ms, or divide"
-            )
-        of_file = parts[item.path]
+            raise _unit_error(path, has, unit, item, _columns_of(item, rows), info.sampling_rate)
         try:
             clip_duration(max(of_file, key=lambda part: part.end or 0.0, default=item), info)
         except AudioError as error:
@@ -247,17 +262,44 @@ def _check_unit(path: str, files: list[AudioFile], opened: bool = False) -> list
             )
         if item.is_part and (item.start > 0 or len(of_file) > 1):
             continue
-        minutes += [has] if item.is_part and 50 * seconds < info.duration < 75 * seconds else []
+        minutes += (
+            [(has, item, info.sampling_rate)] if item.is_part and 50 * seconds < info.duration < 75 * seconds else []
+        )
         if info.duration - seconds <= max(1.0, 0.05 * info.duration):
             continue
         if info.duration > 30 * seconds and not item.is_part:
             unit = "minutes" if info.duration < 90 * seconds else "another unit"
-            raise DataError(f"{path}: durations are expected in seconds; {has}, which looks like {unit}")
+            raise _unit_error(path, has, unit, item, _columns_of(item, rows), info.sampling_rate)
         cure = "" if item.is_part else " (bestrq2 manifest --check corrects lists)"
-        notes.append(f"{path}: {has}: training uses no more of such a file{cure}")
+        if item.is_part or not check:
+            notes.append(f"{path}: {has}: training uses no more of such a file{cure}")
     if len(minutes) > 2 and len(minutes) == looked:
-        raise DataError(f"{path}: durations are expected in seconds; {minutes[0]}, which looks like minutes")
-    return notes[:1] + behind[:1]
+        has, item, rate = minutes[0]
+        raise _unit_error(path, has, "minutes", item, _columns_of(item, rows), rate)
+    return notes[:1] + ([] if check else behind[:1])
+
+
+def _columns_of(item: AudioFile, rows: Iterable[tuple[AudioFile, dict[str, Any]]]) -> dict[str, str]:
+    """As :func:`columns_in_seconds`, of the row of a clip, or of rows as bestrq2 names them."""
+    found = next((columns_in_seconds(row) for clip, row in rows if clip == item), {})
+    return found or ({"start": "start_ms", "end": "end_ms"} if item.is_part else {"duration": "duration_ms"})
+
+
+def _unit_error(path: str, has: str, unit: str, item: AudioFile, columns: dict[str, str], rate: int) -> DataError:
+    """The error on times in another unit, with what to do with the columns that state them."""
+    names, verb, them = " and ".join(columns), "is", "the column"
+    if len(columns) > 1:
+        verb, them = "are", "the columns"
+    samples = f"divide by the sampling rate ({rate})"
+    cure = {
+        "samples": samples,
+        "minutes": "multiply by 60",
+        "milliseconds": f"name {them} {' and '.join(columns.values())}",
+        "another unit": f"convert {them} to seconds",
+    }[unit]
+    if item.is_part and unit in ("milliseconds", "another unit"):
+        cure += f"; if it counts samples, {samples}" if verb == "is" else f"; if they count samples, {samples}"
+    return DataError(f"{path}: {names} {verb} expected in seconds; {has}, which looks like {unit}: {cure}")
 
 
 def _with_split_column(files: list[AudioFile], splits: list[str | None]) -> list[AudioFile]:
@@ -272,11 +314,11 @@ def _with_split_column(files: list[AudioFile], splits: list[str | None]) -> list
 
 
 def _add_folder(
-    folder: str, found: Found, split: str | None, columns: bool, named: dict[str, str | None]
+    folder: str, found: Found, split: str | None, columns: bool, check: bool, named: dict[str, str | None]
 ) -> list[tuple[str, str]]:
     """Add the audio of a folder; returns its archives, if these are to be listed instead, with their splits noted."""
     if os.path.isfile(scp := os.path.join(folder, "wav.scp")):
-        _add_manifest(scp, found, split, columns)
+        _add_manifest(scp, found, split, columns, check)
         return []
     if any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json")):
         from bestrq2.data.archives.arrow import saved_dataset_files

@@ -1,5 +1,6 @@
 """``bestrq2.load``: one opener for encoders, ours and those of others, and any module with our interface."""
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -16,6 +17,8 @@ from bestrq2.config import ConfigError
 from .adapters import ForeignEncoder, ModuleAdapter
 from .opening import open_own
 from .transformers_encoder import TransformersEncoder, is_transformers_folder
+
+MOST_NAMES = 10
 
 
 def load(
@@ -123,8 +126,17 @@ def _make(module: ModuleType, name: str | None, source: str) -> Any:
         if len(names) != 1:
             raise ConfigError(f"{source}: expected one name ending in 'Encoder', found {len(names)}: give FILE.py:NAME")
         name = names[0]
-    try:
-        factory = getattr(module, name)
-    except AttributeError as error:
-        raise ConfigError(f"{source}: {error}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        what = "no" if factory is None else "no class or function"
+        raise ConfigError(f"{source.removesuffix(f':{name}')} has {what} {name!r}{_offered(module, name)}")
     return factory()
+
+
+def _offered(module: ModuleType, name: str) -> str:
+    """The classes and functions that a module defines, unless they are many, and others of similar names."""
+    every = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
+    own = [key for key, value in every.items() if getattr(value, "__module__", "") == module.__name__]
+    close = difflib.get_close_matches(name, every)
+    names = dict.fromkeys([*own, *close] if len(own) <= MOST_NAMES else close)
+    return f"; it has {', '.join(names)}" if names else ""

@@ -275,6 +275,9 @@ def check_lengths(waveform: Tensor, lengths: Tensor | Sequence[int] | None) -> T
             "compile bestrq2.interchange.graphs.trace(encoder).module(), one graph for every batch and length"
         )
     if num_clips and (int(lengths.min()) < 1 or int(lengths.max()) > num_samples):
+        if not num_samples:
+            clips = "the clip is" if num_clips == 1 else f"all {num_clips} clips are"
+            raise ValueError(f"{clips} empty: expected at least one sample, got a waveform {tuple(waveform.shape)}")
         raise ValueError(f"lengths must lie in 1..{num_samples} samples, got {lengths.tolist()}")
     return lengths
 

@@ -17,6 +17,7 @@ from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip
 from bestrq2.errors import BestRQError
 from bestrq2.hardware import device_of
+from bestrq2.interchange.refusals import Clip, check_some_taken, encode_or_skip
 from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.models.readout import combine_layers, parse_layers, pool_frames
@@ -26,7 +27,6 @@ MEAN = ", mean of layers"  # ends the name of such features
 MEL_HOP = 0.01  # seconds
 NUM_MELS = 64
 SECONDS_AT_ONCE = 120.0  # of audio with its padding that are encoded together
-Clip = tuple[AudioFile, np.ndarray]
 
 
 class FeatureError(BestRQError, ValueError):
@@ -38,7 +38,7 @@ class Features:
     """
     Attributes:
         of: features of every usable clip by name: ``(D,)`` pooled, or ``(T, D)`` frames, float32.
-        usable: numbers of the clips that could be read.
+        usable: numbers of the clips that could be read, and that no encoder of others refused.
         seconds: of those.
         skips: the others.
         parts: by name, how many layers a head weights, see :class:`Reading`.
@@ -179,6 +179,7 @@ def extract(
 
     Raises:
         FeatureError: if an encoder gives no frame, or values that are not finite.
+        ConfigError: if an encoder of others refuses every clip.
     """
     layers = list(dict.fromkeys(layer for reading in wanted for layer in reading.layers))
     names = [f"{name}{reading.end}" for name in encoders for reading in wanted]
@@ -192,17 +193,35 @@ def extract(
         result.skips += [item for _, item in batch if isinstance(item, Skip)]
         clips = [(number, item) for number, item in batch if not isinstance(item, Skip)]
         waveforms = [waveform for _, (_, waveform) in clips]
-        counts = torch.zeros(len(clips), dtype=torch.int64)
+        made: list[dict[str, np.ndarray]] = [{} for _ in clips]
+        counts = [0] * len(clips)
+        refused: dict[int, Skip] = {}
         for name, encoder in encoders.items() if clips else ():
-            counts = torch.zeros(0, dtype=torch.int64)
-            for group in _together(waveforms, round(SECONDS_AT_ONCE * sampling_rate)):
-                features, found = encode(encoder, waveforms[group], layers, rows)
-                _check(name, [file for _, (file, _) in clips[group]], features, found)
-                counts = torch.cat((counts, found))
+
+            def vectors(some: Sequence[Clip], name: str = name, encoder: Any = encoder) -> list[tuple[int, Any]]:
+                features, found = encode(encoder, [waveform for _, waveform in some], layers, rows)
+                _check(name, [file for file, _ in some], features, found)
+                columns = []
                 for reading in wanted:
                     chosen = [features[layers.index(layer)] for layer in reading.layers]
-                    result.of[f"{name}{reading.end}"] += _vectors(chosen, found, pooling, reading)
+                    columns.append(_vectors(chosen, found, pooling, reading))
+                ends = [f"{name}{reading.end}" for reading in wanted]
+                return [(count, dict(zip(ends, row))) for count, *row in zip(found.tolist(), *columns)]
+
+            for group in _together(waveforms, round(SECONDS_AT_ONCE * sampling_rate)):
+                encoded = encode_or_skip(encoder, [clip for _, clip in clips[group]], vectors)
+                for place, found in enumerate(encoded, group.start):
+                    if isinstance(found, Skip):
+                        refused.setdefault(place, found)
+                    else:
+                        counts[place] = found[0]
+                        made[place] |= found[1]
+        result.skips += refused.values()
         for place, (number, (_, waveform)) in enumerate(clips):
+            if place in refused:
+                continue
+            for name, vector in made[place].items():
+                result.of[name].append(vector)
             result.usable.append(number)
             result.seconds.append(len(waveform) / sampling_rate)
             if with_log_mel:
@@ -210,10 +229,11 @@ def extract(
                 if pooling is not None:
                     statistics = clip_statistics(frames)
                 else:
-                    statistics = frame_statistics(frames, int(counts[place]), hop, mel_hop)
+                    statistics = frame_statistics(frames, counts[place], hop, mel_hop)
                 result.of[LOG_MEL].append(statistics)
         if progress is not None:
             progress(len(batch))
+    check_some_taken(result.skips, len(result.usable))
     return result
 
 

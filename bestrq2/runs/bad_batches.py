@@ -82,11 +82,13 @@ def save_bad_batch(
 
 
 def load_bad_batch(path: Path) -> BadBatch:
-    """Read what :func:`save_bad_batch` wrote.
+    """Read what :func:`save_bad_batch` wrote; ``path``: either of its two files.
 
     Raises:
         TrainingError: if the file cannot be read or is of another kind.
     """
+    if path.suffix == ".json":
+        path = path.with_suffix(".safetensors")
     try:
         tensors = load_file(path)
         waveform, lengths, index = (tensors[name] for name in ("waveform", "lengths", "index"))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from bestrq2.console import progress_bar
 from bestrq2.data import AudioFile, DataError, Skip, iterate_clips
 from bestrq2.data.content import content_digest, file_stamp, same_content, whole_digest
 from bestrq2.data.fingerprint import file_list_digest
+from bestrq2.errors import counted
 from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.adapters import ModuleAdapter
+from bestrq2.interchange.refusals import REFUSED, Clip, encode_or_skip
 from bestrq2.interchange.tensors import module_digest, write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.models import build_encoder
@@ -132,7 +134,7 @@ class EmbeddingCache:
         settings: digest of its settings; of a module of others, which may keep anything in its attributes, that of the
             file with its code.
         width: D.
-        skips: files that could not be read.
+        skips: files that could not be read, or that an encoder of others refused.
     """
 
     def __init__(
@@ -170,7 +172,8 @@ def build_cache(
 
     Raises:
         CheckpointError: if a shard cannot be written.
-        ConfigError: for targets that do not fit an encoder without a frequency axis, or another sampling rate.
+        ConfigError: for targets that do not fit an encoder without a frequency axis, another sampling rate, or an
+            encoder of others that refuses every file.
     """
     targets = Targets(config)
     source: AudioEncoder = encoder  # type: ignore[assignment]
@@ -199,6 +202,11 @@ def build_cache(
         records.append(record)
     if not quiet:
         logger.info(f"Embeddings: {folder}, {made} of {len(groups)} shards computed, the rest found intact")
+    refused = [skip for record in records for skip in record["skips"] if f": {REFUSED}" in skip]
+    if refused and not any(record["lengths"] for record in records):
+        raise ConfigError(
+            f"the frozen encoder fails on every clip ({counted(len(refused), 'clip')} tried): {refused[0]}"
+        )
     settings = encoder.code if isinstance(encoder, ModuleAdapter) else settings
     return EmbeddingCache(shards, records, digest, settings, source.output_dim)
 
@@ -249,21 +257,37 @@ def _write_shard(
 ) -> dict[str, Any]:
     stamps, whole = [file_stamp(item) for item in files], [whole_digest(item) for item in files]
     contexts, codes, skips = [], [], []
+
+    def encode(part: Sequence[Clip]) -> list[tuple[Tensor, Tensor]]:
+        windows = [torch.from_numpy(samples) for _, samples in part]
+        padded = nn.utils.rnn.pad_sequence(windows, batch_first=True)
+        features, lengths = encoder.encode(padded.to(device), torch.tensor([len(window) for window in windows]))
+        made = []
+        for window, rows, length in zip(windows, features.float().cpu(), lengths.tolist()):
+            found = targets.codes(window)
+            rows = align(rows[: int(length)], encoder.hop_size_in_ms / 1000, len(found), targets.seconds)
+            made.append((rows, found))
+        return made
+
     shortest = round(2 * targets.seconds * encoder.sampling_rate)
     for item in iterate_clips(files, encoder.sampling_rate, min_seconds=2 * targets.seconds):
         if isinstance(item, Skip):
             skips.append(str(item))
             continue
-        waveform = torch.from_numpy(item[1])
-        windows = [part for part in waveform.split(crop) if len(part) >= shortest]
+        file, samples = item
+        cuts = [samples[start : start + crop] for start in range(0, len(samples), crop)]
+        windows = [(file, cut) for cut in cuts if len(cut) >= shortest]
+        refused = []
         for start in range(0, len(windows), WINDOWS_AT_ONCE):
-            part = windows[start : start + WINDOWS_AT_ONCE]
-            padded = nn.utils.rnn.pad_sequence(part, batch_first=True)
-            features, lengths = encoder.encode(padded.to(device), torch.tensor([len(window) for window in part]))
-            for window, rows, length in zip(part, features.float().cpu(), lengths.tolist()):
-                found = targets.codes(window)
-                contexts.append(align(rows[: int(length)], encoder.hop_size_in_ms / 1000, len(found), targets.seconds))
-                codes.append(found)
+            for made in encode_or_skip(encoder, windows[start : start + WINDOWS_AT_ONCE], encode):
+                if isinstance(made, Skip):
+                    refused.append(made)
+                else:
+                    contexts.append(made[0])
+                    codes.append(made[1])
+        if refused:
+            detail = f"{len(refused)} of {counted(len(windows), 'window')}, {refused[0].detail}"
+            skips.append(str(replace(refused[0], detail=detail)))
     width, books = encoder.output_dim, targets.quantizer.num_codebooks
     tensors = {
         "context": torch.cat(contexts) if contexts else torch.zeros(0, width),

@@ -50,6 +50,18 @@ def open_frozen(config: Config) -> nn.Module:
     return load(config.frozen.source or "", trust_remote_code=config.frozen.trust_remote_code)
 
 
+def check_encoder(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuse to resume a run with another encoder.
+
+    Raises:
+        ConfigError: if its weights are not those that the run began with.
+    """
+    if checkpoint.extra.get("encoder_sha256") != module_digest(open_frozen(config)):
+        raise ConfigError(
+            f"frozen.source: {config.frozen.source} is not the encoder that this run began with (its weights differ)"
+        )
+
+
 class HeadTrainer(Trainer):
     """Trains a head on the cached embeddings of a frozen encoder, in the loop of pretraining.
 
@@ -65,11 +77,6 @@ class HeadTrainer(Trainer):
         checkpoint: Checkpoint | None = None,
     ) -> None:
         self.digest = dataset.cache.digest
-        if checkpoint is not None and checkpoint.extra.get("encoder_sha256") != self.digest:
-            source = config.frozen.source
-            raise ConfigError(
-                f"frozen.source: {source} is not the encoder that this run began with (its weights differ)"
-            )
         # Settings as another version of a library has them may differ in name alone: no reason to refuse.
         settings = dataset.cache.settings
         before = "" if checkpoint is None else checkpoint.extra.get("encoder_settings", "")
@@ -127,6 +134,8 @@ def train_head(
     """
     device = choose_device(config.train.device, ranks.local_rank)
     root = Path(config.frozen.cache) if config.frozen.cache else run.path / "embeddings"
+    if checkpoint is not None:  # before embeddings are computed and written
+        ranks.all_agree(lambda: check_encoder(config, checkpoint))
 
     def cache(quiet: bool = False) -> EmbeddingCache:
         return build_cache(root, config, dataset.files, open_frozen(config), device, quiet)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from bestrq2.config.loading import load_config, recipe_names
 from bestrq2.data import AudioFile, CropDataset, DataError, audio, collect, read_manifest, scan, tiny_dataset
 from bestrq2.data.workers import _named_start
-from bestrq2.manifest import main
+from bestrq2.manifest import LONGEST_PATCH, main
 
 from .conftest import on_disk
 
@@ -100,7 +101,9 @@ def test_nothing_usable(tmp_path, mixed_folder):
         (mixed_folder / name).unlink()
     with pytest.raises(DataError, match=r"no usable audio in .*audio: found 3 files, 3 skipped: 1 [\s\S]*zero.ogg"):
         collect(mixed_folder, min_seconds=0.5)
-    with pytest.raises(DataError, match="does not exist; expected a folder"):
+    with pytest.raises(
+        DataError, match=r"does not exist; expected a folder, .* a pattern for any of them, such as 'audio/\*/\*\.wav'"
+    ):
         collect(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no audio files in .*empty \(looked for .aif"):
@@ -230,3 +233,30 @@ def test_listed_parts_behind_the_end_of_their_file(tmp_path, write_wav):
     skips = Counter(str(skip) for index in range(100) for skip in dataset[index].skips)
     assert len(skips) == 3  # one line each, whatever the crops
     assert sum(skips.values()) > 30
+
+
+def test_a_check_makes_no_note_of_what_it_leaves_out_or_corrects(tmp_path, write_wav):
+    write_wav("a.wav", 10.0)
+    for table in ("path,start,end\na.wav,0,2\na.wav,8,19\n", "path,duration\na.wav,6\n"):
+        (tmp_path / "m.csv").write_text(table)
+        for check in (False, True):
+            notes = collect(tmp_path / "m.csv", check=check)[1].notes
+            assert any("manifest --check" in text for text in notes) is not check, notes
+
+
+def test_a_check_tells_of_clips_that_training_may_skip(tmp_path, write_wav, capsys):
+    """The least length depends on the model."""
+    write_wav("a.wav", 1.0)
+    arguments = [str(tmp_path), "--out", str(tmp_path / "m.csv"), "--check", "--overwrite"]
+    assert main(arguments) == 0
+    assert "shorter than" not in capsys.readouterr().out
+    write_wav("b.wav", 0.02)
+    write_wav("c.wav", 0.3)
+    assert main(arguments) == 0
+    told = (
+        f"note: 2 files shorter than 0.6 s, the shortest {tmp_path}/b.wav with 0.020 s: training skips what is shorter"
+    )
+    assert told in capsys.readouterr().out
+    models = [load_config(name).model for name in recipe_names()]
+    patches = [(m.encoder.frames_per_token - 1) * m.front_end.hop_length / m.front_end.sampling_rate for m in models]
+    assert LONGEST_PATCH - 0.1 < max(patches) <= LONGEST_PATCH

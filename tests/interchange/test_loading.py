@@ -1,5 +1,7 @@
 """The opener: X-ARES files, modules with our interface, and what is refused. Layers of our own encoders in one pass."""
 
+import re
+
 import pytest
 import torch
 from model_kinds import config_of, model_of
@@ -144,6 +146,15 @@ def test_sources_that_do_not_exist(module, tmp_path):
         open_encoder(tmp_path / "absent.py")
     with pytest.raises(ConfigError, match="No module named 'nowhere'"):
         open_encoder("nowhere:Encoder")
+
+
+def test_names_that_a_file_does_not_have(module, tmp_path):
+    offered = "Coarse, Layered, Fast, Drifting, Endless, Wide, Silent, number"
+    for name, told in (("Coarze", "no 'Coarze'"), ("torch", "no class or function 'torch'")):
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(module))} has {told}; it has {offered}$"):
+            open_encoder(f"{module}:{name}")
+    with pytest.raises(ConfigError, match=r"^torch\.nn has no 'Liner'; it has .*Linear"):
+        open_encoder("torch.nn:Liner")
 
 
 def test_load_names_the_opener_of_other_models(tmp_path, capsys):

@@ -160,6 +160,9 @@ def test_rejects_bad_input():
         log_mel(torch.zeros(5))
     with pytest.raises(ValueError, match=r"lengths must lie in 1\.\.10"):
         log_mel(torch.zeros(1, 10), torch.tensor([11]))
+    for clips, told in ((1, "the clip is empty"), (2, "all 2 clips are empty")):
+        with pytest.raises(ValueError, match=told):
+            log_mel(torch.zeros(clips, 0))
     with pytest.raises(ValueError, match="f_max"):
         LogMel(f_max=9000)
     with pytest.raises(ValueError, match="win_length"):

@@ -151,6 +151,24 @@ def test_a_refused_encoder_is_not_left_in_the_configuration(encoder_file, tmp_pa
     assert "steps: 8" in (folder / "config.yaml").read_text()
 
 
+def test_a_refused_encoder_leaves_no_embeddings(encoder_file, tmp_path, nursery):
+    """On two ranks as on one: nothing is computed, and the run is as it was."""
+    from .undisturbed import PLAIN  # not above: another test runs this file outside of its package
+
+    folder = run(tmp_path, "run", encoder_file, *QUICK, "train.steps=4")
+    other, before = tmp_path / "other.safetensors", sorted((folder / "embeddings").rglob("*"))
+    opened = open_source(encoder_file)
+    write_encoder_file(other, opened.config, {name: tensor + 1 for name, tensor in opened.weights.items()})
+    arguments = ["--resume", str(folder), "--frozen-encoder", str(other), "train.steps=8"]
+    assert train.main(arguments) == 2
+    assert sorted((folder / "embeddings").rglob("*")) == before
+    code, output = nursery.run(tmp_path, arguments, PLAIN, ranks=2)
+    assert code != 0
+    assert "is not the encoder that this run began with" in output, output
+    assert "Embeddings:" not in output
+    assert sorted((folder / "embeddings").rglob("*")) == before
+
+
 def test_embeddings_of_a_replaced_file_are_made_again(encoder_file, tmp_path, capsys):
     """Folders are not in the name of the cache: files of the same names and lengths must not share embeddings."""
     folder, cache = tmp_path / "audio", f"frozen.cache={tmp_path / 'cache'}"

@@ -249,6 +249,8 @@ def test_bad_batch_is_described_and_drawn(tmp_path, capsys, in_run):
     assert "Not finite already in the audio: clips 1\n" in output  # the inf of clip 2 lies behind its end
     with Image.open(path.with_suffix(".png")) as picture:
         assert picture.width > 1000
+    assert main(["--bad-batch", str(path.with_suffix(".json"))]) == 0  # the file beside it
+    assert capsys.readouterr().out == output
     path.write_bytes(b"no tensors")
     assert main(["--bad-batch", str(path)]) == 2
     assert "not a batch kept by training" in capsys.readouterr().err
