@@ -171,7 +171,8 @@ def _bf16_product(a: Tensor, b: Tensor) -> Tensor:
     would imitate them a hundred times slower."""
     if native.extension().bf16_dot() != "none":
         return torch.mm(a, b)
-    return torch.mm(a.float(), b.float()).to(torch.bfloat16)
+    with torch.autocast("cpu", enabled=False):  # it would make them bf16 again
+        return torch.mm(a.float(), b.float()).to(torch.bfloat16)
 
 
 class Bias(torch.autograd.Function):
