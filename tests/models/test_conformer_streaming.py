@@ -242,7 +242,7 @@ def test_bad_calls():
 def test_a_clip_without_a_sample_is_refused_as_by_encode():
     model = encoder()
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"lengths must lie in 1\.\."):
+        with pytest.raises(ValueError, match="the clip is empty: expected at least one sample"):
             model.encode(torch.zeros(1, 0))
         state = model.start_stream(2)
         for samples, lengths, final in ((0, None, True), (100, [100, 0], False)):
