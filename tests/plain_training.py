@@ -1,8 +1,17 @@
-"""Training runs without what takes two thirds of the time of a short one and is tested by itself."""
+"""Short training runs: a small model, without what takes two thirds of the time and is tested by itself."""
 
 from collections.abc import Iterator
 
 import pytest
+
+SMALL_MODEL = [
+    "model.encoder.width=32",
+    "model.encoder.hidden=48",
+    "model.encoder.depth=2",
+    "model.predictor.width=32",
+    "model.predictor.hidden=48",
+    "model.predictor.depth=1",
+]
 
 
 def leave_out(patch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ class CropDataset(Dataset):
         self.cache = cache
         self._durations = np.array([_duration(item) for item in self.files])
         self.seconds = float(self._durations.sum())
-        # 80,160 samples at 16 kHz are 5.01 s, and 5.01 times 16,000 is 80,159.99999999999.
+        # 1001 samples at 16 kHz are 0.0625625 s, and that times 16,000 is 1000.9999999999999.
         self._num_samples = np.floor(self._durations * sampling_rate + 0.01).astype(np.int64)
 
         slots = np.maximum(1, np.rint(self._durations / crop_seconds)).astype(np.int64)

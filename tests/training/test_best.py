@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_training import SMALL_MODEL
 
 from bestrq2 import load
 from bestrq2.config import load_config
@@ -24,12 +25,7 @@ QUICK = [
     "train.batch_size=4",
     "train.save_every=2",
     "train.pictures_every=0",
-    "model.encoder.width=32",
-    "model.encoder.hidden=48",
-    "model.encoder.depth=2",
-    "model.predictor.width=32",
-    "model.predictor.hidden=48",
-    "model.predictor.depth=1",
+    *SMALL_MODEL,
 ]
 MASKS = "model.masking.ratio=[0.2,0.2]"
 HELD = "validation.source=/clips"

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 import soundfile
 import torch
+from plain_training import SMALL_MODEL
 from torch.distributed import HashStore
 
 from bestrq2.config import ConfigError, load_config
@@ -40,12 +41,7 @@ SMALL = [
     "train.ema_decay=0.9",
     "train.pictures_every=0",
     "optimizer.max_grad_norm=1.0",
-    "model.encoder.width=32",
-    "model.encoder.hidden=48",
-    "model.encoder.depth=2",
-    "model.predictor.width=32",
-    "model.predictor.hidden=48",
-    "model.predictor.depth=1",
+    *SMALL_MODEL,
     "validation.source=DATA",
     "validation.every=4",
     "validation.clips=5",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_training import SMALL_MODEL
 
 from bestrq2.config import ConfigError, config_from_dict, load_config
 from bestrq2.interchange.opening import open_source, open_teacher
@@ -28,12 +29,7 @@ QUICK = [
     "train.batch_size=8",
     "train.save_every=4",
     "train.pictures_every=0",
-    "model.encoder.width=32",
-    "model.encoder.hidden=48",
-    "model.encoder.depth=2",
-    "model.predictor.width=32",
-    "model.predictor.hidden=48",
-    "model.predictor.depth=1",
+    *SMALL_MODEL,
     "model.targets.codebook_size=64",
     "model.targets.fit_clips=24",
 ]

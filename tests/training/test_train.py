@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from plain_training import leave_out
+from plain_training import SMALL_MODEL, leave_out
 
 import bestrq2
 from bestrq2 import train as train_module
@@ -30,12 +30,7 @@ QUICK = [
     "train.steps=12",
     "train.batch_size=4",
     "train.save_every=4",
-    "model.encoder.width=32",
-    "model.encoder.hidden=48",
-    "model.encoder.depth=2",
-    "model.predictor.width=32",
-    "model.predictor.hidden=48",
-    "model.predictor.depth=1",
+    *SMALL_MODEL,
     "model.encoder.drop_path=0.2",
     "model.encoder.dropout=0.1",
 ]

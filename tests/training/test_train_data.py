@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from plain_training import SMALL_MODEL
 
 from bestrq2.config import Config, load_config
 from bestrq2.console import console_log
@@ -25,12 +26,7 @@ QUICK = [
     "train.log_every=1",
     "data.crop_seconds=1.5",
     "data.workers=0",
-    "model.encoder.width=32",
-    "model.encoder.hidden=48",
-    "model.encoder.depth=2",
-    "model.predictor.width=32",
-    "model.predictor.hidden=48",
-    "model.predictor.depth=1",
+    *SMALL_MODEL,
 ]
 CURVE = ("step", "loss", "accuracy", "perplexity", "grad_norm", "padding_share", "audio_seconds")
 

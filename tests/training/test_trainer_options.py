@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_training import leave_out
+from plain_training import SMALL_MODEL, leave_out
 
 from bestrq2 import load
 from bestrq2.config import ConfigError, OptimizerConfig, load_config
@@ -33,12 +33,7 @@ QUICK = [
     "train.batch_size=4",
     "train.save_every=2",
     "train.pictures_every=0",
-    "model.encoder.width=32",
-    "model.encoder.hidden=48",
-    "model.encoder.depth=2",
-    "model.predictor.width=32",
-    "model.predictor.hidden=48",
-    "model.predictor.depth=1",
+    *SMALL_MODEL,
 ]
 
 
