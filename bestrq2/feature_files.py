@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bestrq2.config import ConfigError
 from bestrq2.durability import named_in_errors, whole_file, write_array
+from bestrq2.errors import ConfigError
 
 __all__ = ["NPY_RESULTS", "PARQUET_RESULTS", "NpyWriter", "ParquetWriter", "Writer"]
 
