@@ -38,7 +38,7 @@ def change(module, how, calls):
 
 
 class Wrapped(nn.Module):
-    """What adapters put in the place of a module: nothing of it but its call."""
+    """A module in the place of another that has nothing of it but its call, as adapters written by hand are."""
 
     def __init__(self, inner, calls):
         super().__init__()
