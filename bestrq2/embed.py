@@ -19,17 +19,15 @@ Files of any length are processed in windows; a file gives the same features alo
 """
 
 import argparse
-import csv
 import errno
 import hashlib
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bestrq2.command import command, leave
 from bestrq2.console import progress_bar
@@ -41,109 +39,16 @@ import torch
 from bestrq2.config import ConfigError
 from bestrq2.data import AudioFile, Skip, collect, iterate_clips
 from bestrq2.data.parts import shown_places
-from bestrq2.durability import named_in_errors, whole_file, write_array
 from bestrq2.errors import counted, printable, tabular
+from bestrq2.feature_files import NPY_RESULTS, PARQUET_RESULTS, NpyWriter, ParquetWriter, Writer
 from bestrq2.hardware import choose_device, device_of
 from bestrq2.interchange import AudioEncoder, open_encoder
-from bestrq2.interchange.refusals import Clip, check_some_taken, encode_or_skip
+from bestrq2.interchange.refusals import Clip, check_some_taken, check_usable, encode_or_skip
 from bestrq2.models.readout import COMBINATIONS, POOLINGS, ROW_JOINS, averaged_rows, parse_layers, pool_frames
 from bestrq2.outputs import add_overwrite, alone_in, busy, check_new
 
-NPY_RESULTS, PARQUET_RESULTS = ("clips.npy", "index.csv"), ("features.parquet",)
 _LONGEST_NAME = 200  # bytes
 _BATCH_SECONDS = 60.0  # on average, of the clips encoded together
-
-
-class Writer(Protocol):
-    def add(self, record: dict[str, Any], features: np.ndarray, clip: np.ndarray) -> None: ...
-
-    def close(self) -> list[Path]: ...
-
-    def discard(self) -> None: ...
-
-
-class NpyWriter:
-    """One array file per audio file, and an index; all in a hidden folder until the last is written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.partial = folder, folder / ".features.partial"
-        self.discard()  # what a killed process left
-        self.partial.mkdir()
-        self.rows: list[dict[str, Any]] = []
-        self.clips: list[np.ndarray] = []
-
-    def add(self, record: dict[str, Any], features: np.ndarray, clip: np.ndarray) -> None:
-        path = self.partial / "features" / f"{record['name']}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_array(path, features)
-        self.rows.append({**record, "features": str(path.relative_to(self.partial))})
-        self.clips.append(clip)
-
-    def close(self) -> list[Path]:
-        write_array(self.partial / "clips.npy", np.stack(self.clips))
-        with whole_file(self.partial / "index.csv") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        self._remove_earlier()
-        # The index last: it makes them results.
-        for name in (*(row["features"] for row in self.rows), *NPY_RESULTS):
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.partial / name).replace(self.folder / name)
-        self.discard()
-        return [self.folder / "features", *(self.folder / name for name in NPY_RESULTS)]
-
-    def _remove_earlier(self) -> None:
-        """The features that an earlier index names: among the new ones they would pass for these."""
-        index = self.folder / NPY_RESULTS[-1]
-        try:
-            with open(index, encoding="utf-8", newline="") as file:
-                earlier = [row["features"] for row in csv.DictReader(file)]
-        except (OSError, ValueError, KeyError):  # none, or a file of somebody else
-            earlier = []
-        index.unlink(missing_ok=True)
-        for name in earlier:
-            if name and name.startswith("features" + os.sep) and ".." not in Path(name).parts:
-                (self.folder / name).unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-
-class ParquetWriter:
-    """One row per file; ``features`` and ``clip`` are flattened arrays."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ConfigError("--format parquet needs pyarrow: pip install 'bestrq2[parquet]'") from error
-        self.arrow, self.parquet = pyarrow, pyarrow.parquet
-        self.path = folder / "features.parquet"
-        self.partial = folder / ".features.parquet.partial"
-        self.writer: Any = None
-
-    def add(self, record: dict[str, Any], features: np.ndarray, clip: np.ndarray) -> None:
-        vector = self.arrow.list_(self.arrow.float32())
-        columns = {name: self.arrow.array([value]) for name, value in record.items()}
-        columns["clip"] = self.arrow.array([clip.reshape(-1)], vector)
-        columns["features"] = self.arrow.array([features.reshape(-1)], vector)
-        table = self.arrow.table(columns)
-        with named_in_errors(self.path):
-            if self.writer is None:
-                self.writer = self.parquet.ParquetWriter(self.partial, table.schema)
-            self.writer.write_table(table)
-
-    def close(self) -> list[Path]:
-        with named_in_errors(self.path):
-            self.writer.close()
-            self.partial.replace(self.path)
-        return [self.path]
-
-    def discard(self) -> None:
-        """Remove what was written of an unfinished table."""
-        self.partial.unlink(missing_ok=True)
 
 
 def _fitting(name: str) -> str:
@@ -220,6 +125,7 @@ def embed(
 
     Raises:
         ConfigError: at the end, if the encoder refused every file.
+        FeatureError: if an encoder of ours gives features that are not finite.
     """
     device = device_of(encoder)  # type: ignore[arg-type]
     wanted = [layer] if layers is None else layers
@@ -235,6 +141,7 @@ def embed(
         alone = len(rows_of) == 1  # then without a copy, which may be large
         padded = rows_of[0][None] if alone else torch.nn.utils.rnn.pad_sequence(rows_of, batch_first=True)
         features, frames = encoder.encode(padded.to(device), lengths, layers=wanted, combine=joined, rows=rows)
+        check_usable(clips_of, features, frames)
         clips = pool_frames(features, frames, pooling).cpu().numpy()
         counts = enumerate(frames.tolist())
         return [(features[..., row, :count, :].cpu().numpy(), clips[..., row, :]) for row, count in counts]

@@ -23,6 +23,7 @@ LAYERS = [
         "bestrq2.durability",
         "bestrq2.real_content",
         "bestrq2.outputs",
+        "bestrq2.feature_files",
         "bestrq2.signals",
         "bestrq2.console",
         "bestrq2.charts",

@@ -214,8 +214,10 @@ def product(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     Left to the next pass, the bias costs no memory traffic of its own: PyTorch copies it to every row before a product
     on a CPU and reads the whole gradient once more for its sum.
     """
+    if not untouched(layer, nn.Linear):  # a module in its place may have no weight
+        return layer(x), None
     weight, bias = layer.weight, layer.bias
-    if not untouched(layer, nn.Linear) or type(weight) is not nn.Parameter or not is_fused(x, weight, bias):
+    if type(weight) is not nn.Parameter or not is_fused(x, weight, bias):
         return layer(x), None
     rows = x.flatten(0, -2)
     if torch.is_autocast_enabled("cpu"):

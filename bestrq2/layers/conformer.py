@@ -131,6 +131,7 @@ class ConvolutionModule(nn.Module):
         self.mode = s.conv_mode
         self.norm = nn.LayerNorm(s.width)
         self.pointwise1 = nn.Linear(s.width, 2 * s.width, bias=s.bias)
+        self.kernel_size = s.kernel_size
         self.depthwise = nn.Conv1d(s.width, s.width, s.kernel_size, groups=s.width, bias=s.bias)
         batch_norm = s.conv_norm == "batch_norm"
         self.conv_norm = MaskedBatchNorm(s.width) if batch_norm else nn.LayerNorm(s.width)
@@ -145,7 +146,7 @@ class ConvolutionModule(nn.Module):
         """The module after the first norm, which a block joins with the residual sum before it."""
         frames = grid.to_frames(nn.functional.glu(self.pointwise1(normed), dim=-1))
         past = None if cache is None else cache.convolution
-        mixed = depthwise_convolution(frames, self.depthwise, self.mode, layout.chunk_size, past)
+        mixed = depthwise_convolution(frames, self.depthwise, self.kernel_size, self.mode, layout.chunk_size, past)
         if cache is not None:
             joined = torch.cat((cache.convolution.to(frames.dtype), frames), dim=1)
             cache.convolution = joined[:, joined.shape[1] - cache.convolution.shape[1] :].detach().clone()

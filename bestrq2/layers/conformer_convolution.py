@@ -20,7 +20,12 @@ def past_frames(kernel_size: int, mode: ConvMode) -> int:
 
 
 def depthwise_convolution(
-    x: Tensor, layer: nn.Conv1d, mode: ConvMode, chunk_size: int | None, past: Tensor | None = None
+    x: Tensor,
+    layer: nn.Module,
+    kernel: int,
+    mode: ConvMode,
+    chunk_size: int | None,
+    past: Tensor | None = None,
 ) -> Tensor:
     """Convolve every channel along time, reading no frame that ``mode`` forbids.
 
@@ -34,7 +39,8 @@ def depthwise_convolution(
 
     Args:
         x: ``(B, T, D)``; padded or absent frames must be zero already. Chunks are counted from its first frame.
-        layer: depthwise, without padding, with odd kernel size K.
+        layer: ``nn.Conv1d``, depthwise, without padding, or a module in its place.
+        kernel: its size K, odd.
         mode: see above.
         chunk_size: frames per chunk, for "chunk"; None is one chunk, that is "full".
         past: ``(B, past_frames(K, mode), D)``, the frames before x; None: zeros.
@@ -43,7 +49,6 @@ def depthwise_convolution(
         ``(B, T, D)``.
     """
     num_clips, num_frames, width = x.shape
-    kernel = layer.kernel_size[0]
     left = past_frames(kernel, mode)
     past = x.new_zeros(num_clips, left, width) if past is None else past.to(x.dtype)
     x = torch.cat((past, x), dim=1)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2.config import ConfigError
-from bestrq2.data import AudioFile, Skip
-from bestrq2.errors import BestRQError
+from bestrq2.data import Skip
 from bestrq2.hardware import device_of
-from bestrq2.interchange.refusals import Clip, check_some_taken, encode_or_skip
+from bestrq2.interchange.refusals import Clip, check_some_taken, check_usable, encode_or_skip
 from bestrq2.interchange.transformers_encoder import TransformersEncoder
 from bestrq2.layers.log_mel import LogMel
 from bestrq2.models.readout import combine_layers, parse_layers, pool_frames
@@ -27,10 +26,6 @@ MEAN = ", mean of layers"  # ends the name of such features
 MEL_HOP = 0.01  # seconds
 NUM_MELS = 64
 SECONDS_AT_ONCE = 120.0  # of audio with its padding that are encoded together
-
-
-class FeatureError(BestRQError, ValueError):
-    """Features that no probe can use: not finite, or no frame at all."""
 
 
 @dataclass
@@ -178,7 +173,7 @@ def extract(
         progress: called with the number of clips done.
 
     Raises:
-        FeatureError: if an encoder gives no frame, or values that are not finite.
+        FeatureError: if an encoder that is not an adapted one gives no frame, or values that are not finite.
         ConfigError: if an encoder of others refuses every clip.
     """
     layers = list(dict.fromkeys(layer for reading in wanted for layer in reading.layers))
@@ -200,7 +195,7 @@ def extract(
 
             def vectors(some: Sequence[Clip], name: str = name, encoder: Any = encoder) -> list[tuple[int, Any]]:
                 features, found = encode(encoder, [waveform for _, waveform in some], layers, rows)
-                _check(name, [file for file, _ in some], features, found)
+                check_usable(some, features, found)
                 columns = []
                 for reading in wanted:
                     chosen = [features[layers.index(layer)] for layer in reading.layers]
@@ -265,15 +260,6 @@ def _vectors(chosen: Sequence[Tensor], counts: Tensor, pooling: str | None, read
         halves = [layer.chunk(2, -1) for layer in pooled]
         pooled = [half[number] for number in range(2) for half in halves]
     return list(torch.cat(pooled, -1).numpy())
-
-
-def _check(name: str, files: Sequence[AudioFile], features: Tensor, counts: Tensor) -> None:
-    finite = features.isfinite().all(-1).all(0)
-    for clip, (file, count) in enumerate(zip(files, counts.tolist())):
-        if not count:
-            raise FeatureError(f"{name}: no frame for {file.path}")
-        if not finite[clip, :count].all():
-            raise FeatureError(f"{name}: features of {file.path} are not finite")
 
 
 def untrained_copy(encoder: nn.Module, seed: int = 0) -> nn.Module:

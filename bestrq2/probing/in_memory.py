@@ -20,10 +20,11 @@ from torch import nn
 from bestrq2.config import ConfigError
 from bestrq2.data import Skip, iterate_clips
 from bestrq2.data.content import file_stamp
+from bestrq2.interchange.refusals import FeatureError
 from bestrq2.interchange.tensors import module_digest, settings_digest, tensors_digest
 
 from .experiment import assemble
-from .features import ENCODER, LOG_MEL, RANDOM, Clip, FeatureError, extract, readings, untrained_copy
+from .features import ENCODER, LOG_MEL, RANDOM, Clip, extract, readings, untrained_copy
 from .heads import require_sklearn
 from .labels import LabelledClips, check_testable, read_clips
 from .task import ProbeTask, packaged_task
@@ -148,7 +149,7 @@ def run_probe(
         the task's main metric by its name (``task.metric``), the ends of its 95 % interval with ``_low`` and ``_high``,
         what the baselines reach under "log_mel/" and "random/", and "chance". ``detailed``: the same for every metric,
         intervals of the baselines, "clips", and "seconds" that the call took. Metrics of an encoder whose features are
-        not finite are NaN.
+        not finite are NaN; of one that was opened by ``bestrq2.load``, an encoder of others, such clips are left out.
 
     Raises:
         ConfigError, ManifestError, OSError: if the task cannot be read, tested, or scikit-learn is missing.

@@ -29,7 +29,7 @@ from bestrq2.data.fingerprint import file_list_digest
 from bestrq2.errors import counted
 from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.adapters import ModuleAdapter
-from bestrq2.interchange.refusals import REFUSED, Clip, encode_or_skip
+from bestrq2.interchange.refusals import REFUSED, Clip, check_usable, encode_or_skip
 from bestrq2.interchange.tensors import module_digest, settings_digest, write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.models import build_encoder
@@ -228,6 +228,7 @@ def _write_shard(
         windows = [torch.from_numpy(samples) for _, samples in part]
         padded = nn.utils.rnn.pad_sequence(windows, batch_first=True)
         features, lengths = encoder.encode(padded.to(device), torch.tensor([len(window) for window in windows]))
+        check_usable(part, features, lengths)
         made = []
         for window, rows, length in zip(windows, features.float().cpu(), lengths.tolist()):
             found = targets.codes(window)

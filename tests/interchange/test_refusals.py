@@ -5,12 +5,13 @@ import csv
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from bestrq2 import embed, probe, train
 from bestrq2.config import load_config
 from bestrq2.data import AudioFile
 from bestrq2.interchange import open_encoder
-from bestrq2.interchange.refusals import encode_or_skip
+from bestrq2.interchange.refusals import FeatureError, encode_or_skip
 from bestrq2.models import build_encoder
 from bestrq2.runs.metrics import read_metrics
 
@@ -25,6 +26,8 @@ class Frames(torch.nn.Module):
     def METHOD(self, audio, lengths=None):
         if REFUSES:
             raise ValueError(f"expected other audio, got {audio.shape[1]} samples")
+        if UNUSABLE and audio.shape[1] < 2000:
+            return FOUND
         features = self.layer(audio[:, : audio.shape[1] // 320 * 320].unflatten(1, (-1, 320))).detach()
         return RESULT
 """
@@ -34,8 +37,15 @@ SHORT = "audio.shape[1] < 2000"
 ALL = "audio.shape[1] not in (16000, 48000)"  # but the noise that the interface is checked with
 
 
-def source(tmp_path, refuses=SHORT, interface=OWN):
-    code = CODE.replace("REFUSES", refuses).replace("METHOD", interface[0]).replace("RESULT", interface[1])
+UNUSABLE = {  # what an encoder gives for the short clip
+    "the encoder's features of it are not finite": ("torch.full((1, 5, 3), torch.nan)", "torch.tensor([5])"),
+    "the encoder gives no frame for it": ("torch.zeros(1, 0, 3)", "torch.tensor([0])"),
+}
+
+
+def source(tmp_path, refuses=SHORT, interface=OWN, found=None):
+    code = CODE.replace("UNUSABLE", str(found is not None)).replace("FOUND", ", ".join(found or ["None"]))
+    code = code.replace("REFUSES", refuses).replace("METHOD", interface[0]).replace("RESULT", interface[1])
     (tmp_path / "frames.py").write_text(code)
     return f"{tmp_path}/frames.py:Frames"
 
@@ -74,6 +84,35 @@ def test_embed(folder, tmp_path, capsys, interface, format):
             waveform = soundfile.read(row["path"], dtype="float32")[0]
             expected = open_encoder(command[0])
             assert np.load(out / row["features"]).shape == (len(waveform) // 320, expected.output_dim)
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_unusable_features_of_one_clip(folder, tmp_path, capsys, caplog, fault, plain_training):
+    """Features that are not finite, or no frame, are a refusal of that clip by every command."""
+    encoder = source(tmp_path, "False", OWN, UNUSABLE[fault])
+    assert embed.main([encoder, str(folder), "--out", str(tmp_path / "out"), "--batch-size", "4"]) == 0
+    printed = capsys.readouterr()
+    assert "7 files embedded, 1 skipped" in printed.out
+    assert f"2.wav: refused by the encoder ({fault})" in printed.err
+    quick = ["train.steps=1", "train.batch_size=4", "data.crop_seconds=2", "data.workers=0"]
+    quick += [f"data.source={folder}", "model.front_end.mean=-45", "model.front_end.std=20"]
+    assert train.main(["--runs", str(tmp_path), *quick, "--frozen-encoder", encoder, "--name", "some"]) == 0
+    assert f"2.wav: refused by the encoder (1 of 1 window, {fault})" in caplog.text
+    capsys.readouterr()
+    pytest.importorskip("sklearn")
+    table = ["--out", str(tmp_path / "probe"), "--head", "knn"]
+    assert probe.main([encoder, str(tmp_path / "labels.csv"), *table]) == 0
+    printed = capsys.readouterr()
+    assert "7 clips, 7 groups" in printed.out
+    assert f"2.wav: refused by the encoder ({fault})" in printed.err
+
+
+def test_features_of_our_own_that_are_not_finite(folder, tmp_path):
+    encoder = build_encoder(load_config("best_rq2_tiny").model, 1.0)
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(torch.nan)
+    with pytest.raises(FeatureError, match=r"0\.wav: the encoder's features of it are not finite"):
+        list(embed.embed(encoder, [AudioFile(str(folder / "0.wav"))]))
 
 
 def test_embed_of_an_encoder_that_refuses_everything(folder, tmp_path, capsys):

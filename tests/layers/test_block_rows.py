@@ -1,12 +1,10 @@
 """The C++ passes between the products of a block, against the plain formulas in fp64."""
 
-import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from bestrq2 import ops
 from bestrq2.layers.block_rows import (
@@ -20,12 +18,8 @@ from bestrq2.layers.block_rows import (
     split_heads,
     stochastic_depth,
 )
-from bestrq2.layers.conformer import Conformer, ConformerSettings
-from bestrq2.layers.cross_attention import CrossTransformer
-from bestrq2.layers.frame_grid import FrameGrid
 from bestrq2.layers.positions import turn
 from bestrq2.layers.transformer import Transformer, TransformerSettings, make_norm
-from bestrq2.ops import ChunkLayout
 from bestrq2.ops.common import native
 
 pytestmark = pytest.mark.skipif(native.extension_obstacle() is not None, reason="the C++ extension is not built")
@@ -253,108 +247,6 @@ def test_transformer_is_that_of_plain_pytorch(modern, first):
         results.append([out, x.grad, *[p.grad for p in model.parameters()]])
     for mine, plain in zip(*results):
         assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()
-
-
-def change(module, how, calls):
-    """Change a module, which from then on notes its calls and gives the same results."""
-    if how == "hook":
-        module.register_forward_hook(lambda *call: calls.append(call))
-    elif how == "compile":
-        module.compile(backend=lambda graph, inputs: calls.append(inputs) or graph.forward)
-    elif how == "forward":
-        own = module.forward
-        module.forward = lambda *arguments, **options: calls.append(arguments) or own(*arguments, **options)
-    else:
-
-        class Replacement(type(module)):
-            def forward(self, *arguments, **options):
-                calls.append(arguments)
-                return super().forward(*arguments, **options)
-
-        module.__class__ = Replacement
-
-
-def parts_of(model):
-    return [name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)]
-
-
-VARIANTS = {
-    "transformer": lambda: Transformer(TransformerSettings(64, 2, 4)),
-    "modern": lambda: Transformer(TransformerSettings(64, 2, 4, norm="rms_norm", qk_norm=True)),
-    "cross": lambda: CrossTransformer(TransformerSettings(64, 2, 4)),
-    "conformer": lambda: Conformer(ConformerSettings(64, 2, 4, 128, conv_mode="chunk", kernel_size=5)),
-}
-
-
-def outputs_of(model):
-    x, angles = normal(2, 9, 64).detach(), torch.rand(1, 9, 8, generator=torch.Generator().manual_seed(0))
-    if isinstance(model, Conformer):
-        return model(x, FrameGrid.whole(9, None, x.device), ChunkLayout(4, 8))
-    if isinstance(model, CrossTransformer):
-        return model(x, normal(2, 5, 64).detach(), angles=angles, context_angles=angles[:, :5])
-    return model(x, angles=angles)
-
-
-@pytest.mark.parametrize("how", ["hook", "compile", "replace", "forward"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_modules_that_were_changed_are_called(variant, how):
-    """Every module of a model, one by one: PyTorch calls each of them, so tools that hook or wrap them rely on it."""
-    model = VARIANTS[variant]().eval()
-    expected = outputs_of(model)
-    for part in parts_of(model):
-        changed = copy.deepcopy(model)
-        module, calls = changed.get_submodule(part), []
-        # torch.compile leaves modules of torch by themselves as they are.
-        if how == "compile":
-            torch.compiler.reset()  # or else the limit of recompilations is reached
-            if type(module).__module__.startswith("torch.") or "blocks.1" in part:
-                continue
-        change(module, how, calls)
-        torch.testing.assert_close(outputs_of(changed), expected, msg=lambda text, part=part: f"{part}: {text}")
-        assert calls, part
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_classes_that_were_given_another_forward_are_called(variant, monkeypatch):
-    """As quantizers, adapters and profilers patch ``nn.Linear.forward``, and Liger classes of a model."""
-    model = VARIANTS[variant]().eval()
-    expected = outputs_of(model)
-    for kind in {type(module) for module in model.modules()} - {nn.ModuleList}:
-        own, calls = kind.forward, set()
-
-        def forward(self, *arguments, own=own, calls=calls, **options):
-            calls.add(self)
-            return own(self, *arguments, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(kind, "forward", forward)
-            torch.testing.assert_close(outputs_of(model), expected)
-        assert calls == {module for module in model.modules() if type(module) is kind}, kind
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_hooks_of_all_modules_see_every_module(variant, kind):
-    model = VARIANTS[variant]().eval()
-    expected, calls = outputs_of(model), set()
-    handle = getattr(torch_module, f"register_module_{kind}")(lambda module, *values: calls.add(module))
-    try:
-        found = outputs_of(model)
-        found.sum().backward()
-    finally:
-        handle.remove()
-    torch.testing.assert_close(found, expected)
-    assert [part for part in parts_of(model) if model.get_submodule(part) not in calls] == []
-
-
-@pytest.mark.parametrize("angles", [False, True])
-def test_identities_in_place_of_norms_of_queries_and_keys_are_called_when_hooked(angles):
-    model, calls = Transformer(TransformerSettings(64, 1, 4)).eval(), []
-    for norm in (model.blocks[0].attn.q_norm, model.blocks[0].attn.k_norm):
-        norm.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
-    model(normal(2, 9, 64).detach(), angles=torch.rand(1, 9, 8) if angles else None)
-    assert calls == [(2, 4, 9, 16)] * 2
 
 
 class Doubled(nn.Module):

@@ -41,16 +41,16 @@ def test_convolution_matches_the_double_loop(mode, frames, kernel, chunk):
     x = torch.randn(2, frames, 3, dtype=torch.float64)
     layer = torch.nn.Conv1d(3, 3, kernel, groups=3, dtype=torch.float64)
     expected = literal_convolution(x, layer.weight, layer.bias, mode, chunk)
-    torch.testing.assert_close(depthwise_convolution(x, layer, mode, chunk), expected)
+    torch.testing.assert_close(depthwise_convolution(x, layer, layer.kernel_size[0], mode, chunk), expected)
 
 
 @pytest.mark.parametrize("mode", ["causal", "chunk"])
 def test_convolution_continues_from_its_past(mode):
     x, layer = torch.randn(2, 22, 3, dtype=torch.float64), torch.nn.Conv1d(3, 3, 9, groups=3, dtype=torch.float64)
-    whole = depthwise_convolution(x, layer, mode, 4)
+    whole = depthwise_convolution(x, layer, layer.kernel_size[0], mode, 4)
     past = x.new_zeros(2, past_frames(9, mode), 3)
     for begin, end in ((0, 4), (4, 16), (16, 22)):
-        part = depthwise_convolution(x[:, begin:end], layer, mode, 4, past)
+        part = depthwise_convolution(x[:, begin:end], layer, layer.kernel_size[0], mode, 4, past)
         torch.testing.assert_close(part, whole[:, begin:end])
         past = torch.cat((past, x[:, begin:end]), 1)[:, -past.shape[1] :]
 
