@@ -30,7 +30,7 @@ def address(x: Tensor | None) -> int:
 
 
 def _exact(x: Tensor | None) -> Tensor | None:
-    """Factors or angles as the kernels read them: wrappers such as FSDP's mixed precision cast all that a block gets."""
+    """Factors or angles as the kernels read them: FSDP's mixed precision, for one, casts all that a block gets."""
     return None if x is None else x.float().contiguous()
 
 
