@@ -179,7 +179,7 @@ def run_probe(
 
 
 def _kind(encoder: nn.Module, untrained: nn.Module | Callable[[], nn.Module] | None) -> tuple[Any, ...]:
-    """What the features of the encoder before training depend on: everything but its weights, which training changes,
+    """Identify the features of the encoder before training, which depend on everything but its weights, which training changes,
     and running statistics, which begin anew."""
     if isinstance(untrained, nn.Module):
         return module_digest(untrained), settings_digest(untrained)
