@@ -179,8 +179,8 @@ def run_probe(
 
 
 def _kind(encoder: nn.Module, untrained: nn.Module | Callable[[], nn.Module] | None) -> tuple[Any, ...]:
-    """Identify the features of the encoder before training, which depend on everything but its weights, which training changes,
-    and running statistics, which begin anew."""
+    """Identify the features of the encoder before training. They depend on everything but its weights, which training
+    changes, and running statistics, which begin anew."""
     if isinstance(untrained, nn.Module):
         return module_digest(untrained), settings_digest(untrained)
     kept = [(name, buffer) for name, buffer in encoder.named_buffers() if not name.endswith(_RUNNING)]
