@@ -94,7 +94,7 @@ def _residual_norm(
     """:func:`residual_norm` by the parameters of the norm, whatever it does when it is called."""
     if (
         norm.weight is not None
-        and is_fused(x, norm.weight, None if pending is None else pending.bias)
+        and is_fused(x, norm.weight, getattr(norm, "bias", None), None if pending is None else pending.bias)
         and (pending is None or pending.values.dtype == x.dtype)
     ):
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps

@@ -29,6 +29,11 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _exact(x: Tensor | None) -> Tensor | None:
+    """Factors or angles as the kernels read them: FSDP's mixed precision, for one, casts all that a block gets."""
+    return None if x is None else x.float().contiguous()
+
+
 class NormSettings(NamedTuple):
     """Arguments of :class:`ResidualNorm` without a gradient.
 
@@ -61,7 +66,7 @@ class ResidualNorm(torch.autograd.Function):
         settings: NormSettings,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        rows = x.contiguous()
+        rows, scale = x.contiguous(), _exact(scale)
         branch = None if branch is None else branch.contiguous()
         total = rows if branch is None else torch.empty_like(rows)
         layer_norm, factor, eps, *places, num_out = settings
@@ -116,7 +121,7 @@ class ResidualSum(torch.autograd.Function):
         factor: float,
         place: Tensor | None,
     ) -> Tensor:
-        x, branch = x.contiguous(), branch.contiguous()
+        x, branch, scale = x.contiguous(), branch.contiguous(), _exact(scale)
         total, width = torch.empty_like(x), x.shape[-1]
         ctx.sizes = (x.dtype == torch.bfloat16, False, x.numel() // width, width, x.numel() // (len(x) * width))
         native.extension().norm_rows_forward(
@@ -257,7 +262,7 @@ class SplitHeads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         qkv = qkv.contiguous()
         clips, tokens, _, heads, dim = qkv.shape
-        cos, sin = (None if x is None else x.contiguous() for x in (cos, sin))
+        cos, sin = _exact(cos), _exact(sin)
         out = qkv.new_empty(clips, tokens, 2, heads, dim)
         angle_rows = 1 if cos is None else cos.shape[0] * cos.shape[1]
         ctx.sizes = (qkv.dtype == torch.bfloat16, clips * tokens, heads, dim, angle_rows, eps)

@@ -1,12 +1,16 @@
 """Modules of a model that users hooked, compiled, wrapped or replaced are called, and nothing goes around them."""
 
 import copy
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_map
 
+from bestrq2 import ops
 from bestrq2.layers.conformer import Conformer, ConformerSettings
 from bestrq2.layers.cross_attention import CrossTransformer
 from bestrq2.layers.frame_grid import FrameGrid
@@ -100,6 +104,32 @@ def test_modules_that_were_wrapped_are_called(variant):
         torch.testing.assert_close(outputs_of(model), expected)
         assert calls, part
         model.set_submodule(part, module)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_wrappers_may_cast_all_that_a_block_gets(variant):
+    """As FSDP with mixed precision does: angles and factors of stochastic depth, too, which are float32."""
+    make = {"transformer": Transformer, "modern": Transformer, "cross": CrossTransformer, "conformer": Conformer}[
+        variant
+    ]
+    settings = VARIANTS[variant]().settings
+    torch.manual_seed(0)
+    model = make(replace(settings, drop_path=0.5)).bfloat16().train()
+
+    def cast(module, arguments, options):
+        def of(value):
+            return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        return tree_map(of, arguments), tree_map(of, options)
+
+    def outputs(context):
+        torch.manual_seed(1)
+        with context:
+            return outputs_of(model).float()
+
+    for module in (model, *model.blocks):
+        module.register_forward_pre_hook(cast, with_kwargs=True)
+    torch.testing.assert_close(outputs(nullcontext()), outputs(ops.use_backend("reference")), atol=0.06, rtol=0.02)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
