@@ -34,6 +34,8 @@ def test_yaml_file_based_on_a_recipe(tmp_path):
     ("text", "message"),
     [
         ("train: 3", r"recipe mine: train: expected a section of settings \(key: value lines\), got 3"),
+        ("train.steps: 3", r"recipe mine: train\.steps: expected sections .*, as train: \{steps: \.\.\.\}, got a name"),
+        ("model: {encoder.width: 64}", r"mine: model\.encoder\.width: expected sections .* encoder: \{width: \.\.\.\}"),
         ("train:", "recipe mine: train: expected a section of settings .*, got nothing"),
         ("model: {encoder: [1]}", r"recipe mine: model\.encoder: expected a section of settings .*, got \[1\]"),
         ("train: {steps: 1.5}", r"recipe mine: train\.steps: .*1\.5"),
