@@ -170,7 +170,7 @@ class TrainConfig:
     save_minutes: float = 30.0  # also save when this long has passed since the last time; 0: never
     async_save: bool = True  # write checkpoints beside training (their tensors are copied first)
     keep_last: int = 3  # newest checkpoints that are kept
-    keep_best: int = 0  # also keep this many of lowest validation loss (else mean training loss since the last save)
+    keep_best: int = 0  # also keep this many of lowest validation loss (else mean training loss, not of a few steps)
     max_bad_steps: int = 20  # consecutive non-finite steps before giving up
     pictures_every: int = 2000  # steps between pictures of mask and predictions; 0: none
     health_every: int = 1000  # steps between measurements of the encoder's outputs (RMS, effective rank); 0: none

@@ -36,6 +36,7 @@ _SELECTORS = ("channel_selector", "channels_to_use")  # of NeMo: words are refus
 _FASTEST = 8  # a larger tempo counts beats per minute, a larger speed kilometres an hour
 # Names of a channel that other columns may have, too (the channel of a video): there only a number is refused.
 CHANNELS = ("ch", "channel_id", "channel_index", "channel_idx", "channel_number")
+_NAMES = {*REFUSED, *CHANNELS}
 _SIDES = ("left", "right", "l", "r")
 _FIRST = ("0", "0.0")
 
@@ -46,9 +47,7 @@ def check_channels(where: str, row: dict[str, Any]) -> None:
     Raises:
         ManifestError: it names the column.
     """
-    for name in (*REFUSED, *CHANNELS):
-        if name not in row:
-            continue
+    for name in row.keys() & _NAMES:
         value = row[name]
         if is_a_channel(name, value) or is_other_audio(name, value):
             raise ManifestError(

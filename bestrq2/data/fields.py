@@ -24,8 +24,10 @@ _RATE = ("sampling_rate", "sample_rate", "sr")
 _START = ("start", "offset", "start_time", "begin", "begin_time", "start_seconds", "start_sec")
 _END = ("end", "stop", "end_time", "stop_time", "end_seconds", "end_sec")
 _DURATION = ("duration", "seconds", "duration_seconds", "duration_sec", "dur")
-_MILLISECONDS = ("ms", "duration_ms", "dur_ms", "duration[ms]", "start_ms", "offset_ms", "end_ms", "stop_ms")
-_PLACED = (*_START, *_END, "onset", "start_ms", "offset_ms", "end_ms", "stop_ms")
+_DURATION_MS = ("ms", "duration_ms", "dur_ms", "duration[ms]")
+_START_MS, _END_MS = ("start_ms", "offset_ms"), ("end_ms", "stop_ms")
+_MILLISECONDS = (*_DURATION_MS, *_START_MS, *_END_MS)
+_PLACED = (*_START, *_END, "onset", *_START_MS, *_END_MS)
 _KNOWN = frozenset([*PATH_NAMES, *_RATE, *_START, *_END, *_DURATION, *_MILLISECONDS, *REFUSED, *CHANNELS]).union(
     ("onset", "domain", "label", "audio", *SPLIT_COLUMNS)
 )
@@ -111,7 +113,8 @@ def audio_file(source: Path, line: int, row: dict[str, Any]) -> AudioFile:
     if path is None:
         what = "the path is empty" if any(name in row for name in PATH_NAMES) else f"no 'path' in {sorted(row)}"
         raise ManifestError(f"{where}: {what}")
-    rivals = [name for name in PATH_NAMES if isinstance(row.get(name), str) and _is_another(row[name], path)]
+    named = _among(PATH_NAMES, tuple(row))
+    rivals = [name for name in named[1:] and named if isinstance(row[name], str) and _is_another(row[name], path)]
     if rivals:  # the one that is left out may be the audio that was meant
         raise ManifestError(
             f"{where}: columns that name different files: {path!r} and {rivals[0]} = {row[rivals[0]]!r}; keep one"
@@ -150,7 +153,16 @@ def _is_another(name: str, path: Any) -> bool:
 
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+    for name in _among(names, tuple(row)):
+        if row[name] not in (None, ""):
+            return row[name]
+    return None
+
+
+@lru_cache(4096)
+def _among(names: tuple[str, ...], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that are columns; kept, as the rows of a table have the same."""
+    return tuple(name for name in names if name in columns)
 
 
 def _text(row: dict[str, Any], name: str) -> str:
@@ -194,9 +206,8 @@ def _number(where: str, row: dict[str, Any], names: tuple[str, ...], low: float)
 def _span(where: str, row: dict[str, Any]) -> tuple[float, float | None, float | None, bool]:
     """(start, end, duration, whether the row is a part of its file), in seconds."""
 
-    def seconds(names: tuple[str, ...], kinds: tuple[str, ...]) -> float | None:
-        found = _number(where, row, names, 0)
-        thousandths = _number(where, row, tuple(name for name in _MILLISECONDS if name.startswith(kinds)), 0)
+    def seconds(names: tuple[str, ...], in_ms: tuple[str, ...]) -> float | None:
+        found, thousandths = _number(where, row, names, 0), _number(where, row, in_ms, 0)
         if found is not None and thousandths is not None and abs(found - thousandths / 1000) > 0.002:
             raise ManifestError(f"{where}: two different values of {names[0]}: {found:g} s and {thousandths:g} ms")
         return found if thousandths is None else thousandths / 1000
@@ -208,12 +219,12 @@ def _span(where: str, row: dict[str, Any]) -> tuple[float, float | None, float |
         for name in ("onset", "offset"):
             _number(where, row, (name,), 0)
         row = {**row, "start": row["onset"], "end": row.get("offset"), "offset": None}
-    duration = seconds(_DURATION, ("ms", "duration", "dur"))
-    start = seconds(_START, ("start", "offset"))
+    duration = seconds(_DURATION, _DURATION_MS)
+    start = seconds(_START, _START_MS)
     last = row.get("end", row.get("end_time", row.get("stop")))
     if last in (-1, "-1", -1.0, "-1.0"):  # "to the end", in Kaldi's segments
         row = {**row, "end": None, "stop": None, "end_time": None}
-    end = seconds(_END, ("end", "stop"))
+    end = seconds(_END, _END_MS)
     if start is None and end is None:
         part = "audio_filepath" in row and duration is not None
         return 0.0, duration if part else None, duration, part

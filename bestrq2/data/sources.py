@@ -17,7 +17,7 @@ from bestrq2.data.fields import columns_in_seconds
 from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
 from bestrq2.data.manifest import check_first_channel, discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import clip_duration, is_whole
-from bestrq2.data.splits import choose_split, split_of, split_of_row, unknown_splits
+from bestrq2.data.splits import choose_split, deeper_splits, split_of, split_of_row, unknown_splits
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
 
 __all__ = ["Found", "Source", "expand_pattern", "find_audio"]
@@ -335,7 +335,8 @@ def _add_folder(
         if columns and split is None and note:
             files = _with_split_column(files, splits)
         found.add(replace(listing, files=files))
-        found.notes += [note] if note else []
+        deeper = None if split is None else deeper_splits((item.path for item in files), folder)
+        found.notes += [text for text in (note, deeper) if text]
         return []
     used = Counter(Path(path).suffix.lower() for path, _ in listing.archives)
     found.ignored += listing.ignored - used
@@ -344,6 +345,8 @@ def _add_folder(
     if note:
         named.update(zip((path for path, _ in listing.archives), splits))
         found.notes.append(note)
+    if split is not None and (deeper := deeper_splits((path for path, _ in archives), folder)):
+        found.notes.append(deeper)
     return archives
 
 

@@ -3,13 +3,22 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Any, TypeVar
 
 from bestrq2.data.files import AudioFile
+from bestrq2.errors import printable
 
-__all__ = ["SPLIT_COLUMNS", "choose_split", "shared_clips", "split_of", "split_of_row", "unknown_splits"]
+__all__ = [
+    "SPLIT_COLUMNS",
+    "choose_split",
+    "deeper_splits",
+    "shared_clips",
+    "split_of",
+    "split_of_row",
+    "unknown_splits",
+]
 
 T = TypeVar("T")
 
@@ -35,6 +44,23 @@ def split_of(path: str, folder: str, names_too: bool) -> str | None:
         if found := _WORD.search(part):
             return _SPLITS[found[1].lower()]
     return None
+
+
+def deeper_splits(paths: Iterable[str], folder: str) -> str | None:
+    """A note on folders that name several splits below the two levels that decide: all of them are used."""
+    found: dict[str, str] = {}
+    for where in sorted({os.path.dirname(path) for path in paths}):
+        parts = os.path.relpath(where, folder).split(os.sep)
+        for level in range(2, len(parts)):
+            if word := _WORD.search(parts[level]):
+                found.setdefault(_SPLITS[word[1].lower()], os.path.join(*parts[: level + 1]))
+                break
+    if len(found) < 2:
+        return None
+    return (
+        f"{folder}: {', '.join(map(printable, found.values()))} are all used, though they name splits: only the first "
+        "two levels of folders decide. To use one split, name its folders."
+    )
 
 
 def split_of_row(row: Mapping[str, Any]) -> str | None:

@@ -6,9 +6,11 @@ rebuilds it: nothing else is needed to open it, and nothing in it is executable.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,12 +29,50 @@ ENCODER = "encoder."
 
 def module_digest(module: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of every parameter and buffer."""
+    return tensors_digest([*module.named_parameters(), *module.named_buffers()])
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
     digest = hashlib.sha256()
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    for name, tensor in sorted(tensors):
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def settings_digest(module: nn.Module) -> str:
+    """SHA-256 over what a module and those inside of it are and were set to: the same weights with another number of
+    heads, window or floor of the spectrogram give other features. Paths and versions are left out."""
+    digest, seen = hashlib.sha256(), set[int]()
+    for name, part in module.named_modules():
+        digest.update(f"{name}\0{type(part).__qualname__}\n".encode())
+        for key, value in sorted(vars(part).items()):
+            if key not in _OF_EVERY_MODULE and id(value) not in seen:
+                if hasattr(value, "to_dict"):  # of transformers: a large one, which every part refers to
+                    seen.add(id(value))
+                if (plain := _plain(value)) is not None:
+                    digest.update(f"{key} {json.dumps(plain, sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it, None for what is none."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if not isinstance(value, type) and hasattr(value, "to_dict"):
+        value = value.to_dict()
+    elif not isinstance(value, type) and is_dataclass(value):
+        value = {"": type(value).__qualname__, **vars(value)}
+    if isinstance(value, dict):
+        left_out = ("_name_or_path", "transformers_version")
+        return {str(key): _plain(part) for key, part in value.items() if key not in left_out}
+    return None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -86,6 +86,13 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros_like(self.bias.detach()))
         self.register_buffer("running_var", torch.ones_like(self.weight.detach()))
 
+    def reset_parameters(self) -> None:
+        """Begin anew, as after construction; named as in PyTorch's own layers."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         values = wide(x)
         if self.training:

@@ -55,11 +55,17 @@ class LinearMaskedCrossEntropy(nn.Module):
         shape = (*books, integer("num_classes", num_classes, 1), integer("in_features", in_features, 1))
         self.ignore_index, self.reduction, self.recompute = ignore_index, reduction, recompute
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        bound = 1 / math.sqrt(in_features)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(shape[:-1], device=device, dtype=dtype).uniform_(-bound, bound))
+            self.bias = nn.Parameter(torch.empty(shape[:-1], device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as ``nn.Linear`` does; after ``to_empty`` they hold anything."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(
         self, hidden: Tensor, targets: Tensor, mask: Tensor | None = None, *, return_accuracy: bool = False

@@ -1,6 +1,6 @@
 """SpeechBrain's quantizer and relative attention on the operations of this package, with its constructors and names.
 
-Nothing here imports SpeechBrain. The formulas are those of SpeechBrain 1.0.
+Nothing here imports SpeechBrain. The formulas are those of SpeechBrain 1.0.3 and later.
 """
 
 import torch
@@ -17,7 +17,8 @@ class SpeechBrainRandomProjectionQuantizer(nn.Module):
     """``speechbrain.nnet.quantisers.RandomProjectionQuantizer`` through :func:`bestrq2.ops.quantize`.
 
     The same seed gives the same buffers, and the codes are those of its formula in exact arithmetic. They differ from
-    SpeechBrain's only where two codes are nearly as close. No ``(B, V, T)`` distances are stored.
+    SpeechBrain's only where two codes are nearly as close. No ``(B, V, T)`` distances are stored. SpeechBrain up to
+    1.0.2 normalised over time instead of over the values of a frame, which gives other codes.
 
     Args:
         input_dim: D, values per frame.

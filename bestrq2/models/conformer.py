@@ -263,7 +263,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
         Raises:
             ValueError: for wrong shapes, a clip that ends without a sample (as in ``encode``), audio after the end of
                 all clips, a waveform that requires a gradient (the state carries none, so it would end at the border
-                of the piece), or a state whose last call failed.
+                of the piece), a state of another number of blocks, or one whose last call failed.
         """
         num_clips = state.num_clips
         check_waveform(waveform, num_clips)
@@ -272,6 +272,8 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             raise ValueError("all clips of this state have ended: start a new one with start_stream()")
         if state.broken:
             raise ValueError(BROKEN)
+        if len(state.blocks) != self.depth:
+            raise ValueError(f"expected a state of this encoder's {self.depth} blocks, got one of {len(state.blocks)}")
         if self.training:
             raise ValueError("stream() needs the encoder in evaluation mode: call .eval()")
         if waveform.requires_grad and torch.is_grad_enabled():

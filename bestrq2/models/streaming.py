@@ -1,5 +1,6 @@
 """The state of a streaming encoder: everything that later audio can still depend on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,14 +93,24 @@ class StreamingState:
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_state_dict(cls, tensors: dict[str, Tensor]) -> "StreamingState":
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> "StreamingState":
+        """The state that :meth:`state_dict` gave. It has copies, so several streams may begin from the same tensors.
+
+        Raises:
+            ValueError: if a tensor is missing.
+        """
+        stages = sum(name.startswith("subsampling.") for name in tensors)
+        depth = sum(name.endswith(".key") for name in tensors)
+        needed = ["numbers", "totals", "signal", "reflection", "frames"]
+        needed += [f"blocks.{i}.{part}" for i in range(depth) for part in ("key", "value", "convolution")]
+        if missing := [name for name in needed if name not in tensors]:
+            raise ValueError(f"expected the tensors of a StreamingState, got none named {', '.join(missing)}")
+        tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         chunk, left, tokens, start, received, next_frame = tensors["numbers"].tolist()
         layout = ChunkLayout(chunk, None if left == UNLIMITED else left)
         front = LogMelState(
             tensors["signal"], tensors["reflection"], tensors["totals"].cpu(), start, received, next_frame
         )
-        stages = sum(name.startswith("subsampling.") for name in tensors)
-        depth = sum(name.endswith(".key") for name in tensors)
         blocks = [
             BlockCache(
                 AttentionCache(tensors[f"blocks.{i}.key"], tensors[f"blocks.{i}.value"]),

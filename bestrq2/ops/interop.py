@@ -38,6 +38,8 @@ def from_speechbrain(state: Mapping[str, Tensor], prefix: str = "") -> PeerQuant
     """SpeechBrain ``speechbrain.nnet.quantisers.RandomProjectionQuantizer``.
 
     P (D, d), CB (V, d) with unit rows; id = argmin |CB - x P / |x P||, hence the largest product. Codes: (...).
+    SpeechBrain has this formula since 1.0.3. Up to 1.0.2 it divided every channel of x P by its norm over the time of
+    the batch, which gives other ids: no argument here makes them equal.
     """
     projection, codebook = _take(state, prefix, ("P", "CB"), "SpeechBrain")
     return PeerQuantizer(projection, codebook)

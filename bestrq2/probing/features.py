@@ -264,8 +264,9 @@ def _vectors(chosen: Sequence[Tensor], counts: Tensor, pooling: str | None, read
 
 def untrained_copy(encoder: nn.Module, seed: int = 0) -> nn.Module:
     """The encoder with weights drawn anew, in evaluation mode: transformers models from their configuration, other
-    layers by ``reset_parameters`` where they have it, else the values of a parameter in random order. The global
-    generators stay as they are.
+    layers by ``reset_parameters`` where they have it. The values of a parameter that this leaves as it was (under
+    ``weight_norm``, a layer is made of others than it resets) are put in random order. The global generators stay as
+    they are.
 
     For an encoder whose own initialisation is known, build it anew instead.
     """
@@ -273,16 +274,21 @@ def untrained_copy(encoder: nn.Module, seed: int = 0) -> nn.Module:
     devices = sorted({p.device.index or 0 for p in encoder.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        fresh = copy.deepcopy(encoder)
+        # What the last pass computed and kept, as weight_norm does, cannot be copied otherwise while it has a gradient.
+        kept = (value for module in encoder.modules() for value in vars(module).values() if isinstance(value, Tensor))
+        fresh = copy.deepcopy(encoder, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
         if isinstance(fresh, TransformersEncoder):
             fresh.model = type(fresh.model)(fresh.model.config).to(next(fresh.parameters()).device)
             return fresh.eval().requires_grad_(False)
         for module in fresh.modules():
             reset = getattr(module, "reset_parameters", None)
+            before: dict[str, Tensor] = {}
             if callable(reset):
+                before = {name: parameter.clone() for name, parameter in module.named_parameters(recurse=False)}
                 reset()
-                continue
-            for parameter in module.parameters(recurse=False):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in before and not torch.equal(parameter, before[name]):
+                    continue
                 order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
                 parameter.copy_(parameter.flatten()[order].view_as(parameter))
     return fresh.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from bestrq2.config import ConfigError
 from bestrq2.data import Skip, iterate_clips
 from bestrq2.data.content import file_stamp
 from bestrq2.interchange.refusals import FeatureError
-from bestrq2.interchange.tensors import module_digest
+from bestrq2.interchange.tensors import module_digest, settings_digest, tensors_digest
 
 from .experiment import assemble
 from .features import ENCODER, LOG_MEL, RANDOM, Clip, extract, readings, untrained_copy
@@ -31,6 +31,7 @@ from .task import ProbeTask, packaged_task
 
 MAX_AUDIO_BYTES = 1 << 30  # of decoded audio kept between calls
 _PREFIX = {LOG_MEL: "log_mel/", RANDOM: "random/", ENCODER: ""}
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 _prepared: dict[Any, "PreparedProbe"] = {}
 
 
@@ -158,8 +159,7 @@ def run_probe(
     prepared = _prepare(task, int(encoder.sampling_rate))  # type: ignore[arg-type]
     hop = float(encoder.hop_size_in_ms) / 1000  # type: ignore[arg-type]
     with undisturbed(encoder):
-        given = module_digest(untrained) if isinstance(untrained, nn.Module) else callable(untrained)
-        kind = (hop, repr(encoder), given)  # another encoder has baselines of its own
+        kind = (hop, _kind(encoder, untrained))  # another encoder has baselines of its own
         known = prepared.baselines.get(kind)
         if known is None:
             fresh = untrained() if callable(untrained) and not isinstance(untrained, nn.Module) else untrained
@@ -176,6 +176,15 @@ def run_probe(
     main = task.metric
     names = (main, f"{main}_low", f"{main}_high", f"log_mel/{main}", f"random/{main}", "chance")
     return {name: values[name] for name in names}
+
+
+def _kind(encoder: nn.Module, untrained: nn.Module | Callable[[], nn.Module] | None) -> tuple[Any, ...]:
+    """Identify the features of the encoder before training. They depend on everything but its weights, which training
+    changes, and running statistics, which begin anew."""
+    if isinstance(untrained, nn.Module):
+        return module_digest(untrained), settings_digest(untrained)
+    kept = [(name, buffer) for name, buffer in encoder.named_buffers() if not name.endswith(_RUNNING)]
+    return repr(encoder), settings_digest(encoder), tensors_digest(kept), untrained is None
 
 
 def _prepare(task: ProbeTask, sampling_rate: int) -> PreparedProbe:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from bestrq2.errors import counted
 from bestrq2.interchange import AudioEncoder
 from bestrq2.interchange.adapters import ModuleAdapter
 from bestrq2.interchange.refusals import REFUSED, Clip, check_usable, encode_or_skip
-from bestrq2.interchange.tensors import module_digest, write_tensors
+from bestrq2.interchange.tensors import module_digest, settings_digest, write_tensors
 from bestrq2.layers.patches import extract_patches
 from bestrq2.models import build_encoder
 from bestrq2.models.build import build_quantizer
@@ -39,40 +39,6 @@ logger = logging.getLogger(__name__)
 
 FILES_PER_SHARD = 32
 WINDOWS_AT_ONCE = 8
-
-
-def settings_digest(module: nn.Module) -> str:
-    """SHA-256 over what a module and those inside of it are and were set to: the same weights with another number of
-    heads, window or floor of the spectrogram give other features. Paths and versions are left out."""
-    digest, seen = hashlib.sha256(), set[int]()
-    for name, part in module.named_modules():
-        digest.update(f"{name}\0{type(part).__qualname__}\n".encode())
-        for key, value in sorted(vars(part).items()):
-            if key not in _OF_EVERY_MODULE and id(value) not in seen:
-                if hasattr(value, "to_dict"):  # of transformers: a large one, which every part refers to
-                    seen.add(id(value))
-                if (plain := _plain(value)) is not None:
-                    digest.update(f"{key} {json.dumps(plain, sort_keys=True)}\n".encode())
-    return digest.hexdigest()
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON has it, None for what is none."""
-    if isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if not isinstance(value, type) and hasattr(value, "to_dict"):
-        value = value.to_dict()
-    elif not isinstance(value, type) and is_dataclass(value):
-        value = {"": type(value).__qualname__, **vars(value)}
-    if isinstance(value, dict):
-        left_out = ("_name_or_path", "transformers_version")
-        return {str(key): _plain(part) for key, part in value.items() if key not in left_out}
-    return None
 
 
 def align(features: Tensor, hop: float, columns: int, column: float) -> Tensor:

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from bestrq2.config import Config, config_to_dict
 from bestrq2.errors import CheckpointError, system_reason
 from bestrq2.runs.best import BEST, Measure, measure_of, ranked, read_scores, write_best
-from bestrq2.runs.checkpoint import folder_name, save_checkpoint
+from bestrq2.runs.checkpoint import Checkpoint, folder_name, save_checkpoint
 from bestrq2.runs.folder import RunFolder
 
 from .state import Snapshot
@@ -31,6 +31,7 @@ class Saver:
     Attributes:
         saved_step: of the last checkpoint that was begun, at first the step the run started from.
         problem: why the last checkpoint could not be written, or None.
+        scored: whether a checkpoint of this run has a loss that compares.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Saver:
         self._last = time.monotonic()
         self.saved_step = step
         self.measure = measure_of(config_to_dict(config), held_out)
+        self.scored = False
         self._best: list[tuple[float, int]] = []
         self._earlier: list[int] = []  # steps of the best by other measures
 
@@ -50,12 +52,18 @@ class Saver:
         """Go on from the checkpoints that the run has; the time until the next one is due begins."""
         self._last = time.monotonic()
         scores = [score for score in read_scores(self.parent) if score.step <= self.saved_step]
-        self._best, *earlier = [group[: self.settings.keep_best] for group in ranked(scores, self.measure)]
+        comparing, *others = ranked(scores, self.measure)
+        self.scored = bool(comparing)
+        self._best, *earlier = [group[: self.settings.keep_best] for group in (comparing, *others)]
         self._earlier = [step for group in earlier for _, step in group]
         if self.writes and self.settings.keep_best and scores:
             self._tell_changes(scores[-1].measure)
         if self.writes and self._best:  # after a kill between a checkpoint and this note
             self._note_best()
+
+    def changed_since(self, checkpoint: Checkpoint) -> bool:
+        """Return True if losses do not compare with those before the checkpoint."""
+        return bool(measure_of(checkpoint.config, checkpoint.extra.get("held_out")).changes(self.measure))
 
     def overdue(self) -> bool:
         """Return True if ``train.save_minutes`` have passed. The clock is monotonic: setting the time has no effect."""
@@ -64,6 +72,7 @@ class Saver:
     def save(self, snapshot: Snapshot, value: float | None, wait: bool) -> None:
         """Write a snapshot; ``value`` (lower is better) decides about ``keep_best``."""
         self.finish()
+        self.scored = self.scored or value is not None
         self._last, self.saved_step = time.monotonic(), snapshot.step
         self._pending = self._pool.submit(self._write, snapshot, value)
         if wait or not self.settings.async_save:

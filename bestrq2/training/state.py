@@ -34,6 +34,16 @@ class Progress:
     bad_in_a_row: int = 0  # steps up to now that were not finite; those that fp16 explains are not counted
     evaluated_step: int = -1  # of the last evaluation, and what it found
     validation_loss: float | None = None
+    # Sums over the steps since the last checkpoint with a training loss for keep_best; those not finite are left out.
+    unscored_steps: int = 0
+    unscored_loss: float = 0.0
+    unscored_targets: float = 0.0
+
+    def take_score(self) -> float | None:
+        """Return the mean training loss since the last call, None without targets."""
+        value = self.unscored_loss / self.unscored_targets if self.unscored_targets else None
+        self.unscored_steps, self.unscored_loss, self.unscored_targets = 0, 0.0, 0.0
+        return value
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class Trainer:
         health = HealthCheck(measured, self.model, dataset, ranks, self.device)
         self.log = TrainingLog(config, run, self.state, health, ranks, self.device, self.peak[0])
         self.saver = Saver(run, config, self.first_step, ranks.is_first, self.evaluation.held_out)
-        self.since_save = StepTotals()
+        if checkpoint is not None and self.saver.changed_since(checkpoint):
+            self.state.progress.take_score()  # of losses that mean something else
 
     def train(self) -> int:
         """Returns the exit code: 0, or 128 + signal number after a requested stop.
@@ -273,8 +274,10 @@ class Trainer:
                 state.optimizer.step()
             if state.average is not None:
                 state.average.update()
-            self.since_save.add(totals)
             state.progress.bad_in_a_row = 0
+            state.progress.unscored_steps += 1
+            state.progress.unscored_loss += totals.loss
+            state.progress.unscored_targets += totals.targets
             return
         state.progress.skipped_steps += 1
         if explained:
@@ -312,7 +315,9 @@ class Trainer:
         # Such steps change no weight, and what they would change may be ruined: they push out no checkpoint.
         self.postponed = due and bad > 0 and not ends
         if ends or (due and not bad):
-            self._save(wait=ends)
+            # Few steps tell little: what an interruption leaves, or the last steps, would be the best by chance.
+            enough = totals.overdue > 0 or 2 * progress.unscored_steps >= settings.save_every
+            self._save(wait=ends, scored=(due and enough) or (last and (enough or not self.saver.scored)))
         if bad >= settings.max_bad_steps:
             problem = TrainingError(
                 f"{bad} steps in a row were not finite. {_REMEDY}. Checkpoints are in {self.run.checkpoints}."
@@ -333,13 +338,20 @@ class Trainer:
             if results and not repeated:
                 self.log.write({"step": progress.step, **results})
 
-    def _save(self, wait: bool) -> None:
+    def _save(self, wait: bool, scored: bool = False) -> None:
         """Write a checkpoint (a collective call). The log is on the disk before: a kill leaves no hole in it.
+
+        Args:
+            wait: until it is written.
+            scored: with the mean training loss since the last one with it, where no audio is held out.
 
         Raises:
             TrainingError: weights are not finite. Such checkpoints would push out those that can be used.
         """
         self.log.flush()
+        value = self.state.progress.take_score() if scored else None
+        if self.evaluation.validates:
+            value = self.evaluation.loss_at(self.state.progress.step)
         snapshot = self.state.snapshot(**self.identity)
         broken = self.ranks.texts("" if snapshot is None else ", ".join(snapshot.not_finite()))[0]
         if broken:
@@ -350,12 +362,8 @@ class Trainer:
                     f"written. {_REMEDY}, and continue from an earlier one: {self.run.resume_command()}"
                 )
             )
-        value: float | None = self.since_save.mean_loss if self.since_save.targets else None
-        if self.evaluation.validates:
-            value = self.evaluation.loss_at(self.state.progress.step)
         if snapshot is not None:
             self.saver.save(snapshot, value, wait)
-        self.since_save = StepTotals()
 
     def _first_look(self) -> None:
         """Code usage of the targets and health of the encoder before any training."""

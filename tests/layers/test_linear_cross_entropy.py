@@ -40,6 +40,17 @@ def test_starts_like_a_linear_layer():
         LinearMaskedCrossEntropy(4, 0)
 
 
+def test_parameters_are_drawn_after_to_empty():
+    """FSDP and loaders of large models make layers on the meta device and call this, as of ``nn.Linear``."""
+    torch.manual_seed(0)
+    expected = LinearMaskedCrossEntropy(64, 500)
+    head = LinearMaskedCrossEntropy(64, 500, device="meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    head.reset_parameters()
+    assert torch.equal(head.weight, expected.weight)
+    assert torch.equal(head.bias, expected.bias)
+
+
 def test_several_codebooks():
     torch.manual_seed(0)
     head = LinearMaskedCrossEntropy(16, 37, num_codebooks=3, reduction="none")

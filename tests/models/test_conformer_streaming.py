@@ -164,6 +164,30 @@ def test_state_can_be_saved_moved_and_continued(tmp_path, device):
 
 
 @torch.no_grad()
+def test_several_streams_begin_from_one_saved_state():
+    """The first of them ends a clip: the second must not find it ended."""
+    model = encoder()
+    waveform = torch.randn(2, 16000) * 0.1
+    state = model.start_stream(2, allow_untrained=True)
+    model.stream(waveform[:, :7000], state)
+    saved = state.state_dict()
+    model.stream(waveform[:, 7000:9000], StreamingState.from_state_dict(saved), torch.tensor([500, 2000]))
+    rest, counts = model.stream(waveform[:, 7000:], StreamingState.from_state_dict(saved), final=True)
+    expected, expected_counts = model.stream(waveform[:, 7000:], state, final=True)
+    assert torch.equal(counts, expected_counts)
+    assert torch.equal(rest, expected)
+
+
+def test_states_of_something_else():
+    with pytest.raises(ValueError, match="expected the tensors of a StreamingState, got none named numbers, totals"):
+        StreamingState.from_state_dict({"signal": torch.zeros(1, 0)})
+    deep, shallow = encoder(), encoder(depth=1)
+    state = deep.start_stream(1, allow_untrained=True)
+    with pytest.raises(ValueError, match=f"this encoder's 1 blocks, got one of {deep.depth}"):
+        shallow.stream(torch.zeros(1, 100), state)
+
+
+@torch.no_grad()
 def test_state_is_bounded_with_limited_left_context():
     model = encoder()
     state = model.start_stream(1, ChunkLayout(4, 6), allow_untrained=True)

@@ -121,6 +121,38 @@ def test_untrained_copy_knows_nothing_of_the_weights(encoder):
     assert (encoder.patch_embed.proj.weight == 0.5).all()
 
 
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_untrained_copy_of_reparametrised_layers(name):
+    """``reset_parameters`` of a layer under the older ``weight_norm`` writes to what the next pass overwrites."""
+    layer = getattr(torch.nn.utils, name)(torch.nn.Linear(8, 8)).eval().requires_grad_(False)
+    kept = {key: parameter.clone() for key, parameter in layer.named_parameters()}
+    fresh = untrained_copy(layer, 3)
+    assert not any(torch.equal(parameter, kept[key]) for key, parameter in fresh.named_parameters())
+    assert all(torch.equal(parameter, kept[key]) for key, parameter in layer.named_parameters())
+
+
+def test_untrained_copy_knows_nothing_of_running_statistics():
+    settings = ["model.encoder.conformer.conv_norm=batch_norm"]
+    conformer = build_encoder(load_config("best_rq_conformer_tiny", settings).model).eval()
+    before = untrained_copy(conformer).encode(torch.ones(1, 16000))[0]
+    for buffer in (b for name, b in conformer.named_buffers() if "running" in name):
+        buffer.fill_(7.0)
+    assert torch.equal(untrained_copy(conformer).encode(torch.ones(1, 16000))[0], before)
+
+
+def test_other_settings_have_other_baselines():
+    """None of them is in the text of a module, and no weight has another shape."""
+    task = packaged_task(head="knn")
+    settings = ([], ["model.encoder.join_rows=concatenate"], ["model.front_end.f_min=2000"], ["model.front_end.std=3"])
+    encoders = [build_encoder(load_config("best_rq2_grid_tiny", [*SMALL, *more]).model) for more in settings]
+    kept = [run_probe(encoder, task, detailed=True) for encoder in encoders]
+    for encoder, values in zip(encoders, kept):
+        _prepared.clear()
+        fresh = run_probe(encoder, task, detailed=True)
+        assert {k: v for k, v in fresh.items() if k != "seconds"} == {k: v for k, v in values.items() if k != "seconds"}
+
+
 def test_diverged_encoder_gives_nan(encoder):
     run_probe(encoder, packaged_task(head="knn"))
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The best checkpoints are kept, and losses are compared only where they mean the same."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from bestrq2.runs.metrics import read_metrics
 from bestrq2.train import main
 from bestrq2.training.saver import Saver
 from bestrq2.training.state import Snapshot
+
+from .undisturbed import PLAIN, begin
 
 QUICK = [
     "model.front_end.mean=-47.5",
@@ -124,3 +127,43 @@ def test_best_checkpoints_are_compared_where_the_held_out_loss_was_measured(tmp_
     assert [entry["step"] for entry in best] == [12], "3, 6 and 9 have the loss of an earlier step"
     assert "train.keep_best compares the checkpoints of every 12 steps" in caplog.text
     assert "24 of 24 clips of validation.source are also trained on" in caplog.text
+
+
+STOP = """
+import signal
+from bestrq2.training import trainer
+real = trainer.Trainer._step
+def step(self, *rest):
+    if self.state.progress.step + 1 in {steps}:
+        signal.raise_signal(signal.SIGTERM)
+    return real(self, *rest)
+trainer.Trainer._step = step
+"""
+
+
+def test_interruptions_leave_the_best_training_loss_as_it_is(nursery, tmp_path, whole):
+    """The mean over a few easy batches must not push out the best checkpoint of the run."""
+    run = tmp_path / "run"
+    code, output = nursery.run(tmp_path, begin(tmp_path), PLAIN + STOP.format(steps=[4]))
+    assert code == 128 + signal.SIGTERM, output
+    for steps in ([6, 7], [8], []):
+        code, output = nursery.run(
+            tmp_path, ["--resume", str(run), "train.keep_last=9"], PLAIN + STOP.format(steps=steps)
+        )
+        assert code == (128 + signal.SIGTERM if steps else 0), output
+    scores = {
+        state["step"]: state["extra"]["score"] for state in map(read_state, list_checkpoints(run / "checkpoints"))
+    }
+    assert {step for step, value in scores.items() if value is None} == {step for step in scores if step % 3}
+    assert len(scores) > 3
+    assert read_best(run / "checkpoints")[:2] == read_best(whole / "checkpoints")
+
+
+def test_a_few_last_steps_are_not_the_best(tmp_path):
+    def best(*options: str) -> list[int]:
+        assert main(["--runs", str(tmp_path), "--name", "-".join(options), *QUICK, "train.keep_best=9", *options]) == 0
+        return sorted(step for _, step in read_best(tmp_path / "-".join(options) / "checkpoints"))
+
+    assert best("train.steps=7", "train.save_every=3") == [3, 6]
+    assert best("train.steps=8", "train.save_every=3") == [3, 6, 8]
+    assert best("train.steps=2", "train.save_every=9") == [2], "there is no other"
