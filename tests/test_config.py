@@ -41,7 +41,10 @@ def test_the_name_that_a_yaml_file_gives_itself(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train.steps: 3", r"recipe mine: expected sections, train: \{steps: \.\.\.\}, got the key 'train\.steps' in one"),
+        (
+            "train.steps: 3",
+            r"recipe mine: expected sections, train: \{steps: \.\.\.\}, got the key 'train\.steps' in one",
+        ),
         ("model: {masking.ratio: 3}", r"expected sections, model: \{masking: \{ratio: \.\.\.\}\}, got"),
         ("train: 3", r"recipe mine: train: expected a section of settings \(key: value lines\), got 3"),
         ("train:", "recipe mine: train: expected a section of settings .*, got nothing"),

@@ -258,7 +258,9 @@ class ModuleAdapter(ForeignEncoder):
             return [features[:, 0, : int(counts[0])]]
         given = self.encoder.encode(clip[None], length)
         if not isinstance(given, tuple | list) or len(given) != 2:
-            what = f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+            what = (
+                f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+            )
             raise TypeError(f"expected encode to return (features, lengths), got {what}")
         features, counts = self._shaped(given[0]), given[1]
         return [torch.stack([features[0, : int(counts[0])]] * len(wanted))]

@@ -136,7 +136,10 @@ def test_modules_by_file_and_by_name(module, monkeypatch):
         ("Fast", r"hop_size_in_ms is 50, but 2 more seconds of audio give 20 more frames, expected about 40"),
         ("Drifting", "hop_size_in_ms is 25, but 8 more seconds of audio give 324 more frames, expected about 320"),
         ("Endless", "not finite"),
-        ("Wide", r"fails on 1 s of noise: expected features \(1, frames, output_dim = 3\) of one clip, got \(1, 10, 2\)"),
+        (
+            "Wide",
+            r"fails on 1 s of noise: expected features \(1, frames, output_dim = 3\) of one clip, got \(1, 10, 2\)",
+        ),
         ("Alone", r"fails on 1 s of noise: expected encode to return \(features, lengths\), got Tensor"),
         ("Asking", "Asking: expected a class or function that needs no arguments, but: missing .*'width'"),
         ("Silent", "has no encode"),
