@@ -1,7 +1,6 @@
 """The ViT encoder of BEST-RQ-2: patches of a log-mel spectrogram, a linear embedding, fixed positions, Transformer."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
