@@ -47,6 +47,8 @@ def test_the_name_that_a_yaml_file_gives_itself(tmp_path):
         ),
         ("model: {masking.ratio: 3}", r"expected sections, model: \{masking: \{ratio: \.\.\.\}\}, got"),
         ("train: 3", r"recipe mine: train: expected a section of settings \(key: value lines\), got 3"),
+        ("train.steps: 3", r"recipe mine: train\.steps: expected sections .*, as train: \{steps: \.\.\.\}, got a name"),
+        ("model: {encoder.width: 64}", r"mine: model\.encoder\.width: expected sections .* encoder: \{width: \.\.\.\}"),
         ("train:", "recipe mine: train: expected a section of settings .*, got nothing"),
         ("model: {encoder: [1]}", r"recipe mine: model\.encoder: expected a section of settings .*, got \[1\]"),
         ("train: {steps: 1.5}", r"recipe mine: train\.steps: .*1\.5"),
