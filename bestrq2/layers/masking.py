@@ -138,7 +138,10 @@ class RandomMasking:
         kept: bool = False,
         dispersion: float = 0.0,
     ) -> None:
-        low, high = ratio
+        try:
+            low, high = ratio
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected a mask ratio range (low, high), got {ratio!r}") from error
         if not 0 < low <= high < 1:
             raise ValueError(f"expected a mask ratio range with 0 < low <= high < 1, got ({low}, {high})")
         if span_length < 1:
