@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -80,6 +80,10 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str, one_entry: bool = F
     """``layer`` over ``base``. Mappings of the user's own names replace those of ``base``, but for ``one_entry``."""
     known = _known_keys(Config())
     for key in _leaves(layer):
+        if key and not _is_entry(key) and _node(layer, key) is None:  # a name with a dot in it
+            *sections, last = key.split(".")
+            nested_form = reduce(lambda inner, section: f"{section}: {{{inner}}}", reversed(sections), f"{last}: ...")
+            raise ConfigError(f"{origin}: expected sections, {nested_form}, got the key {key!r} in one")
         if key and key not in known and not _is_entry(key):
             last = key.split(".")[-1]
             same = [k for k in known if k.split(".")[-1] == last]  # the option, under another section
@@ -145,6 +149,12 @@ def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> 
         ConfigError: for a section that is nothing, or a single value.
     """
     for key in list(layer):
+        if "." in str(key) and key not in base:
+            section, _, name = str(key).rpartition(".")
+            raise ConfigError(
+                f"{origin}: {prefix}{key!s}: expected sections inside each other, as {section}: {{{name}: ...}}, got a "
+                "name with dots"
+            )
         own, given = (node._get_node(key) if key in node else None for node in (base, layer))
         value = layer[key]
         if isinstance(own, DictConfig) and is_dataclass(own._metadata.object_type):
@@ -250,7 +260,8 @@ def _with_recipe(recipe: str) -> DictConfig:
     label = None
     while name:
         content, own, base = _read_recipe(name)
-        label = label or own
+        named = content.get("recipe")
+        label = label or (named if isinstance(named, str) and named else own)
         if len(layers) > 8:
             raise ConfigError(f"--config {recipe}: based_on refers to itself")
         layers.append((_layer(content, f"recipe {own}"), f"recipe {own}"))

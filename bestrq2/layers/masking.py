@@ -196,7 +196,10 @@ class RandomMasking:
         if not len(lengths):
             raise ValueError("expected at least one clip to mask, got none")
         if bool((lengths < 1).any()):
-            raise ValueError(f"expected at least one token in every clip, got lengths {lengths.tolist()}")
+            raise ValueError(
+                f"expected at least one token in every clip, got lengths {lengths.tolist()}: leave out shorter clips, "
+                "as collect(source, min_seconds=...) does"
+            )
         num_predicted = self.num_predicted(lengths, step)
         num_seen = lengths - num_predicted
         size = int(lengths.max())
