@@ -41,11 +41,6 @@ def test_the_name_that_a_yaml_file_gives_itself(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "train.steps: 3",
-            r"recipe mine: expected sections, train: \{steps: \.\.\.\}, got the key 'train\.steps' in one",
-        ),
-        ("model: {masking.ratio: 3}", r"expected sections, model: \{masking: \{ratio: \.\.\.\}\}, got"),
         ("train: 3", r"recipe mine: train: expected a section of settings \(key: value lines\), got 3"),
         ("train.steps: 3", r"recipe mine: train\.steps: expected sections .*, as train: \{steps: \.\.\.\}, got a name"),
         ("model: {encoder.width: 64}", r"mine: model\.encoder\.width: expected sections .* encoder: \{width: \.\.\.\}"),

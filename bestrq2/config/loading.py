@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache, reduce
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -80,10 +80,6 @@ def _merge(base: DictConfig, layer: DictConfig, origin: str, one_entry: bool = F
     """``layer`` over ``base``. Mappings of the user's own names replace those of ``base``, but for ``one_entry``."""
     known = _known_keys(Config())
     for key in _leaves(layer):
-        if key and not _is_entry(key) and _node(layer, key) is None:  # a name with a dot in it
-            *sections, last = key.split(".")
-            nested_form = reduce(lambda inner, section: f"{section}: {{{inner}}}", reversed(sections), f"{last}: ...")
-            raise ConfigError(f"{origin}: expected sections, {nested_form}, got the key {key!r} in one")
         if key and key not in known and not _is_entry(key):
             last = key.split(".")[-1]
             same = [k for k in known if k.split(".")[-1] == last]  # the option, under another section
