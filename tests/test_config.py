@@ -30,6 +30,14 @@ def test_yaml_file_based_on_a_recipe(tmp_path):
     assert (config.recipe, config.train.steps, config.model.encoder.width) == ("mine", 3, 128)
 
 
+def test_the_name_that_a_yaml_file_gives_itself(tmp_path):
+    path, second = tmp_path / "mine.yaml", tmp_path / "second.yaml"
+    path.write_text("based_on: best_rq2_tiny\nrecipe: birds\n")
+    second.write_text("based_on: mine.yaml\n")
+    assert load_config(str(path)).recipe == "birds"
+    assert load_config(str(second)).recipe == "second"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -256,7 +256,8 @@ def _with_recipe(recipe: str) -> DictConfig:
     label = None
     while name:
         content, own, base = _read_recipe(name)
-        label = label or own
+        named = content.get("recipe")
+        label = label or (named if isinstance(named, str) and named else own)
         if len(layers) > 8:
             raise ConfigError(f"--config {recipe}: based_on refers to itself")
         layers.append((_layer(content, f"recipe {own}"), f"recipe {own}"))

@@ -177,6 +177,10 @@ class _Pretraining(nn.Module):
         """
         step, index = integer("step", step), clip_index(index, len(waveform))
         patches = single = self.encoder.patches(waveform, lengths)
+        if patches.rows != self.encoder.rows:
+            raise ValueError(
+                f"{type(self.encoder).__name__}.rows is {self.encoder.rows}, but its patches have {patches.rows} rows"
+            )
         mixture = None
         if self.mixing is not None and self.training:
             front = self.encoder.front_end
@@ -286,6 +290,12 @@ class BestRQ2(_Pretraining):
         self, patches: Patches, plan: MaskPlan, step: int, index: Tensor, with_seen: bool
     ) -> tuple[Tensor, Tensor | None]:
         context = self.encoder.context(patches, plan, step)
+        expected = (*plan.seen.shape, token_width(self.encoder))
+        if not isinstance(context, Tensor) or context.shape != expected:
+            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(
+                f"{type(self.encoder).__name__}.context: expected features of the seen patches, {expected}, got {got}"
+            )
         return self.predictor(context, patches.positions(), plan), context
 
     def flops(self, plan: MaskPlan) -> float:
