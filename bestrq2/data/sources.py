@@ -1,9 +1,6 @@
 """Data sources: folders, manifests, single files, and archives by name or pattern."""
 
-import glob
-import itertools
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,18 +11,17 @@ from bestrq2.data.archives.opening import list_archives as read_archives
 from bestrq2.data.audio import audio_info
 from bestrq2.data.columns import of_manifest, together
 from bestrq2.data.fields import columns_in_seconds
-from bestrq2.data.files import AudioFile, Listing, is_archive, is_audio, split_address
+from bestrq2.data.files import AudioFile, Listing, address, is_archive, is_audio, split_address
 from bestrq2.data.manifest import check_first_channel, discover_folder, is_manifest, read_rows
 from bestrq2.data.parts import clip_duration, is_whole
-from bestrq2.data.splits import choose_split, deeper_splits, split_of, split_of_row, unknown_splits
+from bestrq2.data.patterns import expand
+from bestrq2.data.splits import choose_split, deeper_splits, split_inside, split_of, split_of_row, unknown_splits
 from bestrq2.errors import AudioError, DataError, Skip, check_open_files, counted, printable
 
-__all__ = ["Found", "Source", "expand_pattern", "find_audio"]
+__all__ = ["Found", "Source", "find_audio"]
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_LARGEST_PATTERN = 1_000_000
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".tzst"}
 _EXPECTED = (
     "a folder, a .csv or .jsonl manifest, .tar shards, an .h5 file, a saved dataset, a .parquet file, an audio file, "
@@ -92,42 +88,73 @@ def find_audio(
     sources = [os.fspath(part) for part in ([source] if isinstance(source, str | os.PathLike) else source)]
     found = Found(", ".join(sources) or "an empty list of sources")
     archives: list[tuple[str, str]] = []
-    named: dict[str, str | None] = {}  # split of an archive in a folder by its name
+    named: dict[str, str | None] = {}  # split of an archive by its name, and of a file of a pattern, of several splits
+    source_of: dict[str, tuple[int, int]] = {}  # the source that an archive is from, and the pattern in it
 
     def list_archives() -> None:
         files: list[AudioFile] = []
         splits: list[str | None] = []
+        of_names: list[str | None] = []  # what the names of an archive or of folders inside of it say, and no column
+        places: list[tuple[tuple[int, int], bool]] = []  # the source, and whether the archive was chosen by its name
         for (path, _), listing in zip(archives, read_archives(archives, progress, columns), strict=True):
             check_first_channel(listing.asking)
             found.add(replace(listing, files=[]))
-            own = listing.splits or [None] * len(listing.files)
-            splits += own
-            of_names = [None if own_split else named.get(path) for own_split in own]
-            files += _with_split_column(listing.files, of_names) if columns and split is None else listing.files
+            begin = address(path, "")
+            for item, own in zip(listing.files, listing.splits or [None] * len(listing.files), strict=True):
+                inside = item.path.removeprefix(begin) if item.path.startswith(begin) else ""
+                splits.append(own)
+                of_names.append(None if own else named.get(path) or split_inside(inside))
+            places += [(source_of[path], path in named)] * len(listing.files)
+            files += listing.files
         if archives:
+            # One that is a source of its own was meant, whatever its folders are called.
+            told = Counter(at for at, _ in {(at, name) for (at, _), name in zip(places, of_names) if name})
+            of_names = [name if told[at] > 1 else None for (at, _), name in zip(places, of_names)]
+            splits = [own or (None if known else name) for own, name, (_, known) in zip(splits, of_names, places)]
             name = archives[0][0] + (f" and {len(archives) - 1} more" if len(archives) > 1 else "")
             files, note = choose_split(files, splits, split, name)
-            found.notes += [note] if note else []
+            if columns and split is None and (note or named):
+                files = _with_split_column(files, of_names)
+            folders = {os.path.dirname(item.path) for item in files} if split is not None else ()
+            members = (clip[1] for folder in folders if (clip := split_address(f"{folder}/clip")))
+            deeper = deeper_splits(members, "", name, "keep their rows of a list that bestrq2 manifest writes")
+            found.notes += [text for text in (note, deeper) if text]
             found.notes += _check_unit(name, files, opened=True, check=check)
             found.files += files
         archives.clear()
 
-    for part in (name for pattern in sources for name in expand_pattern(pattern)):
+    parts: list[tuple[tuple[int, int], str]] = []
+    for number, pattern in enumerate(sources):
+        for folder, names in expand(pattern):
+            if folder is not None:
+                of_pattern = [split_of(name, folder, not is_audio(name)) for name in names]
+                kept, note = choose_split(names, of_pattern, split, pattern)
+                if note:
+                    named.update(zip(names, of_pattern))
+                    found.notes.append(note)
+                names = kept
+            at = (number, -1 if folder is None else len(parts))
+            parts += [(at, name) for name in names]
+    for at, part in parts:
         if os.path.isfile(part) and is_archive(part):
             archives.append((part, ""))  # together, so that many shards are listed at once
+            source_of[part] = at
             continue
         list_archives()
         if os.path.isdir(part):
-            archives += _add_folder(part, found, split, columns, check, named)
+            inside = _add_folder(part, found, split, columns, check, named)
+            source_of.update((path, at) for path, _ in inside)
+            archives += inside
         elif not os.path.exists(part):
-            inside = split_address(part)
-            if inside is None or not os.path.isfile(inside[0]):
+            clip = split_address(part)
+            if clip is None or not os.path.isfile(clip[0]):
                 raise DataError(f"{part} does not exist; expected {_EXPECTED}")
             found.files.append(AudioFile(part))
         elif is_manifest(part):
             _add_manifest(part, found, split, columns, check)
         elif is_audio(part):
-            found.files.append(AudioFile(part))
+            kept_names = [named.get(part) if columns and split is None else None]
+            found.files += _with_split_column([AudioFile(part)], kept_names)
         elif Path(part).suffix.lower() in _COMPRESSED:
             raise DataError(f"{part} is compressed, so its members cannot be read at random: unpack it to a .tar first")
         else:
@@ -348,52 +375,3 @@ def _add_folder(
     if split is not None and (deeper := deeper_splits((path for path, _ in archives), folder)):
         found.notes.append(deeper)
     return archives
-
-
-def expand_pattern(pattern: str) -> list[str]:
-    """The names that a pattern stands for; a name that exists stands for itself.
-
-    >>> expand_pattern("shards-{008..010}.tar")
-    ['shards-008.tar', 'shards-009.tar', 'shards-010.tar']
-
-    Raises:
-        DataError: nothing fits a pattern with ``*``, ``?`` or ``[``, or it stands for over a million names.
-    """
-    if os.path.lexists(pattern) or split_address(pattern):
-        return [pattern]
-    names = _expand_braces(pattern)
-    result: list[str] = []
-    for name in names:
-        if not os.path.lexists(name) and glob.has_magic(name):
-            fitting = sorted(path for path in glob.glob(name, recursive=True) if not path.endswith(".index.json"))
-            if not fitting:
-                raise DataError(f"no file fits {name}")
-            result += fitting
-        else:
-            result.append(name)
-    return result
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    pieces = _BRACES.split(pattern)  # text, inside of braces, text, ...
-    choices: list[list[str]] = []
-    total = 1
-    for number, piece in enumerate(pieces):
-        if number % 2 == 0:
-            choices.append([piece])
-            continue
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", piece)
-        if numbers:
-            first, last = int(numbers[1]), int(numbers[2])
-            total *= max(1, abs(last - first) + 1)
-        elif "," in piece:
-            total *= piece.count(",") + 1
-        if total > _LARGEST_PATTERN:
-            raise DataError(f"{pattern} stands for over {_LARGEST_PATTERN:,} names")
-        if numbers:
-            width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
-            step = 1 if last >= first else -1
-            choices.append([f"{value:0{width}d}" for value in range(first, last + step, step)])
-        else:
-            choices.append(piece.split(",") if "," in piece else ["{" + piece + "}"])
-    return ["".join(parts) for parts in itertools.product(*choices)]

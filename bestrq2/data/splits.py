@@ -15,6 +15,7 @@ __all__ = [
     "choose_split",
     "deeper_splits",
     "shared_clips",
+    "split_inside",
     "split_of",
     "split_of_row",
     "unknown_splits",
@@ -40,17 +41,29 @@ def split_of(path: str, folder: str, names_too: bool) -> str | None:
     many clips. The name of a single clip says nothing of it.
     """
     parts = os.path.relpath(path, folder).split(os.sep)
-    for part in [*parts[:-1][:2], *(parts[-1:] if names_too else [])]:
-        if found := _WORD.search(part):
-            return _SPLITS[found[1].lower()]
-    return None
+    return _of_names([*parts[:-1][:2], *(parts[-1:] if names_too else [])])
 
 
-def deeper_splits(paths: Iterable[str], folder: str) -> str | None:
-    """A note on folders that name several splits below the two levels that decide: all of them are used."""
+def split_inside(member: str) -> str | None:
+    """The same of a clip in an archive, by the first two folders in its name there."""
+    return _of_names(member.split("/")[:-1][:2])
+
+
+def _of_names(names: Iterable[str]) -> str | None:
+    found = next(filter(None, map(_WORD.search, names)), None)
+    return None if found is None else _SPLITS[found[1].lower()]
+
+
+def deeper_splits(
+    paths: Iterable[str], folder: str, called: str | None = None, cure: str = "name its folders"
+) -> str | None:
+    """A note on folders that name several splits below the two levels that decide: all of them are used.
+
+    Without ``folder``, ``paths`` are names in the archive that is ``called`` so.
+    """
     found: dict[str, str] = {}
     for where in sorted({os.path.dirname(path) for path in paths}):
-        parts = os.path.relpath(where, folder).split(os.sep)
+        parts = (os.path.relpath(where, folder) if folder else where).split(os.sep)
         for level in range(2, len(parts)):
             if word := _WORD.search(parts[level]):
                 found.setdefault(_SPLITS[word[1].lower()], os.path.join(*parts[: level + 1]))
@@ -58,8 +71,8 @@ def deeper_splits(paths: Iterable[str], folder: str) -> str | None:
     if len(found) < 2:
         return None
     return (
-        f"{folder}: {', '.join(map(printable, found.values()))} are all used, though they name splits: only the first "
-        "two levels of folders decide. To use one split, name its folders."
+        f"{called or folder}: {', '.join(map(printable, found.values()))} are all used, though they name splits: only "
+        f"the first two levels of folders decide. To use one split, {cure}."
     )
 
 

@@ -74,17 +74,27 @@ class CodeUsage(nn.Module):
             found |= {f"{name}/{g}": value for name, values in books.items() for g, value in enumerate(values)}
         return found
 
-    def advice(self, of_teacher: bool = False) -> str | None:
+    def advice(self, normalize: str = "none", projection: str = "random", measured: bool = True) -> str | None:
         """A warning when perplexity is under 5 % of what the codebook (or the few targets seen) could show, or None.
-        ``of_teacher``: the targets are made of an encoder's features, to which statistics of log-mel do not apply."""
+
+        Args:
+            normalize: how the quantizer standardises patches now.
+            projection: its projection now.
+            measured: statistics of log-mel may standardise patches. They do not apply to the features of a teacher, nor
+                behind a front end that standardises.
+        """
         size = self.counts.shape[1]
         attainable = min(size, float(self.total))
         perplexity = self.metrics()["perplexity"]
         if attainable < 100 or perplexity >= LOW_PERPLEXITY_SHARE * attainable:
             return None
-        other = "projection=whitened_pca" if of_teacher else "normalize=global with statistics from `bestrq2 stats`"
+        cures = ["model.targets.normalize=patch"] if normalize != "patch" else []
+        if measured and normalize == "none":
+            cures.append("model.targets.normalize=global with statistics from `bestrq2 stats`")
+        elif projection != "whitened_pca":
+            cures.append("model.targets.projection=whitened_pca")
+        cause = "The common level of the patches dominates the projection: t" if normalize == "none" else "T"
         return (
             f"targets use few codes: perplexity {perplexity:.1f} of {size} codes over {float(self.total):.0f} targets "
-            f"(below {LOW_PERPLEXITY_SHARE:.0%}). The common level of the patches dominates the projection: try "
-            f"model.targets.normalize=patch, or model.targets.{other}."
+            f"(below {LOW_PERPLEXITY_SHARE:.0%}). {cause}ry {', or '.join(cures or ['more varied audio'])}."
         )

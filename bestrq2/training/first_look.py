@@ -43,5 +43,8 @@ def describe_targets(look: CodeUsage, model: BestRQ2 | BestRQ) -> None:
         f"Targets: {found['codes_used']:.0f} of {size} codes used by {float(look.total):.0f} patches, "
         f"perplexity {found['perplexity']:.1f}, commonest code {found['unigram']:.1%}"
     )
-    if (advice := look.advice(model.teacher is not None)) is not None:
+    quantizer, front_end = model.quantizer, getattr(model.encoder, "front_end", None)
+    raw = front_end is None or not (front_end.mean.any() or (front_end.std != 1).any())
+    advice = look.advice(quantizer.normalize, quantizer.projection_kind, measured=raw and model.teacher is None)
+    if advice is not None:
         logger.warning("%s", advice)

@@ -27,7 +27,7 @@ from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar import tar_index
 from bestrq2.data.audio import audio_digest
 from bestrq2.data.files import from_text, split_address
-from bestrq2.data.sources import expand_pattern
+from bestrq2.data.patterns import expand_pattern
 
 from . import reader_fuzzing
 from .conftest import FORMATS, convert, encoded

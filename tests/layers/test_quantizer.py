@@ -1,5 +1,7 @@
 """RandomProjectionQuantizer: frozen, seeded, independent of padding and precision; CodeUsage counts."""
 
+import re
+
 import pytest
 import torch
 
@@ -124,3 +126,23 @@ def test_raw_decibels_are_warned_about_and_normalised_patches_are_not(clips):
         advice[normalize] = usage.advice()
     assert "normalize=patch" in (advice["none"] or "")
     assert advice["patch"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried"),
+    [
+        ({}, ["normalize=patch", "normalize=global"]),
+        ({"measured": False}, ["normalize=patch", "projection=whitened_pca"]),
+        ({"normalize": "global"}, ["normalize=patch", "projection=whitened_pca"]),
+        ({"normalize": "patch"}, ["projection=whitened_pca"]),
+        ({"projection": "whitened_pca", "measured": False}, ["normalize=patch"]),
+        ({"normalize": "patch", "projection": "whitened_pca", "measured": False}, []),
+    ],
+)
+def test_advice_is_of_what_is_not_done_yet(settings, tried):
+    usage = CodeUsage(1, 500)
+    usage.update(torch.zeros(4, 200, dtype=torch.long))
+    advice = usage.advice(**settings) or ""
+    assert re.findall(r"model\.targets\.(\w+=\w+)", advice) == tried
+    assert ("level of the patches" in advice) == (settings.get("normalize", "none") == "none")
+    assert tried or "try more varied audio" in advice.lower()
