@@ -22,7 +22,7 @@ from bestrq2.ops.common.arguments import integer
 from bestrq2.ops.common.compiler import never_compiled
 
 from .clip_head import ClipHead
-from .encoder import PretrainableEncoder, check_encoder, token_width
+from .encoder import PretrainableEncoder, check_encoder, check_tokens, token_width
 from .predictor import Predictor
 from .teacher import Teacher
 
@@ -286,6 +286,7 @@ class BestRQ2(_Pretraining):
         self, patches: Patches, plan: MaskPlan, step: int, index: Tensor, with_seen: bool
     ) -> tuple[Tensor, Tensor | None]:
         context = self.encoder.context(patches, plan, step)
+        check_tokens(self.encoder, "context", context, plan.seen, "seen patch")
         return self.predictor(context, patches.positions(), plan), context
 
     def flops(self, plan: MaskPlan) -> float:
@@ -339,6 +340,7 @@ class BestRQ(_Pretraining):
     ) -> tuple[Tensor, Tensor | None]:
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
+        check_tokens(self.encoder, "infill", output, patches.values, "patch")
         return take(output, plan.predicted), take(output, plan.seen) if with_seen else None
 
     @never_compiled  # as the masks

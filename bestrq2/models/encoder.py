@@ -8,7 +8,7 @@ from bestrq2.layers.masking import MaskPlan
 from bestrq2.layers.patches import Patches
 from bestrq2.layers.positions import PositionKind
 
-__all__ = ["PretrainableEncoder", "check_encoder", "token_width"]
+__all__ = ["PretrainableEncoder", "check_encoder", "check_tokens", "token_width"]
 
 
 @runtime_checkable
@@ -88,4 +88,19 @@ def check_encoder(encoder: object, *, one_stage: bool = False) -> None:
         raise TypeError(
             f"{type(encoder).__name__} cannot be pretrained: it has no {', '.join(missing)}; expected the members of "
             "bestrq2.models.PretrainableEncoder (docs/own_encoder.md has a complete example)"
+        )
+
+
+def check_tokens(encoder: object, member: str, features: Tensor, places: Tensor, what: str) -> None:
+    """Raise a clear error for features that are not one for each of ``places (B, N, ...)``: with a class token in front
+    of them, all would be taken for their neighbour.
+
+    Raises:
+        ValueError: naming the member of the encoder that gave them.
+    """
+    if features.dim() != 3 or features.shape[:2] != places.shape[:2]:
+        clips, tokens = places.shape[:2]
+        raise ValueError(
+            f"{type(encoder).__name__}.{member}: expected features ({clips}, {tokens}, {token_width(encoder)}), one for "
+            f"each {what} (no class token), got {tuple(features.shape)}"
         )
