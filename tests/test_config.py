@@ -30,10 +30,20 @@ def test_yaml_file_based_on_a_recipe(tmp_path):
     assert (config.recipe, config.train.steps, config.model.encoder.width) == ("mine", 3, 128)
 
 
+def test_the_name_that_a_yaml_file_gives_itself(tmp_path):
+    path, second = tmp_path / "mine.yaml", tmp_path / "second.yaml"
+    path.write_text("based_on: best_rq2_tiny\nrecipe: birds\n")
+    second.write_text("based_on: mine.yaml\n")
+    assert load_config(str(path)).recipe == "birds"
+    assert load_config(str(second)).recipe == "second"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("train: 3", r"recipe mine: train: expected a section of settings \(key: value lines\), got 3"),
+        ("train.steps: 3", r"recipe mine: train\.steps: expected sections .*, as train: \{steps: \.\.\.\}, got a name"),
+        ("model: {encoder.width: 64}", r"mine: model\.encoder\.width: expected sections .* encoder: \{width: \.\.\.\}"),
         ("train:", "recipe mine: train: expected a section of settings .*, got nothing"),
         ("model: {encoder: [1]}", r"recipe mine: model\.encoder: expected a section of settings .*, got \[1\]"),
         ("train: {steps: 1.5}", r"recipe mine: train\.steps: .*1\.5"),

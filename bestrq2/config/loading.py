@@ -145,6 +145,12 @@ def _fit(base: DictConfig, layer: DictConfig, origin: str, prefix: str = "") -> 
         ConfigError: for a section that is nothing, or a single value.
     """
     for key in list(layer):
+        if "." in str(key) and key not in base:
+            section, _, name = str(key).rpartition(".")
+            raise ConfigError(
+                f"{origin}: {prefix}{key!s}: expected sections inside each other, as {section}: {{{name}: ...}}, got a "
+                "name with dots"
+            )
         own, given = (node._get_node(key) if key in node else None for node in (base, layer))
         value = layer[key]
         if isinstance(own, DictConfig) and is_dataclass(own._metadata.object_type):
@@ -250,7 +256,8 @@ def _with_recipe(recipe: str) -> DictConfig:
     label = None
     while name:
         content, own, base = _read_recipe(name)
-        label = label or own
+        named = content.get("recipe")
+        label = label or (named if isinstance(named, str) and named else own)
         if len(layers) > 8:
             raise ConfigError(f"--config {recipe}: based_on refers to itself")
         layers.append((_layer(content, f"recipe {own}"), f"recipe {own}"))

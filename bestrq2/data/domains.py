@@ -101,7 +101,8 @@ def select_domains(files: Sequence[AudioFile], weights: Mapping[str, float]) -> 
     found: dict[str, int] = {}
     for item in files:
         found[item.domain] = found.get(item.domain, 0) + 1
-    listed = ", ".join(f"{name or '(none)'} ({number} files)" for name, number in sorted(found.items()))
+    quoted_nothing = '""'  # as it is written in a recipe and on the command line
+    listed = ", ".join(f"{name or quoted_nothing} ({number} files)" for name, number in sorted(found.items()))
     for name, weight in weights.items():
         if isinstance(weight, bool) or not (isfinite(weight) and weight >= 0):
             raise ValueError(f"domain weights: expected a number >= 0 for {name!r}, got {weight!r}")
@@ -110,7 +111,7 @@ def select_domains(files: Sequence[AudioFile], weights: Mapping[str, float]) -> 
     for name in found:
         if name not in weights:
             first = next(item.path for item in files if item.domain == name)
-            what = f"domain {name!r} has" if name else "files without a domain have"
+            what = f"domain {name!r} has" if name else f"files without a domain, whose name is {quoted_nothing}, have"
             raise DataError(
                 f"{what} no weight (such as {first}): give it one, or 0 to leave it out; "
                 f"expected weights for the domains of the data: {listed}"

@@ -250,14 +250,26 @@ class ModuleAdapter(ForeignEncoder):
     def _features(self, clips: list[Tensor], wanted: list[int | None]) -> list[Tensor]:
         (clip,) = clips
         if self.xares:
-            features = self.encoder(clip[None])
+            features = self._shaped(self.encoder(clip[None]))
             return [torch.stack([features[0]] * len(wanted))]
         length = torch.tensor([len(clip)], device="cpu")
         if wanted != [None] * len(wanted):
             features, counts = self.encoder.encode_layers(clip[None], length, wanted)
             return [features[:, 0, : int(counts[0])]]
-        features, counts = self.encoder.encode(clip[None], length)
+        given = self.encoder.encode(clip[None], length)
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            what = (
+                f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+            )
+            raise TypeError(f"expected encode to return (features, lengths), got {what}")
+        features, counts = self._shaped(given[0]), given[1]
         return [torch.stack([features[0, : int(counts[0])]] * len(wanted))]
+
+    def _shaped(self, features: Tensor) -> Tensor:
+        if features.dim() != 3 or features.shape[::2] != (1, self.output_dim):
+            expected = f"(1, frames, output_dim = {self.output_dim})"
+            raise ValueError(f"expected features {expected} of one clip, got {tuple(features.shape)}")
+        return features
 
 
 def check_declared(encoder: ForeignEncoder, origin: str) -> None:

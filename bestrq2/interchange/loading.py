@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import os
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from bestrq2.config import ConfigError
 
 from .adapters import ForeignEncoder, ModuleAdapter
 from .opening import open_own
+from .own_code import code_digest
 from .transformers_encoder import TransformersEncoder, is_transformers_folder
 
 MOST_NAMES = 10
@@ -114,9 +115,8 @@ def _run_file(path: Path) -> ModuleType:
 
 
 def _adapted(module: ModuleType, name: str | None, source: str) -> ModuleAdapter:
-    file = getattr(module, "__file__", None)
-    code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and os.path.isfile(file) else ""
-    return ModuleAdapter(_make(module, name, source), source, code)
+    encoder = _make(module, name, source)
+    return ModuleAdapter(encoder, source, code_digest(module, encoder))
 
 
 def _make(module: ModuleType, name: str | None, source: str) -> Any:
@@ -130,6 +130,12 @@ def _make(module: ModuleType, name: str | None, source: str) -> Any:
     if not callable(factory):
         what = "no" if factory is None else "no class or function"
         raise ConfigError(f"{source.removesuffix(f':{name}')} has {what} {name!r}{_offered(module, name)}")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise ConfigError(f"{source}: expected a class or function that needs no arguments, but: {error}") from error
+    except ValueError:  # of a builtin, which does not tell
+        pass
     return factory()
 
 

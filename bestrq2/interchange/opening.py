@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bestrq2.config import Config, ConfigError, config_from_dict
+from bestrq2.errors import CheckpointError
 from bestrq2.models import BestRQ, BestRQ2, ConformerEncoder, ViTEncoder, build_model
 from bestrq2.models.build import load_weights
 from bestrq2.models.teacher import Teacher
@@ -181,7 +182,10 @@ def open_teacher(config: Config) -> Teacher | None:
     targets = config.model.targets
     if targets.encoder is None:
         return None
-    source = open_source(targets.encoder)
+    try:
+        source = open_source(targets.encoder)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.targets.encoder: {error}") from error
     encoder = assemble_encoder(source.config, source.weights, source.origin)
     try:
         teacher = Teacher(encoder, targets.layer, _settings_digest(source.config))

@@ -138,7 +138,10 @@ class RandomMasking:
         kept: bool = False,
         dispersion: float = 0.0,
     ) -> None:
-        low, high = ratio
+        try:
+            low, high = ratio
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected a mask ratio range (low, high), got {ratio!r}") from error
         if not 0 < low <= high < 1:
             raise ValueError(f"expected a mask ratio range with 0 < low <= high < 1, got ({low}, {high})")
         if span_length < 1:
@@ -196,7 +199,10 @@ class RandomMasking:
         if not len(lengths):
             raise ValueError("expected at least one clip to mask, got none")
         if bool((lengths < 1).any()):
-            raise ValueError(f"expected at least one token in every clip, got lengths {lengths.tolist()}")
+            raise ValueError(
+                f"expected at least one token in every clip, got lengths {lengths.tolist()}: leave out shorter clips, "
+                "as collect(source, min_seconds=...) does"
+            )
         num_predicted = self.num_predicted(lengths, step)
         num_seen = lengths - num_predicted
         size = int(lengths.max())

@@ -1,6 +1,6 @@
 """Positions on the (frequency, time) grid: fixed sin-cos vectors and rotary embedding."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -49,7 +49,9 @@ def rotary_angles(positions: Tensor, head_dim: int, rows: int, base: float = 100
 
 
 def check_positions(kind: PositionKind, width: int, head_dim: int, rows: int) -> None:
-    """Raise a :class:`ValueError` for tokens or heads of a width that these positions cannot take."""
+    """Raise a :class:`ValueError` for an unknown kind, or a width of tokens or heads that it cannot take."""
+    if kind not in get_args(PositionKind):
+        raise ValueError(f"position must be one of {get_args(PositionKind)}, got {kind!r}")
     place = torch.zeros(1, 2, dtype=torch.int64, device="cpu")
     if kind == "sincos":
         sincos_2d(place, width)

@@ -49,26 +49,28 @@ def restore_float32(module: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 LOUD = 64.0  # 36 dB above full scale
-_looked_at: list[int] = []  # not empty: a waveform was looked at in this process
+_looked_at: list[int] = []  # not empty: no more waveforms are looked at in this process
 
 
 def warn_of_integers(waveform: Tensor) -> None:
-    """Warn of audio far above full scale: 16-bit samples that were made floating without a division.
+    """Warn once of audio far above full scale: 16-bit samples that were made floating without a division.
 
-    Looks at the first waveform of a process alone, because a look waits for the device.
+    On other devices than the CPU it looks at the first waveform of a process alone, because a look waits for them.
     """
     if _looked_at or waveform.is_meta or not waveform.numel() or torch.compiler.is_compiling():
         return
     try:
-        peak = float(waveform.detach().abs().amax())
+        low, high = torch.aminmax(waveform.detach())
+        peak = max(-float(low), float(high))
     except RuntimeError:  # under vmap, or of a tensor without values
         return
-    _looked_at.append(1)
     if peak > LOUD:
         warnings.warn(
             f"the waveform has samples up to {peak:.0f}, where full scale is 1: divide samples of 16 bits by 2**15",
             stacklevel=3,
         )
+    if peak > LOUD or waveform.device.type != "cpu":
+        _looked_at.append(1)
 
 
 def warn_of_half(waveform: Tensor) -> None:

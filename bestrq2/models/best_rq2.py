@@ -177,6 +177,10 @@ class _Pretraining(nn.Module):
         """
         step, index = integer("step", step), clip_index(index, len(waveform))
         patches = single = self.encoder.patches(waveform, lengths)
+        if patches.rows != self.encoder.rows:
+            raise ValueError(
+                f"{type(self.encoder).__name__}.rows is {self.encoder.rows}, but its patches have {patches.rows} rows"
+            )
         mixture = None
         if self.mixing is not None and self.training:
             front = self.encoder.front_end
@@ -286,7 +290,7 @@ class BestRQ2(_Pretraining):
         self, patches: Patches, plan: MaskPlan, step: int, index: Tensor, with_seen: bool
     ) -> tuple[Tensor, Tensor | None]:
         context = self.encoder.context(patches, plan, step)
-        check_tokens(self.encoder, "context", context, plan.seen, "seen patch")
+        check_tokens(self.encoder, "context", context, plan.seen, "the seen patches")
         return self.predictor(context, patches.positions(), plan), context
 
     def flops(self, plan: MaskPlan) -> float:
@@ -340,7 +344,7 @@ class BestRQ(_Pretraining):
     ) -> tuple[Tensor, Tensor | None]:
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
-        check_tokens(self.encoder, "infill", output, patches.values, "patch")
+        check_tokens(self.encoder, "infill", output, patches.values, "all patches")
         return take(output, plan.predicted), take(output, plan.seen) if with_seen else None
 
     @never_compiled  # as the masks

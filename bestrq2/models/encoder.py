@@ -91,16 +91,16 @@ def check_encoder(encoder: object, *, one_stage: bool = False) -> None:
         )
 
 
-def check_tokens(encoder: object, member: str, features: Tensor, places: Tensor, what: str) -> None:
+def check_tokens(encoder: object, member: str, features: object, places: Tensor, what: str) -> None:
     """Raise a clear error for features that are not one for each of ``places (B, N, ...)``: with a class token in front
     of them, all would be taken for their neighbour.
 
     Raises:
         ValueError: naming the member of the encoder that gave them.
     """
-    if features.dim() != 3 or features.shape[:2] != places.shape[:2]:
-        clips, tokens = places.shape[:2]
+    expected = (*places.shape[:2], token_width(encoder))
+    if not isinstance(features, Tensor) or features.shape != expected:
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
-            f"{type(encoder).__name__}.{member}: expected features ({clips}, {tokens}, {token_width(encoder)}), one for "
-            f"each {what} (no class token), got {tuple(features.shape)}"
+            f"{type(encoder).__name__}.{member}: expected features of {what}, {expected}, got {got}; leave out class tokens"
         )

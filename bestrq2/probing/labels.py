@@ -21,6 +21,7 @@ from .events import read_events
 from .label_cells import PLACEHOLDERS, labels_in, number_in, one_label
 from .task import ProbeTask
 
+MOST_LABELS = 10  # that an error names
 TRAIN, TEST = 0, 1  # of a fixed split: gallery and queries in retrieval
 OUTSIDE = "outside of --where"  # the reason of rows that were not asked for
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
@@ -362,8 +363,10 @@ def settle(clips: LabelledClips, task: ProbeTask) -> tuple[LabelledClips, np.nda
     gone = [name for name, fine in zip(clips.classes, testable) if not fine]
     where = "two groups" if clips.parts is None else "training" if single else "training and test"
     if gone and single and not task.drop_rare:
+        named = ", ".join(map(repr, gone[:MOST_LABELS]))
+        more = f" and {len(gone) - MOST_LABELS} more" if len(gone) > MOST_LABELS else ""
         raise ConfigError(
-            f"labels {', '.join(map(repr, gone))} do not occur in {where}, so they cannot be tested on clips from "
+            f"labels {named}{more} do not occur in {where}, so they cannot be tested on clips from "
             "elsewhere; choose other groups (--group) or leave these labels out (--drop-rare)"
         )
     if gone:

@@ -28,7 +28,6 @@ _FIXED = ("model.", "train.seed", "frozen.every_frame")
 _REASONS = {
     "train.batch_size": "from this step on, other clips make up a step",
     "train.strategy": "the checkpoint fits both",
-    "train.ema_decay": "the average begins anew where there was none",
 }
 
 
@@ -67,8 +66,12 @@ def check_resume(before: Config, after: Config, done: int) -> list[str]:
         )
     if after.train.steps < done:
         raise ConfigError(f"train.steps: expected at least {done}, which this run has done, got {after.train.steps}")
+    reasons = _REASONS
+    if not (before.train.ema_decay and after.train.ema_decay):
+        average = "begins with the present weights" if after.train.ema_decay else "is not kept any more"
+        reasons = {**_REASONS, "train.ema_decay": f"the average {average}"}
     return [
-        f"{key}: {shown(old)} -> {shown(new)}" + (f" ({_REASONS[key]})" if key in _REASONS else "")
+        f"{key}: {shown(old)} -> {shown(new)}" + (f" ({reasons[key]})" if key in reasons else "")
         for key, (old, new) in changed.items()
         if key != "recipe"
     ]

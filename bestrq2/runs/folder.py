@@ -240,6 +240,12 @@ class RunFolder:
     def summarise(self, report: Path | None, source: Path | str) -> None:
         """Log the results of the run. ``source`` is the encoder to take features from."""
         rows = [row for row in read_metrics(self.path) if row["loss"]]
+        if not rows:
+            logger.warning(
+                f"the log {self.path / 'metrics.csv'} is gone: if the folder was moved during training, the later "
+                f"checkpoints are in {self.checkpoints}"
+            )
+            return
         tail = rows[-max(10, len(rows) // 10) :]
 
         def mean(name: str) -> float:

@@ -68,7 +68,7 @@ class Evaluation:
                 config.data, source=settings.source, batching="crops", batch_seconds=None, domain_weights={}
             )
             held_out = replace(config, data=crops)
-            self.dataset = ranks.from_first(lambda: open_dataset(held_out, "Validation", "validation"))
+            self.dataset = ranks.from_first(lambda: _held_out(held_out))
             check_targets(model, self.dataset, "validation.source")
             self.clips = min(settings.clips, len(self.dataset))
             held, used = self.dataset.files, dataset.files
@@ -212,6 +212,13 @@ class Evaluation:
         if self.ranks.sum([batch is None])[0] or batch is None:
             raise shared(DataError(next(filter(None, self.ranks.texts(problem)), "no audio")))
         return batch
+
+
+def _held_out(config: Config) -> CropDataset:
+    try:
+        return open_dataset(config, "Validation", "validation")
+    except DataError as error:
+        raise DataError(f"validation.source: {error}") from error
 
 
 def _reason(error: Exception) -> str:

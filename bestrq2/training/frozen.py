@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from bestrq2.config import Config, ConfigError
 from bestrq2.data import Batch, CropDataset
 from bestrq2.data.fingerprint import data_identity
+from bestrq2.errors import BestRQError
 from bestrq2.hardware import choose_device
 from bestrq2.hashing import mix
 from bestrq2.interchange import load
@@ -54,9 +56,17 @@ def check_encoder(config: Config, checkpoint: Checkpoint) -> None:
     """Refuse to resume a run with another encoder.
 
     Raises:
-        ConfigError: if its weights are not those that the run began with.
+        ConfigError: if its weights are not those that the run began with, or it is gone.
     """
-    if checkpoint.extra.get("encoder_sha256") != module_digest(open_frozen(config)):
+    source = config.frozen.source or ""
+    try:
+        encoder = open_frozen(config)
+    except BestRQError as error:
+        file, python, _ = source.rpartition(".py:")
+        if os.path.exists(f"{file}.py" if python else source):
+            raise
+        raise ConfigError(f"{error}. If it was moved, name the new place: --frozen-encoder PLACE") from error
+    if checkpoint.extra.get("encoder_sha256") != module_digest(encoder):
         raise ConfigError(
             f"frozen.source: {config.frozen.source} is not the encoder that this run began with (its weights differ)"
         )

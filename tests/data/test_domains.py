@@ -148,7 +148,7 @@ def test_mistakes_are_named():
         CropDataset(files, domain_weights={**WEIGHTS, "musik": 1})
     with pytest.raises(DataError, match=r"domain 'env' has no weight .*give it one, or 0 to leave it out"):
         CropDataset(files, domain_weights={"speech": 1, "music": 1})
-    with pytest.raises(DataError, match="files without a domain have no weight"):
+    with pytest.raises(DataError, match=r'files without a domain, whose name is "", have no weight .*: "" \(1 files\)'):
         CropDataset([*files, AudioFile("x.wav", 1.0)], domain_weights=WEIGHTS)
     for weights in ({**WEIGHTS, "env": -1}, {**WEIGHTS, "env": float("nan")}, dict.fromkeys(WEIGHTS, 0)):
         with pytest.raises(ValueError, match="domain weights: expected"):

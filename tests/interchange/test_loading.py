@@ -54,6 +54,14 @@ class Wide(Coarse):
 class Silent(torch.nn.Module):
     sampling_rate, output_dim, hop_size_in_ms = 16000, 2, 100.0
 
+class Alone(Coarse):
+    def encode(self, waveform, lengths):
+        return super().encode(waveform, lengths)[0]
+
+class Asking(Coarse):
+    def __init__(self, width):
+        super().__init__()
+
 def number():
     return 3
 '''
@@ -128,7 +136,12 @@ def test_modules_by_file_and_by_name(module, monkeypatch):
         ("Fast", r"hop_size_in_ms is 50, but 2 more seconds of audio give 20 more frames, expected about 40"),
         ("Drifting", "hop_size_in_ms is 25, but 8 more seconds of audio give 324 more frames, expected about 320"),
         ("Endless", "not finite"),
-        ("Wide", "fails on 1 s of noise"),
+        (
+            "Wide",
+            r"fails on 1 s of noise: expected features \(1, frames, output_dim = 3\) of one clip, got \(1, 10, 2\)",
+        ),
+        ("Alone", r"fails on 1 s of noise: expected encode to return \(features, lengths\), got Tensor"),
+        ("Asking", "Asking: expected a class or function that needs no arguments, but: missing .*'width'"),
         ("Silent", "has no encode"),
         ("number", r"expected a torch\.nn\.Module, got int"),
         ("Absent", "Absent"),
@@ -149,7 +162,7 @@ def test_sources_that_do_not_exist(module, tmp_path):
 
 
 def test_names_that_a_file_does_not_have(module, tmp_path):
-    offered = "Coarse, Layered, Fast, Drifting, Endless, Wide, Silent, number"
+    offered = "Coarse, Layered, Fast, Drifting, Endless, Wide, Silent, Alone, Asking, number"
     for name, told in (("Coarze", "no 'Coarze'"), ("torch", "no class or function 'torch'")):
         with pytest.raises(ConfigError, match=f"^{re.escape(str(module))} has {told}; it has {offered}$"):
             open_encoder(f"{module}:{name}")

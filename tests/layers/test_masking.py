@@ -208,3 +208,9 @@ def test_clips_without_tokens(options, lengths):
     with pytest.raises(ValueError, match=rf"at least one token in every clip, got lengths \{lengths}"):
         masking.plan(torch.tensor(lengths), 0, torch.arange(count), "cpu", weights=torch.ones(count, 8))
     assert masking.num_predicted(torch.tensor([0, 1, 2]), 0).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("ratio", [0.5, (0.5,), [0.4, 0.5, 0.6], (0.6, 0.4)])
+def test_a_ratio_that_is_no_range_is_refused(ratio):
+    with pytest.raises(ValueError, match="expected a mask ratio range"):
+        RandomMasking(ratio)

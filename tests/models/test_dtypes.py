@@ -232,10 +232,13 @@ def test_speechbrain_quantizer_stays_float32():
 
 
 def test_integers_that_were_not_divided_are_warned_of(monkeypatch):
-    """scipy's reader gives int16, and ``.float()`` of it is 90 dB too loud. Only the first waveform is looked at."""
+    """scipy's reader gives int16, and ``.float()`` of it is 90 dB too loud. One warning, also after other audio."""
     log_mel = LogMel(n_fft=512, win_length=400, hop_length=160, num_mels=8)
     monkeypatch.setattr("bestrq2.layers.precision._looked_at", [])
-    loud = torch.full((1, 800), 12345.0)
+    loud = torch.full((1, 800), -12345.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_mel(loud / 2**15)
     with pytest.warns(UserWarning, match=r"samples up to 12345, .* divide samples of 16 bits by 2\*\*15"):
         log_mel(loud)
     with warnings.catch_warnings():

@@ -86,7 +86,7 @@ def test_a_class_token_is_refused(model_class, member, monkeypatch):
     own = getattr(encoder, member)
     monkeypatch.setattr(encoder, member, lambda *values: nn.functional.pad(own(*values), (0, 0, 1, 0)), raising=False)
     model = model_class(encoder, RandomProjectionQuantizer(encoder.patch_dim, 32, 8), RandomMasking((0.5, 0.5)))
-    with pytest.raises(ValueError, match=rf"OwnEncoder\.{member}: expected features \(4, .*no class token"):
+    with pytest.raises(ValueError, match=rf"OwnEncoder\.{member}: expected features of .*class token"):
         model(torch.randn(4, 8000) * 0.1, torch.tensor([8000, 8000, 6000, 4000]), step=0)
 
 
@@ -118,3 +118,41 @@ def test_step_is_named_and_the_rest_has_defaults():
     assert torch.equal(short.loss, long.loss)
     with pytest.raises(TypeError, match="step"):
         model(waveform)
+
+
+def outputs(encoder):
+    model = BestRQ2(encoder, RandomProjectionQuantizer(encoder.patch_dim, 32, 8), RandomMasking((0.5, 0.5)))
+    return model(0.1 * torch.randn(2, 8000), torch.tensor([8000, 4000]), step=0)
+
+
+@pytest.mark.parametrize("kind", ["rotary", None])
+def test_an_unknown_kind_of_positions_is_refused(kind):
+    """Without positions all masked patches of a clip would be predicted alike."""
+    encoder = OwnEncoder()
+    encoder.position = kind
+    with pytest.raises(ValueError, match=rf"position must be one of \('sincos', 'rope'\), got {kind!r}"):
+        outputs(encoder)
+    with pytest.raises(ValueError, match=r"position must be one of"):
+        ViTEncoder(LogMel(num_mels=32), 32, 4, TransformerSettings(32, 1, 2), kind)
+
+
+def test_other_rows_than_those_of_the_patches_are_refused():
+    encoder = OwnEncoder()
+    encoder.rows = 8
+    with pytest.raises(ValueError, match=r"OwnEncoder\.rows is 8, but its patches have 1 rows"):
+        outputs(encoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda context: context[..., :16], r"\(2, 6, 16\)"),
+        (lambda context: context[:, :5], r"\(2, 5, 32\)"),
+        (lambda context: (context, None), "tuple"),
+    ],
+)
+def test_a_context_of_another_shape_is_refused(change, got, monkeypatch):
+    monkeypatch.setattr(OwnEncoder, "context", lambda *given, own=OwnEncoder.context: change(own(*given)))
+    message = rf"OwnEncoder\.context: expected features of the seen patches, \(2, 6, 32\), got {got}"
+    with pytest.raises(ValueError, match=message):
+        outputs(OwnEncoder())

@@ -273,11 +273,12 @@ def test_same_seed_same_scores():
     [
         ([0, 0], [1, 2], r"two different labels that can be tested, got \['a'\]$"),
         ([0, 0, 1, 1], [1, 2, 3, 3], "'b' do not occur in two groups.*--drop-rare"),
+        (range(13), range(13), "^labels 'a', .*, 'j' and 3 more do not occur"),  # numbers taken for labels
     ],
 )
 def test_impossible_tasks(targets, groups, message):
     with pytest.raises(ConfigError, match=message):
-        settle(clips_of(targets, groups, ("a", "b")[: max(targets) + 1]), ProbeTask())
+        settle(clips_of(targets, groups, "abcdefghijklm"[: max(targets) + 1]), ProbeTask())
 
 
 def test_rare_classes_are_dropped_when_asked():

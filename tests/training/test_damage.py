@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from bestrq2.errors import CheckpointError
-from bestrq2.runs.checkpoint import _digest, _sha256, find_checkpoint, list_checkpoints, read_checkpoint
+from bestrq2.runs.checkpoint import _digest, _sha256, find_checkpoint, list_checkpoints, newest_intact, read_checkpoint
 from bestrq2.runs.metrics import read_metrics
 from bestrq2.train import main
+from bestrq2.training.trainer import Trainer
 
-from .undisturbed import PLAIN, TINY, assert_equal_weights, assert_same, curve
+from .undisturbed import PLAIN, TINY, assert_equal_weights, assert_same, begin, curve
 
 pytestmark = pytest.mark.fault
 
@@ -194,3 +195,20 @@ def test_two_processes_in_one_folder(half, whole, nursery, tmp_path, capfd):
         assert "another process trains in this run folder" in output
     assert nursery.run(tmp_path, ["--resume", str(half)], PLAIN)[0] == 0
     assert_same(half, whole)
+
+
+def test_a_run_folder_that_is_moved_while_it_is_trained_into(tmp_path, caplog, monkeypatch):
+    """Checkpoints go where the folder was, which is told, and training goes on from there."""
+    real, run = Trainer._count, tmp_path / "run"
+
+    def count(self, *arguments):
+        real(self, *arguments)
+        if self.state.progress.step == 2:
+            run.rename(tmp_path / "moved")
+
+    monkeypatch.setattr(Trainer, "_count", count)
+    assert main([*begin(tmp_path), "data.workers=0"]) == 0
+    assert f"the log {run / 'metrics.csv'} is gone: if the folder was moved" in caplog.text
+    assert newest_intact(run / "checkpoints")[0].step == 9
+    assert [int(row["step"]) for row in read_metrics(tmp_path / "moved")] == list(range(10))
+    assert main(["--resume", str(run), "train.steps=10"]) == 0

@@ -1,9 +1,11 @@
 """Training a head on a frozen encoder: alignment, cache, resume, and an encoder that does not change."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,21 @@ def test_a_refused_encoder_is_not_left_in_the_configuration(encoder_file, tmp_pa
     assert "steps: 8" in (folder / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("name", ["encoder.safetensors", "mine.py:Mine"])
+def test_an_encoder_that_was_moved(name, encoder_file, tmp_path, capsys):
+    file = name.partition(":")[0]
+    source = shutil.copyfile(encoder_file, tmp_path / file)
+    if file.endswith(".py"):
+        source.write_text(CODE.replace("FACTOR", "1.0"))
+    folder = run(tmp_path, "run", f"{tmp_path / name}", *QUICK, "train.steps=1")
+    (tmp_path / "there").mkdir()
+    source.rename(tmp_path / "there" / file)
+    assert train.main(["--resume", str(folder), "train.steps=2"]) == 2
+    assert "If it was moved, name the new place: --frozen-encoder PLACE" in capsys.readouterr().err
+    arguments = ["--resume", str(folder), "--frozen-encoder", str(tmp_path / "there" / name), "train.steps=2"]
+    assert train.main(arguments) == 0
+
+
 def test_a_refused_encoder_leaves_no_embeddings(encoder_file, tmp_path, nursery):
     """On two ranks as on one: nothing is computed, and the run is as it was."""
     from .undisturbed import PLAIN  # not above: another test runs this file outside of its package
@@ -237,6 +254,28 @@ def test_embeddings_of_other_code_are_made_again(tmp_path, capsys, caplog):
     assert "1 of 1 shards computed" in capsys.readouterr().out
     assert train.main(["--resume", str(folder), "train.steps=2"]) == 0
     assert "its settings or code" in caplog.text
+
+
+PARTS = {
+    "function": "import helped\nclass Two(helped.Mine):\n    pass\n",
+    "late": "def Two():\n    import helped\n    return helped.Mine()\n",  # not among the names of the file
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_embeddings_of_other_code_in_a_file_that_is_imported_are_made_again(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "two.py").write_text(PARTS[kind])
+    (tmp_path / "helped.py").write_text("from factors import scale\n" + CODE.replace("FACTOR", "scale()"))
+    arguments = [f"{tmp_path / 'two.py'}:Two", *QUICK, "train.steps=1", f"frozen.cache={tmp_path / 'cache'}"]
+    for factor, made in ((1.0, 1), (1.0, 0), (2.0, 1)):
+        for name in ("factors", "helped"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / "factors.py").write_text(f"def scale():\n    return {factor}\n")
+        importlib.invalidate_caches()
+        run(tmp_path, f"{kind}{factor}{made}", *arguments)
+        assert f"{made} of 1 shards computed" in capsys.readouterr().out
 
 
 @pytest.mark.slow

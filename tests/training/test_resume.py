@@ -149,6 +149,16 @@ def test_changes_by_key():
         check_resume(before, with_overrides(before, ["model.predictor.depth=7"]), 10)
 
 
+def test_what_becomes_of_the_average_is_told():
+    def told(old: float, new: float) -> list[str]:
+        before, after = (load_config("best_rq2_tiny", [f"train.ema_decay={decay}"]) for decay in (old, new))
+        return check_resume(before, after, 10)
+
+    assert told(0.0, 0.9) == ["train.ema_decay: 0.0 -> 0.9 (the average begins with the present weights)"]
+    assert told(0.9, 0.0) == ["train.ema_decay: 0.9 -> 0.0 (the average is not kept any more)"]
+    assert told(0.9, 0.99) == ["train.ema_decay: 0.9 -> 0.99"]
+
+
 @pytest.mark.parametrize("override", ["train.device=cuda:9", "train.accumulate=99", "optimizer.betas=[2,3]"])
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path, override, capsys):
     assert main(["--runs", str(tmp_path), "train.steps=2", *QUICK, override]) == 2

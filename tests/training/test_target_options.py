@@ -142,7 +142,7 @@ def test_second_iteration_records_its_teacher_and_refuses_another(tmp_path, plai
     for override, message in (
         ("model.targets.layer=1", "model.targets.layer: expected 0, with which this run began"),
         (f"model.targets.encoder={run}", "not the encoder or layer that made the targets so far"),
-        (f"model.targets.encoder={tmp_path / 'none'}", "none"),
+        (f"model.targets.encoder={tmp_path / 'none'}", f"model.targets.encoder: {tmp_path / 'none'}: no such file"),
     ):
         capsys.readouterr()
         assert main(["--resume", str(half), "train.steps=14", override]) == 2

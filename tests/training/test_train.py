@@ -213,6 +213,7 @@ def test_nan_audio_is_skipped_counted_and_reported(tmp_path, capsys):
     [
         (["--data", "EMPTY"], "no usable audio|no audio"),
         (["--data", "MISSING"], "does not exist"),
+        (["validation.source=/missing", "train.steps=1"], "validation.source: /missing does not exist"),
         (["--data", "COLUMNS"], "column"),
         (["--config", "unknown"], "expected a YAML file or one of"),
         (["train.stepps=3"], "did you mean 'train.steps'"),
