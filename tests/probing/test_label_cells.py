@@ -67,7 +67,9 @@ def test_labels_between_spaces_are_told_and_names_of_several_words_are_not(tmp_p
     assert told("Dog", "Dog bark", "Car horn", "Rain") == []
 
 
-@pytest.mark.parametrize("other", ["Jose\u0301 A", "Jos\u00e9  A", "Jos\u00e9\u00a0A", "Jos\u00e9 A\u200b", "JOS\u00c9 A"])
+@pytest.mark.parametrize(
+    "other", ["Jose\u0301 A", "Jos\u00e9  A", "Jos\u00e9\u00a0A", "Jos\u00e9 A\u200b", "JOS\u00c9 A"]
+)
 def test_names_that_look_alike_are_told(tmp_path, other):
     """Two groups of one speaker would lie in training and test."""
     name = "Jos\u00e9 A"
