@@ -26,8 +26,8 @@ def is_fused(x: Tensor, *weights: Tensor | None) -> bool:
 
 
 def have_addresses(*tensors: Tensor | None) -> bool:
-    """Return True if kernels may read these by address. Subclasses hold their values elsewhere, or do not have them yet:
-    the result of a layer that ``parallelize_module`` split is an AsyncCollectiveTensor."""
+    """Return True if kernels may read these by address. Subclasses hold their values elsewhere, or do not have them
+    yet: the result of a layer that ``parallelize_module`` split is an AsyncCollectiveTensor."""
     return all(x is None or type(x) is Tensor or type(x) is nn.Parameter for x in tensors)
 
 

@@ -102,5 +102,6 @@ def check_tokens(encoder: object, member: str, features: object, places: Tensor,
     if not isinstance(features, Tensor) or features.shape != expected:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
-            f"{type(encoder).__name__}.{member}: expected features of {what}, {expected}, got {got}; leave out class tokens"
+            f"{type(encoder).__name__}.{member}: expected features of {what}, {expected}, got {got}; leave out class "
+            "tokens"
         )
