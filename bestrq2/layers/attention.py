@@ -33,6 +33,7 @@ from bestrq2.ops.common.dispatch import forced_backend
 
 from .block_rows import add_bias
 from .padding import length_mask
+from .row_functions import have_addresses
 from .short_attention import CachedAttention, short_attention, short_self_attention
 
 MOST_KEYS = 384
@@ -61,7 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = N
     if not (cross and cuts_queries):
         if _is_short_on_gpu(query, key, value):
             return short_attention(query, key, value, lengths)
-        if _is_eager(query) and _is_short(query, key):
+        if _is_eager(query) and _is_short(query, key, value):
             return CachedAttention.apply(lengths, 0, None, query, key, value)
     chunks = _is_eager(query) and _prefers_chunks(query, lengths)
     if chunks and cuts_queries and not cross:
@@ -80,7 +81,7 @@ def self_attend(qkv: Tensor, lengths: Tensor | None = None, first: int = 0, bias
     other reader. Gradients of queries, keys and values are written side by side, as the layer needs them.
     """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    if _is_eager(qkv) and _is_short(query, key):
+    if _is_eager(qkv) and _is_short(query, key, value):
         return CachedAttention.apply(lengths, first, bias, qkv, None, None)
     if bias is not None:
         qkv = add_bias(qkv.flatten(2), bias).view(qkv.shape)
@@ -95,11 +96,12 @@ def _is_eager(x: Tensor) -> bool:
     return not transforms and x.numel() > 0
 
 
-def _is_short(query: Tensor, key: Tensor) -> bool:
+def _is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype in (torch.bfloat16, torch.float32)
         and query.dtype == key.dtype
+        and have_addresses(query, key, value)
         and key.shape[2] <= MOST_KEYS
         and query.shape[2] <= MOST_KEYS
         and forced_backend() in (None, "cpu")

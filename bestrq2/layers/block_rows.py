@@ -16,7 +16,18 @@ from torch.nn.modules import module as torch_module
 from bestrq2.ops.common.compiler import constant_when_compiled
 
 from .positions import turn
-from .row_functions import Bf16Product, Bias, Gated, Gelu, NormSettings, ResidualNorm, ResidualSum, SplitHeads, is_fused
+from .row_functions import (
+    Bf16Product,
+    Bias,
+    Gated,
+    Gelu,
+    NormSettings,
+    ResidualNorm,
+    ResidualSum,
+    SplitHeads,
+    have_addresses,
+    is_fused,
+)
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -95,7 +106,7 @@ def _residual_norm(
     if (
         norm.weight is not None
         and is_fused(x, norm.weight, getattr(norm, "bias", None), None if pending is None else pending.bias)
-        and (pending is None or pending.values.dtype == x.dtype)
+        and (pending is None or _is_like(pending.values, x))
     ):
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
         bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
@@ -111,10 +122,14 @@ def _residual_norm(
 
 def residual_sum(x: Tensor, branch: Branch) -> Tensor:
     """``x + branch``, as :func:`residual_norm` without a norm."""
-    if is_fused(x, branch.bias) and branch.values.dtype == x.dtype:
+    if is_fused(x, branch.bias) and _is_like(branch.values, x):
         place = None if branch.kept is None else branch.kept.place
         return ResidualSum.apply(x, branch.values, branch.bias, branch.scale, branch.factor, place)
     return x + branch.summand()
+
+
+def _is_like(values: Tensor, x: Tensor) -> bool:
+    return values.dtype == x.dtype and have_addresses(values)
 
 
 def kept_clips(scale: Tensor | None, x: Tensor) -> Kept | None:
@@ -237,7 +252,11 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def add_bias(values: Tensor, bias: Tensor) -> Tensor:
     """``values (..., D) + bias (D,)``, in place on CPUs: of a product that has no other reader."""
-    return Bias.apply(values, bias) if is_fused(values, bias) else values + bias.to(values.dtype)
+    if not is_fused(values, bias):
+        return values + bias.to(values.dtype)
+    if torch._C._len_torch_dispatch_stack():  # a reader: selective activation checkpointing saves products
+        return (values.float() + bias).to(values.dtype)
+    return Bias.apply(values, bias)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

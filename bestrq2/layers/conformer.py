@@ -212,7 +212,6 @@ class Conformer(nn.Module):
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
         self.compiled = False  # whether the blocks are, see training/compilation.py
-        self.drop_rates = drop_rates(settings.drop_path, settings.depth)
         self.blocks = nn.ModuleList(ConformerBlock(settings) for _ in range(settings.depth))
         self.norm = LayerNorm(settings.width)
         init_linear_layers(self)
@@ -245,7 +244,8 @@ class Conformer(nn.Module):
         offsets = layout.offsets(grid.num_frames, cached + grid.num_frames, query_offset=cached)
         table = relative_sinusoids(*offsets, self.settings.width, self.settings.symmetric_positions, x.device)
         table = table.to(x.dtype)
-        scales = stochastic_depth(self.drop_rates, 4, len(x), x.device) if self.training else None
+        rates = drop_rates(self.settings.drop_path, len(self.blocks))  # of blocks added or taken away, too
+        scales = stochastic_depth(rates, 4, len(x), x.device) if self.training else None
         if self.compiled:
             for tensor, tokens in ((x, 1), (table, 0)):
                 torch._dynamo.maybe_mark_dynamic(tensor, tokens)
@@ -272,4 +272,4 @@ class Conformer(nn.Module):
         """
         s = self.settings
         linear = 2.0 * tokens * s.width * (4 * s.hidden_width + 4 * s.width + 3 * s.width)
-        return s.depth * (linear + 6.0 * frames * keys * s.width + 2.0 * frames * s.width * s.kernel_size)
+        return len(self.blocks) * (linear + 6.0 * frames * keys * s.width + 2.0 * frames * s.width * s.kernel_size)

@@ -137,7 +137,6 @@ class CrossTransformer(nn.Module):
         super().__init__()
         settings.check()
         self.settings = settings
-        self.drop_rates = drop_rates(settings.drop_path, settings.depth)
         self.context_norm = make_norm(settings.norm, settings.width)
         self.blocks = nn.ModuleList(CrossBlock(settings) for _ in range(settings.depth))
         self.norm = make_norm(settings.norm, settings.width)
@@ -157,7 +156,8 @@ class CrossTransformer(nn.Module):
             lengths = lengths.to(x.device, non_blocking=True) if padded else None
         rotation = None if angles is None else (angles.cos(), angles.sin())
         of_context = None if context_angles is None else (context_angles.cos(), context_angles.sin())
-        scales = stochastic_depth(self.drop_rates, 2, len(x), x.device) if self.training else None
+        rates = drop_rates(self.settings.drop_path, len(self.blocks))  # of blocks added or taken away, too
+        scales = stochastic_depth(rates, 2, len(x), x.device) if self.training else None
         for number, block in enumerate(self.blocks):
             x = block(x, context, lengths, rotation, of_context, None if scales is None else scales[number])
         return residual_norm(x, None, self.norm)[1]
@@ -167,4 +167,4 @@ class CrossTransformer(nn.Module):
         s = self.settings
         gated = 3 if s.feed_forward == "swiglu" else 2
         linear = 2.0 * s.width * (queries * (2 * s.width + gated * s.hidden_width) + context * 2 * s.width)
-        return s.depth * (linear + 4.0 * queries * context * s.width)
+        return len(self.blocks) * (linear + 4.0 * queries * context * s.width)

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bestrq2.ops.common import native
 from bestrq2.ops.common.dispatch import forced_backend
@@ -17,12 +17,23 @@ def is_fused(x: Tensor, *weights: Tensor | None) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and type(x) is Tensor
+        and have_addresses(x, *weights)
         and all(w is None or (w.is_cpu and w.dtype == torch.float32 and w.is_contiguous()) for w in weights)
         and x.numel() > 0
         and forced_backend() in (None, "cpu")
         and native.extension_obstacle() is None
     )
+
+
+def have_addresses(*tensors: Tensor | None) -> bool:
+    """Return True if kernels may read these by address. Subclasses hold their values elsewhere, or do not have them
+    yet: the result of a layer that ``parallelize_module`` split is an AsyncCollectiveTensor."""
+    return all(x is None or type(x) is Tensor or type(x) is nn.Parameter for x in tensors)
+
+
+def arrived(x: Tensor) -> Tensor:
+    """A gradient as a plain tensor: that of a split layer is waited for."""
+    return x.trigger_wait() if hasattr(x, "trigger_wait") else x
 
 
 def address(x: Tensor | None) -> int:
@@ -92,8 +103,8 @@ class ResidualNorm(torch.autograd.Function):
             return (None,) * 7
         if grad_out is None and ctx.branch_shape is None:
             return grad_total, *(None,) * 6
-        grad_total = None if grad_total is None else grad_total.to(total.dtype).contiguous()
-        grad_out = None if grad_out is None else grad_out.to(total.dtype).contiguous()
+        grad_total = None if grad_total is None else arrived(grad_total).to(total.dtype).contiguous()
+        grad_out = None if grad_out is None else arrived(grad_out).to(total.dtype).contiguous()
         grad_x = torch.empty_like(total)
         grad_branch = None
         if ctx.branch_shape is not None and not ctx.same and ctx.needs_input_grad[1]:
@@ -139,7 +150,7 @@ class ResidualSum(torch.autograd.Function):
         of_bias = grad.new_empty(grad.shape[-1], dtype=torch.float32) if ctx.needs_input_grad[2] else None
         if ctx.same and of_bias is None:
             return grad, grad, *(None,) * 4
-        grad = grad.contiguous()
+        grad = arrived(grad).contiguous()
         grad_x = torch.empty_like(grad)
         grad_branch = None if ctx.same else grad.new_empty(ctx.shape)
         native.extension().norm_rows_backward(
@@ -196,7 +207,7 @@ class Bias(torch.autograd.Function):
         refuse_second_derivative("a fused layer")
         if not ctx.needs_input_grad[1]:
             return grad, None
-        grad = grad.contiguous()
+        grad = arrived(grad).contiguous()
         sums = grad.new_empty(grad.shape[-1], dtype=torch.float32)
         native.extension().sum_rows(*ctx.sizes, grad.data_ptr(), sums.data_ptr(), torch.get_num_threads())
         return grad, sums
@@ -218,7 +229,7 @@ class Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("a fused layer")
         x, bias = ctx.saved_tensors
-        grad, grad_x = grad.to(x.dtype).contiguous(), torch.empty_like(x)
+        grad, grad_x = arrived(grad).to(x.dtype).contiguous(), torch.empty_like(x)
         of_bias = torch.empty_like(bias) if ctx.needs_input_grad[1] else None
         native.extension().gelu_rows_backward(
             *ctx.sizes, x.data_ptr(), address(bias), grad.data_ptr(), grad_x.data_ptr(), address(of_bias),
@@ -242,7 +253,7 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         refuse_second_derivative("a fused layer")
         (x,) = ctx.saved_tensors
-        grad, grad_x = grad.to(x.dtype).contiguous(), torch.empty_like(x)
+        grad, grad_x = arrived(grad).to(x.dtype).contiguous(), torch.empty_like(x)
         native.extension().gated_rows_backward(
             *ctx.sizes, x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), torch.get_num_threads()
         )
@@ -280,7 +291,7 @@ class SplitHeads(torch.autograd.Function):
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
         upstream = []
         for grad in grads:
-            grad = grad.to(qkv.dtype)
+            grad = arrived(grad).to(qkv.dtype)
             upstream.append(grad if grad.stride(-1) == 1 else grad.contiguous())
         grad_qkv = torch.empty_like(qkv)
         grad_q = None if q_weight is None else torch.empty_like(q_weight)

@@ -19,7 +19,7 @@ from bestrq2.ops.common.library import fragment
 from bestrq2.ops.common.transforms import refuse_second_derivative
 
 from .padding import length_mask
-from .row_functions import address
+from .row_functions import address, arrived
 
 
 def short_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -238,7 +238,7 @@ class CachedAttention(torch.autograd.Function):
             results[0][:, : ctx.first, 0] = 0
         query, key, value = _split(inputs, ctx.first)
         targets = _split((results[0], None, None), ctx.first) if packed else results
-        grad = _rows(grad.to(query.dtype))
+        grad = _rows(arrived(grad).to(query.dtype))
         batch, heads, _, _, dim = ctx.sizes
         sums = None  # of each clip
         if ctx.needs_input_grad[2]:

@@ -241,7 +241,6 @@ class Transformer(nn.Module):
         self.settings = settings
         self.activation_checkpointing = activation_checkpointing
         self.compiled = False  # whether the blocks are, see training/compilation.py
-        self.drop_rates = drop_rates(settings.drop_path, settings.depth)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.depth))
         self.norm = make_norm(settings.norm, settings.width)
         init_linear_layers(self)
@@ -261,7 +260,8 @@ class Transformer(nn.Module):
             for tensor in (x, *(rotation or ())):
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
         # Drawn here, not in the blocks: their constants would make torch.compile compile each of them again.
-        scales = stochastic_depth(self.drop_rates, 2, len(x), x.device) if self.training else None
+        rates = drop_rates(self.settings.drop_path, len(self.blocks))  # of blocks added or taken away, too
+        scales = stochastic_depth(rates, 2, len(x), x.device) if self.training else None
         of_block = (None,) * len(self.blocks) if scales is None else scales.unbind()
         if layer_outputs is None and self._advances():
             branch: Branch | None = None
@@ -299,4 +299,4 @@ class Transformer(nn.Module):
         def block(queries: int) -> float:
             return tokens * 6.0 * s.width * s.width + queries * of_token + 4.0 * queries * tokens * s.width
 
-        return (s.depth - 1) * block(tokens) + block(wanted)
+        return (len(self.blocks) - 1) * block(tokens) + block(wanted)

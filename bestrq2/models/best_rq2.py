@@ -22,7 +22,7 @@ from bestrq2.ops.common.arguments import integer
 from bestrq2.ops.common.compiler import never_compiled
 
 from .clip_head import ClipHead
-from .encoder import PretrainableEncoder, check_encoder, token_width
+from .encoder import PretrainableEncoder, check_encoder, check_tokens, token_width
 from .predictor import Predictor
 from .teacher import Teacher
 
@@ -290,12 +290,7 @@ class BestRQ2(_Pretraining):
         self, patches: Patches, plan: MaskPlan, step: int, index: Tensor, with_seen: bool
     ) -> tuple[Tensor, Tensor | None]:
         context = self.encoder.context(patches, plan, step)
-        expected = (*plan.seen.shape, token_width(self.encoder))
-        if not isinstance(context, Tensor) or context.shape != expected:
-            got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-            raise ValueError(
-                f"{type(self.encoder).__name__}.context: expected features of the seen patches, {expected}, got {got}"
-            )
+        check_tokens(self.encoder, "context", context, plan.seen, "the seen patches")
         return self.predictor(context, patches.positions(), plan), context
 
     def flops(self, plan: MaskPlan) -> float:
@@ -349,6 +344,7 @@ class BestRQ(_Pretraining):
     ) -> tuple[Tensor, Tensor | None]:
         fill = self._noise(patches, step, index) if self.mask_token is None else self.mask_token
         output = self.encoder.infill(patches, self._is_masked(patches, plan), fill, step)
+        check_tokens(self.encoder, "infill", output, patches.values, "all patches")
         return take(output, plan.predicted), take(output, plan.seen) if with_seen else None
 
     @never_compiled  # as the masks

@@ -73,7 +73,7 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
 
     @property
     def depth(self) -> int:
-        return self.encoder.settings.depth
+        return len(self.encoder.blocks)
 
     @property
     def patch_dim(self) -> int:

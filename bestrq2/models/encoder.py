@@ -8,7 +8,7 @@ from bestrq2.layers.masking import MaskPlan
 from bestrq2.layers.patches import Patches
 from bestrq2.layers.positions import PositionKind
 
-__all__ = ["PretrainableEncoder", "check_encoder", "token_width"]
+__all__ = ["PretrainableEncoder", "check_encoder", "check_tokens", "token_width"]
 
 
 @runtime_checkable
@@ -88,4 +88,20 @@ def check_encoder(encoder: object, *, one_stage: bool = False) -> None:
         raise TypeError(
             f"{type(encoder).__name__} cannot be pretrained: it has no {', '.join(missing)}; expected the members of "
             "bestrq2.models.PretrainableEncoder (docs/own_encoder.md has a complete example)"
+        )
+
+
+def check_tokens(encoder: object, member: str, features: object, places: Tensor, what: str) -> None:
+    """Raise a clear error for features that are not one for each of ``places (B, N, ...)``: with a class token in front
+    of them, all would be taken for their neighbour.
+
+    Raises:
+        ValueError: naming the member of the encoder that gave them.
+    """
+    expected = (*places.shape[:2], token_width(encoder))
+    if not isinstance(features, Tensor) or features.shape != expected:
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"{type(encoder).__name__}.{member}: expected features of {what}, {expected}, got {got}; leave out class "
+            "tokens"
         )

@@ -100,7 +100,7 @@ class ViTEncoder(ReadoutMixin, nn.Module):
 
     @property
     def depth(self) -> int:
-        return self.encoder.settings.depth
+        return len(self.encoder.blocks)
 
     @property
     def patch_dim(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
 from typing import Any
+from unicodedata import category, normalize
 
 import numpy as np
 
@@ -274,22 +275,29 @@ def _doubtful_groups(groups: Sequence[str]) -> list[str]:
 def _warnings(names: Sequence[str], what: str, state: str) -> list[str]:
     """Warnings of at most three sets of names that are almost alike, and how many there are more."""
     found = [
-        f"{what} {', '.join(map(repr, alike))} are {state}: write them alike if they are one"
+        f"{what} {', '.join(map(_distinct(alike), alike))} are {state}: write them alike if they are one"
         for alike in _almost_alike(names)
     ]
     return found if len(found) <= 3 else [*found[:3], f"{len(found) - 3} more sets of {what} that are almost alike"]
 
 
 def _almost_alike(names: Sequence[str]) -> list[list[str]]:
-    """Sets of names that differ only in capitals, or in the form of a number."""
+    """Sets of names that differ only in capitals, in the form of a number, in spaces, or in what cannot be seen: the
+    Unicode normal form ("é" as one character or as two) and characters without width."""
     alike: dict[str, list[str]] = {}
     for name in names:
         try:
             key = repr(float(name))
         except ValueError:
-            key = name.casefold()
+            text = normalize("NFKC", normalize("NFKC", name).casefold())
+            key = " ".join("".join(c for c in text if category(c) != "Cf").split())
         alike.setdefault(key, []).append(name)
     return [found for found in alike.values() if len(found) > 1]
+
+
+def _distinct(names: Sequence[str]) -> Callable[[str], str]:
+    """Writing of names in a message: with escapes where some would look the same."""
+    return repr if len({normalize("NFC", name) for name in names}) == len(names) else ascii
 
 
 def doubtful_names(classes: Sequence[str]) -> list[str]:

@@ -62,7 +62,7 @@ def test_attend(queries, keys, dim, padded, dtype):
 def test_every_query_of_cross_attention_counts(queries, keys, rule, dtype, monkeypatch):
     """Also those behind the last valid key, and where there are as many queries as keys."""
     if rule == "chunks":
-        monkeypatch.setattr(attention, "_is_short", lambda query, key: False)
+        monkeypatch.setattr(attention, "_is_short", lambda *_: False)
     if rule == "of a GPU":
         monkeypatch.setattr(attention, "GPU_TYPE", "cpu")
         monkeypatch.setattr(attention, "_gpu_obstacle", lambda index: None)
@@ -110,7 +110,7 @@ def test_self_attend_from_a_token_on(dtype):
 @pytest.mark.parametrize("dim", [16, 24])
 def test_self_attend_adds_the_bias(dim, first, padded, short, dtype, monkeypatch):
     if not short:
-        monkeypatch.setattr(attention, "_is_short", lambda query, key: False)
+        monkeypatch.setattr(attention, "_is_short", lambda *_: False)
     lengths = torch.tensor([70, 31]) if padded else None
     generator = torch.Generator().manual_seed(3)
     layer = torch.randn(2, 70, 3, 2, dim, generator=generator).to(dtype).requires_grad_()
@@ -146,7 +146,7 @@ def test_fp32_kernel_on_every_instruction_set(isa, monkeypatch):
     if not extension.force_isa(isa):
         pytest.skip(f"no {isa} here")
     try:
-        monkeypatch.setattr(attention, "_is_short", lambda query, key: True)
+        monkeypatch.setattr(attention, "_is_short", lambda *_: True)
         inputs = [frames(2, n, 2, 37, seed=i, dtype=torch.float32) for i, n in enumerate((33, 65, 65))]
         compare(attend, inputs, torch.tensor([65, 7]), torch.float32)
     finally:
@@ -158,7 +158,7 @@ def test_fp32_kernel_on_every_instruction_set(isa, monkeypatch):
 )
 @pytest.mark.parametrize("most", ["avx512_bf16", "amx"])
 def test_cached_kernel_on_either_instruction_set(most, monkeypatch):
-    monkeypatch.setattr(attention, "_is_short", lambda query, key: True)
+    monkeypatch.setattr(attention, "_is_short", lambda *_: True)
     native.extension().limit_bf16_dot(most)
     try:
         inputs = [frames(2, n, 2, 48, seed=i, dtype=torch.bfloat16) for i, n in enumerate((33, 65, 65))]

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bestrq2 import ops
 from bestrq2.layers.conformer import Conformer, ConformerSettings
@@ -173,3 +175,74 @@ def test_identities_in_place_of_norms_of_queries_and_keys_are_called_when_hooked
         norm.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
     model(normal(2, 9, 64), angles=torch.rand(1, 9, 8) if angles else None)
     assert calls == [(2, 4, 9, 16)] * 2
+
+
+class Arriving(torch.autograd.Function):
+    """Results and gradients of a layer as ``parallelize_module`` makes them: tensors that have no address."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return AsyncCollectiveTensor(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AsyncCollectiveTensor(grad.clone())
+
+
+class Split(nn.Linear):
+    def forward(self, x):
+        return Arriving.apply(super().forward(Arriving.apply(x)))
+
+
+def gradients_of(model):
+    model.zero_grad()
+    output = outputs_of(model)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_of_collectives_are_waited_for(variant):
+    model = VARIANTS[variant]().eval()
+    expected = gradients_of(model)
+    for part, module in [*model.named_modules()]:
+        if type(module) is nn.Linear:
+            split = copy.deepcopy(model)
+            split.get_submodule(part).__class__ = Split
+            for found, wanted in zip(gradients_of(split), expected):
+                torch.testing.assert_close(found, wanted, msg=lambda text, part=part: f"{part}: {text}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_products_that_a_checkpoint_saves_stay_as_they_are(variant):
+    """Selective activation checkpointing hands the saved products to the second forward pass."""
+
+    def policy(ctx, operator, *_, **__):
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model = VARIANTS[variant]().eval()
+    for parameter in model.parameters():  # biases begin at zero
+        nn.init.normal_(parameter, std=0.1)
+    expected = gradients_of(model)
+    model.zero_grad()
+    output = checkpoint(
+        outputs_of, model, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
+    output.square().sum().backward()
+    for found, wanted in zip((output.detach(), *(parameter.grad for parameter in model.parameters())), expected):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("change_of_depth", [1, -1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_that_were_added_or_taken_away(variant, change_of_depth):
+    """The blocks that are there run, in training and in evaluation, and stochastic depth rises over them."""
+    made = VARIANTS[variant]()
+    model = type(made)(replace(made.settings, drop_path=0.01))
+    added = nn.ModuleList([*model.blocks, copy.deepcopy(model.blocks[0])])
+    model.blocks = added if change_of_depth > 0 else model.blocks[:-1]
+    for training in (True, False):
+        model.train(training).zero_grad()
+        outputs_of(model).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in model.blocks.parameters())

@@ -79,6 +79,17 @@ def test_ours_have_all_members_and_forward_is_encode(encoder):
     assert counts.tolist() == expected_counts.tolist()
 
 
+@pytest.mark.parametrize(("model_class", "member"), [(BestRQ2, "context"), (BestRQ, "infill")])
+def test_a_class_token_is_refused(model_class, member, monkeypatch):
+    """With one in front, every prediction would be that of the place before."""
+    encoder = OwnEncoder()
+    own = getattr(encoder, member)
+    monkeypatch.setattr(encoder, member, lambda *values: nn.functional.pad(own(*values), (0, 0, 1, 0)), raising=False)
+    model = model_class(encoder, RandomProjectionQuantizer(encoder.patch_dim, 32, 8), RandomMasking((0.5, 0.5)))
+    with pytest.raises(ValueError, match=rf"OwnEncoder\.{member}: expected features of .*class token"):
+        model(torch.randn(4, 8000) * 0.1, torch.tensor([8000, 8000, 6000, 4000]), step=0)
+
+
 def test_what_is_missing_is_listed():
     quantizer, masking = RandomProjectionQuantizer(128, 32, 8), RandomMasking((0.5, 0.5))
     assert not isinstance(nn.Linear(3, 3), PretrainableEncoder)

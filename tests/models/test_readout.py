@@ -154,3 +154,13 @@ def test_joined_rows_change_nothing_in_pretraining(name):
         losses.append(output.loss.item())
         assert model.flops(output.plan) > 0
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("recipe", ["best_rq2_tiny", "best_rq_conformer_tiny"])
+def test_layers_are_the_blocks_that_are_there(recipe):
+    model = encoder(recipe=recipe)
+    model.encoder.blocks = model.encoder.blocks[:2]
+    assert model.depth == 2
+    assert model.encode(WAVES, LENGTHS, layers="all", combine="each")[0].shape[0] == 3
+    with pytest.raises(ConfigError, match=r"0\.\.1 and final"):
+        model.encode(WAVES, LENGTHS, layers="2")

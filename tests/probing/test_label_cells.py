@@ -65,3 +65,21 @@ def test_labels_between_spaces_are_told_and_names_of_several_words_are_not(tmp_p
     assert told("male speech", "female speech", "male song", "female song", "dog") == []
     assert told("a b", "a c", "b c", "a d", "b d", "c d") == []  # always two: names of two words
     assert told("Dog", "Dog bark", "Car horn", "Rain") == []
+
+
+@pytest.mark.parametrize(
+    "other", ["Jose\u0301 A", "Jos\u00e9  A", "Jos\u00e9\u00a0A", "Jos\u00e9 A\u200b", "JOS\u00c9 A"]
+)
+def test_names_that_look_alike_are_told(tmp_path, other):
+    """Two groups of one speaker would lie in training and test."""
+    name = "Jos\u00e9 A"
+    rows = [{"path": f"{n}.wav", "label": n % 2, "speaker": s} for n, s in enumerate([name, other, "x", "y"])]
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    warnings = read_clips(ProbeTask(manifest=str(manifest), label="label", group="speaker")).warnings
+    assert len(warnings) == 1
+    assert "are not kept together: write them alike if they are one" in warnings[0]
+    shown = warnings[0].removeprefix("groups ").split(" are ")[0].split(", ")
+    assert len(set(shown)) == len(shown) == 2
+    assert warnings[0].isprintable()
+    assert "labels" in read_clips(ProbeTask(manifest=str(manifest), label="speaker", group="path")).warnings[0]
