@@ -28,6 +28,7 @@ from .distributed import Ranks
 from .embedding_cache import EmbeddingCache, build_cache
 from .embedding_data import EmbeddingDataset
 from .interrupt import StopSignal
+from .open_data import make_folder
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ def train_head(
         ranks.all_agree(lambda: check_encoder(config, checkpoint))
 
     def cache(quiet: bool = False) -> EmbeddingCache:
+        if config.frozen.cache:
+            make_folder("frozen.cache", config.frozen.cache)
         return build_cache(root, config, dataset.files, open_frozen(config), device, quiet)
 
     if ranks.size > 1:  # the first rank makes the cache, and all of them find it complete

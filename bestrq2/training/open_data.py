@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from bestrq2.config import Config, ConfigError
 from bestrq2.data import BucketDataset, CropDataset, Skip, batches, collect, tiny_dataset
 from bestrq2.data.cache_build import open_cache
 from bestrq2.data.files import ARCHIVES
-from bestrq2.errors import TrainingError, counted
+from bestrq2.errors import TrainingError, counted, printable, system_reason
 from bestrq2.models import build_encoder
 from bestrq2.training.statistics import measure_statistics
 
@@ -47,6 +48,7 @@ def open_dataset(config: Config, purpose: str = "Data", split: str = "train") ->
         "domain_weights": data.domain_weights,
     }
     if data.cache is not None:
+        make_folder("data.cache", data.cache)
         cache, found = open_cache(data.cache, files, front.sampling_rate, progress=sys.stderr.isatty())
         logger.info(f"Cache: {found}")
         common["cache"] = cache
@@ -63,6 +65,19 @@ def open_dataset(config: Config, purpose: str = "Data", split: str = "train") ->
         raise ConfigError(f"data: {error}") from error
     dataset.left_out = left_out
     return dataset
+
+
+def make_folder(key: str, folder: str) -> None:
+    """Make the folder that a key of the configuration names.
+
+    Raises:
+        ConfigError: if it cannot be made, as the old place of a run that was moved.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the folder {printable(folder)} cannot be made: {system_reason(error)}"
+        raise ConfigError(f"{key}: {what}; {key}=FOLDER names another one") from error
 
 
 def fill_statistics(config: Config, dataset: CropDataset) -> Config:

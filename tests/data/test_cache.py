@@ -317,6 +317,21 @@ def test_training_uses_it_and_says_so(tmp_path, capsys):
     assert "Cache: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["data.cache", "frozen.cache"])
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path, capsys, key):
+    """As when a run is resumed on a machine without its old place."""
+    from bestrq2.train import main
+
+    (tmp_path / "file").touch()
+    options = ["--config", "best_rq2_tiny", "--runs", str(tmp_path / "runs"), "train.steps=1", "train.device=cpu"]
+    if key == "frozen.cache":
+        assert main([*options, "--name", "encoder", "train.pictures_every=0"]) == 0
+        options[:2] = ["--frozen-encoder", str(tmp_path / "runs" / "encoder")]
+    assert main([*options, f"{key}={tmp_path}/file/cache"]) == 2
+    told = f"{key}: the folder {tmp_path}/file/cache cannot be made: Not a directory"
+    assert told in capsys.readouterr().err
+
+
 def test_command(tmp_path, capsys):
     from bestrq2.cache import main
 
