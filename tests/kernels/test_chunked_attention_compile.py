@@ -20,9 +20,11 @@ def quick(case):
 
 
 def chosen_cases():
-    """Every configuration on every chip, with all inputs that it is for. One chip, in turns, for fp32 heads of more than
-    72 channels, which take the longest, and for forms with fewer inputs, or a key mask as well; of these forms, those
-    of more than 72 channels every third."""
+    """Every configuration on every chip, with all inputs that it is for.
+
+    On one chip in turn: fp32 heads of more than 72 channels, which take the longest, and forms with fewer inputs, or a
+    key mask as well; of these forms, those of more than 72 channels every third.
+    """
     turns, partial = count(), count(1)
     for case in compile_cases():
         entry, *others = case.name.split("-")[1:]
