@@ -27,7 +27,7 @@ def check_values(c: Config) -> None:
             ("model.targets.projection", targets.projection != "random"),
             ("model.targets.centroid_steps", targets.centroid_steps > 0),
             ("model.targets.encoder", targets.encoder is not None),
-                ("model.targets.seed_candidates", targets.seed_candidates > 1),
+            ("model.targets.seed_candidates", targets.seed_candidates > 1),
             ("model.mixing.share", mixing.share > 0),
             ("model.clip_weight", c.model.clip_weight > 0),
             ("model.masking.dispersion", masking.dispersion > 0),
