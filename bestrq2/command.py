@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from types import FrameType
@@ -19,7 +20,7 @@ from bestrq2.signals import FOLDER_GONE, end_imports, folder_is_gone, handled_by
 
 # isort: split
 from bestrq2.console import console_log
-from bestrq2.errors import REMEDIES, BestRQError, ConfigError, byte_count, printable, system_reason
+from bestrq2.errors import REMEDIES, BestRQError, BestRQWarning, ConfigError, byte_count, printable, system_reason
 
 __all__ = ["check_alone", "command", "leave", "output_closed", "sentence"]
 
@@ -281,7 +282,7 @@ def command(main: Main, ranks: bool = False) -> Main:
     """
 
     def watched(arguments: Sequence[str] | None) -> int:
-        with _safe_output() as (out, err), console_log(), _thread_failures(err):
+        with _safe_output() as (out, err), console_log(), _thread_failures(err), _plain_warnings():
             try:
                 with _stop_signals():
                     if folder_is_gone():
@@ -322,6 +323,23 @@ def command(main: Main, ranks: bool = False) -> Main:
             return 128 + signal.SIGINT
 
     return guarded  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings of this package without the line of code that they come from."""
+    usual = warnings.formatwarning
+
+    def plain(message: Any, category: type[Warning], *place: Any, **line: Any) -> str:
+        if issubclass(category, BestRQWarning):
+            return f"warning: {message}\n"
+        return usual(message, category, *place, **line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def leave(code: int) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "REMEDIES",
     "AudioError",
     "BestRQError",
+    "BestRQWarning",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -33,6 +34,10 @@ __all__ = [
 
 class BestRQError(Exception):
     """Base class: something the user can change; the message says what was expected and what was found."""
+
+
+class BestRQWarning(UserWarning):
+    """Advice of this package; commands print it in one line."""
 
 
 class ConfigError(BestRQError, ValueError):

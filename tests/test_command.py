@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from bestrq2.__main__ import COMMANDS, main
 from bestrq2.command import _Output, command, leave, sentence
 from bestrq2.config import Config, describing
 from bestrq2.config.describing import describe, explanations
-from bestrq2.errors import BestRQError, DataError
+from bestrq2.errors import BestRQError, BestRQWarning, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -298,6 +299,19 @@ def test_a_current_folder_that_was_deleted(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").rmdir()
     assert main(["train"]) == 2
     assert capsys.readouterr().err.startswith("error: the current folder was deleted; change to one that exists")
+
+
+def test_warnings_of_this_package_are_one_line(capsys):
+    @command
+    def main(arguments):
+        for kind in (BestRQWarning, UserWarning):
+            print(warnings.formatwarning("it is quiet", kind, "file.py", 7), end="")
+        return 0
+
+    assert main([]) == 0
+    ours, other = capsys.readouterr().out.splitlines()
+    assert ours == "warning: it is quiet"
+    assert other == "file.py:7: UserWarning: it is quiet"
 
 
 def test_failures_of_threads(capsys):

@@ -82,6 +82,7 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
         ("model.encoder.transformer.width=3", "did you mean 'model.encoder.width'"),
         ("optimizer.lr=1", "did you mean 'optimizer.learning_rate'"),
         ("train.steps=0", "train.steps: expected at least 1, got 0"),
+        ("model.targets.codebook_size=1", "model.targets.codebook_size: expected at least 2 codes, got 1"),
         ("train.precision=fp8", "train.precision: expected one of auto, fp32, bf16, fp16, got 'fp8'"),
         ("steps", "expected overrides as key=value, got 'steps'"),
         ("model.masking.ratio=[0.5]", "model.masking.ratio: expected two numbers"),

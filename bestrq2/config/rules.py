@@ -85,6 +85,7 @@ def check_values(c: Config) -> None:
             targets.normalize,
             "none, patch or utterance with model.targets.encoder, or its mean and std: what is measured is log-mel",
         ),
+        ("model.targets.codebook_size", targets.codebook_size >= 2, targets.codebook_size, "at least 2 codes"),
         ("model.targets.seed_candidates", targets.seed_candidates >= 1, targets.seed_candidates, "at least 1"),
         ("model.targets.fit_clips", targets.fit_clips >= 1, targets.fit_clips, "at least 1"),
         ("model.mixing.share", 0 <= mixing.share <= 1, mixing.share, "a share in [0, 1]"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bestrq2.errors import BestRQWarning
 from bestrq2.hashing import mix, uniform
 from bestrq2.ops.common.devices import exact_device
 
@@ -232,6 +233,7 @@ class RandomMasking:
         if not bool(num_predicted.any()):
             warnings.warn(
                 "nothing to predict: every clip of this batch is a single patch, which is only seen. Its loss is 0.",
+                category=BestRQWarning,
                 stacklevel=2,
             )
         max_taken, max_rest = int(num_taken.max()), int(num_rest.max())

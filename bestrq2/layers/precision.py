@@ -5,6 +5,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from bestrq2.errors import BestRQWarning
+
 
 def default_device() -> torch.device:
     """Device of buffers that have values from the start: torch's default device, but never "meta"."""
@@ -67,6 +69,7 @@ def warn_of_integers(waveform: Tensor) -> None:
     if peak > LOUD:
         warnings.warn(
             f"the waveform has samples up to {peak:.0f}, where full scale is 1: divide samples of 16 bits by 2**15",
+            category=BestRQWarning,
             stacklevel=3,
         )
     if peak > LOUD or waveform.device.type != "cpu":
@@ -80,5 +83,6 @@ def warn_of_half(waveform: Tensor) -> None:
         warnings.warn(
             f"the waveform is {name}: quiet sounds drown in its rounding, and features and target codes differ from "
             "those of the recording; pass float32 audio, also to a model in half precision",
+            category=BestRQWarning,
             stacklevel=3,
         )

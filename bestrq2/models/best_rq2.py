@@ -12,6 +12,7 @@ from bestrq2.hashing import mix
 from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import clip_index, normal
 from bestrq2.layers.cross_attention import PredictorSettings
+from bestrq2.layers.log_mel import check_waveform
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import FLOOR_DB, PairMixing
 from bestrq2.layers.patches import Patches, extract_patches
@@ -107,6 +108,12 @@ def clip_sizes(plan: MaskPlan) -> list[tuple[int, int, int, int]]:
     return [(*size, count) for size, count in zip(sizes.tolist(), clips.tolist())]
 
 
+def _numbers(waveform: Tensor, step: int, index: Tensor | None) -> tuple[int, Tensor]:
+    """Number of the step and of each clip, checked."""
+    check_waveform(waveform)
+    return integer("step", step), clip_index(index, len(waveform))
+
+
 class _Pretraining(nn.Module):
     """Base class of both ways of pretraining: patches, targets, masks, the optional target for whole clips.
 
@@ -183,7 +190,7 @@ class _Pretraining(nn.Module):
         A function of the arguments and of frozen tensors alone, so it may be computed before the updates of earlier
         steps and handed to the forward pass.
         """
-        step, index = integer("step", step), clip_index(index, len(waveform))
+        step, index = _numbers(waveform, step, index)
         patches = single = self.encoder.patches(waveform, lengths)
         if patches.rows != self.encoder.rows:
             raise ValueError(
@@ -236,7 +243,7 @@ class _Pretraining(nn.Module):
         index: Tensor | None = None,
         prepared: Prepared | None = None,
     ) -> PretrainOutput:
-        step, index = integer("step", step), clip_index(index, len(waveform))
+        step, index = _numbers(waveform, step, index)
         patches, plan, codes = prepared or self.prepare(waveform, lengths, step, index)
 
         hidden, seen = self._predict(patches, plan, step, index, with_seen=self.clip_head is not None)

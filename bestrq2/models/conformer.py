@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from bestrq2.errors import BestRQWarning
 from bestrq2.layers.chunk_sampling import ChunkSampler
 from bestrq2.layers.conformer import Conformer, ConformerSettings
 from bestrq2.layers.conformer_subsampling import ConvSubsampling
@@ -242,7 +243,8 @@ class ConformerEncoder(ReadoutMixin, nn.Module):
             known = self.chunk_sampler.covers(layout) if self.chunk_sampler is not None else layout == self.layout
             if not known:
                 trained = self.chunk_sampler or self.layout
-                warnings.warn(f"{layout} is outside of what this encoder was trained with: {trained}", stacklevel=2)
+                message = f"{layout} is outside of what this encoder was trained with: {trained}"
+                warnings.warn(message, category=BestRQWarning, stacklevel=2)
         return self._new_state(num_clips, layout)
 
     def stream(

@@ -213,3 +213,8 @@ def test_wrong_steps_and_numbers_of_clips_are_refused(function, step, index, err
     model, waveform = tiny(), 0.1 * torch.randn(2, 16000)
     with pytest.raises(error, match=words):
         getattr(model, function)(waveform, None, step=step, index=index)
+
+
+def test_a_single_waveform_is_refused_before_its_number():
+    with pytest.raises(ValueError, match=r"expected a floating waveform \(B, S\), got torch\.float32 \(16000,\)"):
+        tiny()(torch.randn(16000), None, step=0, index=torch.arange(1))
