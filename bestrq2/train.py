@@ -45,6 +45,7 @@ from bestrq2.runs.metrics import read_metrics
 from bestrq2.training.batch_finder import find_batch
 from bestrq2.training.distributed import Ranks, shared
 from bestrq2.training.frozen import train_head
+from bestrq2.training.initial_weights import load_initial, settle_initial
 from bestrq2.training.open_data import fill_statistics, open_dataset
 from bestrq2.training.optimizer import learning_rate
 from bestrq2.training.target_setup import fit_targets, settle_targets
@@ -132,6 +133,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     ranks.all_agree(lambda: choose_precision(config.train.precision, device_of(config, ranks)))
     if not options.find_batch:
         ranks.from_first(lambda: RunFolder.check_new(options.runs, options.name, options.resume is not None))
+    config = ranks.from_first(lambda: settle_initial(config))
     dataset = ranks.from_first(lambda: open_dataset(config))
     config = ranks.from_first(lambda: fill_statistics(config, dataset))
     if options.find_batch:
@@ -241,7 +243,8 @@ def resume(run: RunFolder, overrides: list[str], values: dict[str, Any], ranks: 
             f"{'; '.join(named)}. This cannot change on resume: leave it out, or start a new run."
             if named
             else f"the training data changed since the checkpoint was written (fingerprint {found} instead of "
-            f"{expected}): {what}. Restore them, or start a new run."
+            f"{expected}): {what}. Restore them, or start a new run, which train.init_from={run.path} lets begin with "
+            "these weights."
         )
         raise shared(problem)
     for change in changes:
@@ -324,6 +327,8 @@ def start(
         model = seeded_model(config, ranks)
         if checkpoint is None:
             fit_targets(model, config, dataset, device_of(config, ranks), ranks)
+            if config.train.init_from is not None:
+                ranks.say(ranks.all_agree(lambda: load_initial(model, config)))
         trainer = Trainer(config, model, dataset, run, ranks, checkpoint)
         if write:
             ranks.from_first(lambda: run.write_config(config))

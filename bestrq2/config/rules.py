@@ -102,6 +102,12 @@ def check_values(c: Config) -> None:
             c.frozen.source,
             f"null with {(*departures, '')[0]}, which needs pretraining",
         ),
+        (
+            "train.init_from",
+            not (c.train.init_from and c.frozen.source),
+            c.train.init_from,
+            "null with frozen.source, which trains a head alone",
+        ),
         ("train.health_every", c.train.health_every >= 0, c.train.health_every, "0 (none) or more"),
         ("data.crop_seconds", c.data.crop_seconds > 0, c.data.crop_seconds, "a positive number of seconds"),
         ("data.source", d.source != [], d.source, "a name or a list of names; null: the packaged clips"),

@@ -159,6 +159,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per update and rank: less memory, same update
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # several ranks: auto = ddp | fsdp (shard the model)
     seed: int = 0  # of weights, crops, masks and dropout
+    init_from: str | None = None  # begin with the weights of this run or encoder file; null: random weights
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = (
         "auto"  # auto: bf16 autocast where the hardware has it | fp32 | bf16 | fp16

@@ -23,6 +23,7 @@ PATHS = (
     "validation.source",
     "probe.manifest",
     "probe.events",
+    "train.init_from",
     "frozen.source",
     "frozen.cache",
     "model.targets.encoder",

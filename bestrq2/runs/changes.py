@@ -7,10 +7,10 @@ from bestrq2.config import Config
 from bestrq2.config.describing import shown
 from bestrq2.errors import ConfigError
 
-__all__ = ["changed_keys", "check_resume"]
+__all__ = ["FREE_IN_MODEL", "changed_keys", "check_resume"]
 
 # What may change in the model while the rest of it stays: regularisation, the memory it takes, the window of attention.
-_FREE_IN_MODEL = (
+FREE_IN_MODEL = (
     "dropout",
     "drop_path",
     "activation_checkpointing",
@@ -24,7 +24,7 @@ _FREE_IN_MODEL = (
 )
 # The place of a teacher may change: its weights are compared by their digest.
 _FREE = ("model.targets.encoder",)
-_FIXED = ("model.", "train.seed", "frozen.every_frame")
+_FIXED = ("model.", "train.seed", "train.init_from", "frozen.every_frame")
 _REASONS = {
     "train.batch_size": "from this step on, other clips make up a step",
     "train.strategy": "the checkpoint fits both",
@@ -80,6 +80,6 @@ def check_resume(before: Config, after: Config, done: int) -> list[str]:
 def _is_fixed(key: str) -> bool:
     if key in _FREE:
         return False
-    if key.startswith("model.") and key.rpartition(".")[2] in _FREE_IN_MODEL:
+    if key.startswith("model.") and key.rpartition(".")[2] in FREE_IN_MODEL:
         return False
     return key.startswith(_FIXED)
