@@ -1,6 +1,7 @@
 """The frozen random-projection quantizer that makes the targets (BEST-RQ, Chiu et al. 2022)."""
 
 import math
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +21,16 @@ Normalize = Literal["none", "global", "patch", "utterance"]
 Projection = Literal["random", "pca", "whitened_pca"]
 
 
+def draw_targets(seed: int, books: int, patch_dim: int, width: int, size: int) -> tuple[Tensor, Tensor]:
+    """Random projections ``(G, D, d)`` and codes of unit length ``(G, V, d)``, float32 on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    bound = math.sqrt(6.0 / (patch_dim + width))
+    drawn = torch.empty(books, patch_dim, width, device="cpu", dtype=torch.float32)
+    drawn.uniform_(-bound, bound, generator=generator)
+    codebook = torch.empty(books, size, width, device="cpu", dtype=torch.float32).normal_(generator=generator)
+    return drawn, nn.functional.normalize(codebook.double(), dim=-1).float()
+
+
 class RandomProjectionQuantizer(nn.Module):
     """Nearest code of a randomly projected patch: ``argmax_v cos(norm(x) P, c_v)``, for one or several codebooks.
 
@@ -28,7 +39,7 @@ class RandomProjectionQuantizer(nn.Module):
     run has the same ones, no optimizer ever sees them, and no other random state is touched.
 
     P and the codes may instead be fitted to a sample of patches, once and before training: :meth:`fit`. They are frozen
-    and stored like random ones.
+    and stored like random ones. Until then the codes are random ones, with a warning at the first use.
 
     Args:
         patch_dim: D, values per patch.
@@ -106,14 +117,8 @@ class RandomProjectionQuantizer(nn.Module):
         self.centroid_steps = integer("centroid_steps", centroid_steps, 0)
         if not -(2**63) <= seed <= 2**64 - num_codebooks:  # what a generator takes, also for the last codebook
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
-        generator = torch.Generator("cpu").manual_seed(seed)
-        bound = math.sqrt(6.0 / (patch_dim + codebook_dim))
-        shape = (num_codebooks, patch_dim, codebook_dim)
-        drawn = torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-        codebook = torch.empty(num_codebooks, codebook_size, codebook_dim, device="cpu", dtype=torch.float32).normal_(
-            generator=generator
-        )
-        unit = nn.functional.normalize(codebook.double(), dim=-1).float()
+        drawn, unit = draw_targets(seed, num_codebooks, patch_dim, codebook_dim, codebook_size)
+        self._fit_checked = not self.needs_fit
         device = default_device()
         self.register_buffer("projection", drawn.to(device))
         self.register_buffer("codebook", unit.to(device))
@@ -148,6 +153,25 @@ class RandomProjectionQuantizer(nn.Module):
         """True if :meth:`fit` has to be called before training."""
         return self.projection_kind != "random" or self.centroid_steps > 0
 
+    def accept_random(self) -> None:
+        """Give no warning where a fit is asked for and has not happened, as to measure the speed."""
+        self._fit_checked = True
+
+    def _check_fit(self) -> None:
+        """Warn once of targets that were to be fitted and are still as they were drawn."""
+        if self._fit_checked or torch.compiler.is_compiling() or self.projection.is_meta:
+            return
+        self._fit_checked = True
+        books, patch_dim, width = self.projection.shape
+        drawn = draw_targets(self.seed, books, patch_dim, width, self.codebook_size)
+        if all(torch.equal(now.cpu(), then) for now, then in zip((self.projection, self.codebook), drawn)):
+            warnings.warn(
+                f"the targets are random: projection={self.projection_kind!r} and centroid_steps={self.centroid_steps} "
+                "take effect in fit(sample) alone, which has not been called; sample: normalise(patches, lengths) of "
+                "some hundred clips, without padding",
+                stacklevel=3,
+            )
+
     @torch.no_grad()
     def normalise(self, patches: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Patches ``(B, N, D)`` as the projection takes them, before the mean of the sample is subtracted: float32."""
@@ -176,6 +200,7 @@ class RandomProjectionQuantizer(nn.Module):
             raise ValueError(f"expected a sample (S, {self.patch_dim}), got {tuple(sample.shape)}")
         books, _, width = self.projection.shape
         device, sample = self.projection.device, sample.cpu()
+        self._fit_checked = True
         if self.center is not None:
             whitened = books - self.plain_codebooks if self.projection_kind == "whitened_pca" else 0
             seed = self.seed if books > 1 else None
@@ -198,6 +223,7 @@ class RandomProjectionQuantizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, patches: Tensor, lengths: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        self._check_fit()
         if self.normalize == "utterance":
             patches = self._standardise_clips(patches, lengths)
         if rows is not None:
@@ -213,6 +239,7 @@ class RandomProjectionQuantizer(nn.Module):
     @torch.no_grad()
     def codes_of_normalised(self, values: Tensor) -> Tensor:
         """Codes ``(..., G)`` of patches from :meth:`normalise`, ``(..., D)``."""
+        self._check_fit()
         centred = values if self.center is None else values - self.center
         return ops.quantize(centred, self.projection, self.codebook)
 

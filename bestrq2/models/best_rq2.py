@@ -1,5 +1,6 @@
 """BEST-RQ-2: contextualize, then predict (Tuncay, Labbé and Pellegrini, arXiv 2606.30700)."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -156,6 +157,13 @@ class _Pretraining(nn.Module):
             raise ValueError(f"mixing needs an encoder with a front_end (a LogMel); {type(encoder).__name__} has none")
         if teacher is not None:
             teacher.check(self.encoder)
+        trained = [p.requires_grad for p in encoder.parameters()] if isinstance(encoder, nn.Module) else []
+        if trained and not any(trained):
+            warnings.warn(
+                f"no parameter of {type(encoder).__name__} takes a gradient, so pretraining would leave it as it is: "
+                "open it with bestrq2.load(..., trainable=True), or call requires_grad_(True).train()",
+                stacklevel=3,
+            )
         width = encoder.patch_dim if teacher is None else teacher.width
         if quantizer.patch_dim != width:
             raise ValueError(f"expected a quantizer of {width} values, got one of {quantizer.patch_dim}")
@@ -187,6 +195,14 @@ class _Pretraining(nn.Module):
         if patches.rows != self.encoder.rows:
             raise ValueError(
                 f"{type(self.encoder).__name__}.rows is {self.encoder.rows}, but its patches have {patches.rows} rows"
+            )
+        samples = [waveform.shape[1]] * len(waveform) if lengths is None else lengths.tolist()
+        expected = [self.encoder.num_tokens(int(n)) for n in samples]
+        if expected != patches.lengths.tolist():
+            clip = next(i for i, (n, m) in enumerate(zip(expected, patches.lengths.tolist())) if n != m)
+            raise ValueError(
+                f"{type(self.encoder).__name__}.num_tokens says {expected[clip]} for {int(samples[clip])} samples, but "
+                f"patches gives {int(patches.lengths[clip])}"
             )
         mixture = None
         if self.mixing is not None and self.training:

@@ -27,7 +27,7 @@ class Teacher:
     token.
 
     Args:
-        encoder: any encoder of ours; it is frozen.
+        encoder: any encoder of ours; it is frozen in place, so it cannot be the one that learns.
         layer: 0..depth-1 for the output of a block, None for the final, normalised output. A middle one is usual.
         settings: a digest of what decides its features beside its weights.
 
@@ -47,9 +47,16 @@ class Teacher:
     def check(self, student: Encoder) -> None:
         """
         Raises:
-            ValueError: if frames of the teacher and tokens of ``student`` do not fall together, naming both.
+            ValueError: if frames of the teacher and tokens of ``student`` do not fall together, naming both, or if
+                they share weights.
         """
         teacher = self.encoder
+        own = {id(parameter) for parameter in teacher.parameters()}
+        if any(id(parameter) in own for parameter in student.parameters()):
+            raise ValueError(
+                "expected a teacher with weights of its own, got those of the encoder that is to learn, which are "
+                "frozen now: call encoder.requires_grad_(True).train() and Teacher(copy.deepcopy(encoder), layer)"
+            )
         if teacher.sampling_rate != student.sampling_rate:
             raise ValueError(
                 f"targets.encoder: expected a teacher for {student.sampling_rate} Hz, the sampling rate of the model, "

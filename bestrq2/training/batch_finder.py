@@ -63,6 +63,7 @@ def find_batch(config: Config, model: BestRQ2 | BestRQ, ranks: Ranks) -> int:
     device = choose_device(config.train.device)
     autocast = choose_precision(config.train.precision, device)
     model = model.to(device).train()
+    model.quantizer.accept_random()
     if compiles(config.train.compile, device):
         compile_blocks(model)
     if device.type == "cpu":

@@ -1,5 +1,7 @@
 """Fitted targets: principal axes, centroids, their determinism, and what fitting does to code usage on real audio."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -162,3 +164,18 @@ def test_code_entropy_in_bits():
     assert code_entropy(torch.arange(16)[:, None], 32) == pytest.approx(4.0)
     codes = torch.stack((torch.zeros(16, dtype=torch.int64), torch.arange(16)), -1)
     assert code_entropy(codes, 16) == pytest.approx(2.0)  # the mean over codebooks
+
+
+@pytest.mark.parametrize("options", [{"projection": "pca"}, {"projection": "whitened_pca"}, {"centroid_steps": 2}])
+def test_targets_that_were_to_be_fitted_and_are_random_give_a_warning(patches, options):
+    quantizer = RandomProjectionQuantizer(160, 64, 8, normalize="patch", **options)
+    with pytest.warns(UserWarning, match=r"the targets are random: .* take effect in fit\(sample\) alone"):
+        quantizer(patches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantizer(patches)  # once
+        fitted(patches, **options)(patches)
+        restored = RandomProjectionQuantizer(160, 64, 8, normalize="patch", **options)
+        restored.load_state_dict(fitted(patches, **options).state_dict())
+        restored(patches)
+        RandomProjectionQuantizer(160, 64, 8, normalize="patch")(patches)

@@ -120,9 +120,9 @@ def test_step_is_named_and_the_rest_has_defaults():
         model(waveform)
 
 
-def outputs(encoder):
+def outputs(encoder, samples=8000):
     model = BestRQ2(encoder, RandomProjectionQuantizer(encoder.patch_dim, 32, 8), RandomMasking((0.5, 0.5)))
-    return model(0.1 * torch.randn(2, 8000), torch.tensor([8000, 4000]), step=0)
+    return model(0.1 * torch.randn(2, samples), torch.tensor([samples, 4000]), step=0)
 
 
 @pytest.mark.parametrize("kind", ["rotary", None])
@@ -134,6 +134,15 @@ def test_an_unknown_kind_of_positions_is_refused(kind):
         outputs(encoder)
     with pytest.raises(ValueError, match=r"position must be one of"):
         ViTEncoder(LogMel(num_mels=32), 32, 4, TransformerSettings(32, 1, 2), kind)
+
+
+def test_another_number_of_tokens_than_of_patches_is_refused():
+    """Batches would be weighted by numbers that are not those of their targets."""
+    encoder = OwnEncoder()
+    encoder.num_tokens = lambda samples: samples // 160 // 4  # without the frame of the centred transform
+    assert outputs(encoder, samples=8000)
+    with pytest.raises(ValueError, match=r"OwnEncoder\.num_tokens says 12 for 8160 samples, but patches gives 13"):
+        outputs(encoder, samples=8160)
 
 
 def test_other_rows_than_those_of_the_patches_are_refused():

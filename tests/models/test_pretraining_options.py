@@ -1,13 +1,16 @@
 """Options of pretraining beside the published method: clip target, mixing, dispersion, a teacher, grids with RoPE."""
 
+import copy
 import math
+import warnings
 
 import pytest
 import torch
 
 from bestrq2.config import ConfigError, load_config
+from bestrq2.layers import RandomProjectionQuantizer, TransformerSettings
 from bestrq2.layers.patches import extract_patches
-from bestrq2.models import build_model
+from bestrq2.models import BestRQ2, build_model
 from bestrq2.models.clip_head import ClipHead
 from bestrq2.models.teacher import Teacher
 
@@ -253,6 +256,29 @@ def test_times_of_teacher_and_tokens_are_equal():
 def test_teachers_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         build("model.targets.encoder=x", *overrides, teacher=Teacher(build().encoder, 1))
+
+
+def test_an_encoder_is_not_its_own_teacher():
+    source = build()
+    with pytest.raises(ValueError, match=r"a teacher with weights of its own.*copy\.deepcopy\(encoder\)"):
+        BestRQ2(source.encoder, source.quantizer, source.masking, teacher=Teacher(source.encoder, 1))
+    source.encoder.requires_grad_(True).train()
+    teacher = Teacher(copy.deepcopy(source.encoder), 1)
+    quantizer = RandomProjectionQuantizer(teacher.width, 64)
+    model = BestRQ2(source.encoder, quantizer, source.masking, TransformerSettings(32, 1, 4), teacher=teacher)
+    model(*audio(), step=0).loss.backward()
+    assert model.encoder.patch_embed.proj.weight.grad.any()
+
+
+def test_an_encoder_that_takes_no_gradients_gives_a_warning():
+    source = build()
+    settings = TransformerSettings(32, 1, 4)
+    with pytest.warns(UserWarning, match=r"no parameter of ViTEncoder takes a gradient.*trainable=True"):
+        BestRQ2(source.encoder.requires_grad_(False), source.quantizer, source.masking, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source.encoder.encoder.blocks[-1].requires_grad_(True)
+        BestRQ2(source.encoder, source.quantizer, source.masking, settings)
 
 
 def test_mixing_reaches_the_frames_of_a_conformer():
