@@ -43,11 +43,8 @@ def expand(pattern: str) -> Iterator[tuple[str | None, list[str]]]:
         looked_up = glob.escape(folders) + name[len(folders) :]
         fitting = sorted(path for path in glob.glob(looked_up, recursive=True) if not path.endswith(".index.json"))
         if not fitting:
-            advice = (
-                "; [ ] stand for one of the letters between them, [[] for a bracket"
-                if "[" in name[len(folders) :]
-                else ""
-            )
+            set_of_letters = "[" in name[len(folders) :]
+            advice = "; [ ] stand for one of the letters between them, [[] for a bracket" if set_of_letters else ""
             raise DataError(f"no file fits {name}{advice}")
         yield os.path.dirname(name[: magic.start()]) or ".", fitting
 

@@ -18,13 +18,12 @@ from PIL import Image
 from bestrq2.config import load_config
 from bestrq2.data import Batch
 from bestrq2.errors import Skip, printable
-from bestrq2.report import main
+from bestrq2.report import main, report
 from bestrq2.runs.bad_batches import save_bad_batch
 from bestrq2.runs.checkpoint import save_checkpoint
 from bestrq2.runs.folder import RunFolder
 from bestrq2.runs.metrics import MetricsLog
 from bestrq2.runs.record import RunRecord
-from bestrq2.report import report
 from bestrq2.runs.report import save_report, write_report
 from bestrq2.runs.report_curves import PANELS, draw_curves, running_mean
 
