@@ -8,6 +8,7 @@ The HTML holds its pictures and needs no network.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from bestrq2.command import command, leave
@@ -64,6 +65,7 @@ def report(folders: list[Path], out: Path | None, overwrite: bool = False) -> li
     if out.suffix != ".html":
         raise TrainingError(f"--out: expected a name ending in .html, got {out}")
     check_new("--out", [out, out.with_suffix(".png")], overwrite or own)
+    _tell_apart(runs)
     title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     if len(runs) == 1:
         title += f" ({runs[0].setting('recipe', 'unknown recipe')}, {runs[0].step} steps)"
@@ -74,6 +76,15 @@ def report(folders: list[Path], out: Path | None, overwrite: bool = False) -> li
             f"{printable(str(error.filename or out))}: cannot be written: {system_reason(error)}"
         ) from error
     return [f"Report:  {path}", f"Curves:  {path.with_suffix('.png')}"]
+
+
+def _tell_apart(runs: list[RunRecord]) -> None:
+    """Name runs whose folders are called alike by as much of their paths as differs."""
+    places = [run.folder.resolve().parts for run in runs]
+    for run, parts in zip(runs, places):
+        others = [other for other in places if other != parts]
+        length = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        run.name = os.path.join(*parts[-length:])
 
 
 if __name__ == "__main__":

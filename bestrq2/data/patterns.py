@@ -17,7 +17,7 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """The names that a pattern stands for; a name that exists stands for itself.
+    """The names that a pattern stands for; a name that exists, also of a folder in front, stands for itself.
 
     >>> expand_pattern("shards-{008..010}.tar")
     ['shards-008.tar', 'shards-009.tar', 'shards-010.tar']
@@ -33,14 +33,28 @@ def expand(pattern: str) -> Iterator[tuple[str | None, list[str]]]:
     if os.path.lexists(pattern) or split_address(pattern):
         yield None, [pattern]
         return
-    for name in _expand_braces(pattern):
-        if os.path.lexists(name) or (magic := _MAGIC.search(name)) is None:
+    above = _folders_that_exist(pattern)
+    for name in (above + rest for rest in _expand_braces(pattern[len(above) :])):
+        folders = _folders_that_exist(name)
+        magic = _MAGIC.search(name, len(folders))
+        if os.path.lexists(name) or magic is None:
             yield None, [name]
             continue
-        fitting = sorted(path for path in glob.glob(name, recursive=True) if not path.endswith(".index.json"))
+        looked_up = glob.escape(folders) + name[len(folders) :]
+        fitting = sorted(path for path in glob.glob(looked_up, recursive=True) if not path.endswith(".index.json"))
         if not fitting:
-            raise DataError(f"no file fits {name}")
+            set_of_letters = "[" in name[len(folders) :]
+            advice = "; [ ] stand for one of the letters between them, [[] for a bracket" if set_of_letters else ""
+            raise DataError(f"no file fits {name}{advice}")
         yield os.path.dirname(name[: magic.start()]) or ".", fitting
+
+
+def _folders_that_exist(pattern: str) -> str:
+    """The folders that a pattern begins with, as far as they exist by these very names."""
+    end = 0
+    while (separator := pattern.find(os.sep, end)) >= 0 and os.path.isdir(pattern[: separator + 1]):
+        end = separator + 1
+    return pattern[:end]
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -27,7 +27,7 @@ from bestrq2.data.archives.readers import Section
 from bestrq2.data.archives.tar import tar_index
 from bestrq2.data.audio import audio_digest
 from bestrq2.data.files import from_text, split_address
-from bestrq2.data.patterns import expand_pattern
+from bestrq2.data.patterns import expand, expand_pattern
 
 from . import reader_fuzzing
 from .conftest import FORMATS, convert, encoded
@@ -354,6 +354,20 @@ def test_index_of_a_shard_in_a_folder_that_is_read_only(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "s.tar"))
     monkeypatch.setattr(tar_index_module, "_write", lambda place, index: False)
     assert len(tar_index(str(shard)).members) == 1
+
+
+def test_folders_that_exist_stand_for_themselves_in_patterns(tmp_path):
+    for name in ("Album [12]", "Album 1", "x{a,b}", "xa"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "clip.wav").touch()
+    for name in ("Album [12]", "x{a,b}"):
+        assert expand_pattern(f"{tmp_path}/{name}/*.wav") == [str(tmp_path / name / "clip.wav")]
+        assert [folder for folder, _ in expand(f"{tmp_path}/{name}/*.wav")] == [str(tmp_path / name)]
+    one_of = [f"{tmp_path}/Album [12]/clip.wav", f"{tmp_path}/Album 1/clip.wav"]
+    assert expand_pattern(f"{tmp_path}/{{Album [12],Album 1}}/*.wav") == one_of
+    assert expand_pattern(f"{tmp_path}/Album [123]/*.wav") == [one_of[1]]
+    with pytest.raises(DataError, match=r"no file fits .*cl\[0\]\*.wav; .*\[\[\] for a bracket"):
+        expand_pattern(f"{tmp_path}/Album [12]/cl[0]*.wav")
 
 
 def test_patterns(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from bestrq2.config import load_config
 from bestrq2.data import Batch
 from bestrq2.errors import Skip, printable
-from bestrq2.report import main
+from bestrq2.report import main, report
 from bestrq2.runs.bad_batches import save_bad_batch
 from bestrq2.runs.checkpoint import save_checkpoint
 from bestrq2.runs.folder import RunFolder
@@ -277,6 +277,14 @@ def test_names_of_runs_are_drawn_and_written_as_they_are(tmp_path, monkeypatch):
     text = Page(path.read_text()).text
     for name in NAMES[:3]:
         assert name in text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    folders = [make_run(tmp_path / place, name, steps=4).path for place, name in (("a", "x"), ("b", "x"), ("a", "y"))]
+    report([*folders, folders[0] / "."], tmp_path / "all.html")
+    text = Page((tmp_path / "all.html").read_text()).text
+    assert "a/x b/x y a/x state" in text
+    assert "b/x: Configuration" in text
 
 
 def test_a_report_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
