@@ -122,6 +122,7 @@ def test_bad_overrides_name_the_key(override, message):
 TAKE_MINUS_ONE = {
     *("train.seed", "model.targets.seed", "model.front_end.floor_db", "model.targets.mean", "model.targets.digest"),
     *("train.compile", "train.wandb", "data.cache", "validation.source", "frozen.source", "frozen.cache"),
+    "train.init_from",
     *(f"probe.{key}" for key in ("manifest", "events", "group", "split", "rows")),
 }
 SMALL = [f"model.{part}.{key}" for part in ("encoder", "predictor") for key in ("width=32", "heads=2", "depth=1")]

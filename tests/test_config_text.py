@@ -64,13 +64,16 @@ def test_every_text_is_a_path_or_known_not_to_be():
 )  # of 23 strings each: a round trip takes a tenth of a second
 @given(st.fixed_dictionaries(dict.fromkeys(KEYS, TEXT)), st.lists(TEXT, max_size=8), TEXT)
 @example({"data.source": "${oc.env:HOME}", "recipe": "???"}, ["2026-11-27", "1:30", "0o7", "1_000", "null"], "~")
+@example(
+    {"frozen.cache": "\x85", "data.cache": "a\x85b", "train.init_from": "\u2028x", "recipe": "x\u2029"}, [], "\x85"
+)
 def test_yaml_gives_every_string_back(values, sources, domain):
     config = Config()
     for key, value in values.items():
         config = changed(config, key, value)
     config = changed(config, "data.domain_weights", {domain: 1.0})
     config = changed(config, "validation.source", None)
-    config = changed(config, "frozen.source", None)  # it excludes weights of domains
+    config = changed(config, "frozen.source", None)  # it excludes weights of domains, and other weights
     if len(sources) > 1:
         config = changed(config, "data.source", sources)
     text = config_to_yaml(config)

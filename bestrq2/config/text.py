@@ -90,6 +90,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _resolvers(yaml.SafeDumper)
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Escape the line ends of Unicode, which PyYAML writes as they are and reads as a space."""
+        style = '"' if any(end in data for end in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 def read_yaml(text: str, origin: str) -> dict[str, Any]:
     """The mapping that YAML describes.

@@ -69,10 +69,10 @@ def load_initial(model: BestRQ2 | BestRQ, config: Config) -> str:
         name in source.weights and torch.equal(source.weights[name].float(), tensor.cpu().float())
         for name, tensor in codes.items()
     )
-    same_predictor = not _differing(source.config, config, ("model.predictor.",))
+    same_predictor = not _differing(source.config, config, ("model.name", "model.predictor."))
     for part, fits in (
         ("predictor", same_predictor),
-        ("mask_token", True),
+        ("mask_token", same_predictor),
         ("head", same_codes and same_predictor),
         ("clip_head", same_codes),
     ):
