@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bestrq2 import ops
+from bestrq2.errors import BestRQWarning
 from bestrq2.ops.common.arguments import integer
 from bestrq2.ops.common.devices import exact_device
 
@@ -169,6 +170,7 @@ class RandomProjectionQuantizer(nn.Module):
                 f"the targets are random: projection={self.projection_kind!r} and centroid_steps={self.centroid_steps} "
                 "take effect in fit(sample) alone, which has not been called; sample: normalise(patches, lengths) of "
                 "some hundred clips, without padding",
+                category=BestRQWarning,
                 stacklevel=3,
             )
 

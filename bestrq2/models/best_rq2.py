@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from bestrq2.errors import BestRQWarning
 from bestrq2.hashing import mix
 from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import clip_index, normal
@@ -162,6 +163,7 @@ class _Pretraining(nn.Module):
             warnings.warn(
                 f"no parameter of {type(encoder).__name__} takes a gradient, so pretraining would leave it as it is: "
                 "open it with bestrq2.load(..., trainable=True), or call requires_grad_(True).train()",
+                category=BestRQWarning,
                 stacklevel=3,
             )
         width = encoder.patch_dim if teacher is None else teacher.width
@@ -183,6 +185,15 @@ class _Pretraining(nn.Module):
         """Codes ``(B, M, G)`` int64 of the tokens ``rows (B, M)`` (None: all) of single clips."""
         return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
 
+    def _check_counts(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> None:
+        samples = [waveform.shape[1]] * len(waveform) if lengths is None else torch.as_tensor(lengths).tolist()
+        for length, count in set(zip(samples, patches.lengths.tolist())):  # one, where all clips are crops
+            if self.encoder.num_tokens(length) != count:
+                raise ValueError(
+                    f"{type(self.encoder).__name__}.num_tokens says {self.encoder.num_tokens(length)} for {length} "
+                    f"samples, but patches gives {count}"
+                )
+
     @never_compiled  # 64-bit hashes and lengths of clips are numbers of the host, new in every step
     def prepare(self, waveform: Tensor, lengths: Tensor | None, step: int, index: Tensor) -> Prepared:
         """Patches (mixed, if clips are mixed), mask and codes: the beginning of a forward pass.
@@ -196,14 +207,7 @@ class _Pretraining(nn.Module):
             raise ValueError(
                 f"{type(self.encoder).__name__}.rows is {self.encoder.rows}, but its patches have {patches.rows} rows"
             )
-        samples = [waveform.shape[1]] * len(waveform) if lengths is None else lengths.tolist()
-        expected = [self.encoder.num_tokens(int(n)) for n in samples]
-        if expected != patches.lengths.tolist():
-            clip = next(i for i, (n, m) in enumerate(zip(expected, patches.lengths.tolist())) if n != m)
-            raise ValueError(
-                f"{type(self.encoder).__name__}.num_tokens says {expected[clip]} for {int(samples[clip])} samples, but "
-                f"patches gives {int(patches.lengths[clip])}"
-            )
+        self._check_counts(waveform, lengths, patches)
         mixture = None
         if self.mixing is not None and self.training:
             front = self.encoder.front_end

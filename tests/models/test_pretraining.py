@@ -215,6 +215,12 @@ def test_wrong_steps_and_numbers_of_clips_are_refused(function, step, index, err
         getattr(model, function)(waveform, None, step=step, index=index)
 
 
+def test_lengths_may_be_a_list():
+    model, waveform = tiny(), 0.1 * torch.randn(2, 16000)
+    expected = model(waveform, torch.tensor([16000, 9000]), step=0).loss
+    assert model(waveform, [16000, 9000], step=0).loss == expected
+
+
 def test_a_single_waveform_is_refused_before_its_number():
     with pytest.raises(ValueError, match=r"expected a floating waveform \(B, S\), got torch\.float32 \(16000,\)"):
         tiny()(torch.randn(16000), None, step=0, index=torch.arange(1))
