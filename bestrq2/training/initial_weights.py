@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bestrq2.config import Config, ConfigError
 from bestrq2.config.describing import shown
+from bestrq2.errors import CheckpointError
 from bestrq2.interchange.opening import OpenedModel, open_source
 from bestrq2.interchange.tensors import encoder_weights
 from bestrq2.models import BestRQ, BestRQ2
@@ -19,6 +20,9 @@ __all__ = ["load_initial", "settle_initial"]
 logger = logging.getLogger(__name__)
 
 _FREE = (*FREE_IN_MODEL, "mean", "std", "join_rows")  # whatever they are, the weights mean the same
+# What is quantized; the quantizer itself is compared by its tensors, a teacher by its digest.
+_INPUT_OF_TARGETS = ("model.targets.", "model.front_end.mean", "model.front_end.std")
+_FREE_IN_TARGETS = ("seed", "seed_candidates", "fit_clips", "encoder")
 
 
 def settle_initial(config: Config) -> Config:
@@ -64,8 +68,8 @@ def load_initial(model: BestRQ2 | BestRQ, config: Config) -> str:
     front_end = {name: tensor for name, tensor in model.encoder.state_dict().items() if name.startswith("front_end.")}
     load_weights(model.encoder, {**encoder_weights(source.weights), **front_end}, source.origin)
     taken, left = ["encoder"], []
-    codes = {name: tensor for name, tensor in own.items() if name.startswith("quantizer.")}
-    same_codes = source.complete and all(
+    codes = _part(own, "quantizer")
+    same_codes = not _differing(source.config, config, _INPUT_OF_TARGETS, free=_FREE_IN_TARGETS) and all(
         name in source.weights and torch.equal(source.weights[name].float(), tensor.cpu().float())
         for name, tensor in codes.items()
     )
@@ -92,8 +96,8 @@ def load_initial(model: BestRQ2 | BestRQ, config: Config) -> str:
 def _open(config: Config) -> OpenedModel:
     try:
         return open_source(config.train.init_from or "")
-    except ConfigError as error:
-        raise ConfigError(f"train.init_from: {error}") from error
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"train.init_from: {error}") from error
 
 
 def _part(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -104,9 +108,9 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _differing(before: Config, after: Config, sections: tuple[str, ...]) -> list[str]:
+def _differing(before: Config, after: Config, sections: tuple[str, ...], free: tuple[str, ...] = _FREE) -> list[str]:
     return [
         f"{key}={shown(old)} (here {shown(new)})"
         for key, (old, new) in changed_keys(before, after).items()
-        if key.startswith(sections) and key.rpartition(".")[2] not in _FREE
+        if key.startswith(sections) and key.rpartition(".")[2] not in free
     ]
