@@ -171,6 +171,8 @@ def chosen_values(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is not None:
         values["data.source"] = options.data
     if options.frozen_encoder is not None:
+        if not options.frozen_encoder.strip():
+            raise ConfigError("--frozen-encoder: expected the place of an encoder, got an empty name")
         values["frozen.source"] = options.frozen_encoder
     if options.trust_remote_code:
         values["frozen.trust_remote_code"] = True

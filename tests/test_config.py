@@ -85,6 +85,8 @@ def test_whole_numbers_may_have_an_exponent(tmp_path):
         ("model.targets.codebook_size=1", "model.targets.codebook_size: expected at least 2 codes, got 1"),
         ("train.precision=fp8", "train.precision: expected one of auto, fp32, bf16, fp16, got 'fp8'"),
         ("steps", "expected overrides as key=value, got 'steps'"),
+        ("train.init_from=", "train.init_from: nothing behind the '='; write train.init_from=null for none"),
+        ("data.batch_seconds= ", "data.batch_seconds: nothing behind the '='"),
         ("model.masking.ratio=[0.5]", "model.masking.ratio: expected two numbers"),
         ("data.source=5", "data.source: expected a name or a list of names, got 5"),
         ("data.source=[]", r"data.source: expected a name or a list of names; null: the packaged clips, got \[\]"),

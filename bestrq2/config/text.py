@@ -148,6 +148,8 @@ def read_override(text: str) -> tuple[str, Any]:
     key = key.strip()
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"expected overrides as key=value, got {text!r}")
+    if not value.strip() and not (value and key in _NAMES):  # a variable of the shell that is not set
+        raise ConfigError(f"{key}: nothing behind the '='; write {key}=null for none")
     if key in _NAMES and not re.fullmatch(r"\s*(null|~|\[.*\]|'.*'|\".*\"|[-+.\d]+|)\s*", value, re.S):
         return key, value
     try:

@@ -88,7 +88,7 @@ def find_audio(
     sources = [os.fspath(part) for part in ([source] if isinstance(source, str | os.PathLike) else source)]
     found = Found(", ".join(sources) or "an empty list of sources")
     archives: list[tuple[str, str]] = []
-    named: dict[str, str | None] = {}  # split of an archive by its name, and of a file of a pattern, of several splits
+    named: dict[str, str] = {}  # split of an archive by its name, and of a file of a pattern, of several splits
     source_of: dict[str, tuple[int, int]] = {}  # the source that an archive is from, and the pattern in it
 
     def list_archives() -> None:
@@ -130,7 +130,7 @@ def find_audio(
                 of_pattern = [split_of(name, folder, not is_audio(name)) for name in names]
                 kept, note = choose_split(names, of_pattern, split, pattern)
                 if note:
-                    named.update(zip(names, of_pattern))
+                    named.update((name, own) for name, own in zip(names, of_pattern) if own)
                     found.notes.append(note)
                 names = kept
             at = (number, -1 if folder is None else len(parts))
@@ -341,7 +341,7 @@ def _with_split_column(files: list[AudioFile], splits: list[str | None]) -> list
 
 
 def _add_folder(
-    folder: str, found: Found, split: str | None, columns: bool, check: bool, named: dict[str, str | None]
+    folder: str, found: Found, split: str | None, columns: bool, check: bool, named: dict[str, str]
 ) -> list[tuple[str, str]]:
     """Add the audio of a folder; returns its archives, if these are to be listed instead, with their splits noted."""
     if os.path.isfile(scp := os.path.join(folder, "wav.scp")):
@@ -370,7 +370,7 @@ def _add_folder(
     splits = [split_of(path, folder, True) for path, _ in listing.archives]
     archives, note = choose_split(listing.archives, splits, split, folder)
     if note:
-        named.update(zip((path for path, _ in listing.archives), splits))
+        named.update((path, own) for (path, _), own in zip(listing.archives, splits) if own)
         found.notes.append(note)
     if split is not None and (deeper := deeper_splits((path for path, _ in archives), folder)):
         found.notes.append(deeper)

@@ -89,7 +89,7 @@ def load_initial(model: BestRQ2 | BestRQ, config: Config) -> str:
             taken.append(part)
         else:
             left.append(part)
-    begin = f"Weights of {source.origin} (step {source.step}): {', '.join(taken)}"
+    begin = f"Weights of {config.train.init_from} (step {source.step}): {', '.join(taken)}"
     return begin + (f"; drawn anew: {', '.join(left)}" if left else "")
 
 

@@ -123,3 +123,13 @@ def test_splits_that_a_pattern_matches(tmp_path):
         files, report = collect(f"{tmp_path}/{pattern}")
         assert len(files) == (2 if "{" in pattern else 1)
         assert not any("split" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("source", ["", "*.tar"])
+def test_a_shard_of_all_splits_beside_shards_of_one(tmp_path, source):
+    for split in ("train", "test"):
+        _pack(tmp_path / f"data-{split}-0.tar", ["1.wav"])
+    _pack(tmp_path / "all.tar", [f"{split}/{number}.wav" for split in ("train", "valid", "test") for number in "23"])
+    files, _ = collect(tmp_path / source)
+    places = ("all.tar::train/2.wav", "all.tar::train/3.wav", "data-train-0.tar::1.wav")
+    assert [item.path for item in files] == [f"{tmp_path}/{place}" for place in places]

@@ -56,7 +56,7 @@ def first(tmp_path_factory):
 def test_what_fits_is_taken(first, overrides, anew):
     told, found = begun(*GLOBAL, *overrides, f"train.init_from={first}", "train.seed=9")
     saved = weights_of(first)
-    assert f"{first}/checkpoints/step-00000004 (step 4): encoder" in told
+    assert f"Weights of {first} (step 4): encoder" in told
     assert told.endswith(f"drawn anew: {', '.join(anew)}") if anew else "anew" not in told
     for name in found:
         part = name.partition(".")[0]
@@ -103,6 +103,8 @@ def test_refusals(first, tmp_path, capsys):
     options = ["--runs", str(tmp_path), "--name", "none", *QUICK]
     assert main([*options, f"train.init_from={tmp_path / 'nothing'}"]) == 2
     assert f"error: train.init_from: {tmp_path / 'nothing'}" in capsys.readouterr().err
+    assert main([*options, "--frozen-encoder", ""]) == 2
+    assert "--frozen-encoder: expected the place of an encoder, got an empty name" in capsys.readouterr().err
     assert main([*options, "train.init_from=x", "frozen.source=y"]) == 2
     assert "train.init_from: expected null with frozen.source" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
