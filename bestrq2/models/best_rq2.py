@@ -13,7 +13,7 @@ from bestrq2.hashing import mix
 from bestrq2.layers.code_head import CodeHead
 from bestrq2.layers.counter_random import clip_index, normal
 from bestrq2.layers.cross_attention import PredictorSettings
-from bestrq2.layers.log_mel import check_waveform
+from bestrq2.layers.log_mel import check_waveform, integer_lengths
 from bestrq2.layers.masking import MaskPlan, RandomMasking, take, touching_share
 from bestrq2.layers.mixing import FLOOR_DB, PairMixing
 from bestrq2.layers.patches import Patches, extract_patches
@@ -186,7 +186,7 @@ class _Pretraining(nn.Module):
         return self.quantizer(self.target_values(waveform, lengths, patches), patches.lengths, rows=rows)
 
     def _check_counts(self, waveform: Tensor, lengths: Tensor | None, patches: Patches) -> None:
-        samples = [waveform.shape[1]] * len(waveform) if lengths is None else torch.as_tensor(lengths).tolist()
+        samples = [waveform.shape[1]] * len(waveform) if lengths is None else integer_lengths(lengths).tolist()
         for length, count in set(zip(samples, patches.lengths.tolist())):  # one, where all clips are crops
             if self.encoder.num_tokens(length) != count:
                 raise ValueError(
