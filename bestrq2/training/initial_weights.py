@@ -54,7 +54,7 @@ def settle_initial(config: Config) -> Config:
 def load_initial(model: BestRQ2 | BestRQ, config: Config) -> str:
     """Put the weights of ``train.init_from`` into a new model, whose quantizer is fitted already.
 
-    Of a whole run, the predictor is taken too if it has the same settings, and heads if the codes are the same.
+    Of a whole run, the predictor is taken too if it has the same settings, and heads if the targets are the same.
 
     Returns:
         a sentence about what was taken.

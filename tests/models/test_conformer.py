@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plain_training import SMALL_MODEL
 from torch.optim import swa_utils
 
 from bestrq2.config import ConfigError, load_config
@@ -11,12 +12,7 @@ from bestrq2.models import ConformerEncoder, build_encoder, build_model
 TINY = [
     "model.front_end.mean=-45",
     "model.front_end.std=20",
-    "model.encoder.width=32",
-    "model.encoder.hidden=48",
-    "model.encoder.depth=2",
-    "model.predictor.width=32",
-    "model.predictor.hidden=48",
-    "model.predictor.depth=1",
+    *SMALL_MODEL,
     "model.targets.codebook_size=64",
 ]
 RECIPES = ["best_rq_conformer_tiny", "best_rq2_conformer_tiny"]

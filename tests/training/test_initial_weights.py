@@ -81,6 +81,17 @@ def test_a_run_begins_where_the_other_ended(first, tmp_path):
     assert read_metrics(run)[-1]["step"] == "6"
 
 
+@pytest.mark.parametrize(("layer", "end"), [(1, "encoder, predictor, head"), (0, "drawn anew: head")])
+def test_a_head_stays_with_its_teacher(first, tmp_path, caplog, layer, end):
+    """Other features of the teacher are other codes, though the quantizer is the same."""
+    teacher = [f"model.targets.encoder={first}", "model.targets.layer=1", "model.front_end.normalize=none"]
+    source = train(tmp_path, "source", *teacher)
+    train(tmp_path, "next", *teacher, f"model.targets.layer={layer}", f"train.init_from={source}")
+    told = [line for line in caplog.messages if line.startswith("Weights of ")]
+    assert len(told) == 1
+    assert told[0].endswith(end)
+
+
 def test_an_encoder_alone_and_a_run_of_another_kind(first, tmp_path):
     source = open_source(first)
     write_encoder_file(tmp_path / "encoder.safetensors", source.config, source.weights)
